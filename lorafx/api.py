@@ -1,0 +1,116 @@
+"""compile and load: what a user calls first. Each reads as the list of its steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, passes
+from .adapter import plan
+from .config import LoraConfig
+from .errors import AdapterError
+from .model import AdaptedModel, adapt, copy_into, fit
+from .pipeline import Observer, Pass, Pipeline
+from .tree import mirrored
+
+Passes = Pipeline | Iterable[Pass] | str
+
+
+def compile(
+    model: nn.Module,
+    config: LoraConfig | Mapping[str, Any] | Any,
+    *,
+    adapter_name: str = "default",
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    backend: str = "auto",
+    pipeline: Passes | None = None,
+    observers: Iterable[Observer] = (),
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    random_state: int | None = None,
+) -> AdaptedModel:
+    """Put a new adapter on a model, by rewriting the model's graph.
+
+    The selection is resolved and the adapter's parameters exist when this returns; a graph is captured at the first
+    call of each kind, or now for `example_inputs` (keyword arguments as a mapping, or positional ones as a tuple). The
+    base's parameters are frozen and shared, never copied.
+
+    Args:
+        config: a `LoraConfig`, a `peft.LoraConfig`, or a dict of its fields.
+        backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
+        pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
+        observers: called `(previous pass, graph, next pass)` between passes.
+        autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
+        low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
+        random_state: seed of the adapter's start values; None draws from torch's global generator.
+
+    Raises:
+        ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or nothing adaptable, matches.
+        PipelineError: passes in an impossible order. CaptureError: `example_inputs` cannot be captured.
+        The model is as it was in each case.
+    """
+    chosen = _pipeline(pipeline)
+    adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
+    adapted = adapt(model, chosen, backend, autocast_adapter_dtype)
+    adapted._lorafx.observers = tuple(observers)
+    try:
+        adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
+        adapted.set_adapter(adapter_name)
+        if example_inputs is not None:
+            args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+            adapted.graph(*args, **kwargs)
+    except BaseException:
+        adapted._leave()
+        raise
+    return adapted
+
+
+def load(
+    model: nn.Module,
+    adapter: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: LoraConfig | Mapping[str, Any] | None = None,
+    weights_only: bool = False,
+    backend: str = "auto",
+    pipeline: Passes | None = None,
+    autocast_adapter_dtype: bool = True,
+    **hub: Any,
+) -> AdaptedModel:
+    """Put a saved adapter on a model: a folder in PEFT's format, or a Hub id.
+
+    For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` overrides the
+    folder's own. `hub` goes to `huggingface_hub` (`revision`, `token`, `cache_dir`). `weights_only=True` also takes an
+    old `adapter_model.bin`, read through torch's restricted unpickler.
+
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit; the model is as it was.
+    """
+    chosen = _pipeline(pipeline)
+    found = checkpoint.read(adapter, weights_only=weights_only, **hub)
+    if config is not None:
+        found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
+    fitted, values, embeddings = fit(_plain(model), adapter_name, found, is_trainable)
+    adapted = adapt(model, chosen, backend, autocast_adapter_dtype)
+    adapted._install(fitted, values=values)
+    adapted.set_adapter(adapter_name)
+    copy_into(adapted, embeddings)
+    return adapted if is_trainable else adapted.eval()
+
+
+def _pipeline(pipeline: Passes | None) -> Pipeline:
+    chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
+    chosen.check()
+    return chosen
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    if isinstance(model, AdaptedModel):
+        raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
+    if isinstance(model, torch.fx.GraphModule):
+        return model
+    return mirrored(model)

@@ -1,0 +1,134 @@
+"""Capture: one call of a model becomes an FX graph of ATen ops, read-through to the live module tree."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .rewrite import resolve
+from .tree import mirrored, tensor_at
+
+CAPTURED = "captured"
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
+    """Capture the call `model(*args, **kwargs)` as a graph of ATen operators.
+
+    The model runs once on fake tensors in its present mode (train or eval), through `torch.export` with every size
+    dynamic that is not 1; it may be on the `meta` device. The graph is called like the model, keeps parameter names,
+    and reads parameters and buffers from the model itself, at call time.
+
+    Raises `CaptureError` with torch's reason when the call cannot be captured.
+    """
+    return rooted(_export(mirrored(model), args, kwargs), model)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    _register_caches(model)
+    # Clones: one tensor passed twice would be captured as one input.
+    args, kwargs = pytree.tree_map_only(Tensor, _example, (args, kwargs))
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            shapes[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+    try:
+        with torch.inference_mode(False):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return exported.module()
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} could not be captured: {_reason(error)}") from error
+
+
+def _example(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + "\n".join(lines[:12])
+
+
+def _register_caches(model: nn.Module) -> None:
+    """Let torch.export see into the key-value caches that transformers' models take and return."""
+    if hasattr(model, "config") and hasattr(model, "_supports_attention_backend"):
+        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+        register_cache_pytrees_for_model(model)
+
+
+def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
+    """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
+
+    The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
+    """
+    private = nn.Module()
+    for node in exported.graph.nodes:
+        if node.op not in ("get_attr", "call_module") or tensor_at(tree, str(node.target)) is not None:
+            continue
+        atom = str(node.target).replace(".", "_")
+        value = resolve(exported, str(node.target))
+        if isinstance(value, nn.Module):
+            private.add_module(atom, value)
+        else:
+            private.register_buffer(atom, value, persistent=False)
+        node.target = f"{CAPTURED}.{atom}"
+    return over(exported.graph, tree, private)
+
+
+def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
+    """A GraphModule that runs `graph` with the modules and tensors of `tree`, sharing them and copying nothing."""
+    gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
+    gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
+    gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
+    gm.training = tree.training
+    gm.graph = graph
+    return gm
+
+
+def refresh(gm: GraphModule, tree: nn.Module) -> None:
+    """See children that the tree has replaced since (`resize_token_embeddings` and the like)."""
+    for name, child in tree._modules.items():
+        if gm._modules.get(name) is not child:
+            gm._modules[name] = child
+
+
+def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """What a graph of this call is specialised on besides the tree's own state.
+
+    Structure and constants of the arguments, dtype, device and rank of tensors, which sizes are 0 or 1, the gradient
+    mode and the autocast state.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
+    autocast = tuple(
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices if d not in ("meta",)
+    )
+    return repr(spec), tuple(map(_leaf_key, leaves)), torch.is_grad_enabled(), autocast
+
+
+def _leaf_key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.device, leaf.requires_grad, tuple(min(size, 2) for size in leaf.shape)
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf
+
+
+def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """A call in a line, for reports: `train, input_ids[2, 7], labels[2, 7]`."""
+    names = list(inspect.signature(model.forward).parameters)
+    named = {**dict(zip(names, args)), **kwargs}
+    shown = [
+        f"{k}{list(v.shape)}" if isinstance(v, Tensor) else f"{k}={v!r}" for k, v in named.items() if v is not None
+    ]
+    return ", ".join(("train" if model.training else "eval", *shown))

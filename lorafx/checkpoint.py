@@ -1,0 +1,226 @@
+"""Adapters to and from PEFT's files: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+
+A key is `base_model.model.`, the module's path and the suffix its kind names (`.lora_A.weight`), without the adapter's
+name. Reading checks everything before anything is touched; writing leaves the old folder or the new one, never a mix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .config import LoraConfig
+from .errors import CheckpointError, ConfigError
+from .folder import replace_folder
+from .tree import tensor_at
+
+CONFIG, WEIGHTS, OLD_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
+PREFIX = "base_model.model."
+# The version of PEFT whose format is written, for PEFT's own checks of age.
+FORMAT = "0.21.2"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter as its files have it: its config, and tensors by PEFT's key."""
+
+    folder: Path
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+
+
+def keys(root: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """PEFT's key of each of the adapter's tensors, to the tensor's path."""
+    named = {
+        f"{PREFIX}{site}.{suffix}": path
+        for site, by_suffix in adapter.tensors.items()
+        for suffix, path in by_suffix.items()
+    }
+    adapted_biases = {site.bias for site in adapter.selection}
+    for base, path in adapter.replaced.items():
+        owner, _, last = base.rpartition(".")
+        inner = f"{owner}.base_layer.{last}" if base in adapted_biases else base
+        named[f"{PREFIX}{inner}"] = path
+    return named
+
+
+def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: Any) -> Checkpoint:
+    """Read an adapter from a folder, or a Hub id that `huggingface_hub` downloads with the `hub` arguments.
+
+    `weights_only=True` also takes an old `adapter_model.bin`, through torch's restricted unpickler. Raises
+    `CheckpointError` naming the file and the key for whatever is missing, unreadable, of the wrong type or NaN.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), **hub)
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder, weights_only)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{_weights_file(folder)}: {key} holds values that are not finite")
+    return Checkpoint(folder, config, tensors)
+
+
+def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], base: nn.Module) -> dict[str, Tensor]:
+    """Compare a file with the shapes that a model's adapter has; returns the tensors that go to the base instead.
+
+    Those are embedding weights that were saved along (`save_embedding_layers`). Raises `CheckpointError` for a missing
+    or unexpected key, a shape or rank that differs, or a dtype that is not floating point.
+    """
+    file = _weights_file(checkpoint.folder)
+    missing = [key for key in expected if key not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"{file} lacks {len(missing)} keys that the config asks for, such as {missing[0]}")
+    extra = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in expected}
+    embeddings = {path: tensor for key, tensor in extra.items() if (path := _embedding_path(key, base))}
+    unexpected = [key for key in extra if not _embedding_path(key, base)]
+    if unexpected:
+        raise CheckpointError(f"{file} has {len(unexpected)} keys that no site of the model takes: {unexpected[0]}")
+    for key, shape in expected.items():
+        found = checkpoint.tensors[key]
+        if tuple(found.shape) != tuple(shape):
+            raise CheckpointError(f"{file}: {key} is {tuple(found.shape)}, and the model needs {tuple(shape)}")
+        if not found.is_floating_point() and ".lora_" in key:
+            raise CheckpointError(f"{file}: {key} is {found.dtype}, and must be floating point")
+    for path, tensor in embeddings.items():
+        weight = tensor_at(base, path)
+        if weight is not None and weight.shape != tensor.shape:
+            raise CheckpointError(
+                f"{file}: the saved embedding {path} is {tuple(tensor.shape)} and the model's is {tuple(weight.shape)}; "
+                "call `resize_token_embeddings` on the base model first"
+            )
+    return embeddings
+
+
+def write(
+    root: nn.Module,
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    base_weights: Mapping[str, Tensor],
+    base_name: str | None,
+    auto_mapping: Mapping[str, Any] | None,
+) -> None:
+    """Write an adapter to a folder, replacing one that is there atomically.
+
+    `base_weights` are base tensors to save along, by path (embeddings).
+    """
+    tensors = {key: _plain(tensor_at(root, path)) for key, path in keys(root, adapter).items()}
+    adapted = adapter.selection.by_name
+    for path, tensor in base_weights.items():
+        owner, _, last = path.rpartition(".")
+        tensors[f"{PREFIX}{owner}.base_layer.{last}" if owner in adapted else f"{PREFIX}{path}"] = _plain(tensor)
+    values = _config_values(adapter, base_name, auto_mapping)
+    files = {
+        CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+    }
+    target = Path(folder)
+    if adapter.name == "default" and not (target / CARD).exists():
+        files[CARD] = _card(values).encode()
+    replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
+
+
+def _download(source: str, **hub: Any) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, OLD_WEIGHTS], **hub))
+    except Exception as error:
+        raise CheckpointError(f"{source} is no folder, and could not be downloaded: {error}") from error
+
+
+def _read_config(file: Path) -> LoraConfig:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; is {file.parent} an adapter's folder?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
+    try:
+        return LoraConfig.from_dict(values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _weights_file(folder: Path) -> Path:
+    old = folder / OLD_WEIGHTS
+    return old if old.exists() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+
+
+def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
+    file = _weights_file(folder)
+    if file.name == OLD_WEIGHTS and not weights_only:
+        raise CheckpointError(
+            f"{file} is a pickle, which can run code when read; pass weights_only=True to read it through torch's "
+            "restricted unpickler, then save it again as safetensors"
+        )
+    try:
+        loaded = load_file(file) if file.name == WEIGHTS else torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except Exception as error:  # whatever a damaged file makes the two readers raise
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    wrong = next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: {wrong} is no tensor")
+    return loaded
+
+
+def _embedding_path(key: str, base: nn.Module) -> str | None:
+    """Path of the embedding weight that a key means, or None if it means no such thing."""
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return path if path in embedding_weights(base) else None
+
+
+def embedding_weights(base: nn.Module) -> tuple[str, ...]:
+    """Paths of the input and output embeddings' weights and biases, for models that say which they are."""
+    layers = [getattr(base, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(base, name)]
+    owned = {name: module for name, module in base.named_modules(remove_duplicate=False)}
+    return tuple(
+        f"{name}.{last}"
+        for name, module in owned.items()
+        if any(module is layer for layer in layers)
+        for last in module._parameters
+        if module._parameters[last] is not None
+    )
+
+
+def _plain(tensor: Tensor | None) -> Tensor:
+    """A tensor that safetensors takes: contiguous, on the CPU, sharing memory with no other."""
+    assert tensor is not None
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _config_values(adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None) -> dict[str, Any]:
+    values = adapter.config.to_dict()
+    expanded = isinstance(adapter.config.target_modules, str) and adapter.config.target_modules.lower() == "all-linear"
+    if expanded or adapter.config.target_modules is None:
+        values["target_modules"] = sorted(site.name for site in adapter.selection)
+    values["inference_mode"] = True
+    values["fan_in_fan_out"] = any(site.form.name == "addmm" for site in adapter.selection)
+    values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
+    values["peft_version"] = values["peft_version"] or FORMAT
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        values["auto_mapping"] = auto_mapping
+    return values
+
+
+def _card(values: Mapping[str, Any]) -> str:
+    base = values["base_model_name_or_path"]
+    data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
+    text = f"---\n{data.to_yaml()}\n---\n\n# LoRA adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
+    load = '`lorafx.load(model, "this/folder")` or `peft.PeftModel.from_pretrained(model, "this/folder")`.\n'
+    rank = f"\nRank {values['r']}, alpha {values['lora_alpha']}, base model {base or 'not recorded'}.\n"
+    return str(ModelCard(text + load + rank))

@@ -1,0 +1,57 @@
+"""One family of errors. Every message names the place, the user's own line where there is one, and what to do."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+
+class LorafxError(Exception):
+    """Base class of everything lorafx raises on purpose."""
+
+
+class ConfigError(LorafxError, ValueError):
+    """A config that cannot be served: a wrong value, or a field that lorafx does not implement yet."""
+
+
+class SelectionError(ConfigError):
+    """`target_modules` (or a related field) picks nothing, or something that cannot be adapted."""
+
+
+class CaptureError(LorafxError, RuntimeError):
+    """A call of the model could not be turned into a graph, or a graph does not fit the call it was kept for."""
+
+
+class UncoveredOperatorError(CaptureError):
+    """A graph reads a selected weight through an operator that no site form covers."""
+
+
+class PipelineError(LorafxError, ValueError):
+    """A pipeline whose text does not parse, or whose passes stand in an impossible order."""
+
+
+class VerifyError(LorafxError, RuntimeError):
+    """A graph broke an invariant; the message names the pass that did it."""
+
+
+class AdapterError(LorafxError, ValueError):
+    """An adapter name that is unknown, taken or unusable, or an action the adapter's state forbids."""
+
+
+class CheckpointError(LorafxError, ValueError):
+    """An adapter folder that cannot be read or written; the message names the file and the key."""
+
+
+class MergeError(LorafxError, RuntimeError):
+    """A merge or unmerge that was refused; no weight has been changed."""
+
+
+def user_line(node: Node) -> str:
+    """The innermost source line of the model that `node` was captured from, or a remark that there is none."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return "(no source line was recorded)"
+    outside_torch = [i for i in places if "/torch/nn/" not in lines[i]]
+    where = (outside_torch or places)[-1]
+    code = lines[where + 1] if where + 1 < len(lines) and where + 1 not in places else ""
+    return f"{lines[where]}: {code}".rstrip(": ")

@@ -1,0 +1,130 @@
+"""Replace files of a folder atomically: whoever looks sees all old files or all new ones.
+
+One changed file is renamed into place. Several at once are written into a new folder that shares the unchanged files
+with the old one by hard links, and the two folders trade names in one system call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[str] = ()) -> None:
+    """Give `folder` these files in place of those of the same names, and rid it of the `obsolete` ones.
+
+    Other files and subfolders stay. `folder` and its parents are made if need be. Killed at any moment, the folder
+    holds its old files or the new ones.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    gone = [name for name in obsolete if (folder / name).exists()]
+    changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
+    if folder.is_dir() and len(changed) + len(gone) <= 1:
+        _replace_single(folder, changed, gone)
+        return
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        if folder.is_dir():
+            _share(folder, staged, leave_out={*files, *gone})
+            shutil.copystat(folder, staged)
+        else:
+            staged.chmod(0o777 & ~_umask())
+        for name, data in files.items():
+            _write(staged / name, data)
+        _sync(staged)
+        here = Path.cwd()
+        _trade(staged, folder)
+        if here.is_relative_to(folder):
+            os.chdir(here)  # the folder we stood in has lost its name
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _holds(file: Path, data: bytes) -> bool:
+    return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
+
+
+def _replace_single(folder: Path, changed: Mapping[str, bytes], gone: Sequence[str]) -> None:
+    for name, data in changed.items():
+        staged = folder / f".{name}.partial"
+        try:
+            _write(staged, data)
+            os.replace(staged, folder / name)
+        finally:
+            staged.unlink(missing_ok=True)
+    for name in gone:
+        (folder / name).unlink()
+    _sync(folder)
+
+
+def _write(file: Path, data: bytes) -> None:
+    with open(file, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _share(old: Path, new: Path, leave_out: set[str]) -> None:
+    for entry in old.iterdir():
+        if entry.name in leave_out:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _trade(staged: Path, folder: Path) -> None:
+    """Put `staged` where `folder` is; what was there, if anything, is at `staged` afterwards."""
+    if not folder.exists():
+        os.rename(staged, folder)
+    elif not _exchange(staged, folder):
+        aside = staged.with_name(f"{staged.name}.old")  # no system call for it here: two renames
+        os.rename(folder, aside)
+        os.rename(staged, folder)
+        os.rename(aside, staged)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two folders in one step, where the system can (Linux's renameat2)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,468 @@
+"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs that serve calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from . import checkpoint
+from .adapter import Adapter, build, plan, remove, trainable_paths
+from .capture import call_key, describe_call, refresh, trace
+from .config import LoraConfig
+from .errors import AdapterError, CaptureError
+from .lower import lower
+from .merge import Ledger
+from .pipeline import Context, Observer, Pipeline
+from .report import Report, Step
+from .sites import Selection
+from .tree import MIRRORED_AS, STATE, layout, mirrored, set_trainable, tensor_at
+
+
+@dataclass
+class Program:
+    """A rewritten graph that serves calls, and how it came about."""
+
+    title: str
+    gm: GraphModule
+    run: Any
+    steps: tuple[Step, ...]
+    capture_seconds: float
+
+    def __call__(self, tree: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        refresh(self.gm, tree)
+        return self.run(*args, **kwargs)
+
+
+@dataclass
+class State:
+    """What an AdaptedModel is besides a module tree. Graphs are kept here and never copied with the model."""
+
+    base: nn.Module
+    pipeline: Pipeline
+    backend: str
+    autocast_adapter_dtype: bool
+    base_requires_grad: dict[str, bool]
+    observers: tuple[Observer, ...] = ()
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    programs: dict[Hashable, list[Program]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "programs": {}}
+
+
+class PartCall:
+    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own."""
+
+    lorafx = True
+
+    def __init__(self, tree: AdaptedModel, path: str):
+        self.tree, self.path = tree, path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tree._serve(self.path, args, kwargs)
+
+
+class AdaptedModel(nn.Module):
+    """A base model with adapters, called exactly like the base model and an instance of its class.
+
+    Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
+    the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
+    shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
+    """
+
+    _lorafx: State
+
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serve("", args, kwargs)
+
+    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
+        """The rewritten graph that serves this call; captured now if no kept graph does.
+
+        Raises `CaptureError` when the call cannot be captured.
+        """
+        kept = self._lorafx.programs.setdefault(self._key("", args, kwargs), [])
+        if not kept:
+            kept.append(self._build("", args, kwargs))
+        refresh(kept[-1].gm, self)
+        return kept[-1].gm
+
+    def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = self._lorafx.programs.setdefault(self._key(path, args, kwargs), [])
+        for program in kept:
+            with contextlib.suppress(_GuardFailed):
+                return _guarded(program, self, args, kwargs)
+        kept.append(self._build(path, args, kwargs))
+        try:
+            return _guarded(kept[-1], self, args, kwargs)
+        except _GuardFailed as error:
+            kept.pop()
+            raise CaptureError(f"the graph captured from this very call does not accept it: {error}") from error
+
+    def _key(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+        state = self._lorafx
+        return path, call_key(args, kwargs), layout(self), state.active, state.ledger.names, _switches(self)
+
+    def _build(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """Capture a call of the module at `path`, run the pipeline over the graph, lower it."""
+        state, start = self._lorafx, time.perf_counter()
+        part = self.get_submodule(path)
+        gm = trace(self, *args, **kwargs) if not path else trace_part(self, path, args, kwargs)
+        seconds = time.perf_counter() - start
+        steps = state.pipeline.run(gm, self._context(), state.observers)
+        title = f"{path}({describe_call(part, args, kwargs)})" if path else describe_call(part, args, kwargs)
+        return Program(title, gm, lower(gm, state.backend), steps, seconds)
+
+    def _context(self) -> Context:
+        state = self._lorafx
+        names = dict.fromkeys((*state.active, *state.ledger.names))
+        return Context(tuple(state.adapters[name] for name in names), frozenset(state.ledger.names))
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Selection:
+        """The sites of the active adapters, as a table when printed."""
+        return Context(tuple(self._lorafx.adapters[name] for name in self._lorafx.active)).selection
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The config of each adapter, by name."""
+        return {name: adapter.config for name, adapter in self._lorafx.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return list(self._lorafx.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names if there are several."""
+        return self._lorafx.active[0] if len(self._lorafx.active) == 1 else list(self._lorafx.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weights, in order."""
+        return list(self._lorafx.ledger.names)
+
+    def get_base_model(self) -> nn.Module:
+        """The object that was compiled: it shares the weights, and its forward knows no adapter."""
+        return self._lorafx.base
+
+    def report(self) -> Report:
+        """What each pass did to each kept graph, and what merging holds; prints as tables."""
+        programs = [program for kept in self._lorafx.programs.values() for program in kept]
+        graphs = {f"graph {i} ({p.title}), captured in {p.capture_seconds:.2f} s": p.steps for i, p in enumerate(programs)}
+        return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def __repr__(self) -> str:
+        state = self._lorafx
+        adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
+        return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: LoraConfig | Mapping[str, Any] | Any, *, random_state: int | None = None
+    ) -> None:
+        """Add a new adapter; `set_adapter` makes it active.
+
+        Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that does not fit.
+        """
+        self._install(plan(mirrored(self), adapter_name, LoraConfig.of(peft_config)), random_state=random_state)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        weights_only: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`."""
+        found = checkpoint.read(model_id, weights_only=weights_only, **hub)
+        adapter, values, embeddings = fit(mirrored(self), adapter_name, found, is_trainable)
+        self._install(adapter, values=values)
+        copy_into(self, embeddings)
+        if not is_trainable:
+            self.eval()
+
+    def _install(self, adapter: Adapter, **how: Any) -> None:
+        state = self._lorafx
+        if adapter.name in state.adapters:
+            raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        build(self, adapter, autocast_adapter_dtype=state.autocast_adapter_dtype, **how)
+        state.adapters[adapter.name] = adapter
+        for path in _parts(adapter):
+            part = self.get_submodule(path)
+            if not isinstance(vars(part).get("forward"), PartCall):
+                part.__dict__["forward"] = PartCall(self, path)
+        self._set_trainable()
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make these adapters, and no others, active and (unless in inference mode) trainable.
+
+        A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown name, or for adapters
+        that both replace one tensor (a bias, a saved module).
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        adapters = [self._adapter(name) for name in names]
+        replaced = [base for adapter in adapters for base in adapter.replaced]
+        twice = next((base for base in replaced if replaced.count(base) > 1), None)
+        if twice:
+            raise AdapterError(f"{' and '.join(names)} cannot be active together: each has its own {twice}")
+        if self._lorafx.ledger.names:
+            warnings.warn("the model was merged; it is unmerged before the active adapters change")
+            self.unmerge_adapter()
+        self._lorafx.active = names
+        self._set_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; refused while it is merged. Another one becomes active in its place."""
+        adapter, state = self._adapter(adapter_name), self._lorafx
+        if adapter_name in state.ledger.names:
+            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
+        remove(self, adapter)
+        del state.adapters[adapter_name]
+        state.programs.clear()
+        if adapter_name in state.active:
+            rest = tuple(name for name in state.active if name != adapter_name)
+            state.active = rest or tuple(state.adapters)[:1]
+        self._set_trainable()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
+        state = self._lorafx
+        active, merged = state.active, state.ledger.names
+        self.unmerge_adapter()
+        state.active = ()
+        try:
+            yield
+        finally:
+            state.active = active
+            if merged:
+                self.merge_adapter(list(merged))
+            self._set_trainable()
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._lorafx.adapters:
+            raise AdapterError(f"there is no adapter {name!r}; there are {list(self._lorafx.adapters)}")
+        return self._lorafx.adapters[name]
+
+    def _set_trainable(self) -> None:
+        state = self._lorafx
+        set_trainable(self, trainable_paths(self, [state.adapters[name] for name in state.active]))
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+        """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
+
+        ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
+        Raises `MergeError`, with every weight as it was, when any site cannot be merged.
+        """
+        names = self._lorafx.active if adapter_names is None else tuple(adapter_names)
+        adapters = [self._adapter(name) for name in dict.fromkeys(names) if name not in self._lorafx.ledger.names]
+        if not adapters:
+            warnings.warn("all of these adapters are merged already" if names else "there is no active adapter to merge")
+            return
+        self._lorafx.ledger.merge(self, adapters, safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
+        self._lorafx.ledger.unmerge(self)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
+    ) -> nn.Module:
+        """Merge for good and return the base model object, a plain model again.
+
+        Biases and modules that the adapters trained as a whole take the base's place. Raises `MergeError` as
+        `merge_adapter` does.
+        """
+        names = list(self._lorafx.active if adapter_names is None else adapter_names)
+        new = [name for name in names if name not in self._lorafx.ledger.names]
+        if new:
+            self.merge_adapter(new, safe_merge)
+        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
+            _keep_replaced(self, self._adapter(name))
+        self._lorafx.ledger = Ledger()
+        return self._leave()
+
+    def unload(self) -> nn.Module:
+        """Return the base model object as it was before any adapter."""
+        self.unmerge_adapter()
+        return self._leave()
+
+    def _leave(self) -> nn.Module:
+        """Drop the adapters and give the base its `requires_grad` flags back."""
+        state = self._lorafx
+        for adapter in state.adapters.values():
+            remove(self, adapter)
+        state.adapters, state.active = {}, ()
+        state.programs.clear()
+        for path, flag in state.base_requires_grad.items():
+            parameter = tensor_at(state.base, path)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(flag)
+        return state.base
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        **ignored: Any,
+    ) -> None:
+        """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
+
+        `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
+        vocabulary was resized since the model was compiled. Each folder is replaced atomically.
+        """
+        if not safe_serialization:
+            raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
+        if not is_main_process:
+            return
+        names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
+        for adapter in [self._adapter(name) for name in names]:
+            folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
+            embeddings = {
+                path: self._lorafx.ledger.original(self, path)
+                for path in self._embeddings_to_save(adapter, save_embedding_layers)
+            }
+            name = getattr(getattr(self, "config", None), "name_or_path", None) or None
+            base = type(self._lorafx.base)
+            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+            checkpoint.write(self, adapter, folder, embeddings, name, mapping)
+
+    def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
+        paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
+        adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
+        if wanted == "auto":
+            base = self._lorafx.base
+            resized = any((t := tensor_at(base, path)) is None or t.shape != tensor_at(self, path).shape for path in paths)
+            wanted = bool(adapted) or resized
+        return (adapted or paths) if wanted else []
+
+
+class _GuardFailed(Exception):
+    """A kept graph does not fit the call's sizes."""
+
+
+def _guarded(program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return program(tree, args, kwargs)
+    except AssertionError as error:
+        if str(error).startswith("Guard failed"):
+            raise _GuardFailed(str(error)) from error
+        raise
+
+
+def _switches(model: nn.Module) -> Hashable:
+    """The plain settings of a model's config, which its forward may read (`use_cache` and the like)."""
+    config = getattr(model, "config", None)
+    values = vars(config).items() if hasattr(config, "__dict__") else ()
+    return tuple((key, value) for key, value in values if isinstance(value, (bool, int, float, str)))
+
+
+def _parts(adapter: Adapter) -> Iterator[str]:
+    """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
+    owners = [site.name for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
+    paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
+    yield from sorted(path for path in paths if path)
+
+
+def trace_part(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    """Capture a call of the module at `path`, as a graph over the whole tree."""
+    bare = mirrored(tree)
+    bare.__dict__["forward"] = bare.get_submodule(path).forward
+    return trace(bare, *args, **kwargs)
+
+
+def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
+    """Give the base the adapter's own copies; a tied tensor is untied rather than changed for its other readers."""
+    for base, path in adapter.replaced.items():
+        owner, _, last = base.rpartition(".")
+        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(copy.detach().clone())
+        else:
+            module._buffers[last] = copy.detach().clone()
+
+
+def fit(
+    root: nn.Module, name: str, found: checkpoint.Checkpoint, is_trainable: bool
+) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
+    """Match a file with a model, touching nothing: the adapter, its values by path, embedding weights by path.
+
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
+    """
+    adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
+    shapes = {
+        adapter.tensors[site.name][suffix]: shape
+        for site in adapter.selection
+        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
+    }
+    shapes |= {path: tuple(tensor_at(root, base).shape) for base, path in adapter.replaced.items()}
+    named = checkpoint.keys(root, adapter)
+    embeddings = checkpoint.check(found, {key: shapes[path] for key, path in named.items()}, root)
+    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
+
+
+def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write tensors into the tree, in place."""
+    with torch.no_grad():
+        for path, value in values.items():
+            tensor_at(tree, path).copy_(value)
+
+
+def adapt(base: nn.Module, pipeline: Pipeline, backend: str, autocast_adapter_dtype: bool) -> AdaptedModel:
+    """An AdaptedModel over `base` with no adapter yet."""
+    tree = mirrored(base)
+    tree.__class__ = _class_for(type(base))
+    flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
+    tree.__dict__[STATE] = State(base, pipeline, backend, autocast_adapter_dtype, flags)
+    return tree  # type: ignore[return-value]
+
+
+@functools.cache
+def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
+    """AdaptedModel as a subclass of a model's class, under the same name: libraries look models up by it."""
+
+    @functools.wraps(base.forward)
+    def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        return self._serve("", args, kwargs)
+
+    names = {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
+    return type(base.__name__, (AdaptedModel, base), names)

@@ -1,0 +1,221 @@
+"""Passes and pipelines: a pipeline is a tuple of passes that prints as text and parses back from that text."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import re
+import time
+import tokenize
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import networkx as nx
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from .adapter import Adapter
+from .errors import LorafxError, PipelineError, VerifyError
+from .report import Step, diff
+from .sites import Selection, Site
+from .verify import Snapshot, snapshot, verify
+
+Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may need besides the graph: the active adapters in order, and the names of the merged ones."""
+
+    adapters: tuple[Adapter, ...] = ()
+    merged: frozenset[str] = frozenset()
+
+    @property
+    def selection(self) -> Selection:
+        """The sites of all adapters."""
+        selection = Selection()
+        for adapter in self.adapters:
+            selection |= adapter.selection
+        return selection
+
+    def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
+        """The sites by the identity of the parameter they adapt."""
+        return {id(root.get_parameter(site.weight)): site for site in self.selection}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One graph transformation. A subclass is a frozen dataclass whose fields are its options.
+
+    `requires` and `establishes` name facts about the graph; a pipeline checks its order from them. A pass keeps no
+    state: what it decides goes into the graph and its nodes' `meta`. Defining a subclass makes its name parseable.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    establishes: ClassVar[frozenset[str]] = frozenset()
+    known: ClassVar[dict[str, type[Pass]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.requires, cls.establishes = frozenset(cls.requires), frozenset(cls.establishes)
+        Pass.known[cls.name] = cls
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        """Change `gm.graph` in place and return how many rewrites were made."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+class Pipeline(tuple[Pass, ...]):
+    """Passes in order. `str(pipeline)` is text that `Pipeline.parse` reads back; `+` and slices give pipelines."""
+
+    def __new__(cls, *passes: Pass) -> Pipeline:
+        return super().__new__(cls, passes)
+
+    @classmethod
+    def of(cls, passes: Pipeline | Iterable[Pass] | str) -> Pipeline:
+        """A pipeline from itself, an iterable of passes, or its text."""
+        return cls.parse(passes) if isinstance(passes, str) else cls(*passes)
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read `name, name{option=value}, …`; values are Python literals. `PipelineError` says what is wrong."""
+        return cls(*(_parse_pass(part) for part in _split(text)))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    def __add__(self, other: Iterable[Pass]) -> Pipeline:  # type: ignore[override]
+        return Pipeline(*self, *other)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+        chosen = super().__getitem__(index)
+        return Pipeline(*chosen) if isinstance(index, slice) else chosen
+
+    def __getnewargs__(self) -> tuple[Pass, ...]:  # type: ignore[override]
+        return tuple(self)
+
+    def without(self, *names: str) -> Pipeline:
+        """The pipeline with the passes of these names left out."""
+        unknown = set(names) - {p.name for p in self}
+        if unknown:
+            raise PipelineError(f"no pass named {sorted(unknown)} in: {self}")
+        return Pipeline(*(p for p in self if p.name not in names))
+
+    def check(self) -> None:
+        """Raise `PipelineError` if a pass requires a fact that only a later pass, or none, establishes."""
+        order = nx.DiGraph()
+        order.add_nodes_from(range(len(self)))
+        for later, needs in enumerate(self):
+            for fact in sorted(needs.requires):
+                makers = [i for i, p in enumerate(self) if fact in p.establishes]
+                if not makers:
+                    raise PipelineError(f"{needs.name} requires `{fact}`, which no pass of the pipeline establishes")
+                order.add_edge(makers[0], later, fact=fact)
+        wrong = next(((a, b, fact) for a, b, fact in order.edges(data="fact") if a >= b), None)
+        if wrong is None:
+            return
+        maker, needer, fact = wrong
+        message = f"{self[needer].name} requires `{fact}`, which {self[maker].name} establishes only later"
+        if nx.is_directed_acyclic_graph(order):
+            fixed = ", ".join(self[i].name for i in nx.lexicographical_topological_sort(order))
+            message += f"; an order that works: {fixed}"
+        raise PipelineError(message)
+
+    def run(
+        self, gm: GraphModule, context: Context | None = None, observers: Sequence[Observer] = ()
+    ) -> tuple[Step, ...]:
+        """Apply the passes to `gm` in place, verifying the graph before the first and after each.
+
+        Observers are called `(previous, graph, next)` between passes, None standing for either end. Returns what each
+        pass did. Raises `VerifyError` naming the pass at fault and those before it, with a diff.
+        """
+        self.check()
+        context = context or Context()
+        steps: list[Step] = []
+        state = snapshot(gm)
+        verify(gm, None, context.adapters, frozenset())
+        facts: frozenset[str] = frozenset()
+        for previous, current in zip((None, *self), self):
+            _observe(observers, previous, gm, current)
+            state, step = self._apply(current, gm, context, state, facts, steps)
+            facts |= current.establishes
+            steps.append(step)
+        _observe(observers, self[-1] if self else None, gm, None)
+        return tuple(steps)
+
+    def _apply(
+        self, current: Pass, gm: GraphModule, context: Context, state: Snapshot, facts: frozenset[str], done: list[Step]
+    ) -> tuple[Snapshot, Step]:
+        before = _copy(gm)
+        start = time.perf_counter()
+        try:
+            rewrites = current.rewrite(gm, context)
+            gm.recompile()
+            verify(gm, state, context.adapters, facts | current.establishes)
+        except LorafxError as error:
+            if not isinstance(error, VerifyError):
+                raise
+            so_far = ", ".join(step.name for step in done) or "nothing"
+            raise VerifyError(f"after {current} (before it: {so_far}): {error}\n{diff(before, gm)}") from error
+        after = snapshot(gm)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        added = sum(tensor.numel() for path, tensor in after.tensors.items() if path not in state.tensors)
+        return after, Step(str(current), rewrites, len(state.nodes), len(after.nodes), added, milliseconds)
+
+
+def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:
+    for observer in observers:
+        observer(previous, gm, following)
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """A graph to compare with later: nodes and metadata copied, no tensors."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = GraphModule(nn.Module(), Graph())
+    copy._graph = graph  # text only: never compiled, so nothing needs to resolve
+    return copy
+
+
+def _split(text: str) -> list[str]:
+    """The parts of a pipeline's text between commas that stand in no bracket."""
+    parts, depth, start = [], 0, 0
+    flat = " ".join(text.split("\n"))
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(flat).readline))
+    except (tokenize.TokenError, SyntaxError) as error:
+        raise PipelineError(f"cannot read the pipeline {text!r}: {error}") from error
+    for token in tokens:
+        depth += (token.string in ("{", "(", "[")) - (token.string in ("}", ")", "]"))
+        if token.string == "," and depth == 0:
+            parts.append(flat[start : token.start[1]])
+            start = token.end[1]
+    return [part.strip() for part in (*parts, flat[start:]) if part.strip()]
+
+
+def _parse_pass(text: str) -> Pass:
+    found = re.fullmatch(r"(\w+)\s*(?:\{(.*)\})?", text)
+    if not found:
+        raise PipelineError(f"{text!r} is no pass; write name or name{{option=value}}")
+    name, options = found[1], found[2] or ""
+    if name not in Pass.known:
+        raise PipelineError(f"unknown pass {name!r}; known: {', '.join(sorted(Pass.known))}")
+    return _construct(Pass.known[name], options, text)
+
+
+def _construct(cls: type[Pass], options: str, text: str) -> Pass:
+    try:
+        call = ast.parse(f"f({options})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        values: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return cls(**values)
+    except (SyntaxError, ValueError, AssertionError, TypeError) as error:
+        fields = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"
+        raise PipelineError(f"cannot read {text!r}: {error or 'options are name=value'} (options: {fields})") from error

@@ -1,0 +1,111 @@
+"""Tables and diffs: what a person reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch.fx import GraphModule
+
+COLUMN = 88
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A plain-text table; numbers are set to the right."""
+    cells = [[_text(value) for value in row] for row in rows]
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = all(_is_number(row[index]) for row in cells)
+        drawn.add_column(column, justify="right" if cells and numeric else "left", no_wrap=True)
+    for row in cells:
+        drawn.add_row(*row)
+    console = Console(width=10_000, no_color=True)
+    with console.capture() as captured:
+        console.print(drawn, markup=False)
+    return captured.get().rstrip()
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").removesuffix(" %").isdigit()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did to one graph."""
+
+    name: str
+    rewrites: int
+    nodes_before: int
+    nodes_after: int
+    parameters_added: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the pipeline did to each captured graph, and what merging holds. Prints as tables."""
+
+    graphs: dict[str, tuple[Step, ...]] = field(default_factory=dict)
+    sites: int = 0
+    merged: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        columns = ("pass", "rewrites", "nodes before", "nodes after", "parameters added", "ms")
+        parts = [f"{self.sites} sites, {len(self.graphs)} graphs"]
+        for title, steps in self.graphs.items():
+            rows = [
+                (s.name, s.rewrites, s.nodes_before, s.nodes_after, s.parameters_added, s.milliseconds) for s in steps
+            ]
+            parts.append(table(title, columns, rows))
+        if self.merged:
+            rows = [(name, kept, size, f"{100 * kept / size:.1f} %") for name, (kept, size) in self.merged.items()]
+            total_kept, total = (sum(pair[i] for pair in self.merged.values()) for i in (0, 1))
+            rows.append(("in all", total_kept, total, f"{100 * total_kept / total:.1f} %"))
+            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share"), rows))
+        return "\n".join(parts)
+
+
+def graph_lines(gm: GraphModule) -> list[str]:
+    """A graph as text, a line a node: result, shape, operator, arguments."""
+    return [f"{node.format_node()}{_shape(node)}" for node in gm.graph.nodes]
+
+
+def _shape(node: Any) -> str:
+    value = node.meta.get("val")
+    shape = getattr(value, "shape", None)
+    return f"  # {tuple(shape)}" if shape is not None else ""
+
+
+def diff(a: GraphModule, b: GraphModule, *, context: int = 3) -> str:
+    """Two graphs side by side as text; `|` marks changed lines, `<` and `>` lines of one side, `…` what is left out.
+
+    `context` is the number of equal lines shown around each change.
+    """
+    left, right = graph_lines(a), graph_lines(b)
+    out: list[str] = []
+    for group in difflib.SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
+        out.append("…")
+        for tag, i1, i2, j1, j2 in group:
+            out.extend(_side_by_side(tag, left[i1:i2], right[j1:j2]))
+    return "\n".join(out) if out else "the graphs are equal"
+
+
+def _side_by_side(tag: str, left: list[str], right: list[str]) -> Iterable[str]:
+    height = max(len(left), len(right))
+    for index in range(height):
+        a = left[index] if index < len(left) else ""
+        b = right[index] if index < len(right) else ""
+        mark = " " if tag == "equal" else "<" if not b else ">" if not a else "|"
+        yield f"{_clip(a):<{COLUMN}} {mark} {_clip(b)}".rstrip()
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= COLUMN else text[: COLUMN - 1] + "…"

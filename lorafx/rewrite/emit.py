@@ -1,0 +1,134 @@
+"""Write new nodes into a graph: metadata recomputed, and a note of who made them and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from .match import Match, trace_function
+
+MADE_BY = "lorafx"
+INHERITED = ("stack_trace", "nn_module_stack")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which pass made a node, and for which adapter at which site (both empty for a node of no site)."""
+
+    made_by: str
+    site: str = ""
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A name of a replacement that stands for a tensor of the tree, given by its path."""
+
+    path: str
+
+
+def made_by(node: Node) -> Provenance | None:
+    """Who made `node`; None for a node of the captured model."""
+    return node.meta.get(MADE_BY)
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The fake tensor mode the graph was captured in, or a new one for a graph that carries no values."""
+    values = [node.meta["val"] for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
+    """What `node` computes, recomputed on fake tensors: shape, dtype and device without arithmetic."""
+    if node.op == "get_attr":
+        tensor = resolve(gm, str(node.target))
+        return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def resolve(gm: torch.nn.Module, path: str) -> Any:
+    """The object at a dotted path below `gm`; AttributeError if there is none."""
+    value: Any = gm
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def describe(node: Node, like: Node, provenance: Provenance, gm: GraphModule, mode: FakeTensorMode) -> None:
+    """Give a new node its metadata: place in the model from `like`, value recomputed, maker recorded."""
+    node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
+    node.meta[MADE_BY] = provenance
+    node.meta["val"] = fake_value(node, gm, mode)
+
+
+def emit(
+    gm: GraphModule,
+    found: Match,
+    replacement: Callable[..., Any],
+    fresh: dict[str, Any],
+    provenance: Provenance,
+    mode: FakeTensorMode,
+) -> tuple[Node, tuple[Node, ...]]:
+    """Put `replacement` where the match was found and erase what it covered.
+
+    `fresh` gives the names that the pattern does not bind: an `Attribute` becomes a node that reads the tensor, any
+    other value is written as it is. Returns the node that now computes the result, and all new nodes.
+    """
+    graph, anchor = gm.graph, found.anchor
+    values: dict[Node, Any] = {}
+    new: list[Node] = []
+
+    def add(node: Node) -> Node:
+        describe(node, anchor, provenance, gm, mode)
+        new.append(node)
+        return node
+
+    with graph.inserting_before(anchor):
+        for node in trace_function(replacement).nodes:
+            if node.op == "placeholder":
+                name = str(node.target)
+                value = found.bindings[name] if name in found.bindings else fresh[name]
+                values[node] = add(graph.get_attr(value.path)) if isinstance(value, Attribute) else value
+            elif node.op == "output":
+                result = values[node.args[0]]  # type: ignore[index]
+            else:
+                copy = graph.create_node(node.op, node.target, *_bound(node, values))
+                values[node] = add(copy)
+    _take_place(graph, found, result)
+    return result, tuple(new)
+
+
+def _bound(node: Node, values: dict[Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = list(torch.fx.node.map_aggregate(node.args, lambda n: values[n] if isinstance(n, Node) else n))  # type: ignore
+    kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda n: values[n] if isinstance(n, Node) else n)
+    schema = getattr(node.target, "_schema", None)
+    while schema and args and _is_default(schema.arguments[len(args) - 1], args[-1]):
+        args.pop()  # as capture writes it: trailing defaults are left out
+    return tuple(args), kwargs  # type: ignore[return-value]
+
+
+def _is_default(argument: Any, value: Any) -> bool:
+    return argument.has_default_value() and not isinstance(value, Node) and argument.default_value == value
+
+
+def _take_place(graph: torch.fx.Graph, found: Match, result: Node) -> None:
+    found.anchor.replace_all_uses_with(result)
+    pending = list(found.nodes)
+    while pending:  # users before what they use
+        unused = [node for node in pending if not node.users]
+        for node in unused:
+            graph.erase_node(node)
+        pending = [node for node in pending if node not in unused]
+    for value in found.bindings.values():
+        if isinstance(value, Node) and value.op == "get_attr" and not value.users:
+            graph.erase_node(value)

@@ -1,0 +1,91 @@
+"""Match a pattern against a node. No match is a value: falsy, with the reason and the node at fault."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..errors import user_line
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a pattern was found: the node that computes its result, all nodes it covers, what each name stands for."""
+
+    anchor: Node
+    nodes: tuple[Node, ...]
+    bindings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Why a pattern was not found at a node."""
+
+    node: Node
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: {self.reason} [{user_line(self.node)}]"
+
+
+@functools.cache
+def trace_function(function: Callable[..., Any]) -> Graph:
+    """The graph of a pattern or replacement: a torch function of named arguments, traced once."""
+    return torch.fx.Tracer().trace(function)
+
+
+def arguments(node: Node) -> Iterator[Any]:
+    """The arguments of a node in its operator's order, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        yield from node.args
+        yield from node.kwargs.values()
+        return
+    yield from node.args
+    for argument in schema.arguments[len(node.args) :]:
+        yield node.kwargs.get(argument.name, argument.default_value)
+
+
+def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
+    """Find `pattern` with its result at `anchor`.
+
+    A name that occurs twice must stand for the same value; a node that the pattern covers, other than the anchor, may
+    have no user outside the pattern.
+    """
+    output = trace_function(pattern).output_node().args[0]
+    bindings: dict[str, Any] = {}
+    covered: dict[Node, None] = {}
+    failure = _unify(output, anchor, bindings, covered, anchor)
+    if failure is not None:
+        return failure
+    for node in covered:
+        if node is not anchor and not set(node.users) <= set(covered):
+            return NoMatch(node, "its result is used outside the pattern")
+    return Match(anchor, tuple(covered), bindings)
+
+
+def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Node, None], at: Node) -> NoMatch | None:
+    if not isinstance(pattern, Node):
+        same = pattern == value and type(pattern) is type(value)
+        return None if same else NoMatch(at, f"expected {pattern!r}, found {value!r}")
+    if pattern.op == "placeholder":
+        bound = bindings.setdefault(str(pattern.target), value)
+        same = bound is value or (not isinstance(value, Node) and bound == value)
+        return None if same else NoMatch(at, f"`{pattern.target}` would stand for both {bound} and {value}")
+    if not isinstance(value, Node) or value.op != pattern.op or value.target != pattern.target:
+        found = value.target if isinstance(value, Node) else value
+        return NoMatch(value if isinstance(value, Node) else at, f"expected {pattern.target}, found {found}")
+    covered[value] = None
+    for inner, actual in zip(arguments(pattern), arguments(value), strict=True):
+        failure = _unify(inner, actual, bindings, covered, value)
+        if failure is not None:
+            return failure
+    return None

@@ -1,0 +1,69 @@
+"""The unit of rewriting: a pattern, a replacement, and a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from .emit import Provenance, emit
+from .match import Match, NoMatch, match
+
+
+def always(found: Match) -> str | None:
+    """The check of a rule that needs none."""
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` becomes `replacement` wherever `check` finds no reason against it.
+
+    Both are plain functions over `torch.ops.aten` that share argument names; a name that occurs only in the
+    replacement is made fresh at each match. `check` returns the reason to refuse a match, or None.
+    """
+
+    pattern: Callable[..., Any]
+    replacement: Callable[..., Any]
+    check: Callable[[Match], str | None] = always
+
+    def reversed(self) -> Rule:
+        """The rule that undoes this one."""
+        return Rule(self.replacement, self.pattern)
+
+    def find(self, anchor: Node) -> Match | NoMatch:
+        """The match whose result is `anchor`, or why there is none."""
+        found = match(self.pattern, anchor)
+        if isinstance(found, Match) and (reason := self.check(found)):
+            return NoMatch(anchor, reason)
+        return found
+
+    def apply(
+        self,
+        gm: GraphModule,
+        found: Match,
+        provenance: Provenance,
+        mode: FakeTensorMode,
+        fresh: dict[str, Any] | None = None,
+    ) -> tuple[Node, tuple[Node, ...]]:
+        """Rewrite one match. Returns the node that computes the result now, and all new nodes."""
+        return emit(gm, found, self.replacement, fresh or {}, provenance, mode)
+
+    def apply_everywhere(self, gm: GraphModule, made_by: str, mode: FakeTensorMode) -> int:
+        """Rewrite every match, last first, once each: a rule whose output matches again stays finite.
+
+        New nodes keep the site and adapter of the node they replace.
+        """
+        count = 0
+        for anchor in reversed(list(gm.graph.nodes)):
+            if anchor._erased:
+                continue
+            found = self.find(anchor)
+            if isinstance(found, Match):
+                before = anchor.meta.get("lorafx", Provenance(made_by))
+                self.apply(gm, found, Provenance(made_by, before.site, before.adapter), mode)
+                count += 1
+        return count

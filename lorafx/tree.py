@@ -1,0 +1,138 @@
+"""One tree of owners: a mirror of the base model's modules that shares every parameter and buffer.
+
+A mirror module is of the same class and has the same attributes as its original; its `_parameters` and `_buffers`
+are the original's own dicts, so a tensor replaced in one is replaced in both, while its `_modules` dict is its own:
+adapters can hang below it and the original never sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OWN_DICTS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# On a module: what `attach` made below it. On an adapted tree: its state. On its class: the base model's class.
+ATTACHED, STATE, MIRRORED_AS = "_lorafx_attached", "_lorafx", "_lorafx_mirrored_as"
+
+
+def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A mirror of `model` and all modules below it, without what `attach` hung there."""
+    memo = {} if memo is None else memo
+    if id(model) in memo:
+        return memo[id(model)]
+    copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
+    copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
+    if getattr(vars(model).get("forward"), "lorafx", False):
+        del copy.__dict__["forward"]  # a call of this part alone, as an adapted tree serves it
+    attached = vars(model).get(ATTACHED, ())
+    copy.__dict__["_modules"] = {
+        name: child if child is None else mirror(child, memo)
+        for name, child in model._modules.items()
+        if name not in attached
+    }
+    for name in _OWN_DICTS:
+        if name in vars(model):
+            copy.__dict__[name] = vars(model)[name].copy()
+    return copy
+
+
+def rebind(memo: dict[int, nn.Module]) -> None:
+    """Point what mirrored modules hold outside `_modules` at the mirrors: bound methods, modules, lists of them."""
+    for copy in memo.values():
+        for key, value in vars(copy).items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                copy.__dict__[key] = _redirected(value, memo)
+
+
+def _redirected(value: Any, memo: dict[int, nn.Module]) -> Any:
+    if isinstance(value, MethodType) and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if type(value) in (list, tuple) and any(isinstance(item, (nn.Module, MethodType)) for item in value):
+        return type(value)(_redirected(item, memo) for item in value)
+    if type(value) is dict and any(isinstance(item, (nn.Module, MethodType)) for item in value.values()):
+        return {key: _redirected(item, memo) for key, item in value.items()}
+    return value
+
+
+def mirrored(model: nn.Module) -> nn.Module:
+    """A complete mirror of `model`, ready to be called or adapted."""
+    memo: dict[int, nn.Module] = {}
+    copy = mirror(model, memo)
+    rebind(memo)
+    return copy
+
+
+def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
+    """Hang a parameter at `path`; modules that are missing on the way are made, and remembered as attached."""
+    *parents, last = path.split(".")
+    owner = root
+    for atom in parents:
+        if atom not in owner._modules:
+            owner.add_module(atom, nn.Module())
+            owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
+            owner._modules[atom].train(owner.training)
+        owner = owner._modules[atom]
+    owner.register_parameter(last, tensor)
+
+
+def detach(root: nn.Module, paths: Iterable[str]) -> None:
+    """Take parameters away again, and the modules that `attach` made for them once they are empty."""
+    for path in paths:
+        owners = [root]
+        *parents, last = path.split(".")
+        for atom in parents:
+            owners.append(owners[-1]._modules[atom])
+        del owners[-1]._parameters[last]
+        for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
+            if atom in vars(owner).get(ATTACHED, ()) and not child._modules and not child._parameters:
+                del owner._modules[atom]
+                owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor | None:
+    """The tensor at a dotted path, or None."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom, None)
+        if value is None:
+            return None
+    return value if isinstance(value, Tensor) else None
+
+
+def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
+    """Let exactly the parameters at these paths be trained."""
+    wanted = {id(tensor_at(root, path)) for path in trainable}
+    for parameter in root.parameters():
+        flag = id(parameter) in wanted
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def layout(root: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph was specialised on in the tree: each module's mode, each tensor's dtype and device."""
+    modes = bytes(module.training for module in root.modules())
+    tensors = tuple((t.dtype, t.device) for m in root.modules() for t in _own_tensors(m))
+    return modes, tensors
+
+
+def _own_tensors(module: nn.Module) -> Iterable[torch.Tensor]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)

@@ -1,0 +1,46 @@
+"""canonicalize: the captured graph in the one shape that later passes expect.
+
+Assertions about tensor metadata go (they pin an autocast state), as does whatever computes nothing that is used, and
+every parameter is read right before its first use instead of at the top of the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lorafx.pipeline import Context, Pass
+
+ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Afterwards no node is dead, and every attribute is read next to its first user."""
+
+    establishes = frozenset({"canonical"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        before = len(gm.graph.nodes)
+        for node in list(gm.graph.nodes):
+            if node.target in ASSERTIONS:
+                gm.graph.erase_node(node)
+        gm.graph.eliminate_dead_code(is_impure_node=_must_stay)
+        _sink_attributes(gm.graph)
+        return before - len(gm.graph.nodes)
+
+
+def _must_stay(node: Node) -> bool:
+    """Inputs, output, guards, and operators that write into their arguments."""
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable)
+
+
+def _sink_attributes(graph: Graph) -> None:
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="get_attr"):
+        min(node.users, key=position.__getitem__).prepend(node)

@@ -1,0 +1,87 @@
+"""fold_scaling: the adapter's scaling becomes the `alpha` of the operator that adds its update.
+
+    base + s · (h Bᵀ)  ->  addmm(base, h, Bᵀ, alpha=s)      on matrices: one GEMM that accumulates
+    base + s · update  ->  add(base, update, alpha=s)       for what is no matrix product, or mixes dtypes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, made_by
+
+aten = torch.ops.aten
+
+
+def product(base, hidden, lora_B, scaling):
+    return aten.add.Tensor(base, aten.mul.Tensor(aten.linear.default(hidden, lora_B), scaling))
+
+
+def folded_matrix(base, hidden, lora_B, scaling):
+    return aten.addmm.default(base, hidden, aten.t.default(lora_B), alpha=scaling)
+
+
+def folded_product(base, hidden, lora_B, scaling, outputs, rank):
+    rows = aten.reshape.default(base, [-1, outputs])
+    hidden_rows = aten.reshape.default(hidden, [-1, rank])
+    total = aten.addmm.default(rows, hidden_rows, aten.t.default(lora_B), alpha=scaling)
+    return aten.view_as.default(total, base)
+
+
+def scaled(base, update, scaling):
+    return aten.add.Tensor(base, aten.mul.Tensor(update, scaling))
+
+
+def folded_sum(base, update, scaling):
+    return aten.add.Tensor(base, update, alpha=scaling)
+
+
+def _is_matrix(found: Match) -> str | None:
+    return _one_dtype(found) or (None if found.bindings["base"].meta["val"].ndim == 2 else "base is no matrix")
+
+
+def _one_dtype(found: Match) -> str | None:
+    base, hidden, weight = (found.bindings[name].meta["val"] for name in ("base", "hidden", "lora_B"))
+    product_dtype = hidden.dtype if torch.is_autocast_enabled(base.device.type) else weight.dtype
+    if base.dtype == hidden.dtype == product_dtype:
+        return None
+    return f"addmm needs one dtype, not {base.dtype}, {hidden.dtype} and {weight.dtype}"
+
+
+MATRIX = Rule(product, folded_matrix, _is_matrix)
+PRODUCT = Rule(product, folded_product, _one_dtype)
+SUM = Rule(scaled, folded_sum)
+
+
+@dataclass(frozen=True)
+class FoldScaling(Pass):
+    """Afterwards no node multiplies an adapter's update by its scaling."""
+
+    requires = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        mode, count = fake_mode_of(gm), 0
+        for node in reversed(list(gm.graph.nodes)):
+            maker = made_by(node)
+            if maker is None or not maker.adapter or node._erased:
+                continue
+            rule, found = _first(node)
+            if rule is not None and isinstance(found, Match):
+                rule.apply(gm, found, Provenance(self.name, maker.site, maker.adapter), mode, _sizes(found))
+                count += 1
+        return count
+
+
+def _first(node: Node) -> tuple[Rule | None, object]:
+    return next(((rule, m) for rule in (MATRIX, PRODUCT, SUM) if isinstance(m := rule.find(node), Match)), (None, None))
+
+
+def _sizes(found: Match) -> dict[str, int]:
+    if "lora_B" not in found.bindings:
+        return {}
+    outputs, rank = found.bindings["lora_B"].meta["val"].shape
+    return {"outputs": outputs, "rank": rank}

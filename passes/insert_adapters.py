@@ -1,0 +1,124 @@
+"""insert_adapters: the adapter's equation takes the place of the base operator, at every site.
+
+The pattern is a site form's (`lorafx.forms`), the replacement is the kind's equation on the same argument names
+(`lorafx.kinds`); the names that only the equation has become reads of the adapter's tensors, and numbers. The inverse
+is `merge_adapters`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from lorafx.adapter import Adapter
+from lorafx.forms import FORMS
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Attribute, Match, Provenance, Rule, fake_mode_of
+from lorafx.rewrite.emit import describe
+from lorafx.sites import Site
+
+from .match_targets import SITE
+
+ADAPTED_BY = "adapted_by"
+
+
+@dataclass(frozen=True)
+class InsertAdapters(Pass):
+    """Afterwards every marked node is the active adapters' equation, the first adapter's update innermost.
+
+    Biases and modules that an adapter trains as a whole are read from its own copies.
+    """
+
+    requires = frozenset({"sites"})
+    establishes = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        mode, count = fake_mode_of(gm), 0
+        for node in [node for node in gm.graph.nodes if SITE in node.meta]:
+            site = node.meta[SITE]
+            for adapter in reversed([a for a in context.adapters if site in a.selection]):
+                node = _insert(gm, node, site, adapter, mode)
+                count += 1
+        for adapter in context.adapters:
+            count += _read_own_copies(gm, adapter, mode)
+        return count
+
+
+def rules(site: Site, adapter: Adapter) -> list[Rule]:
+    """The insertion at a site, one rule for each way its weight may be read."""
+    readable = [pattern for form in FORMS for pattern in form.patterns if _can_read(site, form)]
+    return [Rule(pattern, adapter.kind.equation(site, pattern)) for pattern in readable]
+
+
+def _can_read(site: Site, form: Any) -> bool:
+    return form is site.form or (bool(site.tied) and form.name in ("linear", "embedding"))
+
+
+def _insert(gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
+    """Insert one adapter at one node; returns the node that is the base operator now."""
+    found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
+    where, target = Provenance(InsertAdapters.name, site.name, adapter.name), node.target
+    _, new = rule.apply(gm, found, where, mode, _fresh(gm, site, adapter, node))
+    base = next(n for n in new if n.target is target and found.bindings["weight"] in n.args)
+    base.meta[SITE] = site
+    base.meta[ADAPTED_BY] = (adapter.name, *node.meta.get(ADAPTED_BY, ()))
+    return base
+
+
+def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[str, Any]:
+    paths = adapter.tensors[site.name]
+    names = adapter.kind.names(site, adapter.config)
+    tensors = {name: suffix and Attribute(paths[suffix]) for name, suffix in names.items()}
+    first = gm.get_parameter(next(iter(paths.values())))
+    return {
+        **tensors,
+        **adapter.kind.scalars(site, adapter.config),
+        "training": gm.get_submodule(site.name).training,
+        "dtype": first.dtype,
+        "result_dtype": node.meta["val"].dtype,
+    }
+
+
+def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
+    """Send the reads of replaced base tensors to the adapter's copies."""
+    owners = {id(gm_tensor(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
+    count = 0
+    for node in gm.graph.find_nodes(op="get_attr"):
+        base, copy = owners.get(id(gm_tensor(gm, node.target)), ("", ""))
+        if not copy:
+            continue
+        users = [user for user in node.users if _belongs(user, node, base)]
+        if not users:
+            continue
+        with gm.graph.inserting_before(node):
+            own = gm.graph.get_attr(copy)
+        describe(own, users[0], Provenance(InsertAdapters.name, base, adapter.name), gm, mode)
+        for user in users:
+            user.replace_input_with(node, own)
+            count += 1
+        if not node.users:
+            gm.graph.erase_node(node)
+    return count
+
+
+def _belongs(user: Node, read: Node, base: str) -> bool:
+    """Whether a read of a tensor that may be tied is made by the module that owns `base`."""
+    if read.target == base:
+        stack = [path for path, _ in user.meta.get("nn_module_stack", {}).values()]
+        owner = base.rpartition(".")[0]
+        innermost = stack[-1] if stack else owner
+        return owner.startswith(innermost) or innermost.startswith(owner)
+    stack = [path for path, _ in user.meta.get("nn_module_stack", {}).values()]
+    return bool(stack) and stack[-1] == base.rpartition(".")[0]
+
+
+def gm_tensor(root: nn.Module, path: str) -> Any:
+    """The object at a path, or None."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom, None)
+    return value

@@ -1,0 +1,62 @@
+"""match_targets: find where the graph reads the selected weights.
+
+A read is known by the parameter itself, not by its name, so tied weights and modules that run more than once are found
+wherever they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorafx.errors import UncoveredOperatorError, user_line
+from lorafx.forms import FORMS
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, match, resolve
+from lorafx.sites import Site
+
+SITE = "site"
+
+
+@dataclass(frozen=True)
+class MatchTargets(Pass):
+    """Afterwards every node that reads a selected weight carries its site in `meta["site"]`.
+
+    Raises `UncoveredOperatorError` for a selected weight that something else than a site form reads. A site that the
+    call does not run is no error.
+    """
+
+    requires = frozenset({"canonical"})
+    establishes = frozenset({"sites"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        sites = context.sites_by_weight(gm)
+        count = 0
+        for node in gm.graph.find_nodes(op="get_attr"):
+            site = sites.get(id(resolve(gm, node.target)))
+            for user in node.users if site else ():
+                count += _mark(user, node, site)
+        return count
+
+
+def _mark(user: Node, weight: Node, site: Site) -> int:
+    if user.target is torch.ops.aten.sym_size.int:
+        return 0  # a size is the same with and without the adapter
+    for form in FORMS:
+        for pattern in form.patterns:
+            found = match(pattern, user)
+            if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(user, weight):
+                user.meta[SITE] = site
+                return 1
+    raise UncoveredOperatorError(
+        f"site {site.name}: its weight is read by {user.target}, which no site form covers [{user_line(user)}]. "
+        f"Exclude the module (`exclude_modules`), or select one whose weight is read as "
+        f"{', '.join(form.name for form in FORMS)}."
+    )
+
+
+def _reads_once(user: Node, weight: Node) -> bool:
+    """The weight is the operator's weight and not also its input."""
+    return sum(argument is weight for argument in user.args) == 1
