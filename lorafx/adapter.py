@@ -133,9 +133,7 @@ def build(
         attach(root, path, parameter)
 
 
-def _start_values(
-    adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device
-) -> dict[str, Tensor]:
+def _start_values(adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
     where = "meta" if device.type == "meta" else "cpu"  # one stream of random numbers, whatever the device
     shapes = adapter.kind.shapes(site, adapter.config)
     tensors = {suffix: torch.empty(shape, device=where) for suffix, shape in shapes.items()}

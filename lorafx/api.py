@@ -12,8 +12,9 @@ from torch import nn
 from . import checkpoint, passes
 from .adapter import plan
 from .config import LoraConfig
+from .dispatch import Dispatcher
 from .errors import AdapterError
-from .model import AdaptedModel, adapt, copy_into, fit
+from .model import AdaptedModel, adapt, copy_into
 from .pipeline import Observer, Pass, Pipeline
 from .tree import mirrored
 
@@ -55,8 +56,7 @@ def compile(
     """
     chosen = _pipeline(pipeline)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
-    adapted = adapt(model, chosen, backend, autocast_adapter_dtype)
-    adapted._lorafx.observers = tuple(observers)
+    adapted = adapt(model, Dispatcher(chosen, backend, tuple(observers)), autocast_adapter_dtype)
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
@@ -94,8 +94,8 @@ def load(
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
-    fitted, values, embeddings = fit(_plain(model), adapter_name, found, is_trainable)
-    adapted = adapt(model, chosen, backend, autocast_adapter_dtype)
+    fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
+    adapted = adapt(model, Dispatcher(chosen, backend), autocast_adapter_dtype)
     adapted._install(fitted, values=values)
     adapted.set_adapter(adapter_name)
     copy_into(adapted, embeddings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.export import Dim, ShapesCollection
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from .autocast import autocast_dtype
 from .errors import CaptureError
 from .rewrite import resolve
 from .tree import mirrored, tensor_at
@@ -28,7 +30,38 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 
     Raises `CaptureError` with torch's reason when the call cannot be captured.
     """
-    return rooted(_export(mirrored(model), args, kwargs), model)
+    return trace_part(model, "", args, kwargs)
+
+
+def trace_part(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+    """Capture a call of the module at `path` below `model`, as a graph over the whole model."""
+    bare = mirrored(model)
+    bare.__dict__["forward"] = _as_called(bare.get_submodule(path).forward, args, kwargs)
+    return rooted(_export(bare, args, kwargs), model)
+
+
+def _as_called(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The same forward with a signature of just this call's arguments, as torch.export wants to see it.
+
+    Containers are rebuilt before the model gets them: a cache that it fills must not change under export's hands.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    names = argument_names(forward, args)
+    positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    keywords = [Parameter(name, Parameter.KEYWORD_ONLY) for name in kwargs]
+    call.__signature__ = Signature(positional + keywords)  # type: ignore[attr-defined]
+    return call
+
+
+def argument_names(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """What the model calls its positional arguments; those of a `*args` are numbered."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [named[i] if i < len(named) else f"arg_{i}" for i in range(len(args))]
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
@@ -108,10 +141,7 @@ def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
-    autocast = tuple(
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices if d not in ("meta",)
-    )
-    return repr(spec), tuple(map(_leaf_key, leaves)), torch.is_grad_enabled(), autocast
+    return repr(spec), tuple(map(_leaf_key, leaves)), torch.is_grad_enabled(), tuple(map(autocast_dtype, devices))
 
 
 def _leaf_key(leaf: Any) -> Hashable:
@@ -126,8 +156,7 @@ def _leaf_key(leaf: Any) -> Hashable:
 
 def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """A call in a line, for reports: `train, input_ids[2, 7], labels[2, 7]`."""
-    names = list(inspect.signature(model.forward).parameters)
-    named = {**dict(zip(names, args)), **kwargs}
+    named = {**dict(zip(argument_names(model.forward, args), args)), **kwargs}
     shown = [
         f"{k}{list(v.shape)}" if isinstance(v, Tensor) else f"{k}={v!r}" for k, v in named.items() if v is not None
     ]

@@ -18,13 +18,14 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, plan
 from .config import LoraConfig
 from .errors import CheckpointError, ConfigError
 from .folder import replace_folder
 from .tree import tensor_at
 
-CONFIG, WEIGHTS, OLD_WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
+CONFIG, CARD = "adapter_config.json", "README.md"
+WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The version of PEFT whose format is written, for PEFT's own checks of age.
 FORMAT = "0.21.2"
@@ -39,7 +40,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
 
-def keys(root: nn.Module, adapter: Adapter) -> dict[str, str]:
+def keys(adapter: Adapter) -> dict[str, str]:
     """PEFT's key of each of the adapter's tensors, to the tensor's path."""
     named = {
         f"{PREFIX}{site}.{suffix}": path
@@ -96,10 +97,29 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], base:
         weight = tensor_at(base, path)
         if weight is not None and weight.shape != tensor.shape:
             raise CheckpointError(
-                f"{file}: the saved embedding {path} is {tuple(tensor.shape)} and the model's is {tuple(weight.shape)}; "
+                f"{file}: the saved {path} is {tuple(tensor.shape)} and the model's is {tuple(weight.shape)}; "
                 "call `resize_token_embeddings` on the base model first"
             )
     return embeddings
+
+
+def fit(
+    root: nn.Module, name: str, found: Checkpoint, is_trainable: bool
+) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
+    """Match a file with a model, touching nothing: the adapter, its values by path, embedding weights by path.
+
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
+    """
+    adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
+    shapes = {
+        adapter.tensors[site.name][suffix]: shape
+        for site in adapter.selection
+        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
+    }
+    shapes |= {path: tuple(tensor_at(root, base).shape) for base, path in adapter.replaced.items()}
+    named = keys(adapter)
+    embeddings = check(found, {key: shapes[path] for key, path in named.items()}, root)
+    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
 
 
 def write(
@@ -114,7 +134,7 @@ def write(
 
     `base_weights` are base tensors to save along, by path (embeddings).
     """
-    tensors = {key: _plain(tensor_at(root, path)) for key, path in keys(root, adapter).items()}
+    tensors = {key: _plain(tensor_at(root, path)) for key, path in keys(adapter).items()}
     adapted = adapter.selection.by_name
     for path, tensor in base_weights.items():
         owner, _, last = path.rpartition(".")
@@ -186,11 +206,11 @@ def _embedding_path(key: str, base: nn.Module) -> str | None:
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:
     """Paths of the input and output embeddings' weights and biases, for models that say which they are."""
-    layers = [getattr(base, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(base, name)]
-    owned = {name: module for name, module in base.named_modules(remove_duplicate=False)}
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(base, getter)() for getter in getters if hasattr(base, getter)]
     return tuple(
         f"{name}.{last}"
-        for name, module in owned.items()
+        for name, module in base.named_modules(remove_duplicate=False)
         if any(module is layer for layer in layers)
         for last in module._parameters
         if module._parameters[last] is not None

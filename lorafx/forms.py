@@ -32,13 +32,13 @@ def embedding(ids, weight, padding_idx, scale_grad_by_freq, sparse):
     return aten.embedding.default(weight, ids, padding_idx, scale_grad_by_freq, sparse)
 
 
-def convolution(op: Callable[..., Any]) -> Callable[..., Any]:
+def convolution(op: Callable[..., Any], dims: int) -> Callable[..., Any]:
     """The pattern of one convolution overload: (batch, in, …), (out, in/groups, …) -> (batch, out, …)"""
 
     def conv(x, weight, bias, stride, padding, dilation, groups):
         return op(x, weight, bias, stride, padding, dilation, groups)
 
-    conv.op = op  # type: ignore[attr-defined]  # a kind builds its equation on the same overload
+    conv.op, conv.dims = op, dims  # type: ignore[attr-defined]  # a kind builds its equation on the same overload
     return conv
 
 
@@ -66,17 +66,17 @@ class Form:
         return self.name
 
 
-def _conv(name: str, module: type[nn.Module], packet: Any) -> Form:
-    return Form(name, (module,), (convolution(packet.default), convolution(packet.padding)))
+def _conv(name: str, module: type[nn.Module], packet: Any, dims: int) -> Form:
+    return Form(name, (module,), (convolution(packet.default, dims), convolution(packet.padding, dims)))
 
 
 LINEAR = Form("linear", (nn.Linear,), (linear,))
 CONV1D = Form("addmm", (Conv1D,), (addmm,), transposed=True)
 EMBEDDING = Form("embedding", (nn.Embedding,), (embedding,), transposed=True)
 CONVOLUTIONS = (
-    _conv("conv1d", nn.Conv1d, aten.conv1d),
-    _conv("conv2d", nn.Conv2d, aten.conv2d),
-    _conv("conv3d", nn.Conv3d, aten.conv3d),
+    _conv("conv1d", nn.Conv1d, aten.conv1d, 1),
+    _conv("conv2d", nn.Conv2d, aten.conv2d, 2),
+    _conv("conv3d", nn.Conv3d, aten.conv3d, 3),
 )
 FORMS = (LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS)
 

@@ -116,7 +116,7 @@ class Ledger:
         """Restore every base parameter bit for bit: all of them or none; `MergeError` where that is impossible."""
         for path, entry in self.entries.items():
             _check_untouched(root, path, entry)
-        self._move(root, {path: () for path in self.entries}, safe=False)
+        self._move(root, dict.fromkeys(self.entries, ()), safe=False)
         self.adapters = ()
 
     def original(self, root: nn.Module, path: str) -> Tensor:

@@ -1,12 +1,11 @@
-"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs that serve calls."""
+"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs to serve calls."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,49 +16,33 @@ from torch.fx import GraphModule
 
 from . import checkpoint
 from .adapter import Adapter, build, plan, remove, trainable_paths
-from .capture import call_key, describe_call, refresh, trace
 from .config import LoraConfig
-from .errors import AdapterError, CaptureError
-from .lower import lower
+from .dispatch import Dispatcher
+from .errors import AdapterError
 from .merge import Ledger
-from .pipeline import Context, Observer, Pipeline
-from .report import Report, Step
+from .pipeline import Context
+from .report import Report
 from .sites import Selection
-from .tree import MIRRORED_AS, STATE, layout, mirrored, set_trainable, tensor_at
-
-
-@dataclass
-class Program:
-    """A rewritten graph that serves calls, and how it came about."""
-
-    title: str
-    gm: GraphModule
-    run: Any
-    steps: tuple[Step, ...]
-    capture_seconds: float
-
-    def __call__(self, tree: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        refresh(self.gm, tree)
-        return self.run(*args, **kwargs)
+from .tree import MIRRORED_AS, STATE, mirrored, set_trainable, tensor_at
 
 
 @dataclass
 class State:
-    """What an AdaptedModel is besides a module tree. Graphs are kept here and never copied with the model."""
+    """What an AdaptedModel is besides a module tree."""
 
     base: nn.Module
-    pipeline: Pipeline
-    backend: str
+    dispatcher: Dispatcher
     autocast_adapter_dtype: bool
     base_requires_grad: dict[str, bool]
-    observers: tuple[Observer, ...] = ()
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
-    programs: dict[Hashable, list[Program]] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "programs": {}}
+    @property
+    def context(self) -> Context:
+        """The adapters that act, merged ones innermost: they are part of W."""
+        names = dict.fromkeys((*self.ledger.names, *self.active))
+        return Context(tuple(self.adapters[name] for name in names), frozenset(self.ledger.names))
 
 
 class PartCall:
@@ -94,42 +77,10 @@ class AdaptedModel(nn.Module):
 
         Raises `CaptureError` when the call cannot be captured.
         """
-        kept = self._lorafx.programs.setdefault(self._key("", args, kwargs), [])
-        if not kept:
-            kept.append(self._build("", args, kwargs))
-        refresh(kept[-1].gm, self)
-        return kept[-1].gm
+        return self._lorafx.dispatcher.graph(self, self._lorafx.context, args, kwargs)
 
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kept = self._lorafx.programs.setdefault(self._key(path, args, kwargs), [])
-        for program in kept:
-            with contextlib.suppress(_GuardFailed):
-                return _guarded(program, self, args, kwargs)
-        kept.append(self._build(path, args, kwargs))
-        try:
-            return _guarded(kept[-1], self, args, kwargs)
-        except _GuardFailed as error:
-            kept.pop()
-            raise CaptureError(f"the graph captured from this very call does not accept it: {error}") from error
-
-    def _key(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        state = self._lorafx
-        return path, call_key(args, kwargs), layout(self), state.active, state.ledger.names, _switches(self)
-
-    def _build(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        """Capture a call of the module at `path`, run the pipeline over the graph, lower it."""
-        state, start = self._lorafx, time.perf_counter()
-        part = self.get_submodule(path)
-        gm = trace(self, *args, **kwargs) if not path else trace_part(self, path, args, kwargs)
-        seconds = time.perf_counter() - start
-        steps = state.pipeline.run(gm, self._context(), state.observers)
-        title = f"{path}({describe_call(part, args, kwargs)})" if path else describe_call(part, args, kwargs)
-        return Program(title, gm, lower(gm, state.backend), steps, seconds)
-
-    def _context(self) -> Context:
-        state = self._lorafx
-        names = dict.fromkeys((*state.active, *state.ledger.names))
-        return Context(tuple(state.adapters[name] for name in names), frozenset(state.ledger.names))
+        return self._lorafx.dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -164,8 +115,10 @@ class AdaptedModel(nn.Module):
 
     def report(self) -> Report:
         """What each pass did to each kept graph, and what merging holds; prints as tables."""
-        programs = [program for kept in self._lorafx.programs.values() for program in kept]
-        graphs = {f"graph {i} ({p.title}), captured in {p.capture_seconds:.2f} s": p.steps for i, p in enumerate(programs)}
+        graphs = {
+            f"graph {number} ({program.title}), captured in {program.capture_seconds:.2f} s": program.steps
+            for number, program in enumerate(self._lorafx.dispatcher)
+        }
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -176,9 +129,7 @@ class AdaptedModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
-        )
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def __repr__(self) -> str:
         state = self._lorafx
@@ -192,7 +143,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         """Add a new adapter; `set_adapter` makes it active.
 
-        Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that does not fit.
+        Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
         self._install(plan(mirrored(self), adapter_name, LoraConfig.of(peft_config)), random_state=random_state)
 
@@ -207,7 +158,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`."""
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
-        adapter, values, embeddings = fit(mirrored(self), adapter_name, found, is_trainable)
+        adapter, values, embeddings = checkpoint.fit(mirrored(self), adapter_name, found, is_trainable)
         self._install(adapter, values=values)
         copy_into(self, embeddings)
         if not is_trainable:
@@ -250,7 +201,7 @@ class AdaptedModel(nn.Module):
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
         remove(self, adapter)
         del state.adapters[adapter_name]
-        state.programs.clear()
+        state.dispatcher.programs.clear()
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
             state.active = rest or tuple(state.adapters)[:1]
@@ -291,7 +242,7 @@ class AdaptedModel(nn.Module):
         names = self._lorafx.active if adapter_names is None else tuple(adapter_names)
         adapters = [self._adapter(name) for name in dict.fromkeys(names) if name not in self._lorafx.ledger.names]
         if not adapters:
-            warnings.warn("all of these adapters are merged already" if names else "there is no active adapter to merge")
+            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
         self._lorafx.ledger.merge(self, adapters, safe=safe_merge)
 
@@ -327,7 +278,7 @@ class AdaptedModel(nn.Module):
         for adapter in state.adapters.values():
             remove(self, adapter)
         state.adapters, state.active = {}, ()
-        state.programs.clear()
+        state.dispatcher.programs.clear()
         for path, flag in state.base_requires_grad.items():
             parameter = tensor_at(state.base, path)
             if parameter is not None and parameter.is_floating_point():
@@ -370,30 +321,8 @@ class AdaptedModel(nn.Module):
         paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
         adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
         if wanted == "auto":
-            base = self._lorafx.base
-            resized = any((t := tensor_at(base, path)) is None or t.shape != tensor_at(self, path).shape for path in paths)
-            wanted = bool(adapted) or resized
+            wanted = bool(adapted) or any(_resized(self._lorafx.base, self, path) for path in paths)
         return (adapted or paths) if wanted else []
-
-
-class _GuardFailed(Exception):
-    """A kept graph does not fit the call's sizes."""
-
-
-def _guarded(program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    try:
-        return program(tree, args, kwargs)
-    except AssertionError as error:
-        if str(error).startswith("Guard failed"):
-            raise _GuardFailed(str(error)) from error
-        raise
-
-
-def _switches(model: nn.Module) -> Hashable:
-    """The plain settings of a model's config, which its forward may read (`use_cache` and the like)."""
-    config = getattr(model, "config", None)
-    values = vars(config).items() if hasattr(config, "__dict__") else ()
-    return tuple((key, value) for key, value in values if isinstance(value, (bool, int, float, str)))
 
 
 def _parts(adapter: Adapter) -> Iterator[str]:
@@ -403,11 +332,9 @@ def _parts(adapter: Adapter) -> Iterator[str]:
     yield from sorted(path for path in paths if path)
 
 
-def trace_part(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
-    """Capture a call of the module at `path`, as a graph over the whole tree."""
-    bare = mirrored(tree)
-    bare.__dict__["forward"] = bare.get_submodule(path).forward
-    return trace(bare, *args, **kwargs)
+def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:
+    before, now = tensor_at(base, path), tensor_at(tree, path)
+    return before is None or now is None or before.shape != now.shape
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
@@ -421,25 +348,6 @@ def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
             module._buffers[last] = copy.detach().clone()
 
 
-def fit(
-    root: nn.Module, name: str, found: checkpoint.Checkpoint, is_trainable: bool
-) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """Match a file with a model, touching nothing: the adapter, its values by path, embedding weights by path.
-
-    Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
-    """
-    adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
-    shapes = {
-        adapter.tensors[site.name][suffix]: shape
-        for site in adapter.selection
-        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
-    }
-    shapes |= {path: tuple(tensor_at(root, base).shape) for base, path in adapter.replaced.items()}
-    named = checkpoint.keys(root, adapter)
-    embeddings = checkpoint.check(found, {key: shapes[path] for key, path in named.items()}, root)
-    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
-
-
 def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Write tensors into the tree, in place."""
     with torch.no_grad():
@@ -447,12 +355,12 @@ def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
             tensor_at(tree, path).copy_(value)
 
 
-def adapt(base: nn.Module, pipeline: Pipeline, backend: str, autocast_adapter_dtype: bool) -> AdaptedModel:
+def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
     """An AdaptedModel over `base` with no adapter yet."""
     tree = mirrored(base)
     tree.__class__ = _class_for(type(base))
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
-    tree.__dict__[STATE] = State(base, pipeline, backend, autocast_adapter_dtype, flags)
+    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     return tree  # type: ignore[return-value]
 
 

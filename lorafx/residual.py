@@ -24,12 +24,12 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 def ordered(tensor: Tensor) -> Tensor:
-    """The bits of each float as an integer that grows with the float; neighbours differ by 1. Its own inverse on bits."""
-    bits = tensor.view(_INTEGER[tensor.dtype])
-    return _flip(bits)
+    """The bits of each float as an integer that grows with the float: neighbours differ by 1."""
+    return _flip(tensor.view(_INTEGER[tensor.dtype]))
 
 
 def _flip(bits: Tensor) -> Tensor:
+    """Between the bits of floats and integers in their order; its own inverse."""
     largest = torch.iinfo(bits.dtype).max
     return torch.where(bits < 0, bits ^ largest, bits)
 

@@ -251,7 +251,9 @@ def _unfit_message(unfit: dict[str, nn.Module]) -> str:
 def _nothing_message(modules: dict[str, nn.Module], config: LoraConfig) -> str:
     targets = config.target_modules
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
-    return f"no module matches target_modules={targets!r}. {_nearest(wanted, modules)}"
+    regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
+    narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
+    return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"
 
 
 def _nearest(wanted: list[str], modules: dict[str, nn.Module]) -> str:

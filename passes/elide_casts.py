@@ -1,6 +1,6 @@
 """elide_casts: a cast to the dtype a tensor already has is the tensor itself.
 
-    x.to(dtype)  ->  x        where x.dtype is dtype
+x.to(dtype)  ->  x        where x.dtype is dtype
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """elide_dropout: dropout that drops nothing is its input.
 
-    dropout(x, p, training)  ->  x        where p = 0, or not training
+dropout(x, p, training)  ->  x        where p = 0, or not training
 """
 
 from __future__ import annotations

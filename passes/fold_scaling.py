@@ -1,7 +1,7 @@
 """fold_scaling: the adapter's scaling becomes the `alpha` of the operator that adds its update.
 
-    base + s · (h Bᵀ)  ->  addmm(base, h, Bᵀ, alpha=s)      on matrices: one GEMM that accumulates
-    base + s · update  ->  add(base, update, alpha=s)       for what is no matrix product, or mixes dtypes
+base + s · (h Bᵀ)  ->  addmm(base, h, Bᵀ, alpha=s)      on matrices: one GEMM that accumulates
+base + s · update  ->  add(base, update, alpha=s)       for what is no matrix product, or mixes dtypes
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from lorafx.autocast import autocast_dtype
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, made_by
 
@@ -46,7 +47,7 @@ def _is_matrix(found: Match) -> str | None:
 
 def _one_dtype(found: Match) -> str | None:
     base, hidden, weight = (found.bindings[name].meta["val"] for name in ("base", "hidden", "lora_B"))
-    product_dtype = hidden.dtype if torch.is_autocast_enabled(base.device.type) else weight.dtype
+    product_dtype = autocast_dtype(base.device.type) or weight.dtype
     if base.dtype == hidden.dtype == product_dtype:
         return None
     return f"addmm needs one dtype, not {base.dtype}, {hidden.dtype} and {weight.dtype}"

@@ -55,7 +55,7 @@ def rules(site: Site, adapter: Adapter) -> list[Rule]:
 
 
 def _can_read(site: Site, form: Any) -> bool:
-    return form is site.form or (bool(site.tied) and form.name in ("linear", "embedding"))
+    return form == site.form or (bool(site.tied) and form.name in ("linear", "embedding"))
 
 
 def _insert(gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from lorafx.adapter import Adapter
+from lorafx.errors import VerifyError, user_line
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Provenance, fake_mode_of, made_by
 
@@ -30,7 +31,16 @@ class MergeAdapters(Pass):
         for adapter in (a for a in context.adapters if a.name in context.merged):
             for node in reversed(list(gm.graph.nodes)):
                 count += not node._erased and _revert(gm, node, adapter)
+        _require_gone(gm, context.merged)
         return count
+
+
+def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
+    """A merged adapter that still acted in the graph would act twice."""
+    for node in gm.graph.nodes:
+        maker = made_by(node)
+        if maker and maker.adapter in merged and node.op != "get_attr":
+            raise VerifyError(f"{maker.adapter!r} is merged and still acts at {maker.site} [{user_line(node)}]")
 
 
 def _revert(gm: GraphModule, node: Node, adapter: Adapter) -> bool:

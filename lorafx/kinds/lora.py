@@ -64,7 +64,7 @@ def embedding_of_linear(ids, weight, padding_idx, scale_grad_by_freq, sparse, lo
 def convolution(pattern: Callable[..., Any]) -> Callable[..., Any]:
     """The equation of one convolution overload."""
     op = pattern.op  # type: ignore[attr-defined]
-    pointwise = op.overloadpacket.default
+    pointwise, ones, zeros = op.overloadpacket.default, [1] * pattern.dims, [0] * pattern.dims  # type: ignore
 
     def conv(
         x, weight, bias, stride, padding, dilation, groups,
@@ -72,8 +72,9 @@ def convolution(pattern: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         hidden = aten.dropout.default(aten.to.dtype(x, dtype), p, training)
         hidden = op(hidden, lora_A, None, stride, padding, dilation, 1)
-        update = aten.mul.Tensor(pointwise(hidden, lora_B, lora_bias, 1, 0, 1, groups), scaling)
-        return aten.to.dtype(aten.add.Tensor(op(x, weight, bias, stride, padding, dilation, groups), update), result_dtype)
+        update = aten.mul.Tensor(pointwise(hidden, lora_B, lora_bias, ones, zeros, ones, groups), scaling)
+        base = op(x, weight, bias, stride, padding, dilation, groups)
+        return aten.to.dtype(aten.add.Tensor(base, update), result_dtype)
 
     return conv
 
@@ -98,7 +99,7 @@ class Lora:
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def check(self, site: Site, config: LoraConfig) -> None:
-        if site.form is EMBEDDING and config.lora_bias:
+        if site.form == EMBEDDING and config.lora_bias:
             raise ConfigError(f"{site.name} is an embedding, which has no `lora_bias`; exclude it or leave it False")
         if self.rank(site, config) % site.groups:
             raise ConfigError(
@@ -108,7 +109,7 @@ class Lora:
 
     def shapes(self, site: Site, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         r = self.rank(site, config)
-        if site.form is EMBEDDING:
+        if site.form == EMBEDDING:
             return {"lora_embedding_A": (r, site.in_features), "lora_embedding_B": (site.out_features, r)}
         kernel = site.weight_shape[2:] if site.form in CONVOLUTIONS else ()
         shapes: dict[str, tuple[int, ...]] = {
@@ -118,7 +119,7 @@ class Lora:
         return shapes | ({"lora_B.bias": (site.out_features,)} if config.lora_bias else {})
 
     def init(self, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
-        if site.form is EMBEDDING:
+        if site.form == EMBEDDING:
             nn.init.normal_(tensors["lora_embedding_B"], generator=rng)
             a = tensors["lora_embedding_A"]
             _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
@@ -146,7 +147,7 @@ class Lora:
         return {"scaling": self.scaling(site, config), "p": config.lora_dropout}
 
     def names(self, site: Site, config: LoraConfig) -> dict[str, str | None]:
-        if site.form is EMBEDDING:
+        if site.form == EMBEDDING:
             return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         bias = "lora_B.bias" if config.lora_bias else None
         return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": bias}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -52,7 +53,8 @@ def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
         return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    # The python dispatcher knows composite operators on symbolic sizes.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
