@@ -1,6 +1,6 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
-from . import errors, passes
+from . import errors, passes  # type: ignore[attr-defined]
 from .api import compile, load
 from .capture import trace
 from .config import LoraConfig

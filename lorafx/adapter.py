@@ -12,7 +12,7 @@ from .config import LoraConfig
 from .errors import AdapterError, ConfigError
 from .kinds import Kind, kind_of
 from .sites import Selection, Site, saved_modules, select
-from .tree import attach, detach, tensor_at
+from .tree import attach, detach, find_tensor, tensor_at
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -126,7 +126,6 @@ def build(
             made[path] = nn.Parameter(tensors[suffix].detach().to(device, dtype, copy=True))
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
-        assert tensor is not None
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
         made[path] = nn.Parameter(start, requires_grad=tensor.is_floating_point())
     for path, parameter in made.items():
@@ -149,4 +148,4 @@ def remove(root: nn.Module, adapter: Adapter) -> None:
 def trainable_paths(root: nn.Module, adapters: Iterable[Adapter]) -> list[str]:
     """Paths of the tensors that these adapters train: all of floating point, unless in inference mode."""
     paths = [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
-    return [path for path in paths if (t := tensor_at(root, path)) is not None and t.is_floating_point()]
+    return [path for path in paths if (t := find_tensor(root, path)) is not None and t.is_floating_point()]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, passes
+from . import checkpoint, passes  # type: ignore[attr-defined]
 from .adapter import plan
 from .config import LoraConfig
 from .dispatch import Dispatcher

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .autocast import autocast_dtype
 from .errors import CaptureError
 from .rewrite import resolve
-from .tree import mirrored, tensor_at
+from .tree import find_tensor, mirrored
 
 CAPTURED = "captured"
 
@@ -74,7 +74,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             shapes[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
     try:
         with torch.inference_mode(False):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} could not be captured: {_reason(error)}") from error
@@ -94,7 +94,7 @@ def _register_caches(model: nn.Module) -> None:
     if hasattr(model, "config") and hasattr(model, "_supports_attention_backend"):
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
-        register_cache_pytrees_for_model(model)
+        register_cache_pytrees_for_model(model)  # type: ignore[arg-type]
 
 
 def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
@@ -104,7 +104,7 @@ def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
     """
     private = nn.Module()
     for node in exported.graph.nodes:
-        if node.op not in ("get_attr", "call_module") or tensor_at(tree, str(node.target)) is not None:
+        if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
             continue
         atom = str(node.target).replace(".", "_")
         value = resolve(exported, str(node.target))

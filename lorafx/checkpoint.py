@@ -95,7 +95,7 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], base:
             raise CheckpointError(f"{file}: {key} is {found.dtype}, and must be floating point")
     for path, tensor in embeddings.items():
         weight = tensor_at(base, path)
-        if weight is not None and weight.shape != tensor.shape:
+        if weight.shape != tensor.shape:
             raise CheckpointError(
                 f"{file}: the saved {path} is {tuple(tensor.shape)} and the model's is {tuple(weight.shape)}; "
                 "call `resize_token_embeddings` on the base model first"
@@ -217,9 +217,8 @@ def embedding_weights(base: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _plain(tensor: Tensor | None) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
     """A tensor that safetensors takes: contiguous, on the CPU, sharing memory with no other."""
-    assert tensor is not None
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

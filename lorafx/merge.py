@@ -20,7 +20,7 @@ from .adapter import Adapter
 from .errors import MergeError
 from .residual import Residual, fingerprint, supports
 from .sites import Site
-from .tree import tensor_at
+from .tree import find_tensor
 
 # Copies of A and B are kept, so that unmerging survives changed adapters, where they are small beside the weight.
 _SMALL = 1 / 16
@@ -207,7 +207,7 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[str]:
     shapes = {s: torch.empty(shape, device="meta") for s, shape in source.shapes.items()}
     for parameter in source.adapter.kind.delta(source.site, source.adapter.config, shapes):
         path = f"{source.site.name}.{parameter}"
-        if tensor_at(root, path) is None:
+        if find_tensor(root, path) is None:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         if not supports(root.get_parameter(path).dtype):
             raise MergeError(f"{path} is {root.get_parameter(path).dtype}, which cannot be merged into exactly")

@@ -23,7 +23,7 @@ from .merge import Ledger
 from .pipeline import Context
 from .report import Report
 from .sites import Selection
-from .tree import MIRRORED_AS, STATE, mirrored, set_trainable, tensor_at
+from .tree import MIRRORED_AS, STATE, find_tensor, mirrored, set_trainable, tensor_at
 
 
 @dataclass
@@ -280,7 +280,7 @@ class AdaptedModel(nn.Module):
         state.adapters, state.active = {}, ()
         state.dispatcher.programs.clear()
         for path, flag in state.base_requires_grad.items():
-            parameter = tensor_at(state.base, path)
+            parameter = find_tensor(state.base, path)
             if parameter is not None and parameter.is_floating_point():
                 parameter.requires_grad_(flag)
         return state.base
@@ -333,7 +333,7 @@ def _parts(adapter: Adapter) -> Iterator[str]:
 
 
 def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:
-    before, now = tensor_at(base, path), tensor_at(tree, path)
+    before, now = find_tensor(base, path), find_tensor(tree, path)
     return before is None or now is None or before.shape != now.shape
 
 
@@ -358,7 +358,7 @@ def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
     """An AdaptedModel over `base` with no adapter yet."""
     tree = mirrored(base)
-    tree.__class__ = _class_for(type(base))
+    tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     return tree  # type: ignore[return-value]

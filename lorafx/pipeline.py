@@ -139,8 +139,8 @@ class Pipeline(tuple[Pass, ...]):
         self.check()
         context = context or Context()
         steps: list[Step] = []
-        state = snapshot(gm)
         verify(gm, None, context.adapters, frozenset())
+        state = snapshot(gm)
         facts: frozenset[str] = frozenset()
         for previous, current in zip((None, *self), self):
             _observe(observers, previous, gm, current)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 COLUMN = 88
 
@@ -66,22 +66,35 @@ class Report:
             ]
             parts.append(table(title, columns, rows))
         if self.merged:
-            rows = [(name, kept, size, f"{100 * kept / size:.1f} %") for name, (kept, size) in self.merged.items()]
-            total_kept, total = (sum(pair[i] for pair in self.merged.values()) for i in (0, 1))
-            rows.append(("in all", total_kept, total, f"{100 * total_kept / total:.1f} %"))
-            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share"), rows))
+            totals = tuple(map(sum, zip(*self.merged.values())))
+            shares = [
+                (name, kept, size, f"{100 * kept / size:.1f} %")
+                for name, (kept, size) in [*self.merged.items(), ("in all", totals)]
+            ]
+            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share"), shares))
         return "\n".join(parts)
 
 
 def graph_lines(gm: GraphModule) -> list[str]:
-    """A graph as text, a line a node: result, shape, operator, arguments."""
-    return [f"{node.format_node()}{_shape(node)}" for node in gm.graph.nodes]
+    """A graph as text, a line a node: `linear_1 = linear(relu, second_weight)  # (s0, 3)`."""
+    return [f"{_line(node)}{_shape(node)}" for node in gm.graph.nodes]
 
 
-def _shape(node: Any) -> str:
-    value = node.meta.get("val")
-    shape = getattr(value, "shape", None)
-    return f"  # {tuple(shape)}" if shape is not None else ""
+def _line(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"{node.name} = input"
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    if node.op == "get_attr":
+        return f"{node.name} = {node.target}"
+    operator = str(node.target).removeprefix("aten.").removesuffix(".default")
+    options = (f"{key}={value}" for key, value in node.kwargs.items())
+    return f"{node.name} = {operator}({', '.join([*map(str, node.args), *options])})"
+
+
+def _shape(node: Node) -> str:
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return f"  # ({', '.join(map(str, shape))})" if shape is not None else ""
 
 
 def diff(a: GraphModule, b: GraphModule, *, context: int = 3) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -135,7 +135,7 @@ def wanted_saved_names(config: LoraConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
 
 
-def pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The first of `rank_pattern` or `alpha_pattern` that matches the end of `name`, as PEFT matches them."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
@@ -181,7 +181,7 @@ def _in_layers(config: LoraConfig, name: str) -> bool:
 
 def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """Every linear layer but the head: a causal LM's output embeddings, a classifier's scores."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for name in CLASSIFIER_HEADS if (h := getattr(model, name, None)) is not None), None)
     return {
@@ -218,7 +218,7 @@ def _site(name: str, module: nn.Module, tied: tuple[str, ...]) -> Site:
         form=form,
         in_features=inputs,
         out_features=outputs,
-        weight_shape=tuple(module.weight.shape),
+        weight_shape=tuple(module.get_parameter("weight").shape),
         groups=getattr(module, "groups", 1),
         has_bias=isinstance(getattr(module, "bias", None), nn.Parameter),
         tied=tied,

@@ -86,10 +86,9 @@ def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
     owner = root
     for atom in parents:
         if atom not in owner._modules:
-            owner.add_module(atom, nn.Module())
+            owner.add_module(atom, nn.Module().train(owner.training))
             owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
-            owner._modules[atom].train(owner.training)
-        owner = owner._modules[atom]
+        owner = owner.get_submodule(atom)
     owner.register_parameter(last, tensor)
 
 
@@ -99,7 +98,7 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
         owners = [root]
         *parents, last = path.split(".")
         for atom in parents:
-            owners.append(owners[-1]._modules[atom])
+            owners.append(owners[-1].get_submodule(atom))
         del owners[-1]._parameters[last]
         for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
             if atom in vars(owner).get(ATTACHED, ()) and not child._modules and not child._parameters:
@@ -107,7 +106,14 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
                 owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
 
 
-def tensor_at(root: nn.Module, path: str) -> Tensor | None:
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path that is known to have one."""
+    found = find_tensor(root, path)
+    assert found is not None, path
+    return found
+
+
+def find_tensor(root: nn.Module, path: str) -> Tensor | None:
     """The tensor at a dotted path, or None."""
     value: Any = root
     for atom in path.split("."):
@@ -119,7 +125,7 @@ def tensor_at(root: nn.Module, path: str) -> Tensor | None:
 
 def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
     """Let exactly the parameters at these paths be trained."""
-    wanted = {id(tensor_at(root, path)) for path in trainable}
+    wanted = {id(find_tensor(root, path)) for path in trainable}
     for parameter in root.parameters():
         flag = id(parameter) in wanted
         if parameter.requires_grad != flag:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .errors import VerifyError, user_line
-from .rewrite import fake_mode_of, fake_value, made_by, resolve
+from .rewrite import ADAPTED_BY, fake_mode_of, fake_value, made_by, resolve
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -126,14 +125,11 @@ def only_adapters_train(state: State) -> str | None:
 
 def one_adapter_of_a_name(state: State) -> str | None:
     """An adapter is inserted at most once where a graph reads a site's weight."""
-    reads = Counter(
-        (str(node.target), user.name)
-        for node in state.gm.graph.nodes
-        if node.op == "get_attr" and (maker := made_by(node)) and maker.adapter
-        for user in node.users
-    )
-    twice = next((key for key, count in reads.items() if count > 1), None)
-    return f"{twice[0]} is read twice by {twice[1]}" if twice else None
+    for node in state.gm.graph.nodes:
+        names = node.meta.get(ADAPTED_BY, ())
+        if len(set(names)) < len(names):
+            return f"{node.name} is adapted by {', '.join(names)}{_place(node)}"
+    return None
 
 
 def provenance(state: State) -> str | None:

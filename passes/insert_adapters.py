@@ -17,13 +17,8 @@ from torch.fx import GraphModule, Node
 from lorafx.adapter import Adapter
 from lorafx.forms import FORMS
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Attribute, Match, Provenance, Rule, fake_mode_of
-from lorafx.rewrite.emit import describe
+from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
 from lorafx.sites import Site
-
-from .match_targets import SITE
-
-ADAPTED_BY = "adapted_by"
 
 
 @dataclass(frozen=True)

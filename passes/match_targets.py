@@ -14,10 +14,8 @@ from torch.fx import GraphModule, Node
 from lorafx.errors import UncoveredOperatorError, user_line
 from lorafx.forms import FORMS
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, match, resolve
+from lorafx.rewrite import SITE, Match, match, resolve
 from lorafx.sites import Site
-
-SITE = "site"
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class MatchTargets(Pass):
         count = 0
         for node in gm.graph.find_nodes(op="get_attr"):
             site = sites.get(id(resolve(gm, node.target)))
-            for user in node.users if site else ():
-                count += _mark(user, node, site)
+            if site is not None:
+                count += sum(_mark(user, node, site) for user in node.users)
         return count
 
 

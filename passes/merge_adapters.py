@@ -13,10 +13,9 @@ from torch.fx import GraphModule, Node
 from lorafx.adapter import Adapter
 from lorafx.errors import VerifyError, user_line
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Provenance, fake_mode_of, made_by
+from lorafx.rewrite import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
 
-from .insert_adapters import ADAPTED_BY, rules
-from .match_targets import SITE
+from .insert_adapters import rules
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,15 @@ def convolution(pattern: Callable[..., Any]) -> Callable[..., Any]:
     return conv
 
 
-_EQUATIONS = {forms.linear: linear, forms.addmm: addmm, forms.embedding: embedding}
-_OF_TIED = {forms.linear: linear_of_embedding, forms.embedding: embedding_of_linear}
+_EQUATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    forms.linear: linear,
+    forms.addmm: addmm,
+    forms.embedding: embedding,
+}
+_OF_TIED: dict[Callable[..., Any], Callable[..., Any]] = {
+    forms.linear: linear_of_embedding,
+    forms.embedding: embedding_of_linear,
+}
 
 
 class Lora:

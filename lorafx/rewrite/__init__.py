@@ -1,15 +1,18 @@
 """Rules over graphs: match a pattern, emit its replacement, remember who made what."""
 
-from .emit import Attribute, Provenance, fake_mode_of, fake_value, made_by, resolve
+from .emit import ADAPTED_BY, SITE, Attribute, Provenance, describe, fake_mode_of, fake_value, made_by, resolve
 from .match import Match, NoMatch, match
 from .rule import Rule
 
 __all__ = [
+    "ADAPTED_BY",
+    "SITE",
     "Attribute",
     "Match",
     "NoMatch",
     "Provenance",
     "Rule",
+    "describe",
     "fake_mode_of",
     "fake_value",
     "made_by",

@@ -15,7 +15,8 @@ from torch.fx.node import map_arg
 
 from .match import Match, trace_function
 
-MADE_BY = "lorafx"
+# Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
+MADE_BY, SITE, ADAPTED_BY = "lorafx", "site", "adapted_by"
 INHERITED = ("stack_trace", "nn_module_stack")
 
 
@@ -104,8 +105,8 @@ def emit(
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
-                copy = graph.create_node(node.op, node.target, *_bound(node, values))
-                values[node] = add(copy)
+                name = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
+                values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), name))
     _take_place(graph, found, result)
     return result, tuple(new)
 

@@ -74,8 +74,7 @@ def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
 
 def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Node, None], at: Node) -> NoMatch | None:
     if not isinstance(pattern, Node):
-        same = pattern == value and type(pattern) is type(value)
-        return None if same else NoMatch(at, f"expected {pattern!r}, found {value!r}")
+        return None if _same_literal(pattern, value) else NoMatch(at, f"expected {pattern!r}, found {value!r}")
     if pattern.op == "placeholder":
         bound = bindings.setdefault(str(pattern.target), value)
         same = bound is value or (not isinstance(value, Node) and bound == value)
@@ -89,3 +88,10 @@ def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Nod
         if failure is not None:
             return failure
     return None
+
+
+def _same_literal(a: Any, b: Any) -> bool:
+    """Equal, and 1 is not 1.0 or True; torch.fx's own lists are lists."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_literal, a, b))
+    return type(a) is type(b) and a == b

@@ -1,0 +1,48 @@
+"""Small models and a text form of graphs, for tests of single passes."""
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+import lorafx
+from lorafx.pipeline import Context, Pipeline
+from lorafx.report import graph_lines
+
+PREPARE = lorafx.passes.default[:2]  # canonicalize, match_targets
+INSERT = lorafx.passes.default[:3]
+
+
+class Chain(nn.Module):
+    """(…, 4) -> (…, 3): two linear layers, the first without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 6, bias=False)
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def adapted(model: nn.Module, **config) -> lorafx.AdaptedModel:
+    """An adapted model whose B is not zero."""
+    chosen = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    return lorafx.compile(model, chosen, random_state=0)
+
+
+def context(lora: lorafx.AdaptedModel) -> Context:
+    """What the pipeline of an adapted model is given."""
+    return lora._lorafx.context
+
+
+def run(lora: lorafx.AdaptedModel, passes, *args, **kwargs) -> GraphModule:
+    """A captured call after some passes."""
+    gm = lorafx.trace(lora, *args, **kwargs)
+    Pipeline(*passes).run(gm, context(lora))
+    return gm
+
+
+def text(gm: GraphModule) -> list[str]:
+    """A graph, a line a node, without inputs, guards, output and shapes."""
+    lines = [line.partition("  # ")[0] for line in graph_lines(gm)]
+    return [line for line in lines if " = input" not in line and "guards_fn" not in line and "return " not in line]

@@ -1,0 +1,133 @@
+"""match_targets: every read of a selected weight is marked, or refused by name."""
+
+import pytest
+import torch
+from graphs import PREPARE, Chain, adapted, run
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafx.errors import UncoveredOperatorError
+
+SITE = "site"
+
+
+def marks(gm) -> list[tuple[str, str]]:
+    return [(str(node.target), node.meta[SITE].name) for node in gm.graph.nodes if SITE in node.meta]
+
+
+class EveryForm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.conv1d = nn.Embedding(11, 4), nn.Conv1d(4, 6, 3, padding="same", groups=2)
+        self.conv2d, self.conv3d = nn.Conv2d(1, 5, (3, 2)), nn.Conv3d(5, 7, (2, 1, 2))
+        self.addmm, self.linear = Conv1D(5, 7), nn.Linear(5, 3, bias=False)
+
+    def forward(self, ids):
+        image = self.conv2d(self.conv1d(self.embedding(ids).transpose(1, 2))[:, None])
+        volume = self.conv3d(image[..., None].expand(-1, -1, -1, -1, 3))
+        return self.linear(self.addmm(volume.mean((2, 3, 4))))
+
+
+def test_every_form_is_found():
+    lora = adapted(EveryForm(), target_modules=["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"])
+    assert marks(run(lora, PREPARE, torch.randint(0, 11, (2, 8)))) == [
+        ("aten.embedding.default", "embedding"),
+        ("aten.conv1d.padding", "conv1d"),
+        ("aten.conv2d.default", "conv2d"),
+        ("aten.conv3d.default", "conv3d"),
+        ("aten.addmm.default", "addmm"),
+        ("aten.linear.default", "linear"),
+    ]
+
+
+def test_what_is_not_selected_is_not_marked():
+    lora = adapted(Chain(), target_modules=["second"])
+    assert marks(run(lora, PREPARE, torch.randn(5, 4))) == [("aten.linear.default", "second")]
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.shared(torch.relu(self.shared(x))))
+
+
+def test_a_module_that_runs_twice_is_one_site_marked_twice():
+    lora = adapted(Twice(), target_modules=["shared"])
+    assert len(lora.sites) == 1
+    assert len(marks(run(lora, PREPARE, torch.randn(5, 4)))) == 2
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+@pytest.mark.parametrize("target", ["embed", "head"])
+def test_a_tied_weight_is_marked_wherever_it_is_read(target):
+    with pytest.warns(UserWarning, match="one site"):
+        lora = adapted(Tied(), target_modules=[target])
+    found = marks(run(lora, PREPARE, torch.randint(0, 11, (2, 6))))
+    assert found == [("aten.embedding.default", target), ("aten.linear.default", target)]
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return x @ self.odd.weight.t() + self.odd.bias
+
+
+def test_an_operator_that_no_form_covers_is_refused_with_site_operator_and_line():
+    lora = adapted(Odd(), target_modules=["odd"])
+    with pytest.raises(UncoveredOperatorError) as caught:
+        lora(torch.randn(5, 4))
+    for part in ("site odd", "aten.t.default", "test_match_targets.py", "self.odd.weight.t()"):
+        assert part in str(caught.value)
+
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.odd.weight, x)
+
+
+def test_a_weight_read_as_an_operators_input_is_refused():
+    lora = adapted(Square(), target_modules=["odd"])
+    with pytest.raises(UncoveredOperatorError, match="site odd"):
+        lora(torch.randn(5, 4))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, which="left"):
+        return self.left(x) if which == "left" else self.right(x)
+
+
+def test_a_site_that_the_call_does_not_run_is_no_error():
+    lora = adapted(Branch(), target_modules=["left", "right"])
+    assert marks(run(lora, PREPARE, torch.randn(5, 4), which="right")) == [("aten.linear.default", "right")]
+
+
+def test_reading_only_the_size_of_a_weight_is_no_read():
+    class Sized(Chain):
+        def forward(self, x):
+            return super().forward(x) * self.second.weight.shape[0]
+
+    lora = adapted(Sized(), target_modules=["second"])
+    assert marks(run(lora, PREPARE, torch.randn(5, 4))) == [("aten.linear.default", "second")]
