@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .autocast import autocast_dtype
 from .errors import CaptureError
 from .rewrite import resolve
-from .tree import find_tensor, mirrored
+from .tree import find_tensor, mirrored, without_hooks
 
 CAPTURED = "captured"
 
@@ -36,6 +36,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 def trace_part(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model."""
     bare = mirrored(model)
+    without_hooks(bare)
     bare.__dict__["forward"] = _as_called(bare.get_submodule(path).forward, args, kwargs)
     return rooted(_export(bare, args, kwargs), model)
 

@@ -129,24 +129,25 @@ def write(
     base_weights: Mapping[str, Tensor],
     base_name: str | None,
     auto_mapping: Mapping[str, Any] | None,
+    values: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter to a folder, replacing one that is there atomically.
 
-    `base_weights` are base tensors to save along, by path (embeddings).
+    `base_weights` are base tensors to save along, by path (embeddings); `values` takes precedence over the tree.
     """
-    tensors = {key: _plain(tensor_at(root, path)) for key, path in keys(adapter).items()}
+    tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
     adapted = adapter.selection.by_name
     for path, tensor in base_weights.items():
         owner, _, last = path.rpartition(".")
         tensors[f"{PREFIX}{owner}.base_layer.{last}" if owner in adapted else f"{PREFIX}{path}"] = _plain(tensor)
-    values = _config_values(adapter, base_name, auto_mapping)
+    config = _config_values(adapter, base_name, auto_mapping)
     files = {
-        CONFIG: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
     target = Path(folder)
     if adapter.name == "default" and not (target / CARD).exists():
-        files[CARD] = _card(values).encode()
+        files[CARD] = _card(config).encode()
     replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
 
 

@@ -11,10 +11,11 @@ not depend on the order, and one residual a weight is kept however many adapters
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .adapter import Adapter
 from .errors import MergeError
@@ -94,7 +95,9 @@ class Ledger:
         """Names of the merged adapters."""
         return tuple(adapter.name for adapter in self.adapters)
 
-    def merge(self, root: nn.Module, adapters: Sequence[Adapter], *, safe: bool = False) -> None:
+    def merge(
+        self, root: nn.Module, adapters: Sequence[Adapter], *, safe: bool = False, progressbar: bool = False
+    ) -> None:
         """Write the base with all merged adapters and these into the weights: all of them or none.
 
         Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an earlier
@@ -109,7 +112,7 @@ class Ledger:
                 for path in _changed_parameters(root, source):
                     targets[path] = (*targets.get(path, ()), source)
         touched = {path: t for path, t in targets.items() if any(s.adapter in adapters for s in t)}
-        self._move(root, touched, safe)
+        self._move(root, touched, safe, progressbar)
         self.adapters = everyone
 
     def unmerge(self, root: nn.Module) -> None:
@@ -127,17 +130,19 @@ class Ledger:
         """Extra bytes kept for each merged parameter, and its own bytes."""
         return {
             path: (
-                entry.residual.nbytes + sum(s.nbytes for s in entry.sources if path == s.site.weight),
+                entry.residual.nbytes + _copied(path, entry.sources),
                 _bytes(root.get_parameter(path)),
             )
             for path, entry in self.entries.items()
         }
 
-    def _move(self, root: nn.Module, targets: Mapping[str, tuple[Source, ...]], safe: bool) -> None:
+    def _move(
+        self, root: nn.Module, targets: Mapping[str, tuple[Source, ...]], safe: bool, progressbar: bool = False
+    ) -> None:
         """Bring each parameter to its base plus these sources; on any failure, all back to what they were."""
         before = dict(self.entries)
         try:
-            for path, sources in targets.items():
+            for path, sources in tqdm(targets.items(), "merging", disable=not progressbar):
                 self._set(path, _transition(root, path, self.entries.get(path), sources, safe))
         except BaseException:
             for path in targets:
@@ -169,6 +174,8 @@ def _transition(
     if safe and not merged.isfinite().all():
         raise MergeError(f"merging would leave values in {path} that are not finite; no weight was changed")
     residual = Residual.of(original, _guess(merged, change))
+    if residual.nbytes + _copied(path, sources) >= _bytes(original):  # then a plain copy is cheaper, and stands alone
+        residual, sources = Residual.copy(original), tuple(replace(source, copies=None) for source in sources)
     new = Entry(sources, residual, fingerprint(original), fingerprint(merged), weight.dtype, weight.device)
     _write(weight, merged)
     return new
@@ -179,6 +186,8 @@ def _original(root: nn.Module, path: str, entry: Entry | None) -> Tensor:
     if entry is None:
         return weight
     _check_untouched(root, path, entry)
+    if entry.residual.whole is not None:
+        return entry.residual.whole.reshape(weight.shape)
     there = weight.to(entry.device)
     restored = entry.residual.restore(_guess(there, _total(root, path, entry.sources, there)))
     if fingerprint(restored) != entry.original:
@@ -191,6 +200,8 @@ def _original(root: nn.Module, path: str, entry: Entry | None) -> Tensor:
 
 def _check_untouched(root: nn.Module, path: str, entry: Entry) -> None:
     weight = root.get_parameter(path).detach()
+    if weight.is_meta:
+        raise MergeError(f"{path} was merged on {entry.device} and has been moved to meta, so its values are gone")
     if weight.dtype != entry.dtype:
         raise MergeError(
             f"{path} was merged in {entry.dtype} and is {weight.dtype} now, so its original is out of reach; unmerge "
@@ -198,7 +209,7 @@ def _check_untouched(root: nn.Module, path: str, entry: Entry) -> None:
         )
     if fingerprint(weight) != entry.merged:
         raise MergeError(f"{path} has been changed since the merge, so its original cannot be restored")
-    for source in entry.sources:
+    for source in entry.sources if entry.residual.whole is None else ():
         source.values(root)
 
 
@@ -222,6 +233,11 @@ def _total(root: nn.Module, path: str, sources: Sequence[Source], weight: Tensor
     for delta in deltas[1:]:
         total = total + delta
     return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def _copied(path: str, sources: Sequence[Source]) -> int:
+    """Bytes of the factors' copies, counted with the weight they were made for."""
+    return sum(source.nbytes for source in sources if path == source.site.weight)
 
 
 def _guess(merged: Tensor, change: Tensor) -> Tensor:

@@ -233,7 +233,9 @@ class AdaptedModel(nn.Module):
 
     # --- merging -----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
         """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
 
         ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
@@ -244,7 +246,7 @@ class AdaptedModel(nn.Module):
         if not adapters:
             warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
-        self._lorafx.ledger.merge(self, adapters, safe=safe_merge)
+        self._lorafx.ledger.merge(self, adapters, safe=safe_merge, progressbar=progressbar)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
@@ -261,7 +263,7 @@ class AdaptedModel(nn.Module):
         names = list(self._lorafx.active if adapter_names is None else adapter_names)
         new = [name for name in names if name not in self._lorafx.ledger.names]
         if new:
-            self.merge_adapter(new, safe_merge)
+            self.merge_adapter(new, safe_merge, progressbar)
         for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
             _keep_replaced(self, self._adapter(name))
         self._lorafx.ledger = Ledger()
@@ -294,12 +296,13 @@ class AdaptedModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
-        **ignored: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
 
         `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
-        vocabulary was resized since the model was compiled. Each folder is replaced atomically.
+        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
+        own, as a trainer that gathers shards does. Each folder is replaced atomically.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
@@ -315,7 +318,7 @@ class AdaptedModel(nn.Module):
             name = getattr(getattr(self, "config", None), "name_or_path", None) or None
             base = type(self._lorafx.base)
             mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-            checkpoint.write(self, adapter, folder, embeddings, name, mapping)
+            checkpoint.write(self, adapter, folder, embeddings, name, mapping, state_dict or {})
 
     def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
         paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule
 from .adapter import Adapter
 from .errors import LorafxError, PipelineError, VerifyError
 from .report import Step, diff
+from .rewrite import SITE
 from .sites import Selection, Site
 from .verify import Snapshot, snapshot, verify
 
@@ -167,7 +168,8 @@ class Pipeline(tuple[Pass, ...]):
         after = snapshot(gm)
         milliseconds = 1e3 * (time.perf_counter() - start)
         added = sum(tensor.numel() for path, tensor in after.tensors.items() if path not in state.tensors)
-        return after, Step(str(current), rewrites, len(state.nodes), len(after.nodes), added, milliseconds)
+        sites = len({node.meta[SITE].name for node in after.nodes if SITE in node.meta})
+        return after, Step(str(current), rewrites, sites, len(state.nodes), len(after.nodes), added, milliseconds)
 
 
 def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,10 +40,11 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did to one graph."""
+    """What one pass did to one graph; `sites` is how many sites the graph is known to run afterwards."""
 
     name: str
     rewrites: int
+    sites: int
     nodes_before: int
     nodes_after: int
     parameters_added: int
@@ -58,13 +60,10 @@ class Report:
     merged: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        columns = ("pass", "rewrites", "nodes before", "nodes after", "parameters added", "ms")
+        columns = ("pass", "rewrites", "sites", "nodes before", "nodes after", "parameters added", "ms")
         parts = [f"{self.sites} sites, {len(self.graphs)} graphs"]
         for title, steps in self.graphs.items():
-            rows = [
-                (s.name, s.rewrites, s.nodes_before, s.nodes_after, s.parameters_added, s.milliseconds) for s in steps
-            ]
-            parts.append(table(title, columns, rows))
+            parts.append(table(title, columns, [dataclasses.astuple(step) for step in steps]))
         if self.merged:
             totals = tuple(map(sum, zip(*self.merged.values())))
             shares = [

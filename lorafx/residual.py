@@ -38,7 +38,7 @@ def _flip(bits: Tensor) -> Tensor:
 class Residual:
     """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole.
 
-    When that would take more room than W itself, `whole` is W and the rest is empty.
+    Where that would take more room than W itself, `whole` is W (see `copy`) and the rest is empty.
     """
 
     differs: Tensor
@@ -63,16 +63,16 @@ class Residual:
         codes = torch.where(some.abs() <= _LIMIT, some, _WIDE)
         codes = torch.where((codes == _WIDE) & (values == 0), _ZERO, codes)
         codes = torch.where(some == torch.iinfo(some.dtype).min, torch.where(values == 0, _ZERO, _WIDE), codes)
-        encoded = cls(_pack(differs), codes.to(torch.int8), values[codes == _WIDE].clone())
-        if encoded.nbytes < original.numel() * original.element_size():
-            return encoded
+        return cls(_pack(differs), codes.to(torch.int8), values[codes == _WIDE].clone())
+
+    @classmethod
+    def copy(cls, original: Tensor) -> Residual:
+        """Keep all of `original`; it needs no guess."""
         empty = torch.empty(0, dtype=torch.int8)
-        return cls(empty, empty, empty, whole=original.clone())
+        return cls(empty, empty, empty, whole=original.reshape(-1).clone())
 
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess."""
-        if self.whole is not None:
-            return self.whole.reshape(guess.shape)
         flat = ordered(guess.reshape(-1))
         differs = _unpack(self.differs, flat.numel())
         codes = self.codes.to(flat.dtype)

