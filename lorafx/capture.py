@@ -36,20 +36,24 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 def trace_part(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model."""
     bare = mirrored(model)
-    without_hooks(bare)
-    bare.__dict__["forward"] = _as_called(bare.get_submodule(path).forward, args, kwargs)
+    part = bare.get_submodule(path)
+    without_hooks(part)
+    # A part is called rather than its forward, so that the graph's nodes know that they are in it.
+    bare.__dict__["forward"] = _as_called(part if path else part.forward, part.forward, args, kwargs)
     return rooted(_export(bare, args, kwargs), model)
 
 
-def _as_called(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The same forward with a signature of just this call's arguments, as torch.export wants to see it.
+def _as_called(
+    function: Callable[..., Any], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any]:
+    """`function` with a signature of just this call's arguments, named as `forward` has them, for torch.export.
 
     Containers are rebuilt before the model gets them: a cache that it fills must not change under export's hands.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
-        return forward(*args, **kwargs)
+        return function(*args, **kwargs)
 
     names = argument_names(forward, args)
     positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]

@@ -7,10 +7,10 @@ is `merge_adapters`.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -19,6 +19,7 @@ from lorafx.forms import FORMS
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
 from lorafx.sites import Site
+from lorafx.tree import find_tensor, tensor_at
 
 
 @dataclass(frozen=True)
@@ -80,40 +81,33 @@ def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[st
 
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
     """Send the reads of replaced base tensors to the adapter's copies."""
-    owners = {id(gm_tensor(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
+    copies = {id(tensor_at(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
+    names = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False)) if copies else Counter()
     count = 0
     for node in gm.graph.find_nodes(op="get_attr"):
-        base, copy = owners.get(id(gm_tensor(gm, node.target)), ("", ""))
-        if not copy:
-            continue
-        users = [user for user in node.users if _belongs(user, node, base)]
-        if not users:
-            continue
-        with gm.graph.inserting_before(node):
-            own = gm.graph.get_attr(copy)
-        describe(own, users[0], Provenance(InsertAdapters.name, base, adapter.name), gm, mode)
-        for user in users:
-            user.replace_input_with(node, own)
-            count += 1
-        if not node.users:
-            gm.graph.erase_node(node)
+        tensor = id(find_tensor(gm, node.target))
+        base, copy = copies.get(tensor, ("", ""))
+        users = [user for user in node.users if copy and (names[tensor] <= 1 or _is_within(user, node, base))]
+        if users:
+            _redirect(gm, node, users, copy, Provenance(InsertAdapters.name, base, adapter.name), mode)
+            count += len(users)
     return count
 
 
-def _belongs(user: Node, read: Node, base: str) -> bool:
-    """Whether a read of a tensor that may be tied is made by the module that owns `base`."""
-    if read.target == base:
-        stack = [path for path, _ in user.meta.get("nn_module_stack", {}).values()]
-        owner = base.rpartition(".")[0]
-        innermost = stack[-1] if stack else owner
-        return owner.startswith(innermost) or innermost.startswith(owner)
-    stack = [path for path, _ in user.meta.get("nn_module_stack", {}).values()]
-    return bool(stack) and stack[-1] == base.rpartition(".")[0]
+def _redirect(
+    gm: GraphModule, node: Node, users: list[Node], path: str, provenance: Provenance, mode: FakeTensorMode
+) -> None:
+    with gm.graph.inserting_before(node):
+        own = gm.graph.get_attr(path)
+    describe(own, users[0], provenance, gm, mode)
+    for user in users:
+        user.replace_input_with(node, own)
+    if not node.users:
+        gm.graph.erase_node(node)
 
 
-def gm_tensor(root: nn.Module, path: str) -> Any:
-    """The object at a path, or None."""
-    value: Any = root
-    for atom in path.split("."):
-        value = getattr(value, atom, None)
-    return value
+def _is_within(user: Node, read: Node, base: str) -> bool:
+    """Whether a read of a tied tensor is made by the module that owns the name `base`, and not by its twin."""
+    owner = base.rpartition(".")[0]
+    innermost = [path.partition("@")[0] for path, _ in user.meta.get("nn_module_stack", {}).values()][-1:]
+    return innermost == [owner] or (read.target == base and any(owner.startswith(path) for path in innermost))

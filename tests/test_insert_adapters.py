@@ -143,3 +143,33 @@ def test_without_adapters_nothing_changes():
     before = text(gm)
     assert InsertAdapters().rewrite(gm, type(context(lora))()) == 0
     assert text(gm) == before
+
+
+def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
+    class Deeper(Tied):
+        def __init__(self):
+            super().__init__()
+            self.middle = nn.Linear(5, 5)
+
+        def forward(self, ids):
+            return self.head(self.middle(self.embed(ids)))
+
+    model, ids = Deeper(), torch.randint(0, 11, (2, 6))
+    lora = adapted(model, target_modules=["middle"], modules_to_save=["head"])
+    with torch.no_grad():
+        lora.get_parameter("head.modules_to_save.default.weight").zero_()
+    assert not lora(ids).any(), "the head reads its copy"
+    assert not lora.head(torch.randn(2, 5)).any(), "also when it is called alone"
+    assert torch.equal(lora.embed(ids), model.embed(ids)), "its twin does not"
+
+
+def test_a_weight_that_another_module_borrows_is_replaced_there_too():
+    class Borrower(Chain):
+        def forward(self, x):
+            return super().forward(x) + nn.functional.linear(self.first(x), self.second.weight)
+
+    lora, x = adapted(Borrower(), target_modules=["first"], modules_to_save=["second"]), torch.randn(5, 4)
+    with torch.no_grad():
+        for path in ("second.modules_to_save.default.weight", "second.modules_to_save.default.bias"):
+            lora.get_parameter(path).zero_()
+    assert not lora(x).any()

@@ -105,8 +105,8 @@ def emit(
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
-                name = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
-                values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), name))
+                called = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
+                values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), called))
     _take_place(graph, found, result)
     return result, tuple(new)
 
