@@ -56,8 +56,8 @@ def plan(root: nn.Module, name: str, config: LoraConfig) -> Adapter:
     Raises `ConfigError` or `SelectionError` for a config that cannot be served on this model, and `AdapterError` for a
     name that cannot be used.
     """
-    if not name or "." in name or hasattr(nn.Module(), name):
-        raise AdapterError(f"{name!r} cannot name an adapter: it must be non-empty, without dots, and no module method")
+    if not name or set(name) & set("./\\") or hasattr(nn.Module(), name):
+        raise AdapterError(f"{name!r} cannot name an adapter: no dots, no slashes, no name of a module's method")
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
@@ -128,8 +128,14 @@ def build(
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
         made[path] = nn.Parameter(start, requires_grad=tensor.is_floating_point())
-    for path, parameter in made.items():
-        attach(root, path, parameter)
+    hung: list[str] = []
+    try:
+        for path, parameter in made.items():
+            attach(root, path, parameter)
+            hung.append(path)
+    except BaseException:
+        detach(root, hung)
+        raise
 
 
 def _start_values(adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The version of PEFT whose format is written, for PEFT's own checks of age.
 FORMAT = "0.21.2"
+# What a file's tensor must be: its shape, and whether it holds floats.
+Expected = tuple[tuple[int, ...], bool]
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder, weights_only)
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise CheckpointError(f"{_weights_file(folder)}: {key} holds values that are not finite")
     return Checkpoint(folder, config, tensors)
 
 
-def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], base: nn.Module) -> dict[str, Tensor]:
-    """Compare a file with the shapes that a model's adapter has; returns the tensors that go to the base instead.
+def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Module) -> dict[str, Tensor]:
+    """Compare a file with what a model's adapter is made of; returns the tensors that go to the base instead.
 
     Those are embedding weights that were saved along (`save_embedding_layers`). Raises `CheckpointError` for a missing
-    or unexpected key, a shape or rank that differs, or a dtype that is not floating point.
+    or unexpected key, a shape or rank that differs, or integers where there must be floats and the other way round.
     """
     file = _weights_file(checkpoint.folder)
     missing = [key for key in expected if key not in checkpoint.tensors]
@@ -84,23 +86,28 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], base:
         raise CheckpointError(f"{file} lacks {len(missing)} keys that the config asks for, such as {missing[0]}")
     extra = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in expected}
     embeddings = {path: tensor for key, tensor in extra.items() if (path := _embedding_path(key, base))}
-    unexpected = [key for key in extra if not _embedding_path(key, base)]
+    unexpected = [key for key in extra if not _embedding_path(key, base) and not _is_stray(key)]
     if unexpected:
         raise CheckpointError(f"{file} has {len(unexpected)} keys that no site of the model takes: {unexpected[0]}")
-    for key, shape in expected.items():
-        found = checkpoint.tensors[key]
-        if tuple(found.shape) != tuple(shape):
-            raise CheckpointError(f"{file}: {key} is {tuple(found.shape)}, and the model needs {tuple(shape)}")
-        if not found.is_floating_point() and ".lora_" in key:
-            raise CheckpointError(f"{file}: {key} is {found.dtype}, and must be floating point")
+    for key, (shape, floating) in expected.items():
+        _require_like(f"{file}: {key}", checkpoint.tensors[key], shape, floating)
     for path, tensor in embeddings.items():
-        weight = tensor_at(base, path)
-        if weight.shape != tensor.shape:
-            raise CheckpointError(
-                f"{file}: the saved {path} is {tuple(tensor.shape)} and the model's is {tuple(weight.shape)}; "
-                "call `resize_token_embeddings` on the base model first"
-            )
+        hint = "; call `resize_token_embeddings` on the base model first"
+        _require_like(f"{file}: the saved {path}", tensor, tuple(tensor_at(base, path).shape), True, hint)
     return embeddings
+
+
+def _require_like(what: str, found: Tensor, shape: tuple[int, ...], floating: bool, hint: str = "") -> None:
+    if tuple(found.shape) != shape:
+        raise CheckpointError(f"{what} is {tuple(found.shape)}, and the model needs {shape}{hint}")
+    if found.is_floating_point() != floating:
+        needed = "floating point" if floating else "integers"
+        raise CheckpointError(f"{what} is {found.dtype}, and the model needs {needed}")
+
+
+def _is_stray(key: str) -> bool:
+    """A tensor that PEFT writes twice: with `bias="all"`, the biases of a saved module under its wrapper's names."""
+    return ".modules_to_save." in key or ".original_module." in key
 
 
 def fit(
@@ -110,15 +117,20 @@ def fit(
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
-    adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
-    shapes = {
-        adapter.tensors[site.name][suffix]: shape
+    try:
+        adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
+    except ConfigError as error:
+        raise type(error)(f"{found.folder / CONFIG}: {error}") from error
+    expected: dict[str, Expected] = {
+        adapter.tensors[site.name][suffix]: (shape, True)
         for site in adapter.selection
         for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
     }
-    shapes |= {path: tuple(tensor_at(root, base).shape) for base, path in adapter.replaced.items()}
+    for base, path in adapter.replaced.items():
+        tensor = tensor_at(root, base)
+        expected[path] = tuple(tensor.shape), tensor.is_floating_point()
     named = keys(adapter)
-    embeddings = check(found, {key: shapes[path] for key, path in named.items()}, root)
+    embeddings = check(found, {key: expected[path] for key, path in named.items()}, root)
     return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
 
 
@@ -148,7 +160,10 @@ def write(
     target = Path(folder)
     if adapter.name == "default" and not (target / CARD).exists():
         files[CARD] = _card(config).encode()
-    replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
+    try:
+        replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
+    except OSError as error:
+        raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
 
 
 def _download(source: str, **hub: Any) -> Path:
@@ -163,7 +178,7 @@ def _read_config(file: Path) -> LoraConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist; is {file.parent} an adapter's folder?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +176,7 @@ def _require(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rank(value: Any) -> bool:
@@ -201,6 +203,8 @@ def _check_flags(config: LoraConfig) -> None:
         _require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
     init = config.init_lora_weights
     _require(isinstance(init, (bool, str)), "init_lora_weights", init, "True, False or a name")
+    if config.lora_bias and not isinstance(init, bool):
+        raise ConfigError(f"`lora_bias` needs `init_lora_weights` True or False, not {init!r}, as in PEFT")
     _require(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
 
 
@@ -210,7 +214,9 @@ def _check_names(config: LoraConfig) -> None:
         _require(_names(value), name, value, "a string, a list of strings or None")
     saved = config.modules_to_save
     _require(saved is None or _strings(saved), "modules_to_save", saved, "a list of strings or None")
-    for name in ("peft_type", "task_type", "base_model_name_or_path", "revision"):
+    mapping = config.auto_mapping
+    _require(mapping is None or isinstance(mapping, Mapping), "auto_mapping", mapping, "a dict or None")
+    for name in ("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version"):
         value = getattr(config, name)
         _require(isinstance(value, str) or (value is None and name != "peft_type"), name, value, "a string")
 
@@ -236,4 +242,17 @@ def _check_patterns(config: LoraConfig) -> None:
         _require(fits, name, value, expected)
 
 
-_CHECKS = (_check_numbers, _check_flags, _check_names, _check_layers, _check_patterns)
+def _check_regexes(config: LoraConfig) -> None:
+    whole = [(name, getattr(config, name)) for name in ("target_modules", "exclude_modules")]
+    found = [(name, value) for name, value in whole if isinstance(value, str)]
+    for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, name) or ()
+        found += [(name, each) for each in ((value,) if isinstance(value, str) else value)]
+    for name, expression in found:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"`{name}` holds {expression!r}, which is no valid regex: {error}") from error
+
+
+_CHECKS = (_check_numbers, _check_flags, _check_names, _check_layers, _check_patterns, _check_regexes)

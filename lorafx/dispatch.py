@@ -51,36 +51,40 @@ class Dispatcher:
 
     def serve(self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the module at `path` below `tree` through its graph; captured now if none fits."""
-        kept = self.programs.setdefault(_key(tree, context, path, args, kwargs), [])
-        for program in kept:
+        for program in self.programs.get(_key(tree, context, path, args, kwargs), ()):
             with contextlib.suppress(GuardFailed):
                 return _run(program, tree, args, kwargs)
         program = self._build(tree, context, path, args, kwargs)
-        kept.append(program)
         try:
             return _run(program, tree, args, kwargs)
         except GuardFailed as error:
-            kept.remove(program)
+            self._forget(program)
             raise CaptureError(f"the graph captured from this very call does not accept it: {error}") from error
 
     def graph(self, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
         """The graph that serves a call of the whole model, without running it."""
-        kept = self.programs.setdefault(_key(tree, context, "", args, kwargs), [])
-        if not kept:
-            kept.append(self._build(tree, context, "", args, kwargs))
-        refresh(kept[-1].gm, tree)
-        return kept[-1].gm
+        kept = self.programs.get(_key(tree, context, "", args, kwargs))
+        program = kept[-1] if kept else self._build(tree, context, "", args, kwargs)
+        refresh(program.gm, tree)
+        return program.gm
 
     def _build(
         self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Program:
-        """Capture, rewrite, lower."""
+        """Capture, rewrite, lower, keep."""
         start = time.perf_counter()
         gm = trace_part(tree, path, args, kwargs)
         seconds = time.perf_counter() - start
         steps = self.pipeline.run(gm, context, self.observers)
         call = describe_call(tree.get_submodule(path), args, kwargs)
-        return Program(f"{path}({call})" if path else call, gm, lower(gm, self.backend), steps, seconds)
+        program = Program(f"{path}({call})" if path else call, gm, lower(gm, self.backend), steps, seconds)
+        # The key as it is now: a model may settle something in its config the first time it runs.
+        self.programs.setdefault(_key(tree, context, path, args, kwargs), []).append(program)
+        return program
+
+    def _forget(self, program: Program) -> None:
+        for kept in self.programs.values():
+            kept[:] = [other for other in kept if other is not program]
 
 
 def _key(tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

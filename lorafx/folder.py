@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -22,9 +22,14 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
     """Give `folder` these files in place of those of the same names, and rid it of the `obsolete` ones.
 
     Other files and subfolders stay. `folder` and its parents are made if need be. Killed at any moment, the folder
-    holds its old files or the new ones.
+    holds its old files or the new ones. Raises `OSError` for what the file system refuses, and where a file stands in
+    the folder's place or a folder in a file's.
     """
     folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(folder))
+    if clash := next((name for name in (*files, *obsolete) if (folder / name).is_dir()), None):
+        raise IsADirectoryError(errno.EISDIR, "there is a folder in the place of a file", str(folder / clash))
     folder.parent.mkdir(parents=True, exist_ok=True)
     gone = [name for name in obsolete if (folder / name).exists()]
     changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
@@ -41,13 +46,23 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
         for name, data in files.items():
             _write(staged / name, data)
         _sync(staged)
-        here = Path.cwd()
-        _trade(staged, folder)
-        if here.is_relative_to(folder):
-            os.chdir(here)  # the folder we stood in has lost its name
+        with _standing_where_we_stand(folder):
+            _trade(staged, folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _standing_where_we_stand(folder: Path) -> Iterator[None]:
+    """Enter the current folder again if it lost its name by being exchanged."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it had none to lose
+        here = None
+    yield
+    if here is not None and here.is_relative_to(folder):
+        os.chdir(here)
 
 
 def _holds(file: Path, data: bytes) -> bool:
@@ -98,8 +113,12 @@ def _trade(staged: Path, folder: Path) -> None:
     elif not _exchange(staged, folder):
         aside = staged.with_name(f"{staged.name}.old")  # no system call for it here: two renames
         os.rename(folder, aside)
-        os.rename(staged, folder)
-        os.rename(aside, staged)
+        try:
+            os.rename(staged, folder)
+        except BaseException:
+            os.rename(aside, folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from . import checkpoint
-from .adapter import Adapter, build, plan, remove, trainable_paths
+from .adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
 from .config import LoraConfig
 from .dispatch import Dispatcher
 from .errors import AdapterError
@@ -122,9 +122,10 @@ class AdaptedModel(nn.Module):
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+        """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""
+        counts = [(name, p.numel(), p.requires_grad) for name, p in self.named_parameters()]
+        total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
+        return sum(number for _, number, trainable in counts if trainable), total
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""

@@ -18,6 +18,8 @@ from .report import table
 from .targets import DEFAULT_TARGETS
 
 CLASSIFIER_HEADS = ("classifier", "score")
+# The modules that PEFT trains as a whole for a task, where the model has them.
+TASK_HEADS = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -119,29 +121,28 @@ def targets_of(model: nn.Module, config: LoraConfig) -> str | tuple[str, ...]:
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` (and PEFT's classification heads) train as a whole."""
+    """Paths of the modules that `modules_to_save` (and PEFT's heads for a task) train as a whole.
+
+    As in PEFT a name is a plain ending here: "norm" also means "input_layernorm".
+    """
     wanted = wanted_saved_names(config)
-    names = [name for name, _ in model.named_modules() if name]
-    found = [name for name in names if any(_is_suffix(suffix, name) for suffix in wanted)]
-    missing = [s for s in config.modules_to_save or () if not any(_is_suffix(s, name) for name in found)]
-    if missing and not _is_classification(config):
+    found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
+    heads = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes them all, and the model has one
+    named = [ending for ending in config.modules_to_save or () if ending not in heads]
+    missing = [ending for ending in named if not any(name.endswith(ending) for name in found)]
+    if missing:
         raise SelectionError(f"`modules_to_save` names {missing}, which the model does not have")
     return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
 
 
 def wanted_saved_names(config: LoraConfig) -> tuple[str, ...]:
-    """`modules_to_save`, with the classification heads that PEFT adds for SEQ_CLS and TOKEN_CLS."""
-    heads = CLASSIFIER_HEADS if _is_classification(config) else ()
-    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+    """`modules_to_save`, with the heads that PEFT adds for the task."""
+    return tuple(dict.fromkeys((*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))))
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The first of `rank_pattern` or `alpha_pattern` that matches the end of `name`, as PEFT matches them."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _is_classification(config: LoraConfig) -> bool:
-    return config.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
 
 def _is_suffix(suffix: str, name: str) -> bool:
@@ -156,8 +157,10 @@ def _matcher(model: nn.Module, config: LoraConfig):  # type: ignore[no-untyped-d
     def matches(name: str) -> bool:
         if _named(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):
             return False
-        chosen = name in all_linear if all_linear is not None else _named(targets, name)
-        return chosen and _in_layers(config, name)
+        if all_linear is not None:
+            return name in all_linear and _in_layers(config, name)
+        exactly = not isinstance(targets, str) and name in targets  # a full name says its layer itself
+        return exactly or (_named(targets, name) and _in_layers(config, name))
 
     return matches
 
