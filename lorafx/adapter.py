@@ -44,6 +44,10 @@ class Adapter:
         """The adapter's tensors of a site, by suffix."""
         return {suffix: root.get_parameter(path) for suffix, path in self.tensors[site.name].items()}
 
+    def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
+        """The adapter's sites by the identity of their weight: two adapters may know a tied one by different names."""
+        return {id(root.get_parameter(site.weight)): site for site in self.selection}
+
     def delta(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The change that the adapter makes to the site's base parameters, by their name, in float64."""
         tensors = {suffix: tensor.detach() for suffix, tensor in self.tensors_at(root, site).items()}

@@ -21,7 +21,7 @@ from .adapter import Adapter
 from .errors import MergeError
 from .residual import Residual, fingerprint, supports
 from .sites import Site
-from .tree import find_tensor
+from .tree import find_tensor, first_name, tensor_at
 
 # Copies of A and B are kept, so that unmerging survives changed adapters, where they are small beside the weight.
 _SMALL = 1 / 16
@@ -96,20 +96,30 @@ class Ledger:
         return tuple(adapter.name for adapter in self.adapters)
 
     def merge(
-        self, root: nn.Module, adapters: Sequence[Adapter], *, safe: bool = False, progressbar: bool = False
+        self,
+        root: nn.Module,
+        adapters: Sequence[Adapter],
+        replaced: Mapping[str, str],
+        *,
+        safe: bool = False,
+        progressbar: bool = False,
     ) -> None:
         """Write the base with all merged adapters and these into the weights: all of them or none.
 
+        A base tensor that an acting adapter has replaced by a copy of its own, as `replaced` says, changes there.
         Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an earlier
         merge, and, if `safe`, for a result that is not finite.
         """
         earlier = {(s.adapter.name, s.site.name): s for entry in self.entries.values() for s in entry.sources}
         everyone = (*self.adapters, *adapters)
+        copies = {id(tensor_at(root, base)): copy for base, copy in replaced.items()}
+        names = {id(parameter): name for name, parameter in root.named_parameters()} | copies
         targets: dict[str, tuple[Source, ...]] = {}
         for adapter in everyone:
             for site in adapter.selection:
                 source = earlier.get((adapter.name, site.name)) or Source.of(root, adapter, site)
-                for path in _changed_parameters(root, source):
+                for parameter in _changed_parameters(root, source):
+                    path = names[id(parameter)]
                     targets[path] = (*targets.get(path, ()), source)
         touched = {path: t for path, t in targets.items() if any(s.adapter in adapters for s in t)}
         self._move(root, touched, safe, progressbar)
@@ -123,7 +133,8 @@ class Ledger:
         self.adapters = ()
 
     def original(self, root: nn.Module, path: str) -> Tensor:
-        """The base parameter at `path` as it is without adapters."""
+        """The parameter at `path`, under any of its names, as it is without adapters."""
+        path = first_name(root, path)
         return _original(root, path, self.entries.get(path))
 
     def sizes(self, root: nn.Module) -> dict[str, tuple[int, int]]:
@@ -213,8 +224,8 @@ def _check_untouched(root: nn.Module, path: str, entry: Entry) -> None:
         source.values(root)
 
 
-def _changed_parameters(root: nn.Module, source: Source) -> Iterator[str]:
-    """Paths of the base parameters that a source changes; `MergeError` if one of them does not exist."""
+def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Parameter]:
+    """The base parameters that a source changes; `MergeError` if one of them does not exist."""
     shapes = {s: torch.empty(shape, device="meta") for s, shape in source.shapes.items()}
     for parameter in source.adapter.kind.delta(source.site, source.adapter.config, shapes):
         path = f"{source.site.name}.{parameter}"
@@ -222,22 +233,20 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[str]:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         if not supports(root.get_parameter(path).dtype):
             raise MergeError(f"{path} is {root.get_parameter(path).dtype}, which cannot be merged into exactly")
-        yield path
+        yield root.get_parameter(path)
 
 
 def _total(root: nn.Module, path: str, sources: Sequence[Source], weight: Tensor) -> Tensor:
     """Σ ΔW of the sources for one parameter, rounded once to the dtype that the sum with W is taken in."""
     parameter = path.rpartition(".")[2]
-    deltas = [source.delta(root, weight.device)[parameter] for source in sources if path.startswith(source.site.name)]
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
+    total = sum(source.delta(root, weight.device)[parameter] for source in sources)
+    assert isinstance(total, Tensor)
     return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def _copied(path: str, sources: Sequence[Source]) -> int:
-    """Bytes of the factors' copies, counted with the weight they were made for."""
-    return sum(source.nbytes for source in sources if path == source.site.weight)
+    """Bytes of the factors' copies, counted with the weight they were made for and not again with its bias."""
+    return sum(source.nbytes for source in sources if path.endswith("weight"))
 
 
 def _guess(merged: Tensor, change: Tensor) -> Tensor:

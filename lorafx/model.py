@@ -247,7 +247,9 @@ class AdaptedModel(nn.Module):
         if not adapters:
             warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
-        self._lorafx.ledger.merge(self, adapters, safe=safe_merge, progressbar=progressbar)
+        acting = (*self._lorafx.context.adapters, *adapters)
+        replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
+        self._lorafx.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
@@ -309,17 +311,19 @@ class AdaptedModel(nn.Module):
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
         if not is_main_process:
             return
+        ledger = self._lorafx.ledger
         names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
         for adapter in [self._adapter(name) for name in names]:
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             embeddings = {
-                path: self._lorafx.ledger.original(self, path)
-                for path in self._embeddings_to_save(adapter, save_embedding_layers)
+                path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
             }
             name = getattr(getattr(self, "config", None), "name_or_path", None) or None
             base = type(self._lorafx.base)
             mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-            checkpoint.write(self, adapter, folder, embeddings, name, mapping, state_dict or {})
+            unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
+            values = {**(state_dict or {}), **unmerged}
+            checkpoint.write(self, adapter, folder, embeddings, name, mapping, values)
 
     def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
         paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]

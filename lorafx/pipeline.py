@@ -42,8 +42,8 @@ class Context:
         return selection
 
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
-        """The sites by the identity of the parameter they adapt."""
-        return {id(root.get_parameter(site.weight)): site for site in self.selection}
+        """The sites of all adapters by the identity of the parameter they adapt."""
+        return {weight: site for adapter in self.adapters for weight, site in adapter.sites_by_weight(root).items()}
 
 
 @dataclass(frozen=True)

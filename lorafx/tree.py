@@ -129,6 +129,12 @@ def find_tensor(root: nn.Module, path: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def first_name(root: nn.Module, path: str) -> str:
+    """The first of the names that a parameter goes by."""
+    parameter = root.get_parameter(path)
+    return next(name for name, other in root.named_parameters() if other is parameter)
+
+
 def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
     """Let exactly the parameters at these paths be trained."""
     wanted = {id(find_tensor(root, path)) for path in trainable}

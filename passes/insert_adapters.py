@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.adapter import Adapter
-from lorafx.forms import FORMS
+from lorafx.forms import CONVOLUTIONS, FORMS
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
 from lorafx.sites import Site
@@ -34,35 +34,44 @@ class InsertAdapters(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         mode, count = fake_mode_of(gm), 0
+        sites = [(adapter, adapter.sites_by_weight(gm)) for adapter in reversed(context.adapters)]
         for node in [node for node in gm.graph.nodes if SITE in node.meta]:
-            site = node.meta[SITE]
-            for adapter in reversed([a for a in context.adapters if site in a.selection]):
-                node = _insert(gm, node, site, adapter, mode)
-                count += 1
+            weight = id(gm.get_parameter(node.meta[SITE].weight))
+            for adapter, by_weight in sites:
+                if weight in by_weight:
+                    node = _insert(gm, node, by_weight[weight], adapter, mode)
+                    count += 1
         for adapter in context.adapters:
             count += _read_own_copies(gm, adapter, mode)
         return count
 
 
 def rules(site: Site, adapter: Adapter) -> list[Rule]:
-    """The insertion at a site, one rule for each way its weight may be read."""
-    readable = [pattern for form in FORMS for pattern in form.patterns if _can_read(site, form)]
-    return [Rule(pattern, adapter.kind.equation(site, pattern)) for pattern in readable]
-
-
-def _can_read(site: Site, form: Any) -> bool:
-    return form == site.form or (bool(site.tied) and form.name in ("linear", "embedding"))
+    """The insertion at a site, one rule for each way its weight may be read: a tied one in any form of its shape."""
+    dims = len(site.weight_shape)
+    readable = [form for form in FORMS if form == site.form or (site.tied and dims == 2 and form not in CONVOLUTIONS)]
+    return [Rule(pattern, adapter.kind.equation(site, pattern)) for form in readable for pattern in form.patterns]
 
 
 def _insert(gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
     """Insert one adapter at one node; returns the node that is the base operator now."""
     found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
     where, target = Provenance(InsertAdapters.name, site.name, adapter.name), node.target
-    _, new = rule.apply(gm, found, where, mode, _fresh(gm, site, adapter, node))
+    fresh = _fresh(gm, site, adapter, node)
+    if not _reads_own_bias(gm, found, site):
+        fresh["lora_bias"] = None
+    _, new = rule.apply(gm, found, where, mode, fresh)
     base = next(n for n in new if n.target is target and found.bindings["weight"] in n.args)
     base.meta[SITE] = site
     base.meta[ADAPTED_BY] = (adapter.name, *node.meta.get(ADAPTED_BY, ()))
     return base
+
+
+def _reads_own_bias(gm: GraphModule, found: Match, site: Site) -> bool:
+    """Whether this is the site's own module, and not a twin that shares its weight and has a bias of its own."""
+    bias = found.bindings.get("bias")
+    read = find_tensor(gm, str(bias.target)) if isinstance(bias, Node) and bias.op == "get_attr" else None
+    return read is find_tensor(gm, site.bias)
 
 
 def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[str, Any]:
@@ -82,12 +91,12 @@ def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[st
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
     """Send the reads of replaced base tensors to the adapter's copies."""
     copies = {id(tensor_at(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
-    names = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False)) if copies else Counter()
+    owners = Counter(id(p) for module in gm.modules() for p in module._parameters.values()) if copies else Counter()
     count = 0
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = id(find_tensor(gm, node.target))
         base, copy = copies.get(tensor, ("", ""))
-        users = [user for user in node.users if copy and (names[tensor] <= 1 or _is_within(user, node, base))]
+        users = [user for user in node.users if copy and (owners[tensor] <= 1 or _is_within(user, node, base))]
         if users:
             _redirect(gm, node, users, copy, Provenance(InsertAdapters.name, base, adapter.name), mode)
             count += len(users)

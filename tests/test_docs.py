@@ -48,7 +48,16 @@ def test_the_quickstart_runs(tmp_path):
     import subprocess
     import sys
 
-    command = [sys.executable, str(ROOT / "docs/examples/quickstart.py"), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "docs/examples/quickstart.py"),
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "3",
+        "--min-gain",
+        "-1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -173,3 +173,23 @@ def test_a_weight_that_another_module_borrows_is_replaced_there_too():
         for path in ("second.modules_to_save.default.weight", "second.modules_to_save.default.bias"):
             lora.get_parameter(path).zero_()
     assert not lora(x).any()
+
+
+def test_a_module_under_two_names_reads_its_own_copy_under_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.inner = nn.Linear(4, 4), nn.Module()
+            self.inner.again = self.fc
+
+        def forward(self, x):
+            return self.fc(x) * self.inner.again(x)
+
+    model, x = Twice().double(), torch.randn(5, 4, dtype=torch.float64)
+    lora = adapted(model, target_modules=["fc"], bias="all", lora_bias=True)
+    with torch.no_grad():
+        lora.get_parameter("fc.trained_bias.default.bias").add_(1)
+    before = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), before, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(lora.merge_and_unload()(x), before, rtol=1e-13, atol=1e-13)

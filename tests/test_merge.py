@@ -1,5 +1,7 @@
 """The ledger: W + ΔW into the base weights, rounded once, and exactly out again or not at all."""
 
+import copy
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -345,3 +347,41 @@ def test_fingerprints_tell_single_bits_and_places_apart():
         other.view(torch.int32)[place] ^= 1
         prints.add(fingerprint(other))
     assert len(prints) == 6 and fingerprint(tensor.clone()) == fingerprint(tensor)
+
+
+@pytest.mark.filterwarnings("ignore:.*one site")
+def test_adapters_that_know_a_tied_weight_by_different_names_act_and_merge_together():
+    from test_match_targets import Tied
+
+    model, ids = Tied().double(), torch.randint(0, 11, (2, 6))
+    before = bits(model)
+    lora = adapted(model, target_modules=["embed"])
+    one = lora(ids)
+    lora.add_adapter("other", {"r": 3, "target_modules": ["head"], "init_lora_weights": False})
+    lora.set_adapter(["default", "other"])
+    both = lora(ids)
+    assert not torch.allclose(one, both)
+    lora.merge_adapter(["default"])
+    torch.testing.assert_close(lora(ids), both, rtol=1e-13, atol=1e-13)
+    lora.merge_adapter(["other"])
+    torch.testing.assert_close(model(ids), both, rtol=1e-13, atol=1e-13)
+    lora.unmerge_adapter()
+    assert bits(model) == before
+
+
+def test_a_trained_bias_takes_the_adapters_bias_and_gives_it_back(tmp_path):
+    model, x = Chain().double(), torch.randn(5, 4, dtype=torch.float64)
+    lora = adapted(model, target_modules=["second"], bias="all", lora_bias=True)
+    before, own = lora(x), lora.get_parameter("second.trained_bias.default.bias").detach().clone()
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), before, rtol=1e-13, atol=1e-13)
+    lora.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        lorafx.load(copy.deepcopy(lora.get_base_model()), tmp_path).second.bias, model.second.bias
+    )
+    lora.unmerge_adapter()
+    assert torch.equal(lora.get_parameter("second.trained_bias.default.bias"), own)
+    lora.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / part / "adapter_model.safetensors").read_bytes() for part in ("", "again")]
+    assert files[0] == files[1]
+    torch.testing.assert_close(lora.merge_and_unload()(x), before, rtol=1e-13, atol=1e-13)

@@ -57,7 +57,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
 
     train_set, test_set = split(labelled_docstrings(), test_size=192)
-    train_batches, test_batches = batches(train_set, size=12, shuffle=True), batches(test_set, size=64)
+    train_batches, test_batches = batches(train_set, size=16, shuffle=True), batches(test_set, size=64)
     print(f"{len(train_set)} docstrings to learn from and {len(test_set)} to test on, from {len(PACKAGES)} packages\n")
 
     # Compile: choose the sites and make the adapter. The base's weights are shared and frozen.
@@ -107,7 +107,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=90, help="training steps (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"), help="output folder (default: %(default)s)")
     parser.add_argument("--min-gain", type=float, default=0.3, help="accuracy to gain, or fail (default: %(default)s)")
     return parser.parse_args()

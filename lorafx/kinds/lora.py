@@ -45,19 +45,22 @@ def embedding(ids, weight, padding_idx, scale_grad_by_freq, sparse, lora_A, lora
     return aten.to.dtype(aten.add.Tensor(base, update), result_dtype)
 
 
-def linear_of_embedding(x, weight, bias, lora_A, lora_B, scaling, dtype, result_dtype):
-    """A tied weight whose adapter is an embedding's, read by a linear layer: ΔW = s · (B A)ᵀ."""
-    hidden = aten.linear.default(aten.to.dtype(x, dtype), aten.t.default(lora_B))
-    update = aten.mul.Tensor(aten.linear.default(hidden, aten.t.default(lora_A)), scaling)
-    return aten.to.dtype(aten.add.Tensor(aten.linear.default(x, weight, bias), update), result_dtype)
+# A tied weight may be read in a form that stores it the other way round: ΔW = s · (B A)ᵀ, A and B trade places.
 
 
-def embedding_of_linear(ids, weight, padding_idx, scale_grad_by_freq, sparse, lora_A, lora_B, scaling, result_dtype):
-    """A tied weight whose adapter is a linear layer's, looked up by an embedding: row i of ΔW is s · B[i] A."""
-    hidden = aten.embedding.default(lora_B, ids, padding_idx, scale_grad_by_freq, sparse)
-    update = aten.mul.Tensor(aten.linear.default(hidden, aten.t.default(lora_A)), scaling)
-    base = aten.embedding.default(weight, ids, padding_idx, scale_grad_by_freq, sparse)
-    return aten.to.dtype(aten.add.Tensor(base, update), result_dtype)
+def linear_of_twin(x, weight, bias, lora_A, lora_B, scaling, p, training, dtype, result_dtype):
+    a, b = aten.t.default(lora_B), aten.t.default(lora_A)
+    return linear(x, weight, bias, a, b, None, scaling, p, training, dtype, result_dtype)
+
+
+def addmm_of_twin(x, weight, bias, lora_A, lora_B, scaling, p, training, dtype, result_dtype):
+    a, b = aten.t.default(lora_B), aten.t.default(lora_A)
+    return addmm(x, weight, bias, a, b, None, scaling, p, training, dtype, result_dtype)
+
+
+def embedding_of_twin(ids, weight, padding_idx, scale_grad_by_freq, sparse, lora_A, lora_B, scaling, result_dtype):
+    a, b = aten.t.default(lora_B), aten.t.default(lora_A)
+    return embedding(ids, weight, padding_idx, scale_grad_by_freq, sparse, a, b, scaling, result_dtype)
 
 
 @functools.cache
@@ -84,9 +87,10 @@ _EQUATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     forms.addmm: addmm,
     forms.embedding: embedding,
 }
-_OF_TIED: dict[Callable[..., Any], Callable[..., Any]] = {
-    forms.linear: linear_of_embedding,
-    forms.embedding: embedding_of_linear,
+_OF_TWIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    forms.linear: linear_of_twin,
+    forms.addmm: addmm_of_twin,
+    forms.embedding: embedding_of_twin,
 }
 
 
@@ -146,9 +150,10 @@ class Lora:
                 nn.init.uniform_(tensor, -1 / math.sqrt(b_fan_in), 1 / math.sqrt(b_fan_in), generator=rng)
 
     def equation(self, site: Site, pattern: Callable[..., Any]) -> Callable[..., Any]:
-        if pattern not in site.form.patterns:
-            return _OF_TIED[pattern]
-        return _EQUATIONS[pattern] if pattern in _EQUATIONS else convolution(pattern)
+        if site.form in CONVOLUTIONS:
+            return convolution(pattern)
+        read_as = next(form for form in forms.FORMS if pattern in form.patterns)
+        return (_EQUATIONS if read_as.transposed == site.form.transposed else _OF_TWIN)[pattern]
 
     def scalars(self, site: Site, config: LoraConfig) -> dict[str, Any]:
         return {"scaling": self.scaling(site, config), "p": config.lora_dropout}

@@ -1,0 +1,61 @@
+"""Test what you build on lorafx: hypothesis strategies for models and configs, and checks of what must always hold.
+
+Needs `hypothesis` (the `dev` extra); `import lorafx` does not import this module. A test in four lines:
+
+    @hypothesis.given(testing.adapted(adapters=2))
+    def test_my_pass(case):
+        lora = case.build(pipeline=my_pipeline)
+        testing.assert_merged_equals_unmerged(lora, lambda model: model(**case.model.inputs()))
+
+Floating-point checks take no tolerance: they derive it, see `tolerance`. The others compare bits.
+"""
+
+from .adapters import Adapted, adaptable, adapted, configs, randomize
+from .checks import (
+    Call,
+    adapter_tensors,
+    assert_close,
+    assert_inert,
+    assert_merge_is_exact,
+    assert_merged_equals_unmerged,
+    assert_roundtrip,
+    assert_same_tensors,
+    assert_unloaded_equals_unmerged,
+    backward_error,
+    base_tensors,
+    bits,
+    condition,
+    evaluating,
+    same_bits,
+    tolerance,
+)
+from .models import Dag, Layer, RandomModel, Step, models
+
+__all__ = [
+    "Adapted",
+    "Call",
+    "Dag",
+    "Layer",
+    "RandomModel",
+    "Step",
+    "adaptable",
+    "adapted",
+    "adapter_tensors",
+    "assert_close",
+    "assert_inert",
+    "assert_merge_is_exact",
+    "assert_merged_equals_unmerged",
+    "assert_roundtrip",
+    "assert_same_tensors",
+    "assert_unloaded_equals_unmerged",
+    "backward_error",
+    "base_tensors",
+    "bits",
+    "condition",
+    "configs",
+    "evaluating",
+    "models",
+    "randomize",
+    "same_bits",
+    "tolerance",
+]

@@ -1,0 +1,229 @@
+"""What must hold of an adapted model, as functions to call in a test, with tolerances derived from its dtypes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import api
+from ..model import AdaptedModel
+from ..tree import tensor_at
+
+Call = Callable[[nn.Module], Any]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of each element as an integer, same shape, on the CPU: equal exactly when the elements are the same.
+
+    Unlike `torch.equal` on floats it tells -0 from +0, and finds a NaN equal to itself.
+    """
+    plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return plain.view(_INTEGERS[plain.element_size()]) if plain.is_floating_point() else plain
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def base_tensors(lora: AdaptedModel) -> dict[str, Tensor]:
+    """Copies of the base model's parameters and buffers, by path."""
+    return {path: tensor.detach().clone() for path, tensor in lora.get_base_model().state_dict().items()}
+
+
+def adapter_tensors(lora: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Copies of an adapter's tensors, by path; biases and modules that it trains as a whole included."""
+    paths = lora._lorafx.adapters[adapter_name].paths
+    return {path: tensor_at(lora, path).detach().clone() for path in paths}
+
+
+# Deviations allowed: Higham & Mary's theorem 2.4 lets a bound of λ deviations fail with probability 2 exp(-λ²/2),
+# 7e-6 for 5.
+_LAMBDA = 5.0
+# Roundings to the model's dtype between one weight and the next: product, sum with the update, cast, bias, and up to
+# four of norms, activations and joins.
+_ROUNDINGS = 8
+_DRAWS = 4
+
+
+def backward_error(lora: AdaptedModel) -> float:
+    """How far, relatively, one layer's weights would have to move to explain its rounding errors.
+
+        γ = λ · (u √(R + 4 a) + u' √(K + Σ r))
+
+    u is half the eps of the coarsest dtype of the model's parameters; R = 8 roundings lie between one weight and the
+    next, and 4 more in each of the a active adapters (A x, B A x, s · B A x, the sum). Products accumulate in float32
+    or finer, so u' is half the eps of float32, or of float64 for a float64 model. K is the longest reduction (in
+    features times kernel), Σ r the ranks on top of it. Rounding errors are taken as independent, so n of them grow as
+    √n (Higham & Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019),
+    up to λ = 5 deviations.
+    """
+    dtypes = {p.dtype for p in lora.parameters() if p.is_floating_point()}
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+    inner = min(unit, torch.finfo(torch.float32).eps / 2)
+    adapters = [lora._lorafx.adapters[name] for name in lora.active_adapters]
+    lengths = [weight[0].numel() for p in lora.parameters() if (weight := p).ndim > 1]
+    lengths += [max(weight.shape[:2]) for weight in lora.parameters() if weight.ndim == 2]
+    shapes = [
+        [s for site in a.selection for s in a.kind.shapes(site, a.config).values() if len(s) > 1] for a in adapters
+    ]
+    ranks = sum(max((min(shape[:2]) for shape in each), default=0) for each in shapes)
+    roundings = _ROUNDINGS + 4 * len(adapters)
+    return _LAMBDA * (unit * math.sqrt(roundings) + inner * math.sqrt(max(lengths) + ranks))
+
+
+@torch.no_grad()
+def condition(lora: AdaptedModel, call: Call, *, seed: int = 0) -> list[float]:
+    """How strongly each output leaf of a call answers a relative change of the weights: max |Δy| / η.
+
+    Every parameter is multiplied by 1 ± η with random signs and η = √eps, the step at which rounding and curvature
+    weigh alike; the largest answer of four draws counts. The parameters get their bits back.
+    """
+    parameters = [p for p in lora.parameters() if p.is_floating_point()]
+    originals = [p.detach().clone() for p in parameters]
+    step = math.sqrt(max(torch.finfo(p.dtype).eps for p in parameters))
+    rng, expected, largest = torch.Generator().manual_seed(seed), _floats(call(lora)), None
+    try:
+        for _ in range(_DRAWS):
+            for parameter, original in zip(parameters, originals):
+                signs = torch.randint(0, 2, original.shape, generator=rng).double().mul_(2).sub_(1)
+                parameter.copy_(original.double() * (1 + step * signs.to(original.device)))
+            answers = [float(d) / step for d in _distances(_floats(call(lora)), expected)]
+            largest = [max(pair) for pair in zip(answers, largest or answers)]
+    finally:
+        for parameter, original in zip(parameters, originals):
+            parameter.copy_(original)
+    return largest or []
+
+
+def tolerance(lora: AdaptedModel, call: Call) -> list[float]:
+    """How far rounding may move each output leaf of a call, absolutely: `backward_error` times `condition`.
+
+    The forward error of a computation is at most its backward error times its condition number (Higham, "Accuracy and
+    Stability of Numerical Algorithms", section 1.6). The first follows from dtypes and lengths alone, the second is a
+    property of the model's function and is measured on it as it stands, merged or not.
+    """
+    error = backward_error(lora)
+    return [error * number for number in condition(lora, call)]
+
+
+def _floats(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    assert len(a) == len(b), f"the call gives {len(a)} tensors now and gave {len(b)}"
+    return [(x.double() - y.double()).abs().max() for x, y in zip(a, b)]
+
+
+def assert_close(actual: Any, expected: Any, limits: Sequence[float]) -> None:
+    """Every floating-point leaf of `actual` lies within its limit of `expected`, and has its shape and dtype."""
+    for index, (a, e, limit) in enumerate(zip(_floats(actual), _floats(expected), limits, strict=True)):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype), f"output {index}: {a.shape} {a.dtype}, not {e.shape} {e.dtype}"
+        distance = float((a.double() - e.double()).abs().max())
+        assert distance <= limit, f"output {index} differs by {distance:.3g}, and rounding explains {limit:.3g}"
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and under each the same bits."""
+    assert actual.keys() == expected.keys(), f"names differ: {sorted(actual.keys() ^ expected.keys())}"
+    wrong = [path for path, tensor in expected.items() if not same_bits(actual[path], tensor)]
+    assert not wrong, f"not bit for bit the same: {wrong}"
+
+
+def assert_merge_is_exact(
+    lora: AdaptedModel, adapter_names: Sequence[str] | None = None, *, cycles: int = 2, one_by_one: bool = False
+) -> None:
+    """Merging and unmerging gives every tensor of the base its bits back, each time, and leaves the adapters alone.
+
+    `adapter_names` are merged in this order (None: the active ones), together or `one_by_one`.
+    """
+    names = list(lora.active_adapters if adapter_names is None else adapter_names)
+    base, own = base_tensors(lora), {name: adapter_tensors(lora, name) for name in names}
+    for _ in range(cycles):
+        for group in [[name] for name in names] if one_by_one else [names]:
+            lora.merge_adapter(group)
+        lora.unmerge_adapter()
+        assert_same_tensors(base_tensors(lora), base)
+    for name in names:
+        assert_same_tensors(adapter_tensors(lora, name), own[name])
+
+
+def assert_merged_equals_unmerged(lora: AdaptedModel, call: Call) -> None:
+    """In eval mode, a call gives the same with the active adapters merged, up to what rounding explains.
+
+    `call` takes the model and returns tensors: `lambda model: model(**inputs)`. The limit is `tolerance` of the
+    unmerged model plus that of the merged one. The model is left as it was.
+    """
+    with evaluating(lora), torch.no_grad():
+        expected, limits = call(lora), tolerance(lora, call)
+        lora.merge_adapter()
+        try:
+            actual, merged_limits = call(lora), tolerance(lora, call)
+        finally:
+            lora.unmerge_adapter()
+    assert_close(actual, expected, [a + b for a, b in zip(limits, merged_limits)])
+
+
+def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module:
+    """In eval mode, the plain model that `merge_and_unload` returns gives what the adapted one gave; returns it.
+
+    The plain model runs its own Python and no graph, so this checks the graphs against the model itself.
+    """
+    lora.eval()
+    with torch.no_grad():
+        expected, limits = call(lora), tolerance(lora, call)
+        lora.merge_adapter()
+        limits = [a + b for a, b in zip(limits, tolerance(lora, call))]
+        base = lora.merge_and_unload().eval()
+        assert_close(call(base), expected, limits)
+    return base
+
+
+def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
+    """An adapter at its start (B = 0) changes no bit of a call's output; gradients are not looked at."""
+    actual, expected = _floats(call(lora)), _floats(call(base))
+    assert len(actual) == len(expected), f"{len(actual)} tensors, not {len(expected)}"
+    wrong = [index for index, pair in enumerate(zip(actual, expected)) if not same_bits(*pair)]
+    assert not wrong, f"outputs {wrong} are not bit for bit the base model's"
+
+
+def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
+    """Every adapter that is saved loads again as it was: sites, tensors bit for bit; saved again, the same bytes."""
+    base = copy.deepcopy(lora.get_base_model())
+    lora.save_pretrained(tmp_path / "first")
+    for name in lora.peft_config:
+        place = "" if name == "default" else name
+        again = api.load(
+            copy.deepcopy(base),
+            tmp_path / "first" / place,
+            adapter_name=name,
+            autocast_adapter_dtype=lora._lorafx.autocast_adapter_dtype,
+        )
+        assert_same_tensors(adapter_tensors(again, name), adapter_tensors(lora, name))
+        assert again._lorafx.adapters[name].selection == lora._lorafx.adapters[name].selection
+        again.save_pretrained(tmp_path / "second")
+        for file in (tmp_path / "first" / place).glob("adapter_*"):
+            assert file.read_bytes() == (tmp_path / "second" / place / file.name).read_bytes(), f"{file.name} changed"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
