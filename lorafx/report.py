@@ -18,7 +18,7 @@ COLUMN = 88
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A plain-text table; numbers are set to the right."""
     cells = [[_text(value) for value in row] for row in rows]
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table()
     for index, column in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in cells)
         drawn.add_column(column, justify="right" if cells and numeric else "left", no_wrap=True)
@@ -27,7 +27,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     console = Console(width=10_000, no_color=True)
     with console.capture() as captured:
         console.print(drawn, markup=False)
-    return captured.get().rstrip()
+    return "\n".join([title, *(line.rstrip() for line in captured.get().splitlines())])
 
 
 def _text(value: Any) -> str:
@@ -76,10 +76,23 @@ class Report:
 
 def graph_lines(gm: GraphModule) -> list[str]:
     """A graph as text, a line a node: `linear_1 = linear(relu, second_weight)  # (s0, 3)`."""
-    return [f"{_line(node)}{_shape(node)}" for node in gm.graph.nodes]
+    return [_line(node) for node in gm.graph.nodes]
+
+
+def _in_reading_order(gm: GraphModule) -> list[str]:
+    """The same lines with each attribute right before its first use, wherever a capture or a pass has put it."""
+    order: dict[Node, None] = {}
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            order.update(dict.fromkeys((*(n for n in node.all_input_nodes if n.op == "get_attr"), node)))
+    return [_line(node) for node in order]
 
 
 def _line(node: Node) -> str:
+    return f"{_operation(node)}{_shape(node)}"
+
+
+def _operation(node: Node) -> str:
     if node.op == "placeholder":
         return f"{node.name} = input"
     if node.op == "output":
@@ -101,7 +114,7 @@ def diff(a: GraphModule, b: GraphModule, *, context: int = 3) -> str:
 
     `context` is the number of equal lines shown around each change.
     """
-    left, right = graph_lines(a), graph_lines(b)
+    left, right = _in_reading_order(a), _in_reading_order(b)
     out: list[str] = []
     for group in difflib.SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
         out.append("…")
