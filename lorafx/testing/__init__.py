@@ -29,9 +29,10 @@ from .checks import (
     same_bits,
     tolerance,
 )
-from .models import Dag, Layer, RandomModel, Step, models
+from .models import DTYPES, Dag, Layer, RandomModel, Step, models
 
 __all__ = [
+    "DTYPES",
     "Adapted",
     "Call",
     "Dag",

@@ -35,21 +35,15 @@ def examples(count):
 
 
 @pytest.mark.slow
-@examples(25)
+@examples(20)
 @given(testing.adapted(adapters=2))
-def test_merged_equals_unmerged(case):
+def test_merged_and_unloaded_equal_unmerged(case):
+    """The unloaded base runs its own Python without any graph: a reference for every kind of site, own copy and tie."""
     lora = case.build()
     base = testing.base_tensors(lora)
     testing.assert_merged_equals_unmerged(lora, case.call())
     testing.assert_same_tensors(testing.base_tensors(lora), base)
-
-
-@pytest.mark.slow
-@examples(25)
-@given(testing.adapted(adapters=2, scales=st.sampled_from([0.05, 1.0])))
-def test_unloaded_equals_unmerged(case):
-    """The base's own Python, without any graph, is the reference: adapters at every kind of site, own copies, ties."""
-    testing.assert_unloaded_equals_unmerged(case.build(), case.call())
+    testing.assert_unloaded_equals_unmerged(lora, case.call())
 
 
 @pytest.mark.slow
@@ -67,7 +61,7 @@ def test_one_graph_serves_other_sizes(case, seed):
 
 
 @pytest.mark.slow
-@examples(20)
+@examples(15)
 @given(testing.adapted(mergeable=False, adapters=2))
 def test_zero_B_changes_no_bit_of_the_output(case):
     """In eval mode, with gradients; in groups and with own copies of biases and modules too."""
@@ -150,7 +144,7 @@ def _random_bits(like, rng):
 
 
 @examples(150)
-@given(st.sampled_from(testing.DTYPES), st.integers(1, 70), st.integers(0, 2**32), st.floats(0, 1))
+@given(st.sampled_from((torch.float64, *REAL)), st.integers(1, 70), st.integers(0, 2**32), st.floats(0, 1))
 def test_a_residual_restores_anything_from_any_guess(dtype, count, seed, share):
     """Bits are bits: NaN, infinities and -0 come back as well, from a guess that is right in a `share` of places."""
     rng = torch.Generator().manual_seed(seed)
@@ -201,19 +195,24 @@ def test_no_adapter_keeps_more_than_a_copy_of_the_weight(case):
 )
 def test_a_failure_half_way_leaves_every_weight_as_it_was(case, where, countdown, action):
     lora = case.build()
-    original, names = testing.base_tensors(lora), list(lora.active_adapters)
+    original, names = _everything(lora), list(lora.active_adapters)
     if action != "merge":
         lora.merge_adapter(names[:1])
-    before, merged = testing.base_tensors(lora), list(lora.merged_adapters)
+    before, merged = _everything(lora), list(lora.merged_adapters)
     act = lora.unmerge_adapter if action == "unmerge" else functools.partial(lora.merge_adapter, names)
     with warnings.catch_warnings(), _failing(where, countdown) as failed, contextlib.suppress(_Injected):
         warnings.simplefilter("ignore")  # of one adapter nothing is left to merge on top
         act()
     if failed:
-        testing.assert_same_tensors(testing.base_tensors(lora), before)
+        testing.assert_same_tensors(_everything(lora), before)
         assert lora.merged_adapters == merged
     lora.unmerge_adapter()
-    testing.assert_same_tensors(testing.base_tensors(lora), original)
+    testing.assert_same_tensors(_everything(lora), original)
+
+
+def _everything(lora):
+    """Copies of all tensors, the adapters' own among them: a merge may write into a bias that an adapter trains."""
+    return {path: tensor.clone() for path, tensor in lora.state_dict().items()}
 
 
 class _Injected(Exception):
