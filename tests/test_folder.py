@@ -22,6 +22,8 @@ from lorafx.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lorafx.errors import LorafxError
 from lorafx.folder import replace_folder
 
+pytestmark = pytest.mark.slow  # many processes, killed one by one
+
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
@@ -438,7 +440,6 @@ def harness(tmp_path: Path) -> Iterator[Callable[..., int]]:
 
 
 @posix
-@pytest.mark.slow
 def test_a_writer_killed_at_random_moments_leaves_a_whole_adapter(harness: Callable[..., int]) -> None:
     assert harness(RANDOM_KILLS, 60) > 1, "the kills came so early that nothing was ever saved"
 

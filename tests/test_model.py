@@ -66,6 +66,7 @@ def test_a_batch_of_another_size_reuses_the_graph():
     assert len(lora.report().graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_part_alone_is_called_with_its_adapters(llama):
     model, lora = llama
     tokens = ids(2, 5)
@@ -77,6 +78,7 @@ def test_a_part_alone_is_called_with_its_adapters(llama):
         assert not torch.allclose(first, model.model.layers[0].self_attn.q_proj(hidden))
 
 
+@pytest.mark.slow
 def test_generate_runs_through_the_graphs(llama):
     model, lora = llama
     tokens = ids(2, 5)

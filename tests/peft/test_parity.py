@@ -29,6 +29,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.testing import assert_same_tensors
 
+pytestmark = pytest.mark.slow  # real PEFT beside lorafx, many captures: left out of `make test-fast`
+
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 LAMBDA = 5  # deviations allowed, as in lorafx.testing
