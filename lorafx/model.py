@@ -6,7 +6,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,10 @@ from .errors import AdapterError
 from .merge import Ledger
 from .pipeline import Context
 from .report import Report
+from .saving import Saving
 from .sites import Selection
+from .state import State
 from .tree import MIRRORED_AS, STATE, find_tensor, mirrored, set_trainable, tensor_at
-
-
-@dataclass
-class State:
-    """What an AdaptedModel is besides a module tree."""
-
-    base: nn.Module
-    dispatcher: Dispatcher
-    autocast_adapter_dtype: bool
-    base_requires_grad: dict[str, bool]
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    ledger: Ledger = field(default_factory=Ledger)
-
-    @property
-    def context(self) -> Context:
-        """The adapters that act, merged ones innermost: they are part of W."""
-        names = dict.fromkeys((*self.ledger.names, *self.active))
-        return Context(tuple(self.adapters[name] for name in names), frozenset(self.ledger.names))
 
 
 class PartCall:
@@ -57,15 +39,13 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
     the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
     shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
     """
-
-    _lorafx: State
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -290,59 +270,12 @@ class AdaptedModel(nn.Module):
                 parameter.requires_grad_(flag)
         return state.base
 
-    # --- files -------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
-
-        `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
-        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
-        own, as a trainer that gathers shards does. Each folder is replaced atomically.
-        """
-        if not safe_serialization:
-            raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
-        if not is_main_process:
-            return
-        ledger = self._lorafx.ledger
-        names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
-        for adapter in [self._adapter(name) for name in names]:
-            folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
-            embeddings = {
-                path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
-            }
-            name = getattr(getattr(self, "config", None), "name_or_path", None) or None
-            base = type(self._lorafx.base)
-            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-            unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
-            values = {**(state_dict or {}), **unmerged}
-            checkpoint.write(self, adapter, folder, embeddings, name, mapping, values)
-
-    def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
-        paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
-        adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
-        if wanted == "auto":
-            wanted = bool(adapted) or any(_resized(self._lorafx.base, self, path) for path in paths)
-        return (adapted or paths) if wanted else []
-
 
 def _parts(adapter: Adapter) -> Iterator[str]:
     """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
     owners = [site.name for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
-
-
-def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:
-    before, now = find_tensor(base, path), find_tensor(tree, path)
-    return before is None or now is None or before.shape != now.shape
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:

@@ -20,6 +20,8 @@ LAYERS = [
     {"passes"},
     {"capture", "lower"},
     {"dispatch"},
+    {"state"},
+    {"saving"},
     {"model"},
     {"api"},
     {"testing", "__init__"},

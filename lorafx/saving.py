@@ -1,0 +1,65 @@
+"""What an adapted model does with files: its adapters to a folder in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import checkpoint
+from .adapter import Adapter
+from .state import State
+from .tree import find_tensor
+
+
+class Saving(nn.Module):
+    """The part of an adapted model that writes its adapters to files."""
+
+    _lorafx: State
+    _adapter: Callable[[str], Adapter]
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
+
+        `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
+        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
+        own, as a trainer that gathers shards does. Each folder is replaced atomically.
+        """
+        if not safe_serialization:
+            raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
+        if not is_main_process:
+            return
+        ledger = self._lorafx.ledger
+        names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
+        for adapter in [self._adapter(name) for name in names]:
+            folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
+            embeddings = {
+                path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
+            }
+            name = getattr(getattr(self, "config", None), "name_or_path", None) or None
+            base = type(self._lorafx.base)
+            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+            unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
+            values = {**(state_dict or {}), **unmerged}
+            checkpoint.write(self, adapter, folder, embeddings, name, mapping, values)
+
+    def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
+        paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
+        adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
+        if wanted == "auto":
+            wanted = bool(adapted) or any(_resized(self._lorafx.base, self, path) for path in paths)
+        return (adapted or paths) if wanted else []
+
+
+def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:
+    before, now = find_tensor(base, path), find_tensor(tree, path)
+    return before is None or now is None or before.shape != now.shape
