@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,21 @@ class Adapter:
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
         """The adapter's sites by the identity of their weight: two adapters may know a tied one by different names."""
         return {id(root.get_parameter(site.weight)): site for site in self.selection}
+
+    def only(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
+        """The adapter as far as it concerns these weights, and these base tensors that it replaces."""
+        wanted, copies = set(weights), {base: self.replaced[base] for base in replaced if base in self.replaced}
+        sites = Selection(tuple(site for site in self.selection if site.weight in wanted))
+        return replace(self, selection=sites, tensors={s.name: self.tensors[s.name] for s in sites}, replaced=copies)
+
+    @property
+    def owners(self) -> set[str]:
+        """Paths of the modules below which all that the adapter reads and adapts can be found."""
+        copies = {
+            path.rpartition(f".{SAVED}.")[0] or path.rpartition(f".{TRAINED_BIAS}.")[0]
+            for path in self.replaced.values()
+        }
+        return {site.name for site in self.selection} | copies
 
     def delta(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The change that the adapter makes to the site's base parameters, by their name, in float64."""

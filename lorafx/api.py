@@ -28,6 +28,7 @@ def compile(
     adapter_name: str = "default",
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     backend: str = "auto",
+    capture: str = "auto",
     pipeline: Passes | None = None,
     observers: Iterable[Observer] = (),
     autocast_adapter_dtype: bool = True,
@@ -43,6 +44,8 @@ def compile(
     Args:
         config: a `LoraConfig`, a `peft.LoraConfig`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
+        capture: "auto" captures each kind of call as one graph and, where that cannot be, runs the model's own Python
+            with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
@@ -56,13 +59,13 @@ def compile(
     """
     chosen = _pipeline(pipeline)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
-    adapted = adapt(model, Dispatcher(chosen, backend, tuple(observers)), autocast_adapter_dtype)
+    adapted = adapt(model, Dispatcher(chosen, backend, tuple(observers), capture), autocast_adapter_dtype)
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
         if example_inputs is not None:
             args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-            adapted.graph(*args, **kwargs)
+            adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
     except BaseException:
         adapted._leave()
         raise
@@ -78,6 +81,7 @@ def load(
     config: LoraConfig | Mapping[str, Any] | None = None,
     weights_only: bool = False,
     backend: str = "auto",
+    capture: str = "auto",
     pipeline: Passes | None = None,
     autocast_adapter_dtype: bool = True,
     **hub: Any,
@@ -85,8 +89,9 @@ def load(
     """Put a saved adapter on a model: a folder in PEFT's format, or a Hub id.
 
     For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` overrides the
-    folder's own. `hub` goes to `huggingface_hub` (`revision`, `token`, `cache_dir`). `weights_only=True` also takes an
-    old `adapter_model.bin`, read through torch's restricted unpickler.
+    folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
+    `local_files_only`. `weights_only=True` also takes an old `adapter_model.bin`, read through torch's restricted
+    unpickler.
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit; the model is as it was.
     """
@@ -95,7 +100,7 @@ def load(
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
-    adapted = adapt(model, Dispatcher(chosen, backend), autocast_adapter_dtype)
+    adapted = adapt(model, Dispatcher(chosen, backend, capture=capture), autocast_adapter_dtype)
     adapted._install(fitted, values=values)
     adapted.set_adapter(adapter_name)
     copy_into(adapted, embeddings)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch.export import Dim, ShapesCollection
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from .autocast import autocast_dtype
 from .errors import CaptureError
+from .pure import innermost_line, pure
 from .rewrite import resolve
-from .tree import find_tensor, mirrored, without_hooks
+from .tree import branch, find_tensor, mirrored, tensor_at, without_hooks
 
 CAPTURED = "captured"
 
@@ -28,7 +29,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
     dynamic that is not 1; it may be on the `meta` device. The graph is called like the model, keeps parameter names,
     and reads parameters and buffers from the model itself, at call time.
 
-    Raises `CaptureError` with torch's reason when the call cannot be captured.
+    Raises `CaptureError` with torch's reason and the model's own line when the call cannot be captured, or does
+    something that a graph would not do again: print, draw random numbers outside torch, change the model.
     """
     return trace_part(model, "", args, kwargs)
 
@@ -41,6 +43,42 @@ def trace_part(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[
     # A part is called rather than its forward, so that the graph's nodes know that they are in it.
     bare.__dict__["forward"] = _as_called(part if path else part.forward, part.forward, args, kwargs)
     return rooted(_export(bare, args, kwargs), model)
+
+
+def trace_operator(
+    tree: nn.Module,
+    part: str,
+    function: Callable[..., Any],
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    paths: Sequence[str | None],
+    owners: Iterable[str],
+) -> GraphModule:
+    """Capture one call of a torch function, made in the module at `part`, as a graph over the modules at `owners`.
+
+    `leaves` and `spec` are the call's arguments, flat. A leaf that has a path is a tensor of the tree and is read from
+    there; the other tensors are the graph's inputs, in order.
+    """
+    live = branch(tree, owners)
+    bare = mirrored(live)
+
+    def call(*inputs: Tensor) -> Any:
+        given = iter(inputs)
+        filled = [
+            tensor_at(bare, path) if path else next(given) if isinstance(leaf, Tensor) else leaf
+            for leaf, path in zip(leaves, paths)
+        ]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return function(*args, **kwargs)
+
+    inputs = tuple(leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor))
+    bare.__dict__["forward"] = _as_called(call, call, inputs, {})
+    # Inside a checkpointed region, what tracing saves must not count as saved there.
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        gm = rooted(_export(bare, inputs, {}), live)
+    for node in gm.graph.nodes:
+        node.meta["nn_module_stack"] = {part: (part, type(tree.get_submodule(part)))}
+    return gm
 
 
 def _as_called(
@@ -77,12 +115,26 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             shapes[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+    name = type(model).__name__
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), plain_operators(), pure(model):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
+    except CaptureError as error:
+        raise CaptureError(f"{name} could not be captured: {error}") from error
     except Exception as error:
-        raise CaptureError(f"{type(model).__name__} could not be captured: {_reason(error)}") from error
+        raise CaptureError(f"{name} could not be captured: {_reason(error)}{innermost_line(error)}") from error
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Keep torch.nn's fused inference kernels away: they read many weights at once, where no adapter can act."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _example(tensor: Tensor) -> Tensor:
@@ -136,27 +188,6 @@ def refresh(gm: GraphModule, tree: nn.Module) -> None:
     for name, child in tree._modules.items():
         if gm._modules.get(name) is not child:
             gm._modules[name] = child
-
-
-def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What a graph of this call is specialised on besides the tree's own state.
-
-    Structure and constants of the arguments, dtype, device and rank of tensors, which sizes are 0 or 1, the gradient
-    mode and the autocast state.
-    """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
-    return repr(spec), tuple(map(_leaf_key, leaves)), torch.is_grad_enabled(), tuple(map(autocast_dtype, devices))
-
-
-def _leaf_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return leaf.dtype, leaf.device, leaf.requires_grad, tuple(min(size, 2) for size in leaf.shape)
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), repr(leaf)
-    return type(leaf), leaf
 
 
 def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -15,12 +15,13 @@ from torch.fx import GraphModule
 
 from . import checkpoint
 from .adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from .capture import refresh
 from .config import LoraConfig
 from .dispatch import Dispatcher
-from .errors import AdapterError
+from .errors import AdapterError, CaptureError
 from .merge import Ledger
 from .pipeline import Context
-from .report import Report
+from .report import Call, Explanation, Report
 from .saving import Saving
 from .sites import Selection
 from .state import State
@@ -28,12 +29,16 @@ from .tree import MIRRORED_AS, STATE, find_tensor, mirrored, set_trainable, tens
 
 
 class PartCall:
-    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own."""
+    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own.
+
+    `replaced` has the forward that the module itself, and not its class, had before.
+    """
 
     lorafx = True
 
     def __init__(self, tree: AdaptedModel, path: str):
         self.tree, self.path = tree, path
+        self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tree._serve(self.path, args, kwargs)
@@ -55,9 +60,13 @@ class AdaptedModel(Saving):
     def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
         """The rewritten graph that serves this call; captured now if no kept graph does.
 
-        Raises `CaptureError` when the call cannot be captured.
+        Raises `CaptureError` when the call cannot be captured as a whole.
         """
-        return self._lorafx.dispatcher.graph(self, self._lorafx.context, args, kwargs)
+        program = self._lorafx.dispatcher.program(self, self._lorafx.context, args, kwargs)
+        if program.gm is None:
+            raise CaptureError(f"this call is served by sites, there is no graph of the whole: {program.reason}")
+        refresh(program.gm, self)
+        return program.gm
 
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._lorafx.dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
@@ -96,10 +105,19 @@ class AdaptedModel(Saving):
     def report(self) -> Report:
         """What each pass did to each kept graph, and what merging holds; prints as tables."""
         graphs = {
-            f"graph {number} ({program.title}), captured in {program.capture_seconds:.2f} s": program.steps
-            for number, program in enumerate(self._lorafx.dispatcher)
+            f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
+            for number, program in enumerate(p for p in self._lorafx.dispatcher if p.gm is not None)
         }
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
+
+    def explain(self) -> Explanation:
+        """What serves each kind of call so far: a graph or the model by sites, why, how often; prints as a table."""
+        dispatcher = self._lorafx.dispatcher
+        calls = [
+            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason) for p in dispatcher
+        ]
+        operators = sum(map(len, dispatcher.operators.values()))
+        return Explanation(tuple(calls), operators, dispatcher.programs.dropped)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""
@@ -182,7 +200,7 @@ class AdaptedModel(Saving):
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
         remove(self, adapter)
         del state.adapters[adapter_name]
-        state.dispatcher.programs.clear()
+        state.dispatcher.clear()
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
             state.active = rest or tuple(state.adapters)[:1]
@@ -263,7 +281,7 @@ class AdaptedModel(Saving):
         for adapter in state.adapters.values():
             remove(self, adapter)
         state.adapters, state.active = {}, ()
-        state.dispatcher.programs.clear()
+        state.dispatcher.clear()
         for path, flag in state.base_requires_grad.items():
             parameter = find_tensor(state.base, path)
             if parameter is not None and parameter.is_floating_point():
@@ -302,6 +320,8 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
+    if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
+        tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
     return tree  # type: ignore[return-value]
 
 

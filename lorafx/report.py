@@ -74,6 +74,37 @@ class Report:
         return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given."""
+
+    title: str
+    served_by: str
+    hits: int
+    capture_seconds: float
+    why: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves each kind of call, the longest unused first. Prints as a table.
+
+    `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that had to make room.
+    """
+
+    calls: tuple[Call, ...] = ()
+    operators: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        columns = ("call", "served by", "hits", "capture s", "captured because of")
+        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why) for c in self.calls]
+        reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
+        counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
+        return "\n".join([table(counts, columns, rows), *reasons])
+
+
 def graph_lines(gm: GraphModule) -> list[str]:
     """A graph as text, a line a node: `linear_1 = linear(relu, second_weight)  # (s0, 3)`."""
     return [_line(node) for node in gm.graph.nodes]

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _OWN_DICTS = (
@@ -38,8 +37,10 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
         return memo[id(model)]
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
-    if getattr(vars(model).get("forward"), "lorafx", False):
-        del copy.__dict__["forward"]  # a call of this part alone, as an adapted tree serves it
+    forward = vars(model).get("forward")
+    if getattr(forward, "lorafx", False) or STATE in vars(model):  # how an adapted tree serves a call of this module
+        copy.__dict__.pop("forward", None)
+        copy.__dict__.update(getattr(forward, "replaced", {}))
     attached = vars(model).get(ATTACHED, ())
     copy.__dict__["_modules"] = {
         name: child if child is None else mirror(child, memo)
@@ -84,6 +85,23 @@ def mirrored(model: nn.Module) -> nn.Module:
     copy = mirror(model, memo)
     rebind(memo)
     return copy
+
+
+def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
+    """A bare tree with only these modules of `root`, live and under their own paths."""
+    owners = sorted(set(owners), key=lambda path: path.count("."))
+    if "" in owners:
+        return root
+    bare = nn.Module().train(root.training)
+    for path in owners:
+        inner = bare
+        *parents, last = path.split(".")
+        for atom in parents:
+            if atom not in inner._modules:
+                inner.add_module(atom, nn.Module().train(root.training))
+            inner = inner.get_submodule(atom)
+        inner._modules.setdefault(last, root.get_submodule(path))
+    return bare
 
 
 def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
@@ -142,15 +160,3 @@ def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
         flag = id(parameter) in wanted
         if parameter.requires_grad != flag:
             parameter.requires_grad_(flag)
-
-
-def layout(root: nn.Module) -> tuple[Any, ...]:
-    """What a captured graph was specialised on in the tree: each module's mode, each tensor's dtype and device."""
-    modes = bytes(module.training for module in root.modules())
-    tensors = tuple((t.dtype, t.device) for m in root.modules() for t in _own_tensors(m))
-    return modes, tensors
-
-
-def _own_tensors(module: nn.Module) -> Iterable[torch.Tensor]:
-    yield from (p for p in module._parameters.values() if p is not None)
-    yield from (b for b in module._buffers.values() if b is not None)

@@ -12,18 +12,20 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    {"errors", "config", "targets", "autocast", "report", "tree", "residual", "folder"},
+    {"errors", "config", "targets", "autocast", "report", "tree", "residual", "folder", "hub", "pure", "key", "layout"},
     {"forms", "rewrite", "sites"},
     {"kinds"},
     {"adapter"},
     {"verify", "pipeline", "merge", "checkpoint"},
     {"passes"},
     {"capture", "lower"},
+    {"by_sites"},
     {"dispatch"},
     {"state"},
     {"saving"},
     {"model"},
     {"api"},
+    {"compat"},
     {"testing", "__init__"},
 ]
 

@@ -1,0 +1,94 @@
+"""The call key: what a captured graph was specialised on, and in what two calls differ."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .autocast import autocast_dtype
+
+# A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
+Leaf = tuple[Hashable, ...]
+
+
+class CallKey(NamedTuple):
+    """All that a graph is specialised on. `layout` numbers the tree's state; `settings` are the model's config's."""
+
+    part: str
+    structure: Hashable
+    leaves: tuple[Leaf, ...]
+    grad: bool
+    autocast: tuple[torch.dtype | None, ...]
+    layout: int
+    adapters: tuple[Hashable, ...]
+    merged: frozenset[str]
+    settings: Hashable
+
+
+def leaf_key(leaf: Any) -> Leaf:
+    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself."""
+    if isinstance(leaf, Tensor):
+        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, tuple([min(size, 2) for size in leaf.shape])
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf
+
+
+def modes(leaves: list[Any]) -> tuple[bool, tuple[torch.dtype | None, ...]]:
+    """The gradient mode, and autocast's dtype on each device the call is on."""
+    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
+    return torch.is_grad_enabled(), tuple(map(autocast_dtype, devices))
+
+
+def settings(model: nn.Module) -> Hashable:
+    """The plain values of a model's config, which its forward may read (`use_cache` and the like)."""
+    config = getattr(model, "config", None)
+    values = vars(config).items() if hasattr(config, "__dict__") else ()
+    return tuple([item for item in values if isinstance(item[1], (bool, int, float, str))])
+
+
+def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to call each leaf of a call, as `input_ids`; `names` are those of the positional arguments."""
+    paths, _ = pytree.tree_flatten_with_path((dict(zip(names, args)), dict(kwargs)))
+    return tuple(".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:]) for path, _ in paths)
+
+
+def differences(new: CallKey, new_names: tuple[str, ...], old: CallKey, old_names: tuple[str, ...]) -> Iterator[str]:
+    """In what a call differs from an earlier one of the same part, a phrase each."""
+    now, before = dict(zip(new_names, new.leaves)), dict(zip(old_names, old.leaves))
+    for name in [*now, *(name for name in before if name not in now)]:
+        if now.get(name) != before.get(name):
+            yield f"{name}: {_leaf_text(before.get(name))} → {_leaf_text(now.get(name))}"
+    if new.structure != old.structure and now == before:
+        yield "the arguments' structure"
+    for field in ("grad", "autocast", "adapters", "merged"):
+        if getattr(new, field) != getattr(old, field):
+            yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
+    if new.layout != old.layout:
+        yield "the model's modes (train or eval), dtypes, devices or modules"
+    if new.settings != old.settings:
+        changed = sorted({str(item[0]) for item in set(new.settings) ^ set(old.settings)})  # type: ignore[call-overload]
+        yield f"config: {', '.join(changed)}"
+
+
+def _leaf_text(leaf: Leaf | None) -> str:
+    if leaf is None:
+        return "not given"
+    if len(leaf) == 2:
+        return repr(leaf[1]) if not isinstance(leaf[1], str) else leaf[1]
+    _, dtype, device, requires_grad, sizes = leaf
+    shape = ", ".join("n" if size > 1 else str(size) for size in sizes)  # type: ignore[attr-defined]
+    gradient = ", requires grad" if requires_grad else ""
+    return f"({shape}) {str(dtype).removeprefix('torch.')} on {device}{gradient}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, frozenset)):
+        return ", ".join(sorted(map(_text, value))) or "none"
+    return str(value).removeprefix("torch.")

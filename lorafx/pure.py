@@ -1,0 +1,93 @@
+"""What a captured call may not do: anything that the graph would not do again each time it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from .errors import CaptureError
+
+_TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class _Printed(io.StringIO):
+    """Stands in for stdout, and remembers where the model first wrote to it."""
+
+    line = ""
+
+    def write(self, text: str) -> int:
+        self.line = self.line or _place(traceback.extract_stack())
+        return super().write(text)
+
+
+@contextlib.contextmanager
+def pure(model: nn.Module) -> Iterator[None]:
+    """Raise `CaptureError` if what runs inside prints, draws random numbers outside torch, or changes the model.
+
+    Such a call does more than a graph of its tensor operators would: served by one, it would print once and never
+    again, or mask the same frames in every step. Random states are put back; nothing reaches the screen.
+    """
+    before, printed = _attributes(model), _Printed()
+    with _kept_random_states() as drawn, contextlib.redirect_stdout(printed):
+        yield
+    if drawn:
+        raise CaptureError("it draws random numbers from Python or numpy, which a graph would freeze")
+    if printed.line:
+        raise CaptureError(f"it prints, which a graph would not do again{printed.line}")
+    changed = next((name for name, value in _attributes(model).items() if before.get(name, value) != value), None)
+    if changed:
+        raise CaptureError(f"it changes {changed} of the model, which a graph would not do again")
+
+
+@contextlib.contextmanager
+def _kept_random_states() -> Iterator[list[str]]:
+    """Put the random states of Python and numpy back; the list that it gives is filled if they had been used."""
+    drawn: list[str] = []
+    python, state = random.getstate(), numpy.random.get_state(legacy=False)
+    try:
+        yield drawn
+    finally:
+        now = numpy.random.get_state(legacy=False)
+        if (
+            random.getstate() != python
+            or repr(now) != repr(state)
+            or (now["state"]["key"] != state["state"]["key"]).any()
+        ):
+            drawn.append("random")
+            random.setstate(python)
+            numpy.random.set_state(state)
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """The plain values that modules hold: counters, flags. What a call adds is a cache, what it changes is a state."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) in _PLAIN
+    }
+
+
+def innermost_line(error: BaseException) -> str:
+    """The line of the model at which an error came up, as the end of a message; empty if there is none."""
+    return _place(traceback.extract_tb(error.__traceback__))
+
+
+def _place(frames: traceback.StackSummary) -> str:
+    outside = [frame for frame in frames if not frame.filename.startswith((_TORCH, _LORAFX, "<", sys.prefix + "/bin"))]
+    inside_model = [frame for frame in outside if frame.name not in ("<module>",)]
+    if not inside_model:
+        return ""
+    frame = inside_model[-1]
+    return f" [{frame.filename}:{frame.lineno}: {frame.line}]"
