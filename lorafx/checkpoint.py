@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from .adapter import Adapter, plan
 from .config import LoraConfig
 from .errors import CheckpointError, ConfigError
 from .folder import replace_folder
+from .hub import Source
 from .tree import tensor_at
 
 CONFIG, CARD = "adapter_config.json", "README.md"
@@ -58,20 +59,25 @@ def keys(adapter: Adapter) -> dict[str, str]:
 
 
 def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: Any) -> Checkpoint:
-    """Read an adapter from a folder, or a Hub id that `huggingface_hub` downloads with the `hub` arguments.
+    """Read an adapter from a folder, or from the repository of that id on the Hub.
 
-    `weights_only=True` also takes an old `adapter_model.bin`, through torch's restricted unpickler. Raises
-    `CheckpointError` naming the file and the key for whatever is missing, unreadable, of the wrong type or NaN.
+    `hub` is `subfolder`, and for a repository `revision`, `token`, `cache_dir`, `force_download` and
+    `local_files_only`; only the adapter's own files are fetched. `weights_only=True` also takes an old
+    `adapter_model.bin`, through torch's restricted unpickler. Raises `CheckpointError` naming the file and the key for
+    whatever is missing, unreadable, of the wrong type or NaN.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source), **hub)
+    folder = Source(os.fspath(source), **hub).folder((CONFIG,), (WEIGHTS, OLD_WEIGHTS))
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder, weights_only)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise CheckpointError(f"{_weights_file(folder)}: {key} holds values that are not finite")
     return Checkpoint(folder, config, tensors)
+
+
+def read_config(source: str | os.PathLike[str], **hub: Any) -> LoraConfig:
+    """Read an adapter's config alone; arguments and errors are those of `read`."""
+    return _read_config(Source(os.fspath(source), **hub).folder((CONFIG,)) / CONFIG)
 
 
 def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Module) -> dict[str, Tensor]:
@@ -164,13 +170,6 @@ def write(
         replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
     except OSError as error:
         raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
-
-
-def _download(source: str, **hub: Any) -> Path:
-    try:
-        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, OLD_WEIGHTS], **hub))
-    except Exception as error:
-        raise CheckpointError(f"{source} is no folder, and could not be downloaded: {error}") from error
 
 
 def _read_config(file: Path) -> LoraConfig:

@@ -1,20 +1,24 @@
-"""What an adapted model does with files: its adapters to a folder in PEFT's format."""
+"""What an adapted model does with files: its adapters to a folder in PEFT's format, or to the Hub."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 
 from . import checkpoint
 from .adapter import Adapter
+from .hub import upload
 from .state import State
 from .tree import find_tensor
 
 
 class Saving(nn.Module):
-    """The part of an adapted model that writes its adapters to files."""
+    """The part of an adapted model that writes its adapters."""
 
     _lorafx: State
     _adapter: Callable[[str], Adapter]
@@ -51,6 +55,45 @@ class Saving(nn.Module):
             unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
             values = {**(state_dict or {}), **unmerged}
             checkpoint.write(self, adapter, folder, embeddings, name, mapping, values)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] | None = None,
+        **save: Any,
+    ) -> CommitInfo:
+        """Write what `save_pretrained(**save)` writes to a repository on the Hub, which is made if need be.
+
+        Arguments are those of transformers' `push_to_hub`; `tags` go into the model card. A card (README.md) that the
+        repository has already is left as it is. Returns the commit. Raises `CheckpointError`.
+        """
+        if not save.get("is_main_process", True):
+            raise checkpoint.CheckpointError("push_to_hub writes on one process; call it there only")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save)
+            card = Path(folder) / checkpoint.CARD
+            if tags and card.exists():
+                loaded = ModelCard.load(card)
+                loaded.data.tags = [*loaded.data.tags, *tags]
+                loaded.save(card)
+            return upload(
+                folder,
+                repo_id,
+                keep=(checkpoint.CARD,),
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload adapter",
+                commit_description=commit_description,
+            )
 
     def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
         paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]

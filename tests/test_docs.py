@@ -25,6 +25,15 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
         assert part in printed
 
 
+def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/migration.md")), "migration.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "trainable params: 11,520 ||" in printed
+    assert "lorafx does not implement this yet, and will not ignore it: use_dora=True" in printed
+
+
 def test_the_architecture_page_names_every_module_and_pass():
     page = (ROOT / "docs/architecture.md").read_text()
     import lorafx

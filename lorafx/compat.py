@@ -1,0 +1,242 @@
+"""The names that PEFT's and Unsloth's users import. Each builds a config and calls `compile` or `load`.
+
+Signatures and defaults are those of peft 0.21 and of Unsloth in 2026. What lorafx cannot honour is a `ConfigError`, or
+a warning that says what happens instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint
+from .api import compile, load
+from .config import LoraConfig
+from .errors import ConfigError
+from .model import AdaptedModel
+
+SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EMBEDDINGS = ("embed_tokens", "lm_head")
+HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+LOAD = (*HUB, "weights_only", "backend", "pipeline")
+
+
+class TaskType(StrEnum):
+    """Values of `LoraConfig.task_type`."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig | Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> AdaptedModel:
+    """`lorafx.compile` under PEFT's name: `model` itself keeps its modules and its forward.
+
+    `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: several adapters can
+    always be active together, and other kinds than LoRA are an error in any case. Errors are those of `compile`.
+    """
+    config = LoraConfig.of(peft_config)
+    name = vars(model).get("name_or_path") or None
+    for field, old, new in (
+        ("base_model_name_or_path", config.base_model_name_or_path, name),
+        ("revision", config.revision, revision or config.revision),
+    ):
+        if old is not None and old != new:
+            warnings.warn(f"the config says {field}={old!r}; {new!r} is recorded instead", stacklevel=2)
+        config = config.replace(**{field: new})
+    return compile(
+        model,
+        config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+class _Named(type):
+    """A class that gives lorafx's own class a name of PEFT's, for `isinstance`."""
+
+    of: type
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.of)
+
+
+class PeftModel(metaclass=_Named):
+    """PEFT's name for adapted models: `isinstance(lora, PeftModel)` holds for every `AdaptedModel`."""
+
+    of = AdaptedModel
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | Any | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> AdaptedModel:
+        """`lorafx.load` under PEFT's name, for inference unless `is_trainable`.
+
+        `kwargs` are further ones of `load`. `low_cpu_mem_usage` changes nothing: a loaded adapter is never initialised
+        first. Raises what `load` raises, and `ConfigError` for `ephemeral_gpu_offload`, `key_mapping` and unknown
+        keywords.
+        """
+        _refuse("PeftModel.from_pretrained", ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping)
+        _refuse("PeftModel.from_pretrained", **{key: kwargs[key] for key in kwargs if key not in LOAD})
+        return load(
+            model,
+            model_id,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            **kwargs,
+        )
+
+
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModel
+PeftModelForSequenceClassification = PeftModelForTokenClassification = PeftModel
+PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
+
+
+class PeftConfig(metaclass=_Named):
+    """PEFT's name for configs: `isinstance(config, PeftConfig)` holds for every `LoraConfig`."""
+
+    of = LoraConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> LoraConfig:
+        """The config of a saved adapter, such as to learn its base model; `kwargs` and errors are those of `load`."""
+        _refuse("PeftConfig.from_pretrained", **{key: kwargs[key] for key in kwargs if key not in HUB})
+        return checkpoint.read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+class FastLanguageModel:
+    """Unsloth's entry. Load the base model with transformers; `get_peft_model` adapts it."""
+
+    @staticmethod
+    def get_peft_model(
+        model: nn.Module,
+        r: int = 16,
+        target_modules: Sequence[str] | str | None = SEVEN_PROJECTIONS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Sequence[int] | int | None = None,
+        layers_pattern: Sequence[str] | str | None = None,
+        finetune_last_n_layers: int | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int = 2048,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: Mapping[str, Any] | None = {},
+        temporary_location: str = "_unsloth_temporary_saved_buffers",
+        qat_scheme: str | None = None,
+        target_parameters: Sequence[str] | None = None,
+        ensure_weight_tying: bool | None = None,
+        **kwargs: Any,
+    ) -> AdaptedModel:
+        """`lorafx.compile` under Unsloth's name, with Unsloth's defaults.
+
+        `random_state` seeds the adapter's start values and nothing else. `max_seq_length` and `temporary_location` are
+        taken and unused: graphs take any length, and nothing is offloaded to disk. `embed_tokens` and `lm_head` are
+        moved from `target_modules` to `modules_to_save`. `kwargs` are further fields of `LoraConfig`. Raises
+        `ConfigError` for `qat_scheme`, for keywords that are no fields, and what `compile` raises.
+        """
+        _refuse("FastLanguageModel.get_peft_model", qat_scheme=qat_scheme)
+        _warn_of_checkpointing(use_gradient_checkpointing)
+        targets, saved = _embeddings_moved(target_modules, modules_to_save)
+        config = _config(
+            r=r,
+            target_modules=targets,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=_layers(model, layers_to_transform, finetune_last_n_layers),
+            layers_pattern=layers_pattern,
+            use_rslora=use_rslora,
+            modules_to_save=saved,
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config or {},
+            target_parameters=target_parameters,
+            ensure_weight_tying=bool(ensure_weight_tying),
+            **{"task_type": _task(model), **kwargs},
+        )
+        return compile(model, config, random_state=random_state)
+
+
+def _refuse(where: str, **asked: Any) -> None:
+    """Raise `ConfigError` if any of these asks for something."""
+    if wrong := [f"{name}={value!r}" for name, value in asked.items() if value not in (None, False, {})]:
+        raise ConfigError(f"{where} of lorafx does not know {', '.join(wrong)}, and will not ignore it")
+
+
+def _config(**fields: Any) -> LoraConfig:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    _refuse("FastLanguageModel.get_peft_model", **{name: fields[name] for name in fields if name not in known})
+    return LoraConfig(**fields)
+
+
+def _warn_of_checkpointing(asked: bool | str) -> None:
+    if asked:
+        warnings.warn(
+            f"use_gradient_checkpointing={asked!r} is not implemented yet: training runs without it, and keeps all "
+            "activations. Pass False to silence this.",
+            stacklevel=3,
+        )
+
+
+def _embeddings_moved(
+    targets: Sequence[str] | str | None, saved: Sequence[str] | None
+) -> tuple[Sequence[str] | str | None, list[str] | None]:
+    """Embeddings that are listed as targets are trained as a whole instead, as in Unsloth."""
+    given = None if saved is None else list(saved)
+    if targets is None or isinstance(targets, str):
+        return targets, given
+    moved = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
+    if not moved:
+        return list(targets), given
+    warnings.warn(f"{', '.join(moved)} moved from `target_modules` to `modules_to_save`: trained whole", stacklevel=3)
+    return [name for name in targets if name not in moved], list(dict.fromkeys([*(given or ()), *moved]))
+
+
+def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:
+    """The layers to adapt: those chosen, else the last few, else (None) all."""
+    if chosen is not None or last is None:
+        return chosen
+    config: Any = getattr(model, "config", None)
+    total = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
+    if total is None:
+        raise ConfigError("`finetune_last_n_layers` needs a model whose config says `num_hidden_layers`")
+    return list(range(total - max(1, min(last, total)), total))
+
+
+def _task(model: nn.Module) -> str:
+    return TaskType.SEQ_CLS if "Classification" in type(model).__name__ else TaskType.CAUSAL_LM
