@@ -2,7 +2,8 @@
 
 What the client asks for a model repository is here: files (HEAD, GET, ranges), revisions, making a repository or a
 branch, uploads of small files in the commit and of large ones beside it. `Hub.drops` says how many of the next
-downloads of a file break off in the middle; `Hub.requests` has what was asked.
+downloads of a file break off in the middle, `Hub.broken` which files the server fails at; `Hub.requests` has what was
+asked.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     drops: Counter[str] = field(default_factory=Counter)
+    broken: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
 
     def add(self, repo_id: str, files: Files, **how: Any) -> Repository:
@@ -130,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve_file(call: Handler, repo: str, revision: str, file: str) -> None:
     sha, files = call.at(repo, revision)
+    if file in call.hub.broken:
+        raise Refusal(500, "Broken")
     if file not in files:
         raise Refusal(404, "EntryNotFound")
     content = files[file]

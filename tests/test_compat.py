@@ -12,6 +12,7 @@ import models
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import lorafx
@@ -185,6 +186,8 @@ def test_from_pretrained_is_for_inference_unless_asked(saved):
     trainable = lorafx.PeftModel.from_pretrained(base_model(), saved, is_trainable=True)
     assert all("lora_" in n for n, p in trainable.named_parameters() if p.requires_grad)
     assert not trainable.peft_config["default"].inference_mode
+    half = lorafx.PeftModel.from_pretrained(base_model().to(torch.bfloat16), saved, autocast_adapter_dtype=False)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_a_config_given_to_from_pretrained_is_used(saved):
@@ -287,6 +290,24 @@ def test_embeddings_among_the_targets_are_trained_whole():
     assert (config.target_modules, config.modules_to_save) == (("q_proj",), ("lm_head", "embed_tokens"))
     trained = {n for n, p in lora.named_parameters() if p.requires_grad and "lora_" not in n}
     assert trained == {"lm_head.modules_to_save.default.weight", "model.embed_tokens.modules_to_save.default.weight"}
+
+
+def test_what_unsloth_does_unasked_is_warned_of():
+    tied = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    with pytest.warns(UserWarning, match="ties its embeddings"):
+        unsloth(base_model(tie_word_embeddings=True), **tied)
+    unsloth(base_model(tie_word_embeddings=True), **tied, ensure_weight_tying=False)
+    unsloth(base_model(tie_word_embeddings=True), target_modules=["q_proj"])
+    unsloth(**tied)
+    with pytest.warns(UserWarning, match=r"experts\.gate_up_proj and its like are not adapted"):
+        unsloth(mixture(), target_modules=["q_proj", "up_proj"])
+    unsloth(mixture(), target_modules=["q_proj"])
+
+
+def mixture() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(vocab_size=90, num_hidden_layers=1, num_local_experts=2, **sizes)
+    return transformers.MixtralForCausalLM(config)
 
 
 def test_the_last_layers_can_be_chosen():

@@ -30,7 +30,7 @@ def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monk
     namespace: dict = {"__name__": "page"}
     exec(compile("\n".join(blocks(ROOT / "docs/migration.md")), "migration.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    assert "trainable params: 11,520 ||" in printed
+    assert "trainable params: 5,760 ||" in printed
     assert "lorafx does not implement this yet, and will not ignore it: use_dora=True" in printed
 
 

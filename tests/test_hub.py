@@ -138,11 +138,11 @@ def test_the_cache_is_where_it_was_asked_to_be_and_serves_when_the_hub_is_gone(h
     load(cache_dir=tmp_path / "mine")
     assert list((tmp_path / "mine").rglob(WEIGHTS))
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9{FILE}")
     asked = len(hub.requests)
-    assert_same_adapters(load(cache_dir=tmp_path / "mine"), adapted())
     assert_same_adapters(load(cache_dir=tmp_path / "mine", local_files_only=True), adapted())
     assert len(hub.requests) == asked
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9{FILE}")
+    assert_same_adapters(load(cache_dir=tmp_path / "mine"), adapted())
     assert_refused("out of reach", "onnection refused")
     assert_refused("not in the cache", local_files_only=True)
 
@@ -173,6 +173,20 @@ def test_what_is_missing_is_one_clear_error(hub, files, tmp_path):
     assert_refused("no/such/folder", "is no folder here", "no id of a repository", source="./no/such/folder")
     with pytest.raises(TypeError, match="revison"):
         load(tmp_path / "saved", revison="v1")
+
+
+def test_old_weights_never_stand_in_for_new_ones_that_are_out_of_reach(hub, files):
+    hub.add(REPO, {**files, OLD_WEIGHTS: b"older"})
+    hub.broken.add(WEIGHTS)
+    assert_refused("out of reach", "500", weights_only=True)
+    assert not hub.asked("HEAD", OLD_WEIGHTS)
+
+
+def test_pefts_names_reach_the_hub_too(hub, files):
+    hub.add(REPO, {f"deep/{name}": content for name, content in files.items()})
+    assert lorafx.PeftConfig.from_pretrained(REPO, "deep").r == 4
+    assert not hub.asked("HEAD", WEIGHTS)
+    assert_same_adapters(lorafx.PeftModel.from_pretrained(base_model(), REPO, subfolder="deep"), adapted())
 
 
 def test_a_download_that_breaks_off_is_resumed(hub, files, monkeypatch):
