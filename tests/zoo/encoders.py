@@ -70,7 +70,7 @@ ENTRIES = (
     classifier("ModernBert", ["Wqkv", "Wo", "Wi"], **SLIDING, local_attention=4),
     classifier("DistilBert", ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"], hidden_dim=80),
     translator("T5", ["q", "k", "v", "o", "wi", "wo"], **T5),
-    translator("MT5", ["q", "k", "v", "o", "wi_0", "wi_1", "wo", "lm_head"], **T5, tie_word_embeddings=False),
+    translator("MT5", ["q", "k", "v", "o", "wi_0", "wi_1", "wo"], **T5),
     translator("Bart", PROJECTIONS),
     translator("MBart", [*PROJECTIONS, "lm_head"], tie_word_embeddings=False),
     translator("Pegasus", PROJECTIONS),
