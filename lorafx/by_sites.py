@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -63,6 +64,16 @@ class BySites(TorchFunctionMode):
             yield
         finally:
             self.parts.pop()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run something as though the mode were not active."""
+        _running.mode = None
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            _running.mode = self
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .key import images
 from .pure import innermost_line, pure
 from .rewrite import resolve
 from .tree import branch, find_tensor, mirrored, tensor_at, without_hooks
@@ -112,18 +114,32 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # Clones: one tensor passed twice would be captured as one input.
     args, kwargs = pytree.tree_map_only(Tensor, _example, (args, kwargs))
     shapes = ShapesCollection()
+    fixed = {id(value) for value in images(args, kwargs)}
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
-            shapes[leaf] = {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+            dims = list(enumerate(leaf.shape))[: -2 if id(leaf) in fixed else None]
+            shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with torch.inference_mode(False), plain_operators(), pure(model):
+        with torch.inference_mode(False), plain_operators(), quiet(), pure(model):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except CaptureError as error:
         raise CaptureError(f"{name} could not be captured: {error}") from error
     except Exception as error:
         raise CaptureError(f"{name} could not be captured: {_reason(error)}{innermost_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging the pages that it logs before it raises: the reason is in the error."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -142,8 +158,9 @@ def _example(tensor: Tensor) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: " + "\n".join(lines[:12])
+    """What torch says, without its advice on how to debug torch."""
+    lines = str(error).split("For more information")[0].split("The error above")[0].splitlines()
+    return f"{type(error).__name__}: " + "\n".join([line for line in lines if line.strip()][:6])
 
 
 def _register_caches(model: nn.Module) -> None:
@@ -167,8 +184,10 @@ def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
         value = resolve(exported, str(node.target))
         if isinstance(value, nn.Module):
             private.add_module(atom, value)
-        else:
+        elif isinstance(value, Tensor):
             private.register_buffer(atom, value, persistent=False)
+        else:
+            setattr(private, atom, value)
         node.target = f"{CAPTURED}.{atom}"
     return over(exported.graph, tree, private)
 

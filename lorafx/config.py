@@ -85,7 +85,11 @@ class LoraConfig:
     @property
     def unsupported(self) -> dict[str, Any]:
         """The fields that ask for something lorafx does not implement yet, with their values."""
-        asked = {name: getattr(self, name) for name in NOT_YET if getattr(self, name) != _defaults()[name]}
+        asked = {
+            name: value  # PEFT writes an empty list, too, for what was not asked for
+            for name in NOT_YET
+            if (value := getattr(self, name)) != _defaults()[name] and value not in ([], {}, ())
+        }
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             asked["init_lora_weights"] = self.init_lora_weights
         return asked

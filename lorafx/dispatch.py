@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .by_sites import BySites
 from .capture import argument_names, describe_call, refresh, trace_part
 from .errors import CaptureError, ConfigError, UncoveredOperatorError
-from .key import CallKey, differences, leaf_key, leaf_names, modes, settings
+from .key import CallKey, differences, images, leaf_key, leaf_names, modes, settings
 from .layout import Layout, tensor_layout
 from .lower import lower
 from .pipeline import Context, Observer, Pipeline
@@ -89,6 +89,7 @@ class Dispatcher:
     operators: Kept = field(init=False)
     layout: Layout = field(init=False)
     stepped: set[str] = field(init=False)
+    whole: set[str] = field(init=False)
     misses: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class Dispatcher:
     def clear(self) -> None:
         """Forget every program."""
         self.programs, self.operators = Kept(self.capacity), Kept(1 << 16)
-        self.layout, self.stepped, self.misses = Layout(), set(), Counter()
+        self.layout, self.stepped, self.whole, self.misses = Layout(), set(), set(), Counter()
 
     # --- a call ------------------------------------------------------------------------------------------------------
 
@@ -118,9 +119,7 @@ class Dispatcher:
         """Run a call of the module at `path` below `tree`; captured now if no kept graph fits."""
         mode = BySites.running(tree)
         if mode is not None:
-            self.stepped.add(path)
-            with mode.inside(path):
-                return own_forward(tree, path)(*args, **kwargs)
+            return self._step_into(mode, path, args, kwargs)
         kwargs = settled(tree, path, kwargs)
         key = self._key(tree, context, path, args, kwargs)
         for program in self.programs.of(key):
@@ -150,7 +149,8 @@ class Dispatcher:
     ) -> CallKey:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         adapters = tuple([(a.name, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
-        keys = tuple(map(leaf_key, leaves))
+        fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
+        keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
         layout = self.layout.number(tree)
         return CallKey(path, spec, keys, *modes(leaves), layout, adapters, context.merged, settings(tree))
 
@@ -189,11 +189,11 @@ class Dispatcher:
         return program
 
     def _reason_against_a_graph(self, key: CallKey) -> str:
-        if self.capture == "sites":
+        if self.capture == "sites" and key.part not in self.whole:
             return "asked for by capture='sites'"
         if self.capture == "graph":
             return ""
-        if key.part in self.stepped:
+        if key.part in self.stepped - self.whole:
             return "it is part of a call that is served by sites"
         if self.layout.hooked:
             return "somebody's hooks on inner modules expect to be called"
@@ -253,6 +253,20 @@ class Dispatcher:
         mode = BySites(tree, context, self.layout.number(tree), path, self._operate)
         with mode.active():
             return own_forward(tree, path)(*args, **kwargs)
+
+    def _step_into(self, mode: BySites, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a part's own Python; where that reads an adapted tensor in an odd way, the part as a graph of its own."""
+        self.stepped.add(path)
+        if path not in self.whole:
+            try:
+                with mode.inside(path):
+                    return own_forward(mode.tree, path)(*args, **kwargs)
+            except UncoveredOperatorError:
+                if any(other.startswith(f"{path}.") for other in self.stepped):
+                    raise
+                self.whole.add(path)
+        with mode.suspended():
+            return self.serve(mode.tree, mode.context, path, args, kwargs)
 
     def _operate(self, key: Hashable, inputs: list[Any], capture: Callable[[], tuple[GraphModule, Context]]) -> Any:
         """Run one operator that reads an adapted tensor."""

@@ -29,10 +29,25 @@ class CallKey(NamedTuple):
     settings: Hashable
 
 
-def leaf_key(leaf: Any) -> Leaf:
-    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself."""
+def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that are images or videos, (…, 3, height, width).
+
+    A graph is specialised on their height and width: models compute with those in Python (windows, patches, positions),
+    and capturing all of that symbolically takes minutes.
+    """
+    given = (*args, *kwargs.values())
+    return [x for x in given if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-3] == 3 and x.is_floating_point()]
+
+
+def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
+    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself.
+
+    `sizes` are the tensor's last sizes where a graph is specialised on them.
+    """
     if isinstance(leaf, Tensor):
-        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, tuple([min(size, 2) for size in leaf.shape])
+        shape = leaf.shape[: leaf.ndim - len(sizes)]
+        coarse = tuple([min(size, 2) for size in shape]) + sizes
+        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, coarse
     try:
         hash(leaf)
     except TypeError:
@@ -83,7 +98,7 @@ def _leaf_text(leaf: Leaf | None) -> str:
     if len(leaf) == 2:
         return repr(leaf[1]) if not isinstance(leaf[1], str) else leaf[1]
     _, dtype, device, requires_grad, sizes = leaf
-    shape = ", ".join("n" if size > 1 else str(size) for size in sizes)  # type: ignore[attr-defined]
+    shape = ", ".join("n" if size == 2 else str(size) for size in sizes)  # type: ignore[attr-defined]
     gradient = ", requires grad" if requires_grad else ""
     return f"({shape}) {str(dtype).removeprefix('torch.')} on {device}{gradient}"
 

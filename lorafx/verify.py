@@ -84,8 +84,9 @@ def same_interface(state: State) -> str | None:
         return None
     if _inputs(state.gm) != state.before.inputs:
         return f"inputs were {state.before.inputs} and are {_inputs(state.gm)}"
-    if _outputs(state.gm) != state.before.outputs:
-        return f"outputs were {state.before.outputs} and are {_outputs(state.gm)}"
+    before, now = state.before.outputs, _outputs(state.gm)
+    if not _agree(before, now):
+        return f"outputs were {_signature(before)} and are {_signature(now)}"
     return None
 
 
@@ -105,7 +106,7 @@ def true_values(state: State) -> str | None:
             value = fake_value(node, state.gm, mode)
         except Exception as error:
             return f"{node.format_node()} cannot be computed: {error}{_place(node)}"
-        if _signature(value) != _signature(node.meta["val"]):
+        if not _agree(value, node.meta["val"]):
             claimed = _signature(node.meta["val"])
             return f"{node.format_node()} gives {_signature(value)} and claims {claimed}{_place(node)}"
     return None
@@ -158,14 +159,33 @@ def _inputs(gm: GraphModule) -> tuple[str, ...]:
 
 
 def _outputs(gm: GraphModule) -> tuple[Any, ...]:
-    values = gm.graph.output_node().all_input_nodes
-    return tuple(_signature(node.meta.get("val")) for node in values)
+    return tuple(node.meta.get("val") for node in gm.graph.output_node().all_input_nodes)
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Whether two values have the same structure, shapes, dtypes and devices."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = (a.dtype, a.device, a.ndim) == (b.dtype, b.device, b.ndim)
+        return same and all(map(_same_size, a.shape, b.shape))
+    return _signature(a) == _signature(b)
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equal as expressions; or one is a constant, because torch has settled a size on the way, and the other has it."""
+    if str(a) == str(b):
+        return True
+    constant, symbolic = (a, b) if isinstance(a, int) else (b, a)
+    return isinstance(constant, int) and isinstance(symbolic, torch.SymInt) and symbolic.node.hint == constant
 
 
 def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(str(size) for size in value.shape), value.dtype, value.device
-    return tuple(map(_signature, value)) if isinstance(value, (tuple, list)) else type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    return "int" if isinstance(value, torch.SymInt) else type(value).__name__  # a size that has become a constant
 
 
 def _changed(node: Node, before: Snapshot) -> bool:

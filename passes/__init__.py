@@ -10,9 +10,11 @@ from .freeze_base import FreezeBase
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
+from .restore_linear import RestoreLinear
 
 default = Pipeline(
     Canonicalize(),
+    RestoreLinear(),
     MatchTargets(),
     InsertAdapters(),
     MergeAdapters(),
@@ -31,5 +33,6 @@ __all__ = [
     "InsertAdapters",
     "MatchTargets",
     "MergeAdapters",
+    "RestoreLinear",
     "default",
 ]

@@ -33,8 +33,10 @@ class Canonicalize(Pass):
 
 
 def _must_stay(node: Node) -> bool:
-    """Inputs, output, guards, and operators that write into their arguments."""
+    """Inputs, output, guards, operators that write into their arguments, and the brackets around a vmap."""
     if node.op in ("placeholder", "output", "call_module"):
+        return True
+    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
         return True
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)

@@ -8,8 +8,8 @@ import lorafx
 from lorafx.pipeline import Context, Pipeline
 from lorafx.report import graph_lines
 
-PREPARE = lorafx.passes.default[:2]  # canonicalize, match_targets
-INSERT = lorafx.passes.default[:3]
+PREPARE = lorafx.passes.default[:3]  # canonicalize, restore_linear, match_targets
+INSERT = lorafx.passes.default[:4]
 
 
 class Chain(nn.Module):

@@ -1,0 +1,79 @@
+"""restore_linear: a product with a transposed parameter is the linear operator again.
+
+x Wᵀ  ->  linear(x, W)        as some models write it by hand: `input @ self.weight.T`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, Rule, fake_mode_of
+
+aten = torch.ops.aten
+
+
+def product(multiply: Callable[..., Any], transpose: Callable[..., Any]) -> Callable[..., Any]:
+    """The pattern of one way to write x Wᵀ."""
+
+    def written(x, weight):
+        return multiply(x, transpose(weight))
+
+    return written
+
+
+def product_of_axes(x, weight, a, b):
+    return aten.matmul.default(x, aten.transpose.int(weight, a, b))
+
+
+def addmm_t(x, weight, bias):
+    return aten.addmm.default(bias, x, aten.t.default(weight))
+
+
+def linear(x, weight):
+    return aten.linear.default(x, weight)
+
+
+def linear_of_axes(x, weight, a, b):
+    return aten.linear.default(x, weight)
+
+
+def linear_with_bias(x, weight, bias):
+    return aten.linear.default(x, weight, bias)
+
+
+def _is_a_matrix_of_the_model(found: Match) -> str | None:
+    weight = found.bindings["weight"]
+    if not isinstance(weight, Node) or weight.op != "get_attr" or weight.meta["val"].ndim != 2:
+        return "what is transposed is no matrix of the model"
+    if {found.bindings.get("a", 0) % 2, found.bindings.get("b", 1) % 2} != {0, 1}:
+        return "the axes do not trade places"
+    bias = found.bindings.get("bias")
+    if bias is not None and bias.meta["val"].ndim != 1:
+        return "what is added is no bias"
+    return None
+
+
+MULTIPLIED, TRANSPOSED = (aten.matmul, aten.mm), (aten.t, aten.numpy_T, aten.mT)
+RULES = (
+    *(Rule(product(m.default, t.default), linear, _is_a_matrix_of_the_model) for m in MULTIPLIED for t in TRANSPOSED),
+    Rule(product_of_axes, linear_of_axes, _is_a_matrix_of_the_model),
+    Rule(addmm_t, linear_with_bias, _is_a_matrix_of_the_model),
+)
+
+
+@dataclass(frozen=True)
+class RestoreLinear(Pass):
+    """Afterwards no product with a transposed parameter is left."""
+
+    requires = frozenset({"canonical"})
+    establishes = frozenset({"linear"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        mode = fake_mode_of(gm)
+        return sum(rule.apply_everywhere(gm, self.name, mode) for rule in RULES)

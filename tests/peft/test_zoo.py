@@ -1,0 +1,175 @@
+"""Every model of the zoo: what lorafx computes with an adapter file is what PEFT computes with it.
+
+`make models` runs this and writes docs/models.md from what each entry records: what served it, and how long it took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import peft
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lorafx
+
+SIZES = (2, 7), (3, 9)
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Outcome:
+    """One training step: the loss, all floating-point outputs, and the adapters' gradients by file key."""
+
+    loss: Tensor
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+@dataclass
+class Pair:
+    """A zoo entry with one adapter file, in PEFT and in lorafx."""
+
+    entry: zoo.Entry
+    base: nn.Module
+    theirs: peft.PeftModel
+    ours: lorafx.AdaptedModel
+
+    def step(self, model: nn.Module, size: tuple[int, int]) -> Outcome:
+        model.train()
+        model.zero_grad()
+        inputs = self.entry.inputs(*size)
+        output = call(model, inputs)
+        loss = self.entry.loss(output, inputs)
+        loss.backward()
+        gradients = {file_key(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return Outcome(loss.detach(), floats(output), gradients)
+
+    @torch.no_grad()
+    def evaluated(self, model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
+        return floats(call(model.eval(), self.entry.inputs(*size)))
+
+    def limit_of_outputs(self, size: tuple[int, int]) -> float:
+        """1e-6, eight eps; where PEFT itself is further from the exact result than half of that, twice its distance.
+
+        Two computations that are as good as each other, and not related, are no further apart.
+        """
+        inputs = pytree.tree_map_only(
+            Tensor, lambda x: x.double() if x.is_floating_point() else x, self.entry.inputs(*size)
+        )
+        with torch.no_grad():
+            exact = floats(call(copy.deepcopy(self.theirs).eval().double(), inputs))
+        return max(1e-6, *(2 * distance(a, e) for a, e in zip(self.evaluated(self.theirs, size), exact)))
+
+    @cached_property
+    def path_length(self) -> int:
+        """Terms summed on the way from input to loss and back, every matrix passed both ways once."""
+        leaves = [leaf for leaf in pytree.tree_leaves(self.entry.inputs(*SIZES[-1])) if isinstance(leaf, Tensor)]
+        tokens = max(leaf.numel() for leaf in leaves)
+        return tokens + sum(p[0].numel() + p.shape[0] for p in self.base.parameters() if p.ndim > 1)
+
+
+@pytest.fixture(scope="module", params=zoo.ENTRIES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    entry, folder = zoo.ENTRIES[request.param], tmp_path_factory.mktemp("zoo")
+    base = entry.build()
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=entry.targets, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+        ours = lorafx.load(entry.build(), folder, is_trainable=True)
+    return Pair(entry, base, theirs, ours)
+
+
+def call(model: nn.Module, inputs: zoo.Call) -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, caches left out: they are as deep in the tree as the model is."""
+    if isinstance(output, dict):
+        output = {key: value for key, value in output.items() if "cache" not in key and key != "past_key_values"}
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def file_key(name: str) -> str:
+    return name.replace(".base_layer", "").replace(".default", "").removeprefix("base_model.model.")
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """How far the worst element is off, relative to the largest one."""
+    largest = float(expected.double().abs().max())
+    return float((actual.double() - expected.double()).abs().max()) / (largest or 1.0)
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], limit: float, what: str) -> None:
+    assert [a.shape for a in actual] == [e.shape for e in expected], what
+    worst = max(map(distance, actual, expected))
+    assert worst <= limit, f"{what}: off by {worst:.3g} of the largest, limit {limit:.3g}"
+
+
+def limit_of_gradients(pair: Pair) -> float:
+    """λ · u · √n, five deviations of n independent roundings (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019)."""
+    return 5 * EPS / 2 * math.sqrt(pair.path_length)
+
+
+@pytest.mark.slow
+def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> None:
+    start = time.perf_counter()
+    ours = pair.step(pair.ours, SIZES[0])
+    seconds = time.perf_counter() - start
+    theirs = pair.step(pair.theirs, SIZES[0])
+    limit = pair.limit_of_outputs(SIZES[0])
+    assert_near([ours.loss], [theirs.loss], limit, "loss")
+    assert_near(ours.outputs, theirs.outputs, limit, "outputs")
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for key, expected in theirs.gradients.items():
+        actual = ours.gradients[key]
+        assert (actual is None or not actual.any()) == (expected is None or not expected.any()), key
+        if expected is not None and actual is not None:
+            assert_near([actual], [expected], limit_of_gradients(pair), key)
+
+    for size in SIZES:
+        actual, expected = pair.evaluated(pair.ours, size), pair.evaluated(pair.theirs, size)
+        assert_near(actual, expected, pair.limit_of_outputs(size), f"evaluation at {size}")
+
+    served = pair.ours.explain().calls
+    assert all(call.served_by == "graph" or call.reason for call in served)
+    reason = next((call.reason for call in served if call.reason), "")
+    record_property("zoo", (pair.entry.name, served[0].served_by, len(pair.ours.sites), seconds, reason))
+
+
+@pytest.mark.slow
+def test_merged_it_computes_what_peft_computes(pair: Pair) -> None:
+    """Merging rounds every weight once, and PEFT rounds it in another order."""
+    before = {name: p.detach().clone() for name, p in pair.ours.get_base_model().named_parameters()}
+    unmerged = pair.evaluated(pair.ours, SIZES[0])
+    if any(site.groups > 1 for site in pair.ours.sites):
+        with pytest.raises(lorafx.errors.MergeError, match="groups"):
+            pair.ours.merge_adapter()
+        return
+    pair.ours.merge_adapter()
+    pair.theirs.merge_adapter()
+    merged = pair.evaluated(pair.ours, SIZES[0])
+    assert_near(merged, pair.evaluated(pair.theirs, SIZES[0]), limit_of_gradients(pair), "merged, against PEFT")
+    assert_near(merged, unmerged, limit_of_gradients(pair), "merged, against unmerged")
+    pair.ours.unmerge_adapter()
+    pair.theirs.unmerge_adapter()
+    after = dict(pair.ours.get_base_model().named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
