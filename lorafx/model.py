@@ -25,6 +25,7 @@ from .report import Call, Explanation, Report
 from .saving import Saving
 from .sites import Selection
 from .state import State
+from .trainers import Trainable, name_inner, require_same
 from .tree import MIRRORED_AS, STATE, find_tensor, mirrored, set_trainable, tensor_at
 
 
@@ -44,7 +45,7 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
-class AdaptedModel(Saving):
+class AdaptedModel(Trainable, Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
@@ -99,8 +100,11 @@ class AdaptedModel(Saving):
         return list(self._lorafx.ledger.names)
 
     def get_base_model(self) -> nn.Module:
-        """The object that was compiled: it shares the weights, and its forward knows no adapter."""
-        return self._lorafx.base
+        """This model itself: as in PEFT, the base model that is given back computes with the adapters.
+
+        The object that was compiled stays free of them; it is what `unload` returns.
+        """
+        return self
 
     def report(self) -> Report:
         """What each pass did to each kept graph, and what merging holds; prints as tables."""
@@ -130,6 +134,9 @@ class AdaptedModel(Saving):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (getattr(type(self), MIRRORED_AS),), self.__dict__
+
     def __repr__(self) -> str:
         state = self._lorafx
         adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
@@ -155,10 +162,18 @@ class AdaptedModel(Saving):
         weights_only: bool = False,
         **hub: Any,
     ) -> None:
-        """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`."""
+        """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`.
+
+        An adapter of that name that is there already takes the file's values, in place: its parameters stay the same
+        objects, as a trainer that resumes needs. Raises `AdapterError` if it differs in more than values, or is merged.
+        """
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
         adapter, values, embeddings = checkpoint.fit(mirrored(self), adapter_name, found, is_trainable)
-        self._install(adapter, values=values)
+        if adapter_name in self._lorafx.adapters:
+            require_same(self._adapter(adapter_name), adapter, self._lorafx.ledger.names)
+            copy_into(self, values)
+        else:
+            self._install(adapter, values=values)
         copy_into(self, embeddings)
         if not is_trainable:
             self.eval()
@@ -322,7 +337,13 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
+    name_inner(tree)
     return tree  # type: ignore[return-value]
+
+
+def _empty(base: type[nn.Module]) -> AdaptedModel:
+    """An AdaptedModel that a copy or an unpickled state is put into."""
+    return object.__new__(_class_for(base))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ LAYERS = [
     {"by_sites"},
     {"dispatch"},
     {"state"},
-    {"saving"},
+    {"saving", "trainers"},
     {"model"},
     {"api"},
     {"compat"},

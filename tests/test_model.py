@@ -25,7 +25,7 @@ def test_it_is_an_instance_of_the_base_models_class(llama):
     assert isinstance(lora, type(model)) and isinstance(lora, lorafx.AdaptedModel)
     assert type(lora).__name__ == "LlamaForCausalLM"
     assert inspect.signature(lora.forward) == inspect.signature(model.forward)
-    assert lora.config is model.config and lora.get_base_model() is model
+    assert lora.config is model.config and lora.get_base_model() is lora
 
 
 def test_the_base_object_knows_no_adapter(llama):

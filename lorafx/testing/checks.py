@@ -37,7 +37,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def base_tensors(lora: AdaptedModel) -> dict[str, Tensor]:
     """Copies of the base model's parameters and buffers, by path."""
-    return {path: tensor.detach().clone() for path, tensor in lora.get_base_model().state_dict().items()}
+    return {path: tensor.detach().clone() for path, tensor in lora._lorafx.base.state_dict().items()}
 
 
 def adapter_tensors(lora: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -200,7 +200,7 @@ def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
 
 def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
     """Every adapter that is saved loads again as it was: sites, tensors bit for bit; saved again, the same bytes."""
-    base = copy.deepcopy(lora.get_base_model())
+    base = copy.deepcopy(lora._lorafx.base)
     lora.save_pretrained(tmp_path / "first")
     for name in lora.peft_config:
         place = "" if name == "default" else name

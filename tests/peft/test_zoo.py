@@ -158,7 +158,7 @@ def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> Non
 @pytest.mark.slow
 def test_merged_it_computes_what_peft_computes(pair: Pair) -> None:
     """Merging rounds every weight once, and PEFT rounds it in another order."""
-    before = {name: p.detach().clone() for name, p in pair.ours.get_base_model().named_parameters()}
+    before = {name: p.detach().clone() for name, p in pair.ours._lorafx.base.named_parameters()}
     unmerged = pair.evaluated(pair.ours, SIZES[0])
     if any(site.groups > 1 for site in pair.ours.sites):
         with pytest.raises(lorafx.errors.MergeError, match="groups"):
@@ -171,5 +171,5 @@ def test_merged_it_computes_what_peft_computes(pair: Pair) -> None:
     assert_near(merged, unmerged, limit_of_gradients(pair), "merged, against unmerged")
     pair.ours.unmerge_adapter()
     pair.theirs.unmerge_adapter()
-    after = dict(pair.ours.get_base_model().named_parameters())
+    after = dict(pair.ours._lorafx.base.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
