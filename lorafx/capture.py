@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ShapesCollection
+from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from .caches import register_caches
 from .errors import CaptureError
 from .key import images
 from .pure import innermost_line, pure
@@ -34,17 +36,23 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
     Raises `CaptureError` with torch's reason and the model's own line when the call cannot be captured, or does
     something that a graph would not do again: print, draw random numbers outside torch, change the model.
     """
+    register_caches(model)
     return trace_part(model, "", args, kwargs)
 
 
-def trace_part(model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
-    """Capture a call of the module at `path` below `model`, as a graph over the whole model."""
+def trace_part(
+    model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], free: Collection[int] = ()
+) -> GraphModule:
+    """Capture a call of the module at `path` below `model`, as a graph over the whole model.
+
+    `free` numbers the call's leaves that are integers for which the graph should not be specialised.
+    """
     bare = mirrored(model)
     part = bare.get_submodule(path)
     without_hooks(part)
     # A part is called rather than its forward, so that the graph's nodes know that they are in it.
     bare.__dict__["forward"] = _as_called(part if path else part.forward, part.forward, args, kwargs)
-    return rooted(_export(bare, args, kwargs), model)
+    return rooted(_export(bare, args, kwargs, free), model)
 
 
 def trace_operator(
@@ -109,13 +117,17 @@ def argument_names(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[s
     return [named[i] if i < len(named) else f"arg_{i}" for i in range(len(args))]
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
-    _register_caches(model)
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Collection[int] = ()) -> GraphModule:
     # Clones: one tensor passed twice would be captured as one input.
     args, kwargs = pytree.tree_map_only(Tensor, _example, (args, kwargs))
     shapes = ShapesCollection()
     fixed = {id(value) for value in images(args, kwargs)}
-    for leaf in pytree.tree_leaves((args, kwargs)):
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [_IntWrapper(leaf) if number in free else leaf for number, leaf in enumerate(leaves)]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    for leaf in leaves:
+        if isinstance(leaf, _IntWrapper):
+            shapes[leaf] = Dim.AUTO
         if isinstance(leaf, Tensor):
             dims = list(enumerate(leaf.shape))[: -2 if id(leaf) in fixed else None]
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
@@ -163,14 +175,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: " + "\n".join([line for line in lines if line.strip()][:6])
 
 
-def _register_caches(model: nn.Module) -> None:
-    """Let torch.export see into the key-value caches that transformers' models take and return."""
-    if hasattr(model, "config") and hasattr(model, "_supports_attention_backend"):
-        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
-
-        register_cache_pytrees_for_model(model)  # type: ignore[arg-type]
-
-
 def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
     """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
 
@@ -212,7 +216,12 @@ def refresh(gm: GraphModule, tree: nn.Module) -> None:
 def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """A call in a line, for reports: `train, input_ids[2, 7], labels[2, 7]`."""
     named = {**dict(zip(argument_names(model.forward, args), args)), **kwargs}
-    shown = [
-        f"{k}{list(v.shape)}" if isinstance(v, Tensor) else f"{k}={v!r}" for k, v in named.items() if v is not None
-    ]
+    shown = [f"{name}{_brief(value)}" for name, value in named.items() if value is not None]
     return ", ".join(("train" if model.training else "eval", *shown))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    holds_tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return f"={type(value).__name__}" if holds_tensors else f"={value!r}"

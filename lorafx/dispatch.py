@@ -18,7 +18,19 @@ from torch.utils import _pytree as pytree
 from .by_sites import BySites
 from .capture import argument_names, describe_call, refresh, trace_part
 from .errors import CaptureError, ConfigError, UncoveredOperatorError
-from .key import CallKey, differences, images, leaf_key, leaf_names, modes, settings
+from .key import (
+    COUNTER,
+    CallKey,
+    changed_counters,
+    differences,
+    images,
+    is_counter,
+    is_length,
+    leaf_key,
+    leaf_names,
+    modes,
+    settings,
+)
 from .layout import Layout, tensor_layout
 from .lower import lower
 from .pipeline import Context, Observer, Pipeline
@@ -26,6 +38,7 @@ from .report import Step
 from .tree import MIRRORED_AS, tensor_at
 
 CAPTURES = ("auto", "graph", "sites")
+SIZES = 4  # a kind of call whose graphs fit one size each, as those of an unrolled loop do, gets no more than these
 MISSES = 4  # so many captures for one constant alone deserve a warning
 
 
@@ -46,8 +59,12 @@ class Program:
     reason: str = ""
     steps: tuple[Step, ...] = ()
     seconds: float = 0.0
-    size: int = 0
     hits: int = 0
+
+    @property
+    def free(self) -> list[int]:
+        """The leaves that are integers and may be any other."""
+        return [number for number, leaf in enumerate(self.key.leaves) if leaf == COUNTER]
 
 
 class Kept(OrderedDict[Hashable, list[Program]]):
@@ -91,6 +108,7 @@ class Dispatcher:
     stepped: set[str] = field(init=False)
     whole: set[str] = field(init=False)
     misses: Counter[str] = field(init=False)
+    counters: dict[Hashable, frozenset[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
@@ -112,6 +130,7 @@ class Dispatcher:
         """Forget every program."""
         self.programs, self.operators = Kept(self.capacity), Kept(1 << 16)
         self.layout, self.stepped, self.whole, self.misses = Layout(), set(), set(), Counter()
+        self.counters = {}
 
     # --- a call ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +170,9 @@ class Dispatcher:
         adapters = tuple([(a.name, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
         fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
         keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
+        if self.counters:
+            free = self.counters.get((path, spec), ())
+            keys = tuple([COUNTER if number in free and is_counter(k) else k for number, k in enumerate(keys)])
         layout = self.layout.number(tree)
         return CallKey(path, spec, keys, *modes(leaves), layout, adapters, context.merged, settings(tree))
 
@@ -167,11 +189,14 @@ class Dispatcher:
     ) -> Program:
         """Make and keep what serves a call: its graph, or the model by sites where that cannot be."""
         part = tree.get_submodule(key.part)
+        names = leaf_names(argument_names(part.forward, args), args, kwargs)
+        self._free_counters(key, names)
+        key = self._key(tree, context, key.part, args, kwargs)
         call = describe_call(part, args, kwargs)
         program = Program(
             title=f"{key.part}({call})" if key.part else call,
             key=key,
-            names=leaf_names(argument_names(part.forward, args), args, kwargs),
+            names=names,
             why="",
             run=functools.partial(self._by_sites, tree, context, key.part),
             reason=self._reason_against_a_graph(key),
@@ -197,18 +222,26 @@ class Dispatcher:
             return "it is part of a call that is served by sites"
         if self.layout.hooked:
             return "somebody's hooks on inner modules expect to be called"
-        sizes = {program.size for program in self.programs.of(key)}
-        return "it unrolls a loop over a size, so that a graph serves one size only" if len(sizes) > 1 else ""
+        many = len(self.programs.of(key)) >= SIZES
+        return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 
     def _capture(
         self, program: Program, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Capture, rewrite, lower."""
         start = time.perf_counter()
-        gm = trace_part(tree, program.key.part, args, kwargs)
-        program.seconds, program.size = time.perf_counter() - start, len(gm.graph.nodes)
+        gm = trace_part(tree, program.key.part, args, kwargs, program.free)
+        program.seconds = time.perf_counter() - start
         program.steps = self.pipeline.run(gm, context, self.observers)
         program.gm, program.run = gm, lower(gm, self.backend)
+
+    def _free_counters(self, key: CallKey, names: tuple[str, ...]) -> None:
+        """Stop specialising on integers that change from one call to the next: what caches count, numbers of tokens."""
+        changed = frozenset().union(*(changed_counters(key, program.key) for program in self))
+        changed |= {i for i, name in enumerate(names) if is_length(name) and is_counter(key.leaves[i])}
+        if changed and self.capture != "sites":
+            place = key.part, key.structure
+            self.counters[place] = self.counters.get(place, frozenset()) | changed
 
     def _why(self, program: Program) -> str:
         """In what the call differs from the most similar one that is kept; warns of a constant that keeps changing."""
@@ -221,7 +254,8 @@ class Dispatcher:
             return "other sizes than the kept graph serves"
         if len(nearest) == 1:
             self._count_miss(program, nearest[0].partition(":")[0])
-        return "; ".join(nearest)
+        more = [f"and {len(nearest) - 3} more"] if len(nearest) > 3 else []
+        return "; ".join([*nearest[:3], *more])
 
     def _count_miss(self, program: Program, name: str) -> None:
         if name not in program.names or len(program.key.leaves[program.names.index(name)]) != 2:

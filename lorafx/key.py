@@ -13,6 +13,7 @@ from .autocast import autocast_dtype
 
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
 Leaf = tuple[Hashable, ...]
+COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
 
 
 class CallKey(NamedTuple):
@@ -55,6 +56,25 @@ def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
     return type(leaf), leaf
 
 
+def is_counter(leaf: Leaf | Any) -> bool:
+    """Whether a leaf's key is that of an integer that a graph need not be specialised on: 0 and 1 often mean more."""
+    return len(leaf) == 2 and leaf[0] is int and leaf != COUNTER and leaf[1] > 1
+
+
+def is_length(name: str) -> bool:
+    """Whether a leaf, by its name, is how many tokens a layer of a cache has seen."""
+    return name.rpartition(".")[2].startswith("cumulative_length")
+
+
+def changed_counters(new: CallKey, old: CallKey) -> frozenset[int]:
+    """The numbers of the leaves in which two calls differ, if these are counters and there is no other difference."""
+    if new._replace(leaves=()) != old._replace(leaves=()):
+        return frozenset()
+    pairs = [(number, a, b) for number, (a, b) in enumerate(zip(new.leaves, old.leaves)) if a != b]
+    counters = all(is_counter(a) and is_counter(b) for _, a, b in pairs)
+    return frozenset(number for number, _, _ in pairs) if counters else frozenset()
+
+
 def modes(leaves: list[Any]) -> tuple[bool, tuple[torch.dtype | None, ...]]:
     """The gradient mode, and autocast's dtype on each device the call is on."""
     devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
@@ -71,7 +91,11 @@ def settings(model: nn.Module) -> Hashable:
 def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """What to call each leaf of a call, as `input_ids`; `names` are those of the positional arguments."""
     paths, _ = pytree.tree_flatten_with_path((dict(zip(names, args)), dict(kwargs)))
-    return tuple(".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path[1:]) for path, _ in paths)
+    return tuple(".".join(_atom(k) for k in path[1:]) for path, _ in paths)
+
+
+def _atom(key: Any) -> str:
+    return str(next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key))
 
 
 def differences(new: CallKey, new_names: tuple[str, ...], old: CallKey, old_names: tuple[str, ...]) -> Iterator[str]:

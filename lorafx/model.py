@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from . import checkpoint
 from .adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from .caches import register_caches
 from .capture import refresh
 from .config import LoraConfig
 from .dispatch import Dispatcher
@@ -331,6 +332,7 @@ def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
     """An AdaptedModel over `base` with no adapter yet."""
+    register_caches(base)
     tree = mirrored(base)
     tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
