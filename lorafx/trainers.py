@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,22 @@ def _seen_as(cls: type, peft: type) -> type:
 class Trainable(SeenAsPeft):
     """What else trainers call on PEFT's models."""
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Accepted with a warning: graphs keep all activations, and results are the same."""
-        warnings.warn("gradient checkpointing has no effect on captured graphs: they keep all activations")
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the base model's, with a warning; also what `activation_checkpointing_enable` calls."""
+        warnings.warn(
+            "gradient checkpointing saves no memory where a captured graph serves the call: the graph keeps all "
+            "activations, and results are the same. Calls served by sites (capture='sites') are checkpointed.",
+            stacklevel=2,
+        )
+        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""
         file = Path(output_dir) / CARD
-        card = ModelCard.load(file) if file.exists() else ModelCard("---\n---\n")
-        name = getattr(getattr(self, "config", None), "name_or_path", None)
-        card.data.update({"library_name": "peft", **({"base_model": name} if name else {})})  # type: ignore[attr-defined]
+        card = ModelCard.load(file) if file.exists() else ModelCard("---\nbase_model: null\n---\n")
+        data: Any = card.data
+        data.library_name = "peft"
+        data.base_model = getattr(getattr(self, "config", None), "name_or_path", None) or data.base_model
         card.save(file)
 
 
