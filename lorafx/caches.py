@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 _MAPPED = "_lorafx_mapped"
+_plain_update = DynamicSlidingWindowLayer.update
 _INNER = (Tensor, torch.SymInt, list, tuple, dict, Cache, CacheLayerMixin)
 
 
@@ -67,3 +69,34 @@ def _unflatten(cls: type, children: Iterable[Any], context: Any) -> Any:
     if not all(map(_is_inner, children)):  # a tree map put something else in their place
         vars(cache)[_MAPPED] = names
     return cache
+
+
+@contextlib.contextmanager
+def branchless_windows() -> Iterator[None]:
+    """Let a sliding window that is filling up, just full and overflowing be one graph, by sizes instead of branches."""
+    own = {name: vars(DynamicSlidingWindowLayer)[name] for name in ("update", "get_mask_sizes")}
+    DynamicSlidingWindowLayer.update, DynamicSlidingWindowLayer.get_mask_sizes = _update, _mask_sizes  # type: ignore
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            setattr(DynamicSlidingWindowLayer, name, method)
+
+
+def _update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """All keys and values that these tokens may look at; the layer keeps the last of them, one less than its window."""
+    if getattr(self, "record_past", False):
+        return _plain_update(self, key_states, value_states, *args, **kwargs)
+    if not self.is_initialized:
+        self.lazy_initialization(key_states, value_states)
+    self.cumulative_length += key_states.shape[-2]
+    keys, values = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+    first = torch.sym_max(keys.shape[-2] - self.sliding_window + 1, 0)
+    self.keys, self.values = keys[:, :, first:], values[:, :, first:]
+    return keys, values
+
+
+def _mask_sizes(self: Any, query_length: int) -> tuple[int, int]:
+    """How many keys these tokens may look at, and the position of the first."""
+    seen, kept = self.cumulative_length, self.sliding_window - 1
+    return torch.sym_min(seen, kept) + query_length, torch.sym_max(seen - kept, 0)

@@ -16,7 +16,7 @@ from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from .caches import register_caches
+from .caches import branchless_windows, register_caches
 from .errors import CaptureError
 from .key import images
 from .pure import innermost_line, pure
@@ -133,7 +133,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with torch.inference_mode(False), plain_operators(), quiet(), pure(model):
+        with torch.inference_mode(False), plain_operators(), branchless_windows(), quiet(), pure(model):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except CaptureError as error:
