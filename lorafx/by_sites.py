@@ -94,7 +94,7 @@ class BySites(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = self._paths(leaves)
         keys = tuple(path or leaf_key(leaf) for path, leaf in zip(paths, leaves))
-        key = self.parts[-1], func, spec, keys, modes(leaves), self.layout, self.acting
+        key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from .by_sites import BySites
 from .capture import argument_names, describe_call, refresh, trace_part
@@ -23,6 +22,7 @@ from .key import (
     CallKey,
     changed_counters,
     differences,
+    flat,
     images,
     is_counter,
     is_length,
@@ -166,7 +166,7 @@ class Dispatcher:
     def _key(
         self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CallKey:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flat(args, kwargs)
         adapters = tuple([(a.name, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
         fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
         keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
@@ -174,7 +174,7 @@ class Dispatcher:
             free = self.counters.get((path, spec), ())
             keys = tuple([COUNTER if number in free and is_counter(k) else k for number, k in enumerate(keys)])
         layout = self.layout.number(tree)
-        return CallKey(path, spec, keys, *modes(leaves), layout, adapters, context.merged, settings(tree))
+        return CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, settings(tree))
 
     def _run(self, program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if program.gm is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .autocast import autocast_dtype
 
+_PLAIN = frozenset({bool, int, float, str})
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
 Leaf = tuple[Hashable, ...]
 COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
@@ -75,17 +77,33 @@ def changed_counters(new: CallKey, old: CallKey) -> frozenset[int]:
     return frozenset(number for number, _, _ in pairs) if counters else frozenset()
 
 
-def modes(leaves: list[Any]) -> tuple[bool, tuple[torch.dtype | None, ...]]:
-    """The gradient mode, and autocast's dtype on each device the call is on."""
-    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {"cpu"})
-    return torch.is_grad_enabled(), tuple(map(autocast_dtype, devices))
+def modes() -> tuple[bool, tuple[torch.dtype | None, ...]]:
+    """The gradient mode, and autocast's dtype on each kind of device there is."""
+    return torch.is_grad_enabled(), tuple([autocast_dtype(device) for device in _devices()])
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu", accelerator.type) if accelerator else ("cpu",)
+
+
+def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
+    """A call's leaves and structure; without a pytree's pains where all arguments are leaves already."""
+    leaves = [*args, *kwargs.values()]
+    if _LEAVES.issuperset(map(type, leaves)):
+        return leaves, (len(args), *kwargs)
+    return pytree.tree_flatten((args, kwargs))
+
+
+_LEAVES = frozenset({Tensor, bool, int, float, str, nn.Parameter})
 
 
 def settings(model: nn.Module) -> Hashable:
     """The plain values of a model's config, which its forward may read (`use_cache` and the like)."""
     config = getattr(model, "config", None)
     values = vars(config).items() if hasattr(config, "__dict__") else ()
-    return tuple([item for item in values if isinstance(item[1], (bool, int, float, str))])
+    return tuple([item for item in values if type(item[1]) in _PLAIN])
 
 
 def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .tree import ATTACHED
 
@@ -31,22 +32,17 @@ class Layout:
         self._last: tuple[list[Any], ...] = ()
         self._number = -1
         self._seen: dict[tuple[Any, ...], int] = {}
-        self._hook_count = 0
+        self._next_hook = -1
         self.hooked = False  # whether somebody watches inner modules run, by hooks of his own
 
     def number(self, root: nn.Module) -> int:
         """The number of the state that the tree is in now."""
         if not self._children or any(list(children.values()) != known for children, known in self._children):
             self._walk(root)
-        count = sum(map(len, self._hooks))
-        if count != self._hook_count:
-            self._hook_count, self.hooked = count, any(map(_is_foreign, self._hooks))
+        if RemovableHandle.next_id != self._next_hook or self.hooked:  # a hook was registered, somewhere
+            self._next_hook, self.hooked = RemovableHandle.next_id, any(map(_is_foreign, self._hooks))
         tensors = [tensor for owned in self._tensors for tensor in owned.values() if tensor is not None]
-        now = (
-            [attributes["training"] for attributes in self._vars],
-            [tensor.dtype for tensor in tensors],
-            [tensor.device for tensor in tensors],
-        )
+        now = [attributes["training"] for attributes in self._vars], [tensor_layout(tensor) for tensor in tensors]
         if now != self._last or self._number < 0:
             self._last = now
             self._number = self._seen.setdefault((self._generation, *map(tuple, now)), len(self._seen))
@@ -60,9 +56,24 @@ class Layout:
         self._children = [(root._modules, list(root._modules.values()))]
         self._children += [(m._modules, list(m._modules.values())) for m in modules if _own_children(m)]
         self._vars = [vars(module) for module in modules]
-        self._tensors = [owned for m in modules for owned in (m._parameters, m._buffers) if owned]
+        self._tensors = list(_representatives(modules))
         # The root's own hooks are run by whoever calls it.
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _representatives(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
+    """The tensors of the first and the last module of each class and each set of tensor names.
+
+    Casts change all norms, or all but the head. Where one module alone was cast, the graph's operators promote or fail
+    as the model's own would.
+    """
+    ends: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for module in modules:
+        for owned in (module._parameters, module._buffers):
+            if owned:
+                ends.setdefault((type(module), *owned), []).append(owned)
+    for group in ends.values():
+        yield from (group[0], group[-1])
 
 
 def own_modules(root: nn.Module) -> Iterator[nn.Module]:

@@ -83,11 +83,43 @@ class Trainable(SeenAsPeft):
         card.save(file)
 
 
-def name_inner(tree: nn.Module) -> None:
-    """Let `tree.base_model.model` be the tree: in PEFT it is the adapted base model, and trainers ask for its name."""
-    inner = getattr(tree, "base_model", None)
-    if isinstance(inner, nn.Module) and getattr(inner, "model", None) is None:
-        inner.__dict__["model"] = tree
+class Inner:
+    """A model's inner model, which also says of what `model` it is: `base_model.model` is how PEFT's users get there."""
+
+    def __init__(self, inner: nn.Module, model: nn.Module):
+        vars(self).update(inner=inner, model=model)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.inner or vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(self.inner)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+
+def with_model(base_model: property) -> property:
+    """transformers' property `base_model`, so that `base_model.model` is the adapted model, as it is in PEFT."""
+
+    def inner_of(tree: nn.Module) -> Any:
+        inner = base_model.__get__(tree)
+        return inner if inner is tree else Inner(inner, tree)
+
+    return property(inner_of)
 
 
 def require_same(known: Adapter, found: Adapter, merged: Iterable[str]) -> None:
