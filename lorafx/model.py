@@ -26,7 +26,7 @@ from .report import Call, Explanation, Report
 from .saving import Saving
 from .sites import Selection
 from .state import State
-from .trainers import Trainable, require_same, with_model
+from .trainers import Trainable, name_self, require_same, with_model
 from .tree import MIRRORED_AS, STATE, find_tensor, mirrored, set_trainable, tensor_at
 
 
@@ -339,6 +339,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
+    name_self(tree)
     return tree  # type: ignore[return-value]
 
 
@@ -357,5 +358,5 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
 
     names = {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
     if isinstance(getattr(base, "base_model", None), property):
-        names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
+        names["base_model"] = with_model(base.base_model)  # type: ignore[attr-defined]
     return type(base.__name__, (AdaptedModel, base), names)

@@ -84,7 +84,7 @@ class Trainable(SeenAsPeft):
 
 
 class Inner:
-    """A model's inner model, which also says of what `model` it is: `base_model.model` is how PEFT's users get there."""
+    """A model's inner model, which also knows the `model` it is part of: PEFT's users ask for `base_model.model`."""
 
     def __init__(self, inner: nn.Module, model: nn.Module):
         vars(self).update(inner=inner, model=model)
@@ -120,6 +120,12 @@ def with_model(base_model: property) -> property:
         return inner if inner is tree else Inner(inner, tree)
 
     return property(inner_of)
+
+
+def name_self(tree: nn.Module) -> None:
+    """Give a model that is its own `base_model` (T5's do) the attribute `model`, for `base_model.model`."""
+    if getattr(tree, "base_model", None) is tree and not hasattr(tree, "model"):
+        tree.__dict__["model"] = tree
 
 
 def require_same(known: Adapter, found: Adapter, merged: Iterable[str]) -> None:

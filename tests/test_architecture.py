@@ -12,7 +12,21 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # Each layer may import itself and the layers before it.
 LAYERS = [
-    {"errors", "config", "targets", "autocast", "report", "tree", "residual", "folder", "hub", "pure", "key", "layout", "caches"},
+    {
+        "errors",
+        "config",
+        "targets",
+        "autocast",
+        "report",
+        "tree",
+        "residual",
+        "folder",
+        "hub",
+        "pure",
+        "key",
+        "layout",
+        "caches",
+    },
     {"forms", "rewrite", "sites"},
     {"kinds"},
     {"adapter"},
