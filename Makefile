@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast models lint clean
 
 demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained encoder
 	$(BIN)/python docs/examples/quickstart.py
@@ -15,6 +15,9 @@ test: $(READY)  ## the whole suite
 
 test-fast: $(READY)  ## what answers in under two minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+models: $(READY)  ## docs/models.md, from a run of the zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/peft/test_zoo.py --models-page docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -34,7 +33,7 @@ class BySites(TorchFunctionMode):
     def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, serve: Callable[..., Any]):
         super().__init__()
         self.tree, self.context, self.layout, self.serve = tree, context, layout, serve
-        self.parts = [part]
+        self.parts, self.paused = [part], False
         self.weights = {id(tensor_at(tree, s.weight)): s.weight for a in context.adapters for s in a.selection}
         self.replaced = {id(tensor_at(tree, base)): base for a in context.adapters for base in a.replaced}
         self.acting = tuple(adapter.name for adapter in context.adapters), context.merged
@@ -68,16 +67,15 @@ class BySites(TorchFunctionMode):
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Run something as though the mode were not active."""
-        _running.mode = None
+        _running.mode, self.paused = None, True
         try:
-            with torch._C.DisableTorchFunction():
-                yield
+            yield
         finally:
-            _running.mode = self
+            _running.mode, self.paused = self, False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not any(self._acts_on(value) for value in (*args, *kwargs.values())):
+        if self.paused or not any(self._acts_on(value) for value in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …
             result = func(*args, **kwargs)

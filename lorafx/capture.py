@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .caches import branchless_windows, register_caches
 from .errors import CaptureError
 from .key import images
-from .pure import innermost_line, pure
+from .pure import innermost_line, pure, unchanging
 from .rewrite import resolve
 from .tree import branch, find_tensor, mirrored, tensor_at, without_hooks
 
@@ -51,7 +51,13 @@ def trace_part(
     part = bare.get_submodule(path)
     without_hooks(part)
     # A part is called rather than its forward, so that the graph's nodes know that they are in it.
-    bare.__dict__["forward"] = _as_called(part if path else part.forward, part.forward, args, kwargs)
+    function = part if path else part.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unchanging(part):
+            return function(*args, **kwargs)
+
+    bare.__dict__["forward"] = _as_called(call, part.forward, args, kwargs)
     return rooted(_export(bare, args, kwargs, free), model)
 
 
@@ -133,7 +139,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with torch.inference_mode(False), plain_operators(), branchless_windows(), quiet(), pure(model):
+        with torch.inference_mode(False), plain_operators(), branchless_windows(), quiet(), pure():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except CaptureError as error:

@@ -42,7 +42,8 @@ class Layout:
         if RemovableHandle.next_id != self._next_hook or self.hooked:  # a hook was registered, somewhere
             self._next_hook, self.hooked = RemovableHandle.next_id, any(map(_is_foreign, self._hooks))
         tensors = [tensor for owned in self._tensors for tensor in owned.values() if tensor is not None]
-        now = [attributes["training"] for attributes in self._vars], [tensor_layout(tensor) for tensor in tensors]
+        modes = [attributes["training"] for attributes in self._vars]
+        now = modes, [tensor_layout(tensor) for tensor in tensors], [self.hooked]
         if now != self._last or self._number < 0:
             self._last = now
             self._number = self._seen.setdefault((self._generation, *map(tuple, now)), len(self._seen))

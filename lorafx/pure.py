@@ -32,19 +32,26 @@ class _Printed(io.StringIO):
 
 
 @contextlib.contextmanager
-def pure(model: nn.Module) -> Iterator[None]:
-    """Raise `CaptureError` if what runs inside prints, draws random numbers outside torch, or changes the model.
+def pure() -> Iterator[None]:
+    """Raise `CaptureError` if what runs inside prints, or draws random numbers outside torch.
 
     Such a call does more than a graph of its tensor operators would: served by one, it would print once and never
     again, or mask the same frames in every step. Random states are put back; nothing reaches the screen.
     """
-    before, printed = _attributes(model), _Printed()
+    printed = _Printed()
     with _kept_random_states() as drawn, contextlib.redirect_stdout(printed):
         yield
     if drawn:
         raise CaptureError("it draws random numbers from Python or numpy, which a graph would freeze")
     if printed.line:
         raise CaptureError(f"it prints, which a graph would not do again{printed.line}")
+
+
+@contextlib.contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Raise `CaptureError` if what runs inside changes a plain attribute of a module; torch.export puts it back."""
+    before = _attributes(model)
+    yield
     changed = next((name for name, value in _attributes(model).items() if before.get(name, value) != value), None)
     if changed:
         raise CaptureError(f"it changes {changed} of the model, which a graph would not do again")

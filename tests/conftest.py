@@ -1,6 +1,7 @@
 """Shared by all tests: quiet libraries, a fixed seed, a text form of graphs."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -9,6 +10,21 @@ import torch
 from transformers.utils import logging
 
 logging.set_verbosity_error()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--models-page", help="write what served each model of the zoo to this file")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`make models`: docs/models.md, from what tests/peft/test_zoo.py recorded of each entry."""
+    page = config.getoption("--models-page")
+    reports = [report for group in ("passed", "failed") for report in terminalreporter.stats.get(group, [])]
+    rows = [value for report in reports for name, value in report.user_properties if name == "zoo"]
+    if page and rows:
+        import models_page
+
+        models_page.write(Path(page), rows)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import zoo
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +71,8 @@ def test_the_quickstart_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_page_of_models_misses_none_and_shows_no_failure():
+    page = (ROOT / "docs/models.md").read_text()
+    assert [name for name in zoo.ENTRIES if f"| {name} |" not in page] == [] and "failed" not in page

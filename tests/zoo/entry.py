@@ -29,7 +29,8 @@ class Entry:
     """A tiny random model, calls that fit it, and PEFT's `target_modules` for its attention and MLP at least.
 
     `build` gives the same bits each time, the same in train and eval mode; `inputs(batch, length)` gives keyword
-    arguments as a dict or positional ones as a tuple, `loss(output, inputs)` a scalar to differentiate.
+    arguments as a dict or positional ones as a tuple, `loss(output, inputs)` a scalar to differentiate. `cannot` says
+    what PEFT does with this model and lorafx does not.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     inputs: Inputs
     targets: list[str] | str
     loss: Callable[[Any, Call], Tensor] = own_loss
+    cannot: str = ""
 
 
 def pretrained(name: str, inputs: Inputs, targets: list[str] | str, settings: dict[str, Any]) -> Entry:

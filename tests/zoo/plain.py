@@ -17,8 +17,10 @@ def squared(output: Tensor, inputs: Call) -> Tensor:
     return output.square().mean()
 
 
-def plain(model: type[nn.Module], inputs: Callable[[int, int], Call], targets: list[str] | str) -> Entry:
-    return Entry(model.__name__, lambda: seeded(model), inputs, targets, squared)
+def plain(
+    model: type[nn.Module], inputs: Callable[[int, int], Call], targets: list[str] | str, cannot: str = ""
+) -> Entry:
+    return Entry(model.__name__, lambda: seeded(model), inputs, targets, squared, cannot)
 
 
 def vectors(batch: int, length: int) -> Call:
@@ -123,7 +125,13 @@ class Branching(MLP):
 ENTRIES = (
     plain(MLP, vectors, ["0", "2"]),
     plain(CNN, planes, ["first", "second", "head"]),
-    plain(MultiheadAttention, vectors, ["up", "attention", "head"]),
+    plain(
+        MultiheadAttention,
+        vectors,
+        ["up", "head"],
+        "`nn.MultiheadAttention` itself is no target, as its packed `in_proj_weight` has no site form; its `out_proj` "
+        "is one, and acts, while PEFT's adapter there acts only once it is merged.",
+    ),
     plain(TransformerEncoder, rows, ["linear1", "linear2"]),
     plain(LSTM, words, ["embed", "head"]),
     plain(Remote, vectors, "all-linear"),
