@@ -5,8 +5,10 @@ import io
 import pickle
 
 import models
+import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from twins import trained, twins
 
 import lorafx
@@ -202,3 +204,23 @@ def test_an_adapter_takes_no_other_adapter_s_values(tmp_path, change, named):
     with pytest.raises(AdapterError, match=f"already.*{named}"):
         lora.load_adapter(tmp_path, "default", is_trainable=True)
     assert torch.equal(lora(x), before)
+
+
+def test_peft_s_classes_and_habits_are_answered_to(tmp_path):
+    base = models.t5()
+    lora = lorafx.compile(base, {"r": 2, "target_modules": ["q"]})
+    assert isinstance(lora, peft.PeftModel) and isinstance(lora, type(base)) and not isinstance(base, peft.PeftModel)
+    assert not issubclass(type(lora), peft.PeftModel) and not hasattr(lora, "get_prompt")
+    assert lora.base_model.model is lora is lora.get_base_model() and "model" not in vars(base)
+    cls = lora.__class__
+    lora.__class__ = type(f"Sharded{cls.__name__}", (cls,), {"extra": 1})  # as FSDP2 does
+    assert type(lora).__name__ == f"Sharded{type(base).__name__}" and lora.extra == 1
+    assert isinstance(lora, peft.PeftModel) and isinstance(lora, lorafx.AdaptedModel) and isinstance(lora, type(base))
+    copied = copy.deepcopy(lora)
+    assert copied.base_model.model is copied and type(copied).__name__ == type(base).__name__
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nHand-written.\n")
+    lora.config._name_or_path = "some/base"
+    lora.create_or_update_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", "some/base", "mit")
+    assert "Hand-written." in card.text
