@@ -64,7 +64,9 @@ def compile(
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
         if example_inputs is not None:
-            args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+            args, kwargs = (
+                ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+            )
             adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
     except BaseException:
         adapted._leave()

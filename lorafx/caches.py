@@ -33,7 +33,7 @@ def register_caches(model: nn.Module) -> None:
             )
 
 
-def _family(cls: type) -> Iterator[type]:
+def _family(cls: Any) -> Iterator[Any]:
     yield cls
     for sub in cls.__subclasses__():
         yield from _family(sub)
@@ -61,9 +61,9 @@ def _flatten_with_keys(cache: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], A
     return [(pytree.MappingKey(name), child) for name, child in zip(context[0], children)], context
 
 
-def _unflatten(cls: type, children: Iterable[Any], context: Any) -> Any:
+def _unflatten(cls: Any, children: Iterable[Any], context: Any) -> Any:
     (names, fixed), children = context, list(children)
-    cache = object.__new__(cls)
+    cache: Any = object.__new__(cls)
     vars(cache).update(zip(names, children))
     vars(cache).update(fixed)
     if not all(map(_is_inner, children)):  # a tree map put something else in their place

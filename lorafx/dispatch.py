@@ -326,7 +326,7 @@ def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
 
 def settled(tree: nn.Module, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments in one order, without those that only say None where that is the default."""
-    defaults = _none_by_default(type(tree.get_submodule(path)))
+    defaults = _none_by_default(type(tree.get_submodule(path)))  # type: ignore[arg-type]
     return {name: kwargs[name] for name in sorted(kwargs) if kwargs[name] is not None or name not in defaults}
 
 

@@ -14,7 +14,7 @@ from .autocast import autocast_dtype
 
 _PLAIN = frozenset({bool, int, float, str})
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
-Leaf = tuple[Hashable, ...]
+Leaf = tuple[Any, ...]
 COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
 
 
