@@ -202,6 +202,8 @@ class Dispatcher:
             reason=self._reason_against_a_graph(key),
         )
         program.why = self._why(program)
+        if program.reason and self.capture == "graph":
+            raise CaptureError(f"{type(part).__name__} is not served by a graph: {program.reason}")
         if not program.reason:
             try:
                 self._capture(program, tree, context, args, kwargs)
@@ -216,12 +218,12 @@ class Dispatcher:
     def _reason_against_a_graph(self, key: CallKey) -> str:
         if self.capture == "sites" and key.part not in self.whole:
             return "asked for by capture='sites'"
+        if self.layout.hooked:
+            return "somebody's hooks on inner modules expect to be called"
         if self.capture == "graph":
             return ""
         if key.part in self.stepped - self.whole:
             return "it is part of a call that is served by sites"
-        if self.layout.hooked:
-            return "somebody's hooks on inner modules expect to be called"
         many = len(self.programs.of(key)) >= SIZES
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 

@@ -46,7 +46,7 @@ def write(page: Path, rows: Iterable[tuple[str, str, int, float, str]]) -> None:
 
 def first_line(reason: str) -> str:
     """The reason without paths of this machine."""
-    line = " ".join(reason.splitlines()[0].split())
+    line = " ".join(reason.splitlines()[0].split()).partition(" [")[0]
     place = reason.rpartition("[")[2].rstrip("]") if reason.endswith("]") else ""
     return f"{line} (`{Path(place.split(':')[0]).name}: {place.split(': ', 1)[-1]}`)" if place else line
 

@@ -193,6 +193,14 @@ def test_hooks_on_inner_modules_are_called_each_time():
     assert len(seen) == 2 and served(lora) == ["sites", "graph"]
 
 
+def test_hooks_and_a_graph_that_is_asked_for_exclude_each_other():
+    lora = lorafx.compile(Chain(), RANDOM, capture="graph")
+    lora(torch.ones(5, 4))
+    lora.first.register_forward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match="hooks"):
+        lora(torch.ones(5, 4))
+
+
 def test_merged_disabled_and_autocast_calls_go_by_sites_too():
     graph, sites = both_ways(Chain())
     x = torch.randn(5, 4)

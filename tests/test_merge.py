@@ -376,9 +376,7 @@ def test_a_trained_bias_takes_the_adapters_bias_and_gives_it_back(tmp_path):
     lora.merge_adapter()
     torch.testing.assert_close(lora(x), before, rtol=1e-13, atol=1e-13)
     lora.save_pretrained(tmp_path)
-    torch.testing.assert_close(
-        lorafx.load(copy.deepcopy(lora._lorafx.base), tmp_path).second.bias, model.second.bias
-    )
+    torch.testing.assert_close(lorafx.load(copy.deepcopy(lora._lorafx.base), tmp_path).second.bias, model.second.bias)
     lora.unmerge_adapter()
     assert torch.equal(lora.get_parameter("second.trained_bias.default.bias"), own)
     lora.save_pretrained(tmp_path / "again")

@@ -68,8 +68,12 @@ class Pair:
         inputs = pytree.tree_map_only(
             Tensor, lambda x: x.double() if x.is_floating_point() else x, self.entry.inputs(*size)
         )
-        with torch.no_grad():
-            exact = floats(call(copy.deepcopy(self.theirs).eval().double(), inputs))
+        try:
+            with torch.no_grad():
+                exact = floats(call(copy.deepcopy(self.theirs).eval().double(), inputs))
+        except RuntimeError as error:
+            assert "got Double" in str(error)  # grouped products of experts have no float64 kernel
+            return 1e-6
         return max(1e-6, *(2 * distance(a, e) for a, e in zip(self.evaluated(self.theirs, size), exact)))
 
     @cached_property
