@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .caches import branchless_windows, register_caches
 from .errors import CaptureError
 from .key import images
-from .pure import innermost_line, pure, unchanging
+from .pure import innermost_line, no_unrolling, pure, unchanging
 from .rewrite import resolve
 from .tree import branch, find_tensor, mirrored, tensor_at, without_hooks
 
@@ -41,11 +41,17 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 
 
 def trace_part(
-    model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], free: Collection[int] = ()
+    model: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: Collection[int] = (),
+    unroll: bool = True,
 ) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model.
 
-    `free` numbers the call's leaves that are integers for which the graph should not be specialised.
+    `free` numbers the call's leaves that are integers for which the graph should not be specialised. A loop over a size
+    is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`.
     """
     bare = mirrored(model)
     part = bare.get_submodule(path)
@@ -54,7 +60,7 @@ def trace_part(
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with unchanging(part):
+        with unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
             return function(*args, **kwargs)
 
     bare.__dict__["forward"] = _as_called(call, part.forward, args, kwargs)

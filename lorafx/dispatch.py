@@ -232,7 +232,8 @@ class Dispatcher:
     ) -> None:
         """Capture, rewrite, lower."""
         start = time.perf_counter()
-        gm = trace_part(tree, program.key.part, args, kwargs, program.free)
+        unroll = self.capture == "graph"
+        gm = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
         program.seconds = time.perf_counter() - start
         program.steps = self.pipeline.run(gm, context, self.observers)
         program.gm, program.run = gm, lower(gm, self.backend)

@@ -76,6 +76,31 @@ def _kept_random_states() -> Iterator[list[str]]:
             numpy.random.set_state(state)
 
 
+def _range(*bounds: Any) -> range:
+    """Stands in for `range`, which would turn a symbolic size into the number it happens to be."""
+    if any(isinstance(bound, torch.SymInt) and not bound.node.is_constant() for bound in bounds):
+        raise CaptureError(
+            "it loops over a size: a graph would repeat the loop's operators as often as this call does, and fit no "
+            f"other{_place(traceback.extract_stack())}"
+        )
+    return range(*bounds)
+
+
+@contextlib.contextmanager
+def no_unrolling(model: nn.Module) -> Iterator[None]:
+    """Raise `CaptureError` where the model's own code loops over a symbolic size, as a scan in Python does."""
+    names = {type(module).__module__ for module in model.modules()}
+    files = [vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith("torch.")]
+    without_own = [file for file in files if "range" not in file]
+    for file in without_own:
+        file["range"] = _range
+    try:
+        yield
+    finally:
+        for file in without_own:
+            del file["range"]
+
+
 def _attributes(model: nn.Module) -> dict[str, Any]:
     """The plain values that modules hold: counters, flags. What a call adds is a cache, what it changes is a state."""
     return {

@@ -37,7 +37,8 @@ def write(page: Path, rows: Iterable[tuple[str, str, int, float, str]]) -> None:
         served_by, sites, seconds, reason = found[name]
         lines.append(f"| {name} | {sites} | {served_by} | {seconds:.1f} |")
         if reason:
-            notes.append(f"- **{name}** is served by sites: {first_line(reason)}")
+            calls = "is" if served_by == "sites" else "in some calls is"
+            notes.append(f"- **{name}** {calls} served by sites: {first_line(reason)}")
         if entry.cannot:
             notes.append(f"- **{name}**: {entry.cannot}")
     head = HEAD.format(torch=torch.__version__.partition("+")[0], transformers=transformers.__version__)

@@ -7,6 +7,8 @@ import torch
 from graphs import Chain, adapted
 from torch import nn
 
+import lorafx
+
 
 class Options(Chain):
     """A model with arguments of many sorts."""
@@ -83,20 +85,34 @@ def test_the_least_recently_used_make_room():
 class Unrolled(nn.Module):
     """A recurrence in Python: a graph of it fits one length."""
 
-    def __init__(self):
+    def __init__(self, by_size):
         super().__init__()
-        self.cell = nn.Linear(4, 4)
+        self.cell, self.by_size = nn.Linear(4, 4), by_size
 
     def forward(self, x):
         h = torch.zeros_like(x[:, 0])
-        for step in range(x.shape[1]):
+        for step in range(x.shape[1] if self.by_size else int(x.shape[1])):
             h = torch.tanh(self.cell(h) + x[:, step])
         return h
 
 
-def test_an_unrolled_loop_gets_few_graphs_and_then_runs_by_sites():
-    lora = adapted(Unrolled())
-    merged = adapted(Unrolled())
+def test_a_loop_over_a_size_runs_by_sites_at_once():
+    lora, x = adapted(Unrolled(by_size=True)), torch.randn(2, 5, 4)
+    with pytest.warns(UserWarning, match=r"loops over a size.*test_dispatch.py"):
+        before = lora(x)
+    lora(torch.randn(2, 7, 4))
+    (call,) = lora.explain().calls
+    assert call.served_by == "sites" and call.hits == 1
+    config = {"target_modules": "all-linear", "r": 2, "lora_alpha": 6}
+    unrolled = lorafx.compile(Unrolled(by_size=True), config, capture="graph")
+    unrolled.load_state_dict(lora.state_dict())
+    torch.testing.assert_close(unrolled(x), before)
+    assert unrolled.explain().calls[0].served_by == "graph"
+
+
+def test_what_fits_one_size_gets_few_graphs_and_then_runs_by_sites():
+    lora = adapted(Unrolled(by_size=False))
+    merged = adapted(Unrolled(by_size=False))
     merged.load_state_dict(lora.state_dict())
     plain = merged.merge_and_unload()
     with warnings.catch_warnings():
