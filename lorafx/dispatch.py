@@ -31,7 +31,7 @@ from .key import (
     modes,
     settings,
 )
-from .layout import Layout, tensor_layout
+from .layout import Layout, has_copies_among_children, tensor_layout
 from .lower import lower
 from .pipeline import Context, Observer, Pipeline
 from .report import Step
@@ -294,6 +294,8 @@ class Dispatcher:
     def _step_into(self, mode: BySites, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a part's own Python; where that reads an adapted tensor in an odd way, the part as a graph of its own."""
         self.stepped.add(path)
+        if has_copies_among_children(mode.tree.get_submodule(path)):
+            self.whole.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self.whole:
             try:
                 with mode.inside(path):
@@ -313,7 +315,10 @@ class Dispatcher:
             except GuardFailed:
                 continue
         gm, context = capture()
+        trained = [(parameter, parameter.requires_grad) for parameter in gm.parameters()]
         self.pipeline.run(gm, context, self.observers)
+        for parameter, flag in trained:  # the pipeline knew of this operator's adapters only
+            parameter.requires_grad_(flag)
         self.operators.keep(key, gm)  # type: ignore[arg-type]
         return _guarded(gm, tuple(inputs), {})
 

@@ -94,6 +94,11 @@ def _own_children(module: nn.Module) -> list[nn.Module]:
     return [child for name, child in module._modules.items() if child is not None and name not in attached]
 
 
+def has_copies_among_children(module: nn.Module) -> bool:
+    """Whether an adapter keeps copies below a module that has other children: a container that is saved as a whole."""
+    return ATTACHED in vars(module) and bool(vars(module)[ATTACHED]) and bool(_own_children(module))
+
+
 def _is_foreign(hooks: dict[int, Any]) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in hooks.values())
 

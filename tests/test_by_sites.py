@@ -137,6 +137,26 @@ def test_a_copy_of_a_tied_module_replaces_only_that_module():
     assert torch.equal(graph(ids), sites(ids))
 
 
+class Scored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.score = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def forward(self, x):
+        return self.score(self.body(x))
+
+
+def test_a_saved_module_of_several_layers_trains_as_a_whole():
+    graph, sites = both_ways(Scored(), RANDOM | {"target_modules": ["body"], "modules_to_save": ["score"]})
+    x = torch.randn(5, 4)
+    for lora in (graph, sites):
+        for _ in range(2):
+            lora.zero_grad()
+            lora(x).square().sum().backward()
+    assert len(gradients(sites)) == 2 + 4 and gradients(graph).keys() == gradients(sites).keys()
+    assert all(torch.equal(gradient, gradients(sites)[name]) for name, gradient in gradients(graph).items())
+
+
 class ByHand(nn.Linear):
     def forward(self, x):
         return x @ self.weight.T + self.bias
