@@ -668,7 +668,7 @@ def test_a_config_of_the_users_own_must_fit_the_file(saved: Path) -> None:
     before.check(base)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "forward", "default", "a/b", "/a"])
+@pytest.mark.parametrize("name", ["", "a.b", "forward", "a/b", "/a"])
 def test_a_name_that_cannot_be_used_changes_nothing(saved: Path, name: str) -> None:
     lora = load(saved, is_trainable=True)
     before = State.of(lora)

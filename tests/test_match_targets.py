@@ -84,14 +84,14 @@ class Odd(nn.Module):
         self.odd = nn.Linear(4, 3)
 
     def forward(self, x):
-        return x @ self.odd.weight.t() + self.odd.bias
+        return x @ self.odd.weight.exp().t() + self.odd.bias
 
 
 def test_an_operator_that_no_form_covers_is_refused_with_site_operator_and_line():
     lora = adapted(Odd(), target_modules=["odd"])
     with pytest.raises(UncoveredOperatorError) as caught:
         lora(torch.randn(5, 4))
-    for part in ("site odd", "aten.t.default", "test_match_targets.py", "self.odd.weight.t()"):
+    for part in ("site odd", "aten.exp.default", "test_match_targets.py", "self.odd.weight.exp().t()"):
         assert part in str(caught.value)
 
 

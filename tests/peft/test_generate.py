@@ -34,7 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "beam search": {"do_sample": False, "num_beams": 3},
     "left-padded": {"do_sample": False},
     "static cache": {"do_sample": False, "cache_implementation": "static"},
-    "no cache": {"do_sample": False, "use_cache": False},
 }
 
 
