@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .by_sites import BySites
+from .caches import is_length
 from .capture import argument_names, describe_call, refresh, trace_part
 from .errors import CaptureError, ConfigError, UncoveredOperatorError
 from .key import (
@@ -25,20 +26,20 @@ from .key import (
     flat,
     images,
     is_counter,
-    is_length,
     leaf_key,
     leaf_names,
     modes,
     settings,
 )
-from .layout import Layout, has_copies_among_children, tensor_layout
+from .layout import Layout, tensor_layout
 from .lower import lower
 from .pipeline import Context, Observer, Pipeline
 from .report import Step
-from .tree import MIRRORED_AS, tensor_at
+from .tree import MIRRORED_AS, has_copies_among_children, tensor_at
 
 CAPTURES = ("auto", "graph", "sites")
 SIZES = 4  # a kind of call whose graphs fit one size each, as those of an unrolled loop do, gets no more than these
+OPERATORS = 65_536  # one-site graphs are small, and a large model by sites has thousands
 MISSES = 4  # so many captures for one constant alone deserve a warning
 
 
@@ -67,23 +68,23 @@ class Program:
         return [number for number, leaf in enumerate(self.key.leaves) if leaf == COUNTER]
 
 
-class Kept(OrderedDict[Hashable, list[Program]]):
-    """Programs by key, the least recently used dropped beyond `capacity`. One key has several where sizes differ."""
+class Kept(OrderedDict[Hashable, list[Any]]):
+    """What serves, by key, several where sizes differ; the least recently used makes room beyond `capacity`."""
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.dropped = capacity, 0
 
     def of(self, key: Hashable) -> Sequence[Any]:
-        """The programs of a key, which counts as used now."""
+        """What is kept for a key, which counts as used now."""
         if key not in self:
             return ()
         self.move_to_end(key)
         return self[key]
 
-    def keep(self, key: Hashable, program: Any) -> None:
-        """Keep one more program."""
-        self.setdefault(key, []).append(program)
+    def keep(self, key: Hashable, served_by: Any) -> None:
+        """Keep one more."""
+        self.setdefault(key, []).append(served_by)
         self.move_to_end(key)
         while len(self) > 1 and sum(map(len, self.values())) > self.capacity:
             self.dropped += len(self.popitem(last=False)[1])
@@ -128,7 +129,7 @@ class Dispatcher:
 
     def clear(self) -> None:
         """Forget every program."""
-        self.programs, self.operators = Kept(self.capacity), Kept(1 << 16)
+        self.programs, self.operators = Kept(self.capacity), Kept(OPERATORS)
         self.layout, self.stepped, self.whole, self.misses = Layout(), set(), set(), Counter()
         self.counters = {}
 
@@ -315,11 +316,8 @@ class Dispatcher:
             except GuardFailed:
                 continue
         gm, context = capture()
-        trained = [(parameter, parameter.requires_grad) for parameter in gm.parameters()]
         self.pipeline.run(gm, context, self.observers)
-        for parameter, flag in trained:  # the pipeline knew of this operator's adapters only
-            parameter.requires_grad_(flag)
-        self.operators.keep(key, gm)  # type: ignore[arg-type]
+        self.operators.keep(key, gm)
         return _guarded(gm, tuple(inputs), {})
 
 

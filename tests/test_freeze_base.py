@@ -37,6 +37,15 @@ def test_an_inactive_adapter_does_not_train():
     assert trainable(lora) == {"first.lora_A.other.weight", "first.lora_B.other.weight"}
 
 
+def test_a_tensor_that_was_frozen_by_hand_stays_frozen():
+    lora = adapted(Chain())
+    for name, parameter in lora.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    lora(torch.randn(5, 4)).sum().backward()
+    assert trainable(lora) == {"first.lora_B.default.weight", "second.lora_B.default.weight"}
+
+
 def test_an_adapter_in_inference_mode_does_not_train():
     assert trainable(adapted(Chain(), inference_mode=True)) == set()
 
