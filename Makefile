@@ -11,13 +11,13 @@ demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained en
 
 # One thread a worker: two workers that each want both cores would mostly wait for one another.
 test: $(READY)  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY)  ## what answers in under two minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 models: $(READY)  ## docs/models.md, from a run of the zoo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/peft/test_zoo.py --models-page docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/peft/test_zoo.py --models-page docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,6 +16,14 @@ def pytest_addoption(parser):
     parser.addoption("--models-page", help="write what served each model of the zoo to this file")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share a model, and the graphs captured of it, run on one worker (`--dist loadgroup`)."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if shared := params.get("pair") or params.get("ran"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__} {shared}"))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """`make models`: docs/models.md, from what tests/peft/test_zoo.py recorded of each entry."""
     page = config.getoption("--models-page")

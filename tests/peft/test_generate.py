@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import peft
 import pytest
 import torch
 import zoo
+from both import both
 from torch import Tensor
 from zoo.causal import ATTENTION, EXPERTS, GATED, SLIDING, UNGROUPED, causal
 from zoo.entry import pretrained, sequences
@@ -45,15 +45,7 @@ class Pair:
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    entry, folder = MODELS[request.param], tmp_path_factory.mktemp("generate")
-    base = entry.build()
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=entry.targets, init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-    return Pair(theirs, lorafx.load(base, folder))
+    return Pair(*both(MODELS[request.param], tmp_path_factory.mktemp("generate")))
 
 
 def prompts(padded: bool) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import zoo
+from both import both
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -42,7 +43,6 @@ class Pair:
     """A zoo entry with one adapter file, in PEFT and in lorafx."""
 
     entry: zoo.Entry
-    base: nn.Module
     theirs: peft.PeftModel
     ours: lorafx.AdaptedModel
 
@@ -81,21 +81,13 @@ class Pair:
         """Terms summed on the way from input to loss and back, every matrix passed both ways once."""
         leaves = [leaf for leaf in pytree.tree_leaves(self.entry.inputs(*SIZES[-1])) if isinstance(leaf, Tensor)]
         tokens = max(leaf.numel() for leaf in leaves)
-        return tokens + sum(p[0].numel() + p.shape[0] for p in self.base.parameters() if p.ndim > 1)
+        return tokens + sum(p[0].numel() + p.shape[0] for p in self.ours._lorafx.base.parameters() if p.ndim > 1)
 
 
 @pytest.fixture(scope="module", params=zoo.ENTRIES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    entry, folder = zoo.ENTRIES[request.param], tmp_path_factory.mktemp("zoo")
-    base = entry.build()
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=entry.targets, init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
-        ours = lorafx.load(entry.build(), folder, is_trainable=True)
-    return Pair(entry, base, theirs, ours)
+    entry = zoo.ENTRIES[request.param]
+    return Pair(entry, *both(entry, tmp_path_factory.mktemp("zoo"), is_trainable=True))
 
 
 def call(model: nn.Module, inputs: zoo.Call) -> Any:
