@@ -27,7 +27,8 @@ _running = threading.local()
 class BySites(TorchFunctionMode):
     """While active, torch functions that read what the adapters act on run as rewritten graphs.
 
-    `serve(key, inputs, capture)` runs the kept graph of a key, or that of `capture(), adapters` once it is rewritten.
+    `serve(key, inputs, capture)` runs the graph that is kept for a key; where there is none, `capture()` gives one to
+    rewrite, and the adapters that concern it.
     """
 
     def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, serve: Callable[..., Any]):

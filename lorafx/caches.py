@@ -20,7 +20,7 @@ _INNER = (Tensor, torch.SymInt, list, tuple, dict, Cache, CacheLayerMixin)
 
 def register_caches(model: nn.Module) -> None:
     """Let pytrees look into transformers' caches, and into the cache classes that a model's own module defines."""
-    own = vars(sys.modules.get(type(model).__module__, object())) if hasattr(model, "config") else {}
+    own = getattr(sys.modules.get(type(model).__module__), "__dict__", {}) if hasattr(model, "config") else {}
     named = [cls for name, cls in list(own.items()) if inspect.isclass(cls) and name.endswith("Cache")]
     for cls in (*_family(Cache), *_family(CacheLayerMixin), *named):
         if cls not in pytree.SUPPORTED_NODES:
@@ -31,6 +31,11 @@ def register_caches(model: nn.Module) -> None:
                 serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
                 flatten_with_keys_fn=_flatten_with_keys,
             )
+
+
+def is_length(name: str) -> bool:
+    """Whether a leaf of a call, by its name, is how many tokens a layer of a cache has seen."""
+    return name.rpartition(".")[2].startswith("cumulative_length")
 
 
 def _family(cls: Any) -> Iterator[Any]:

@@ -19,11 +19,12 @@ from . import checkpoint
 from .api import compile, load
 from .config import LoraConfig
 from .errors import ConfigError
+from .hub import Source
 from .model import AdaptedModel
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")
-HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+HUB = tuple(field.name for field in dataclasses.fields(Source) if field.name != "place")
 LOAD = (*HUB, "weights_only", "backend", "pipeline")
 
 

@@ -63,11 +63,6 @@ def is_counter(leaf: Leaf | Any) -> bool:
     return len(leaf) == 2 and leaf[0] is int and leaf != COUNTER and leaf[1] > 1
 
 
-def is_length(name: str) -> bool:
-    """Whether a leaf, by its name, is how many tokens a layer of a cache has seen."""
-    return name.rpartition(".")[2].startswith("cumulative_length")
-
-
 def changed_counters(new: CallKey, old: CallKey) -> frozenset[int]:
     """The numbers of the leaves in which two calls differ, if these are counters and there is no other difference."""
     if new._replace(leaves=()) != old._replace(leaves=()):

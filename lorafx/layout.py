@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .tree import ATTACHED
+from .tree import own_children, own_modules
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
 _LIBRARIES = ("torch.", "transformers.", "accelerate.")
@@ -55,7 +55,7 @@ class Layout:
             self._generation += 1
         self._modules, self._number = modules, -1
         self._children = [(root._modules, list(root._modules.values()))]
-        self._children += [(m._modules, list(m._modules.values())) for m in modules if _own_children(m)]
+        self._children += [(m._modules, list(m._modules.values())) for m in modules if own_children(m)]
         self._vars = [vars(module) for module in modules]
         self._tensors = list(_representatives(modules))
         # The root's own hooks are run by whoever calls it.
@@ -75,28 +75,6 @@ def _representatives(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
                 ends.setdefault((type(module), *owned), []).append(owned)
     for group in ends.values():
         yield from (group[0], group[-1])
-
-
-def own_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a tree, each once, without those that adapters hung there."""
-    seen: set[int] = set()
-    pending = [root]
-    while pending:
-        module = pending.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            pending.extend(_own_children(module))
-
-
-def _own_children(module: nn.Module) -> list[nn.Module]:
-    attached = vars(module).get(ATTACHED, ())
-    return [child for name, child in module._modules.items() if child is not None and name not in attached]
-
-
-def has_copies_among_children(module: nn.Module) -> bool:
-    """Whether an adapter keeps copies below a module that has other children: a container that is saved as a whole."""
-    return ATTACHED in vars(module) and bool(vars(module)[ATTACHED]) and bool(_own_children(module))
 
 
 def _is_foreign(hooks: dict[int, Any]) -> bool:

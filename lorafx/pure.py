@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
 import random
 import sys
 import traceback
@@ -61,19 +62,15 @@ def unchanging(model: nn.Module) -> Iterator[None]:
 def _kept_random_states() -> Iterator[list[str]]:
     """Put the random states of Python and numpy back; the list that it gives is filled if they had been used."""
     drawn: list[str] = []
-    python, state = random.getstate(), numpy.random.get_state(legacy=False)
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    before = pickle.dumps((python, of_numpy))
     try:
         yield drawn
     finally:
-        now = numpy.random.get_state(legacy=False)
-        if (
-            random.getstate() != python
-            or repr(now) != repr(state)
-            or (now["state"]["key"] != state["state"]["key"]).any()
-        ):
+        if pickle.dumps((random.getstate(), numpy.random.get_state())) != before:
             drawn.append("random")
             random.setstate(python)
-            numpy.random.set_state(state)
+            numpy.random.set_state(of_numpy)
 
 
 def _range(*bounds: Any) -> range:
@@ -118,7 +115,7 @@ def innermost_line(error: BaseException) -> str:
 
 def _place(frames: traceback.StackSummary) -> str:
     outside = [frame for frame in frames if not frame.filename.startswith((_TORCH, _LORAFX, "<", sys.prefix + "/bin"))]
-    inside_model = [frame for frame in outside if frame.name not in ("<module>",)]
+    inside_model = [frame for frame in outside if frame.name != "<module>"]
     if not inside_model:
         return ""
     frame = inside_model[-1]

@@ -7,7 +7,7 @@ adapters can hang below it and the original never sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -102,6 +102,29 @@ def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
             inner = inner.get_submodule(atom)
         inner._modules.setdefault(last, root.get_submodule(path))
     return bare
+
+
+def own_children(module: nn.Module) -> list[nn.Module]:
+    """The children of a module without those that adapters hung there."""
+    attached = vars(module).get(ATTACHED, ())
+    return [child for name, child in module._modules.items() if child is not None and name not in attached]
+
+
+def own_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a tree, each once, without those that adapters hung there."""
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            pending.extend(own_children(module))
+
+
+def has_copies_among_children(module: nn.Module) -> bool:
+    """Whether an adapter keeps copies below a module that has other children: a container that is saved as a whole."""
+    return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
 
 
 def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
