@@ -227,15 +227,18 @@ class AdaptedModel(Trainable, Saving):
         """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
         state = self._lorafx
         active, merged = state.active, state.ledger.names
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.unmerge_adapter()
         state.active = ()
+        self._set_trainable()
         try:
             yield
         finally:
             state.active = active
             if merged:
                 self.merge_adapter(list(merged))
-            self._set_trainable()
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._lorafx.adapters:
