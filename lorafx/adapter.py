@@ -110,11 +110,13 @@ def _replacements(root: nn.Module, name: str, config: LoraConfig, selection: Sel
 
 
 def _trained_biases(root: nn.Module, config: LoraConfig, selection: Selection) -> list[str]:
+    """Paths of the biases to train; as in PEFT, what goes by another name (`bias_ih_l0`, `in_proj_bias`) is none."""
     if config.bias == "lora_only":
-        return [site.bias for site in selection if site.has_bias]
+        return [site.bias for site in selection if site.has_bias and site.form.bias == "bias"]
     if config.bias == "all":
         attached = ("lora_A", "lora_B", SAVED, TRAINED_BIAS)
-        return [p for p, _ in root.named_parameters() if "bias" in p and not any(a in p.split(".") for a in attached)]
+        paths = [path.split(".") for path, _ in root.named_parameters()]
+        return [".".join(atoms) for atoms in paths if atoms[-1] == "bias" and not set(attached) & set(atoms)]
     return []
 
 

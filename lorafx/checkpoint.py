@@ -46,16 +46,20 @@ class Checkpoint:
 def keys(adapter: Adapter) -> dict[str, str]:
     """PEFT's key of each of the adapter's tensors, to the tensor's path."""
     named = {
-        f"{PREFIX}{site}.{suffix}": path
+        f"{_key(adapter, site)}.{suffix}": path
         for site, by_suffix in adapter.tensors.items()
         for suffix, path in by_suffix.items()
     }
-    adapted_biases = {site.bias for site in adapter.selection}
-    for base, path in adapter.replaced.items():
-        owner, _, last = base.rpartition(".")
-        inner = f"{owner}.base_layer.{last}" if base in adapted_biases else base
-        named[f"{PREFIX}{inner}"] = path
-    return named
+    return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _key(adapter: Adapter, path: str) -> str:
+    """PEFT's key of what is at `path`: PEFT wraps adapted modules, and what they own is in their `base_layer`."""
+    atoms = path.split(".")
+    key = atoms[:1]
+    for depth, atom in enumerate(atoms[1:], 1):
+        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapter.selection.by_name else [atom]
+    return PREFIX + ".".join(key)
 
 
 def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: Any) -> Checkpoint:
@@ -154,10 +158,7 @@ def write(
     `base_weights` are base tensors to save along, by path (embeddings); `values` takes precedence over the tree.
     """
     tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
-    adapted = adapter.selection.by_name
-    for path, tensor in base_weights.items():
-        owner, _, last = path.rpartition(".")
-        tensors[f"{PREFIX}{owner}.base_layer.{last}" if owner in adapted else f"{PREFIX}{path}"] = _plain(tensor)
+    tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
     config = _config_values(adapter, base_name, auto_mapping)
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

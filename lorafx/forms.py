@@ -22,6 +22,11 @@ def linear(x, weight, bias):
     return aten.linear.default(x, weight, bias)
 
 
+def linear_of_rows(x, weight, bias, start, end):
+    """Some rows of a weight that packs several: (…, in), (out, in) -> (…, end - start)"""
+    return aten.linear.default(x, aten.slice.Tensor(weight, 0, start, end), bias)
+
+
 def addmm(x, weight, bias):
     """GPT-2's Conv1D, weight stored (in, out): (tokens, in), (in, out) -> (tokens, out)"""
     return aten.addmm.default(bias, x, weight)
@@ -46,20 +51,24 @@ def convolution(op: Callable[..., Any], dims: int) -> Callable[..., Any]:
 class Form:
     """One way of reading a weight.
 
-    `patterns` are alternatives; `modules` are the classes whose `weight` is read so; `transposed` says that the
-    weight is stored (in, out).
+    `patterns` are alternatives; `modules` are the classes whose `weight` is read so, and `weight` and `bias` what they
+    call it and its bias; `transposed` says that the weight is stored (in, out). `along` names children that are sites
+    whenever their module is one.
     """
 
     name: str
     modules: tuple[type[nn.Module], ...]
     patterns: tuple[Callable[..., Any], ...]
     transposed: bool = False
+    weight: str = "weight"
+    bias: str = "bias"
+    along: tuple[str, ...] = ()
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """(in_features, out_features) of a module of this form; an embedding reads one of `in` rows."""
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return module.in_channels, module.out_channels
-        rows, columns = module.get_parameter("weight").shape
+        rows, columns = module.get_parameter(self.weight).shape
         return (rows, columns) if self.transposed else (columns, rows)
 
     def __repr__(self) -> str:
@@ -70,7 +79,15 @@ def _conv(name: str, module: type[nn.Module], packet: Any, dims: int) -> Form:
     return Form(name, (module,), (convolution(packet.default, dims), convolution(packet.padding, dims)))
 
 
-LINEAR = Form("linear", (nn.Linear,), (linear,))
+LINEAR = Form("linear", (nn.Linear,), (linear, linear_of_rows))
+IN_PROJ = Form(
+    "in_proj",
+    (nn.MultiheadAttention,),
+    LINEAR.patterns,
+    weight="in_proj_weight",
+    bias="in_proj_bias",
+    along=("out_proj",),
+)
 CONV1D = Form("addmm", (Conv1D,), (addmm,), transposed=True)
 EMBEDDING = Form("embedding", (nn.Embedding,), (embedding,), transposed=True)
 CONVOLUTIONS = (
@@ -78,11 +95,10 @@ CONVOLUTIONS = (
     _conv("conv2d", nn.Conv2d, aten.conv2d, 2),
     _conv("conv3d", nn.Conv3d, aten.conv3d, 3),
 )
-FORMS = (LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS)
+FORMS = (LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ)
 
 
 def form_of(module: nn.Module) -> Form | None:
     """The form of a module that owns a weight of its own, or None."""
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return None
-    return next((form for form in FORMS if isinstance(module, form.modules)), None)
+    own = (form for form in FORMS if isinstance(module._parameters.get(form.weight), nn.Parameter))
+    return next((form for form in own if isinstance(module, form.modules)), None)

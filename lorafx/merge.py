@@ -228,7 +228,7 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Paramete
     """The base parameters that a source changes; `MergeError` if one of them does not exist."""
     shapes = {s: torch.empty(shape, device="meta") for s, shape in source.shapes.items()}
     for parameter in source.adapter.kind.delta(source.site, source.adapter.config, shapes):
-        path = f"{source.site.name}.{parameter}"
+        path = source.site.weight if parameter == "weight" else source.site.bias
         if find_tensor(root, path) is None:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         if not supports(root.get_parameter(path).dtype):
@@ -238,7 +238,7 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Paramete
 
 def _total(root: nn.Module, path: str, sources: Sequence[Source], weight: Tensor) -> Tensor:
     """Σ ΔW of the sources for one parameter, rounded once to the dtype that the sum with W is taken in."""
-    parameter = path.rpartition(".")[2]
+    parameter = "weight" if path.endswith("weight") else "bias"
     total = sum(source.delta(root, weight.device)[parameter] for source in sources)
     assert isinstance(total, Tensor)
     return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)

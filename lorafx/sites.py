@@ -26,8 +26,9 @@ TASK_HEADS = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUEST
 class Site:
     """One place an adapter can attach: a base weight and the operator form that reads it.
 
-    `name` is the path of the module that owns the weight. `tied` lists the other names of the same parameter: one
-    parameter is one site, and its adapter acts wherever the parameter is read.
+    `name` is the path of the module that owns the weight, `named` that of the module that the config's names and
+    patterns mean by it. `tied` lists the other names of the same parameter: one parameter is one site, and its adapter
+    acts wherever the parameter is read.
     """
 
     name: str
@@ -38,16 +39,17 @@ class Site:
     groups: int = 1
     has_bias: bool = False
     tied: tuple[str, ...] = ()
+    named: str = ""
 
     @property
     def weight(self) -> str:
         """Path of the base weight."""
-        return f"{self.name}.weight"
+        return f"{self.name}.{self.form.weight}"
 
     @property
     def bias(self) -> str:
         """Path of the base bias, whether or not there is one."""
-        return f"{self.name}.bias"
+        return f"{self.name}.{self.form.bias}"
 
 
 @dataclass(frozen=True)
@@ -198,22 +200,30 @@ def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
     """One site a parameter, named after its first matched module; the other names of the parameter are `tied`."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
-        if form_of(module) is not None:
-            owners.setdefault(id(module.weight), []).append(name)
+        if (form := form_of(module)) is not None:
+            owners.setdefault(id(module._parameters[form.weight]), []).append(name)
     seen: set[int] = set()
+    for name, named in _with_children(modules, matched):
+        module, form = modules[name], form_of(modules[name])
+        assert form is not None
+        weight = module._parameters[form.weight]
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            others = [other for other in owners[id(weight)] if modules[other] is not module]
+            yield _site(name, module, form, tuple(others), named)
+
+
+def _with_children(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[tuple[str, str]]:
+    """The matched modules and the children that go along with them, each with the module that was matched."""
     for name in matched:
-        module = modules[name]
-        if id(module.weight) in seen:
-            continue
-        seen.add(id(module.weight))
-        others = [other for other in owners[id(module.weight)] if modules[other] is not module]
-        yield _site(name, module, tuple(others))
+        yield name, name
+        form = form_of(modules[name])
+        yield from ((f"{name}.{child}", name) for child in form.along) if form else ()
 
 
-def _site(name: str, module: nn.Module, tied: tuple[str, ...]) -> Site:
-    form = form_of(module)
-    assert form is not None
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+def _site(name: str, module: nn.Module, form: Form, tied: tuple[str, ...], named: str) -> Site:
+    weight = module.get_parameter(form.weight)
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         raise SelectionError(f"{name} is a lazy module that has not run yet; call the model once before compiling")
     inputs, outputs = form.features(module)
     return Site(
@@ -221,10 +231,11 @@ def _site(name: str, module: nn.Module, tied: tuple[str, ...]) -> Site:
         form=form,
         in_features=inputs,
         out_features=outputs,
-        weight_shape=tuple(module.get_parameter("weight").shape),
+        weight_shape=tuple(weight.shape),
         groups=getattr(module, "groups", 1),
-        has_bias=isinstance(getattr(module, "bias", None), nn.Parameter),
+        has_bias=isinstance(getattr(module, form.bias, None), nn.Parameter),
         tied=tied,
+        named=named,
     )
 
 

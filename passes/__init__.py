@@ -11,9 +11,11 @@ from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .restore_linear import RestoreLinear
+from .split_reads import SplitReads
 
 default = Pipeline(
     Canonicalize(),
+    SplitReads(),
     RestoreLinear(),
     MatchTargets(),
     InsertAdapters(),
@@ -34,5 +36,6 @@ __all__ = [
     "MatchTargets",
     "MergeAdapters",
     "RestoreLinear",
+    "SplitReads",
     "default",
 ]

@@ -50,21 +50,32 @@ def rules(site: Site, adapter: Adapter) -> list[Rule]:
     """The insertion at a site, one rule for each way its weight may be read: a tied one in any form of its shape."""
     dims = len(site.weight_shape)
     readable = [form for form in FORMS if form == site.form or (site.tied and dims == 2 and form not in CONVOLUTIONS)]
-    return [Rule(pattern, adapter.kind.equation(site, pattern)) for form in readable for pattern in form.patterns]
+    patterns = dict.fromkeys(pattern for form in readable for pattern in form.patterns)
+    return [Rule(pattern, adapter.kind.equation(site, pattern), _reads_weight) for pattern in patterns]
+
+
+def _reads_weight(found: Match) -> str | None:
+    return None if found.bindings["weight"].op == "get_attr" else "its weight is part of one"
 
 
 def _insert(gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
     """Insert one adapter at one node; returns the node that is the base operator now."""
     found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
-    where, target = Provenance(InsertAdapters.name, site.name, adapter.name), node.target
+    where = Provenance(InsertAdapters.name, site.name, adapter.name)
     fresh = _fresh(gm, site, adapter, node)
     if not _reads_own_bias(gm, found, site):
         fresh["lora_bias"] = None
     _, new = rule.apply(gm, found, where, mode, fresh)
-    base = next(n for n in new if n.target is target and found.bindings["weight"] in n.args)
+    base = next(n for n in new if _is_base(rule, n, found.bindings["weight"]))
     base.meta[SITE] = site
     base.meta[ADAPTED_BY] = (adapter.name, *node.meta.get(ADAPTED_BY, ()))
     return base
+
+
+def _is_base(rule: Rule, node: Node, weight: Node) -> bool:
+    """Whether a node of the equation is what its pattern was: the read of the base weight."""
+    again = rule.find(node)
+    return isinstance(again, Match) and again.bindings["weight"] is weight
 
 
 def _reads_own_bias(gm: GraphModule, found: Match, site: Site) -> bool:

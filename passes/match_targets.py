@@ -42,11 +42,11 @@ class MatchTargets(Pass):
 def _mark(user: Node, weight: Node, site: Site) -> int:
     if user.target is torch.ops.aten.sym_size.int:
         return 0  # a size is the same with and without the adapter
-    for form in FORMS:
-        for pattern in form.patterns:
-            found = match(pattern, user)
-            if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(user, weight):
-                user.meta[SITE] = site
+    for anchor in (user, *user.users):  # what reads some rows of a weight reads a slice of it
+        for pattern in (pattern for form in FORMS for pattern in form.patterns):
+            found = match(pattern, anchor)
+            if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(found, weight):
+                anchor.meta[SITE] = site
                 return 1
     raise UncoveredOperatorError(
         f"site {site.name}: its weight is read by {user.target}, which no site form covers [{user_line(user)}]. "
@@ -55,6 +55,6 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
     )
 
 
-def _reads_once(user: Node, weight: Node) -> bool:
+def _reads_once(found: Match, weight: Node) -> bool:
     """The weight is the operator's weight and not also its input."""
-    return sum(argument is weight for argument in user.args) == 1
+    return sum(value is weight for value in found.bindings.values()) == 1

@@ -8,8 +8,9 @@ import lorafx
 from lorafx.pipeline import Context, Pipeline
 from lorafx.report import graph_lines
 
-PREPARE = lorafx.passes.default[:3]  # canonicalize, restore_linear, match_targets
-INSERT = lorafx.passes.default[:4]
+_names = [each.name for each in lorafx.passes.default]
+PREPARE = lorafx.passes.default[: _names.index("insert_adapters")]
+INSERT = lorafx.passes.default[: len(PREPARE) + 1]
 
 
 class Chain(nn.Module):

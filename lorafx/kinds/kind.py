@@ -42,7 +42,7 @@ class Kind(Protocol):
         ...
 
     def delta(self, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The change the adapter makes to the site's base parameters, in float64, by parameter name.
+        """The change the adapter makes to the site's base parameters, "weight" and "bias", in float64.
 
         Raises `MergeError` for a site whose equation is no change of the base weight.
         """

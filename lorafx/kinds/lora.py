@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import forms
 from ..config import LoraConfig
 from ..errors import ConfigError, MergeError
-from ..forms import CONVOLUTIONS, EMBEDDING
+from ..forms import CONVOLUTIONS, EMBEDDING, IN_PROJ
 from ..sites import Site, pattern_value
 
 aten = torch.ops.aten
@@ -30,6 +30,15 @@ def linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, training, dty
     hidden = aten.linear.default(aten.dropout.default(aten.to.dtype(x, dtype), p, training), lora_A)
     update = aten.mul.Tensor(aten.linear.default(hidden, lora_B, lora_bias), scaling)
     return aten.to.dtype(aten.add.Tensor(aten.linear.default(x, weight, bias), update), result_dtype)
+
+
+def linear_of_rows(
+    x, weight, bias, start, end, lora_A, lora_B, lora_bias, scaling, p, training, dtype, result_dtype
+):  # fmt: skip
+    hidden = aten.linear.default(aten.dropout.default(aten.to.dtype(x, dtype), p, training), lora_A)
+    update = aten.linear.default(hidden, aten.slice.Tensor(lora_B, 0, start, end), lora_bias)
+    base = aten.linear.default(x, aten.slice.Tensor(weight, 0, start, end), bias)
+    return aten.to.dtype(aten.add.Tensor(base, aten.mul.Tensor(update, scaling)), result_dtype)
 
 
 def addmm(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, training, dtype, result_dtype):
@@ -51,6 +60,13 @@ def embedding(ids, weight, padding_idx, scale_grad_by_freq, sparse, lora_A, lora
 def linear_of_twin(x, weight, bias, lora_A, lora_B, scaling, p, training, dtype, result_dtype):
     a, b = aten.t.default(lora_B), aten.t.default(lora_A)
     return linear(x, weight, bias, a, b, None, scaling, p, training, dtype, result_dtype)
+
+
+def linear_of_rows_of_twin(
+    x, weight, bias, start, end, lora_A, lora_B, scaling, p, training, dtype, result_dtype
+):  # fmt: skip
+    a, b = aten.t.default(lora_B), aten.t.default(lora_A)
+    return linear_of_rows(x, weight, bias, start, end, a, b, None, scaling, p, training, dtype, result_dtype)
 
 
 def addmm_of_twin(x, weight, bias, lora_A, lora_B, scaling, p, training, dtype, result_dtype):
@@ -84,11 +100,13 @@ def convolution(pattern: Callable[..., Any]) -> Callable[..., Any]:
 
 _EQUATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     forms.linear: linear,
+    forms.linear_of_rows: linear_of_rows,
     forms.addmm: addmm,
     forms.embedding: embedding,
 }
 _OF_TWIN: dict[Callable[..., Any], Callable[..., Any]] = {
     forms.linear: linear_of_twin,
+    forms.linear_of_rows: linear_of_rows_of_twin,
     forms.addmm: addmm_of_twin,
     forms.embedding: embedding_of_twin,
 }
@@ -101,17 +119,21 @@ class Lora:
 
     def rank(self, site: Site, config: LoraConfig) -> int:
         """r of a site, `rank_pattern` considered."""
-        return int(pattern_value(config.rank_pattern, site.name, config.r))
+        return int(pattern_value(config.rank_pattern, site.named, config.r))
 
     def scaling(self, site: Site, config: LoraConfig) -> float:
         """s of a site, `alpha_pattern` considered."""
         rank = self.rank(site, config)
-        alpha = pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
+        alpha = pattern_value(config.alpha_pattern, site.named, config.lora_alpha)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def check(self, site: Site, config: LoraConfig) -> None:
         if site.form == EMBEDDING and config.lora_bias:
             raise ConfigError(f"{site.name} is an embedding, which has no `lora_bias`; exclude it or leave it False")
+        if site.form == IN_PROJ and config.lora_bias:
+            raise ConfigError(
+                f"{site.name} packs three weights, which have no `lora_bias`; exclude it or leave it False"
+            )
         if self.rank(site, config) % site.groups:
             raise ConfigError(
                 f"{site.name} has groups={site.groups}, and rank {self.rank(site, config)} is no multiple of it; "

@@ -31,8 +31,8 @@ class Rule:
     check: Callable[[Match], str | None] = always
 
     def reversed(self) -> Rule:
-        """The rule that undoes this one."""
-        return Rule(self.replacement, self.pattern)
+        """The rule that undoes this one; the check, which sees the names that both sides share, is kept."""
+        return Rule(self.replacement, self.pattern, self.check)
 
     def find(self, anchor: Node) -> Match | NoMatch:
         """The match whose result is `anchor`, or why there is none."""

@@ -129,8 +129,8 @@ ENTRIES = (
         MultiheadAttention,
         vectors,
         ["up", "head"],
-        "`nn.MultiheadAttention` itself is no target, as its packed `in_proj_weight` has no site form; its `out_proj` "
-        "is one, and acts, while PEFT's adapter there acts only once it is merged.",
+        "`nn.MultiheadAttention` can be a target, or its `out_proj` alone; tests/peft/test_multihead.py compares that, "
+        "as PEFT 0.21 adds the ΔW of its `out_proj` twice, a mistake, or (as a target alone) only once it is merged.",
     ),
     plain(TransformerEncoder, rows, ["linear1", "linear2"]),
     plain(LSTM, words, ["embed", "head"]),
