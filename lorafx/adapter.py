@@ -42,11 +42,11 @@ class Adapter:
 
     def tensors_at(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors of a site, by suffix."""
-        return {suffix: root.get_parameter(path) for suffix, path in self.tensors[site.name].items()}
+        return {suffix: tensor_at(root, path) for suffix, path in self.tensors[site.name].items()}
 
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
         """The adapter's sites by the identity of their weight: two adapters may know a tied one by different names."""
-        return {id(root.get_parameter(site.weight)): site for site in self.selection}
+        return {id(tensor_at(root, site.weight)): site for site in self.selection}
 
     def only(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
         """The adapter as far as it concerns these weights, and these base tensors that it replaces."""

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .capture import plain_operators, trace_operator
+from .errors import CaptureError
 from .key import leaf_key, modes
 from .pipeline import Context
 from .tree import tensor_at
@@ -98,7 +99,12 @@ class BySites(TorchFunctionMode):
 
         def capture() -> Any:
             context, owners = self._concerned(leaves, paths)
-            return trace_operator(self.tree, self.parts[-1], func, leaves, spec, paths, owners), context
+            try:
+                return trace_operator(self.tree, self.parts[-1], func, leaves, spec, paths, owners), context
+            except CaptureError:
+                with self.suspended():
+                    func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
+                raise
 
         return self.serve(key, inputs, capture)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.export import Dim, ShapesCollection
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import Graph, GraphModule
@@ -18,12 +21,15 @@ from torch.utils import _pytree as pytree
 
 from .caches import branchless_windows, register_caches
 from .errors import CaptureError
+from .filled import changed, contents, given, rebuilt, without_given
 from .key import images
 from .pure import innermost_line, no_unrolling, pure, unchanging
 from .rewrite import resolve
-from .tree import branch, find_tensor, mirrored, tensor_at, without_hooks
+from .tree import branch, find_tensor, isolated, mirrored, tensor_at, without_hooks
 
 CAPTURED = "captured"
+# In a graph module's meta: whether it fills its arguments, and which of the root's plain attributes it reads.
+FILLS, PLAIN = "fills", "plain"
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
@@ -31,7 +37,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
 
     The model runs once on fake tensors in its present mode (train or eval), through `torch.export` with every size
     dynamic that is not 1; it may be on the `meta` device. The graph is called like the model, keeps parameter names,
-    and reads parameters and buffers from the model itself, at call time.
+    and reads parameters and buffers from the model itself, at call time. Where the call fills or returns a container
+    that it was given, such as a cache, the graph leaves that alone and gives `(output, {argument: filled container})`.
 
     Raises `CaptureError` with torch's reason and the model's own line when the call cannot be captured, or does
     something that a graph would not do again: print, draw random numbers outside torch, change the model.
@@ -53,7 +60,7 @@ def trace_part(
     `free` numbers the call's leaves that are integers for which the graph should not be specialised. A loop over a size
     is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`.
     """
-    bare = mirrored(model)
+    bare = isolated(mirrored(model))
     part = bare.get_submodule(path)
     without_hooks(part)
     # A part is called rather than its forward, so that the graph's nodes know that they are in it.
@@ -63,8 +70,11 @@ def trace_part(
         with unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
             return function(*args, **kwargs)
 
-    bare.__dict__["forward"] = _as_called(call, part.forward, args, kwargs)
-    return rooted(_export(bare, args, kwargs, free), model)
+    called = _as_called(call, part.forward, args, kwargs)
+    bare.__dict__["forward"] = called
+    gm = rooted(_export(bare, args, kwargs, free), model)
+    gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]
+    return gm
 
 
 def trace_operator(
@@ -82,7 +92,7 @@ def trace_operator(
     there; the other tensors are the graph's inputs, in order.
     """
     live = branch(tree, owners)
-    bare = mirrored(live)
+    bare = isolated(mirrored(live))
 
     def call(*inputs: Tensor) -> Any:
         given = iter(inputs)
@@ -95,9 +105,7 @@ def trace_operator(
 
     inputs = tuple(leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor))
     bare.__dict__["forward"] = _as_called(call, call, inputs, {})
-    # Inside a checkpointed region, what tracing saves must not count as saved there.
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        gm = rooted(_export(bare, inputs, {}), live)
+    gm = rooted(_export(bare, inputs, {}), live)
     for node in gm.graph.nodes:
         node.meta["nn_module_stack"] = {part: (part, type(tree.get_submodule(part)))}
     return gm
@@ -108,12 +116,18 @@ def _as_called(
 ) -> Callable[..., Any]:
     """`function` with a signature of just this call's arguments, named as `forward` has them, for torch.export.
 
-    Containers are rebuilt before the model gets them: a cache that it fills must not change under export's hands.
+    Containers are rebuilt before the model gets them: a cache that it fills must not change under export's hands. Those
+    it has filled are returned along with the output, and `fills` says so afterwards.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(lambda leaf: leaf, (args, kwargs))
-        return function(*args, **kwargs)
+        args, kwargs = rebuilt(args, kwargs)
+        containers = given(args, kwargs)
+        before = contents(containers)
+        output = function(*args, **kwargs)
+        own, filled = without_given(output, containers), changed(containers, before)
+        call.fills = bool(filled) or own is not output  # type: ignore[attr-defined]
+        return (own, filled) if call.fills else output  # type: ignore[attr-defined]
 
     names = argument_names(forward, args)
     positional = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
@@ -145,7 +159,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with torch.inference_mode(False), plain_operators(), branchless_windows(), quiet(), pure():
+        with _as_outside(), plain_operators(), branchless_windows(), quiet(), pure():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except CaptureError as error:
@@ -155,15 +169,28 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
 
 
 @contextlib.contextmanager
+def _as_outside() -> Iterator[None]:
+    """The caller's gradient mode, but no inference mode, torch.func transform or checkpointed region around tracing."""
+    grad = torch.is_grad_enabled()
+    hooks: Any = contextlib.nullcontext()
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.set_grad_enabled(grad), hooks:
+        yield
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from logging the pages that it logs before it raises: the reason is in the error."""
-    logger = logging.getLogger("torch")
+    """Keep torch from logging and printing the pages that it does before it raises: the reason is in the error."""
+    logger, printed = logging.getLogger("torch"), io.StringIO()
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(printed):
+            yield
     finally:
         logger.setLevel(before)
+    sys.stderr.write(printed.getvalue())
 
 
 @contextlib.contextmanager
@@ -178,6 +205,9 @@ def plain_operators() -> Iterator[None]:
 
 
 def _example(tensor: Tensor) -> Tensor:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        with temporarily_clear_interpreter_stack():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
@@ -214,15 +244,20 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
     gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
     gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
     gm.training = tree.training
+    targets = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    gm.meta[PLAIN] = [name for name in targets if isinstance(vars(tree).get(name), Tensor)]
+    refresh(gm, tree)
     gm.graph = graph
     return gm
 
 
 def refresh(gm: GraphModule, tree: nn.Module) -> None:
-    """See children that the tree has replaced since (`resize_token_embeddings` and the like)."""
+    """See children (and tensors that are plain attributes) that the tree has replaced since."""
     for name, child in tree._modules.items():
         if gm._modules.get(name) is not child:
             gm._modules[name] = child
+    for name in gm.meta[PLAIN]:
+        gm.__dict__[name] = vars(tree)[name]
 
 
 def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -4,90 +4,49 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import time
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from .by_sites import BySites
 from .caches import is_length
-from .capture import argument_names, describe_call, refresh, trace_part
-from .errors import CaptureError, ConfigError, UncoveredOperatorError
+from .capture import FILLS, argument_names, describe_call, refresh, trace_part
+from .errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
+from .filled import fill
 from .key import (
     COUNTER,
     CallKey,
     changed_counters,
-    differences,
     flat,
     images,
     is_counter,
     leaf_key,
     leaf_names,
     modes,
-    settings,
 )
-from .layout import Layout, tensor_layout
+from .layout import ANY, Layout, tensor_layout
 from .lower import lower
+from .misses import Misses
 from .pipeline import Context, Observer, Pipeline
-from .report import Step
-from .tree import MIRRORED_AS, has_copies_among_children, tensor_at
+from .programs import Kept, Program
+from .pure import Changed
+from .tree import MIRRORED_AS, find_tensor, has_copies_among_children, tensor_at, trained_paths
 
 CAPTURES = ("auto", "graph", "sites")
 SIZES = 4  # a kind of call whose graphs fit one size each, as those of an unrolled loop do, gets no more than these
 OPERATORS = 65_536  # one-site graphs are small, and a large model by sites has thousands
-MISSES = 4  # so many captures for one constant alone deserve a warning
+_capturing = threading.RLock()  # torch.export and what is put in its way are the process's
 
 
 class GuardFailed(Exception):
     """A kept graph does not fit the call's sizes."""
-
-
-@dataclass
-class Program:
-    """What serves a kind of call, and how it came about: a rewritten graph, or (`gm` is None) the model by sites."""
-
-    title: str
-    key: CallKey
-    names: tuple[str, ...]
-    why: str
-    run: Callable[..., Any]
-    gm: GraphModule | None = None
-    reason: str = ""
-    steps: tuple[Step, ...] = ()
-    seconds: float = 0.0
-    hits: int = 0
-
-    @property
-    def free(self) -> list[int]:
-        """The leaves that are integers and may be any other."""
-        return [number for number, leaf in enumerate(self.key.leaves) if leaf == COUNTER]
-
-
-class Kept(OrderedDict[Hashable, list[Any]]):
-    """What serves, by key, several where sizes differ; the least recently used makes room beyond `capacity`."""
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.dropped = capacity, 0
-
-    def of(self, key: Hashable) -> Sequence[Any]:
-        """What is kept for a key, which counts as used now."""
-        if key not in self:
-            return ()
-        self.move_to_end(key)
-        return self[key]
-
-    def keep(self, key: Hashable, served_by: Any) -> None:
-        """Keep one more."""
-        self.setdefault(key, []).append(served_by)
-        self.move_to_end(key)
-        while len(self) > 1 and sum(map(len, self.values())) > self.capacity:
-            self.dropped += len(self.popitem(last=False)[1])
 
 
 @dataclass
@@ -106,10 +65,15 @@ class Dispatcher:
     programs: Kept = field(init=False)
     operators: Kept = field(init=False)
     layout: Layout = field(init=False)
-    stepped: set[str] = field(init=False)
-    whole: set[str] = field(init=False)
-    misses: Counter[str] = field(init=False)
+    stepped: set[tuple[str, int]] = field(init=False)  # parts whose own Python ran, by the layout it ran in
+    whole: set[str] = field(init=False)  # parts that are a graph even so
+    sited: set[CallKey] = field(init=False)  # what goes by sites, whatever the model's attributes are
+    settling: set[CallKey] = field(init=False)  # what has changed the model's attributes once
+    misses: Misses = field(init=False)
     counters: dict[Hashable, frozenset[int]] = field(init=False)
+    constants: dict[Hashable, frozenset[int]] = field(init=False)  # integers that graphs must be specialised on
+    warned: bool = field(init=False)
+    generation: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
@@ -130,8 +94,9 @@ class Dispatcher:
     def clear(self) -> None:
         """Forget every program."""
         self.programs, self.operators = Kept(self.capacity), Kept(OPERATORS)
-        self.layout, self.stepped, self.whole, self.misses = Layout(), set(), set(), Counter()
-        self.counters = {}
+        self.layout, self.generation, self.warned = Layout(), -1, False
+        self.stepped, self.whole, self.sited, self.settling = set(), set(), set(), set()
+        self.misses, self.counters, self.constants = Misses(self.layout), {}, {}
 
     # --- a call ------------------------------------------------------------------------------------------------------
 
@@ -142,56 +107,82 @@ class Dispatcher:
             return self._step_into(mode, path, args, kwargs)
         kwargs = settled(tree, path, kwargs)
         key = self._key(tree, context, path, args, kwargs)
-        for program in self.programs.of(key):
+        kept = tuple(self.programs.of(key))
+        for program in kept:
             try:
                 result = self._run(program, tree, args, kwargs)
             except GuardFailed:
                 continue
             program.hits += 1
             return result
-        program = self._new(tree, context, key, args, kwargs)
+        program = self._new(tree, context, key, args, kwargs, len(kept))
         try:
             return self._run(program, tree, args, kwargs)
         except GuardFailed as error:
             reason = f"the graph captured from this very call does not accept it: {error}"
             self._step_down(program, tree, context, CaptureError(reason))
             return self._run(program, tree, args, kwargs)
+        except BaseException:
+            if program.gm is None:  # the call is one that the model itself refuses
+                self.programs.forget(program)
+                self.sited.discard(_by_any(program.key))
+            raise
 
     def program(self, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """What serves a call of the whole model, without running it."""
         kwargs = settled(tree, "", kwargs)
         key = self._key(tree, context, "", args, kwargs)
         kept = self.programs.of(key)
-        return kept[-1] if kept else self._new(tree, context, key, args, kwargs)
+        return kept[-1] if kept else self._new(tree, context, key, args, kwargs, 0)
 
     def _key(
         self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CallKey:
         leaves, spec = flat(args, kwargs)
+        layout, attributes = self.layout.number(tree)
+        if self.generation != self.layout.generation:
+            require_whole(tree, context)
+            self.generation = self.layout.generation
         adapters = tuple([(a.name, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
         fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
         keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
         if self.counters:
             free = self.counters.get((path, spec), ())
             keys = tuple([COUNTER if number in free and is_counter(k) else k for number, k in enumerate(keys)])
-        layout = self.layout.number(tree)
-        return CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, settings(tree))
+        key = CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, attributes)
+        return _by_any(key) if self.sited and _by_any(key) in self.sited else key
 
     def _run(self, program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if program.gm is None:
-            return program.run(*args, **kwargs)
-        refresh(program.gm, tree)
-        return _guarded(program.run, args, kwargs)
+            result = program.run(*args, **kwargs)
+            self._warn_of(program)
+            return result
+        with _capturing:  # torch.export changes how modules are called, in all threads: wait until it is done
+            refresh(program.gm, tree)
+        result = _guarded(program.run, args, kwargs)
+        if not program.gm.meta[FILLS]:
+            return result
+        output, filled = result
+        return fill(output, filled, args, kwargs)
 
     # --- a new kind of call ------------------------------------------------------------------------------------------
 
     def _new(
-        self, tree: nn.Module, context: Context, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, tree: nn.Module, context: Context, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], tried: int
     ) -> Program:
         """Make and keep what serves a call: its graph, or the model by sites where that cannot be."""
+        with _capturing:
+            kept = self.programs.of(key)
+            if len(kept) > tried:
+                return kept[-1]  # another thread has made it meanwhile
+            return self._make(tree, context, key, args, kwargs)
+
+    def _make(
+        self, tree: nn.Module, context: Context, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Program:
         part = tree.get_submodule(key.part)
         names = leaf_names(argument_names(part.forward, args), args, kwargs)
-        self._free_counters(key, names)
+        self._free_counters(tree, key, names, args, kwargs)
         key = self._key(tree, context, key.part, args, kwargs)
         call = describe_call(part, args, kwargs)
         program = Program(
@@ -200,9 +191,9 @@ class Dispatcher:
             names=names,
             why="",
             run=functools.partial(self._by_sites, tree, context, key.part),
-            reason=self._reason_against_a_graph(key),
         )
-        program.why = self._why(program)
+        program.why, changing = self.misses.explain(program, self)
+        program.reason = self._reason_against_a_graph(key) or (changing if self.capture != "graph" else "")
         if program.reason and self.capture == "graph":
             raise CaptureError(f"{type(part).__name__} is not served by a graph: {program.reason}")
         if not program.reason:
@@ -212,20 +203,26 @@ class Dispatcher:
                 raise
             except CaptureError as error:
                 self._step_down(program, tree, context, error)
+        if program.gm is None and not self._may_settle(program):
+            self.sited.add(_by_any(key))
         # The key as it is now: a model may settle something in its config the first time it runs.
         self.programs.keep(self._key(tree, context, key.part, args, kwargs), program)
         return program
+
+    def _may_settle(self, program: Program) -> bool:
+        """Whether the model changed itself while it was captured, for the first time: it may be done with that now."""
+        first = program.changes and _by_any(program.key) not in self.settling
+        self.settling.add(_by_any(program.key))
+        return first
 
     def _reason_against_a_graph(self, key: CallKey) -> str:
         if self.capture == "sites" and key.part not in self.whole:
             return "asked for by capture='sites'"
         if self.layout.hooked:
             return "somebody's hooks on inner modules expect to be called"
-        if self.capture == "graph":
-            return ""
-        if key.part in self.stepped - self.whole:
+        if (key.part, key.layout) in self.stepped and key.part not in self.whole:
             return "it is part of a call that is served by sites"
-        many = len(self.programs.of(key)) >= SIZES
+        many = len(self.programs.of(key)) >= SIZES and self.capture != "graph"
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 
     def _capture(
@@ -236,65 +233,63 @@ class Dispatcher:
         unroll = self.capture == "graph"
         gm = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
         program.seconds = time.perf_counter() - start
-        program.steps = self.pipeline.run(gm, context, self.observers)
+        program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
         program.gm, program.run = gm, lower(gm, self.backend)
 
-    def _free_counters(self, key: CallKey, names: tuple[str, ...]) -> None:
+    def _free_counters(
+        self, tree: nn.Module, key: CallKey, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Stop specialising on integers that change from one call to the next: what caches count, numbers of tokens."""
-        changed = frozenset().union(*(changed_counters(key, program.key) for program in self))
-        changed |= {i for i, name in enumerate(names) if is_length(name) and is_counter(key.leaves[i])}
-        if changed and self.capture != "sites":
-            place = key.part, key.structure
-            self.counters[place] = self.counters.get(place, frozenset()) | changed
-
-    def _why(self, program: Program) -> str:
-        """In what the call differs from the most similar one that is kept; warns of a constant that keeps changing."""
-        same_part = [other for other in self if other.key.part == program.key.part]
-        found = [list(differences(program.key, program.names, other.key, other.names)) for other in same_part]
-        if not found:
-            return "the first call"
-        nearest = min(found, key=len)
-        if not nearest:
-            return "other sizes than the kept graph serves"
-        if len(nearest) == 1:
-            self._count_miss(program, nearest[0].partition(":")[0])
-        more = [f"and {len(nearest) - 3} more"] if len(nearest) > 3 else []
-        return "; ".join([*nearest[:3], *more])
-
-    def _count_miss(self, program: Program, name: str) -> None:
-        if name not in program.names or len(program.key.leaves[program.names.index(name)]) != 2:
+        place = key.part, key.structure
+        lengths = {i for i, name in enumerate(names) if is_length(name) and is_counter(key.leaves[i])}
+        changed = frozenset().union(*(changed_counters(key, program.key) for program in self)) - lengths
+        changed -= self.constants.get(place, frozenset())
+        if self.capture == "sites" or not (lengths or changed):
             return
-        self.misses[name] += 1
-        if self.misses[name] == MISSES:
-            warnings.warn(
-                f"the argument {name} has had {MISSES + 1} values so far, and a graph is captured for each. Pass it as "
-                "a tensor, or as one value, to capture once."
-            )
+        if changed and not self._may_be_any(tree, key.part, changed | lengths, args, kwargs):
+            self.constants[place] = self.constants.get(place, frozenset()) | changed
+            changed = frozenset()
+        self.counters[place] = self.counters.get(place, frozenset()) | changed | lengths
+
+    def _may_be_any(
+        self, tree: nn.Module, path: str, free: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the model computes the same with integers as with symbols for them, and not `isinstance(n, int)`."""
+        try:
+            graphs = [trace_part(tree, path, args, kwargs, which, unroll=False).graph for which in (free, ())]
+        except CaptureError:
+            return False
+        symbolic, plain = ([n.target for n in g.nodes if isinstance(n.target, torch._ops.OpOverload)] for g in graphs)
+        sizes = {torch.ops.aten.sym_size.int}
+        return [op for op in symbolic if op not in sizes] == [op for op in plain if op not in sizes]
 
     def _step_down(self, program: Program, tree: nn.Module, context: Context, error: CaptureError) -> None:
         """Serve a call by sites from now on, because of `error`; the first time, say so."""
         if self.capture == "graph":
             raise error
-        if not self.stepped:
-            warnings.warn(
-                f"{error}\nThe model's own Python runs instead, with a graph for each site: same results, less fusion. "
-                "`explain()` lists such calls; capture='graph' makes them an error."
-            )
-        program.gm, program.reason = None, str(error)
+        program.gm, program.reason, program.failed = None, str(error), True
+        program.changes = isinstance(error.__cause__, Changed)
         program.run = functools.partial(self._by_sites, tree, context, program.key.part)
+
+    def _warn_of(self, program: Program) -> None:
+        if program.failed and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{program.reason}\nThe model's own Python runs instead, with a graph for each site: same results, "
+                "less fusion. `explain()` lists such calls; capture='graph' makes them an error."
+            )
 
     # --- by sites ----------------------------------------------------------------------------------------------------
 
     def _by_sites(self, tree: nn.Module, context: Context, path: str, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own Python, each read of an adapted tensor as a graph of its own."""
-        self.stepped.add(path)
-        mode = BySites(tree, context, self.layout.number(tree), path, self._operate)
+        mode = BySites(tree, context, self.layout.number(tree).layout, path, self._operate)
         with mode.active():
             return own_forward(tree, path)(*args, **kwargs)
 
     def _step_into(self, mode: BySites, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a part's own Python; where that reads an adapted tensor in an odd way, the part as a graph of its own."""
-        self.stepped.add(path)
+        self.stepped.add((path, mode.layout))
         if has_copies_among_children(mode.tree.get_submodule(path)):
             self.whole.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self.whole:
@@ -302,7 +297,7 @@ class Dispatcher:
                 with mode.inside(path):
                     return own_forward(mode.tree, path)(*args, **kwargs)
             except UncoveredOperatorError:
-                if any(other.startswith(f"{path}.") for other in self.stepped):
+                if any(other.startswith(f"{path}.") for other, _ in self.stepped):
                     raise
                 self.whole.add(path)
         with mode.suspended():
@@ -315,9 +310,10 @@ class Dispatcher:
                 return _guarded(gm, tuple(inputs), {})
             except GuardFailed:
                 continue
-        gm, context = capture()
-        self.pipeline.run(gm, context, self.observers)
-        self.operators.keep(key, gm)
+        with _capturing:
+            gm, context = capture()
+            self.pipeline.run(gm, replace(context, trained=trained_paths(gm)), self.observers)
+            self.operators.keep(key, gm)
         return _guarded(gm, tuple(inputs), {})
 
 
@@ -330,16 +326,36 @@ def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
     return getattr(type(part), MIRRORED_AS, type(part)).forward.__get__(part)
 
 
+def require_whole(tree: nn.Module, context: Context) -> None:
+    """Raise `AdapterError` if modules that an adapter hangs below have been replaced or taken away."""
+    for adapter in context.adapters:
+        owners = {path: site for site, by_suffix in adapter.tensors.items() for path in by_suffix.values()}
+        lost = dict.fromkeys(site for path, site in owners.items() if find_tensor(tree, path) is None)
+        if lost:
+            raise AdapterError(
+                f"{', '.join(lost)}: replaced or taken away since the adapter {adapter.name!r} was put there, and its "
+                "tensors with them; delete the adapter, or change the model before adapting it"
+            )
+
+
+def _by_any(key: CallKey) -> CallKey:
+    """The key of a call that is served by the model's own Python, which reads attributes itself."""
+    return key._replace(attributes=ANY)
+
+
 def settled(tree: nn.Module, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments in one order, without those that only say None where that is the default."""
-    defaults = _none_by_default(type(tree.get_submodule(path)))  # type: ignore[arg-type]
-    return {name: kwargs[name] for name in sorted(kwargs) if kwargs[name] is not None or name not in defaults}
+    """Named keyword arguments in one order, without those that only say None where that is the default."""
+    named = _named(type(tree.get_submodule(path)))  # type: ignore[arg-type]
+    given = {name: kwargs[name] for name in named if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in named}
+    return {name: value for name, value in given.items() if value is not None or named[name] is not None} | rest
 
 
 @functools.cache
-def _none_by_default(module: type[nn.Module]) -> frozenset[str]:
+def _named(module: type[nn.Module]) -> dict[str, Any]:
+    """The parameters of a forward that can be given by name, and their defaults."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.default is None)
+    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _guarded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,24 +12,24 @@ from torch.utils import _pytree as pytree
 
 from .autocast import autocast_dtype
 
-_PLAIN = frozenset({bool, int, float, str})
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
 Leaf = tuple[Any, ...]
 COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
 
 
 class CallKey(NamedTuple):
-    """All that a graph is specialised on. `layout` numbers the tree's state; `settings` are the model's config's."""
+    """All that a graph is specialised on. `layout` and `attributes` number the tree's state (`layout.py`)."""
 
     part: str
     structure: Hashable
     leaves: tuple[Leaf, ...]
     grad: bool
+    inference: bool
     autocast: tuple[torch.dtype | None, ...]
     layout: int
     adapters: tuple[Hashable, ...]
     merged: frozenset[str]
-    settings: Hashable
+    attributes: int
 
 
 def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -72,9 +72,10 @@ def changed_counters(new: CallKey, old: CallKey) -> frozenset[int]:
     return frozenset(number for number, _, _ in pairs) if counters else frozenset()
 
 
-def modes() -> tuple[bool, tuple[torch.dtype | None, ...]]:
-    """The gradient mode, and autocast's dtype on each kind of device there is."""
-    return torch.is_grad_enabled(), tuple([autocast_dtype(device) for device in _devices()])
+def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
+    """The gradient mode, inference mode, and autocast's dtype on each kind of device there is."""
+    dtypes = tuple([autocast_dtype(device) for device in _devices()])
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes
 
 
 @functools.cache
@@ -92,13 +93,6 @@ def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hash
 
 
 _LEAVES = frozenset({Tensor, bool, int, float, str, nn.Parameter})
-
-
-def settings(model: nn.Module) -> Hashable:
-    """The plain values of a model's config, which its forward may read (`use_cache` and the like)."""
-    config = getattr(model, "config", None)
-    values = vars(config).items() if hasattr(config, "__dict__") else ()
-    return tuple([item for item in values if type(item[1]) in _PLAIN])
 
 
 def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -119,14 +113,11 @@ def differences(new: CallKey, new_names: tuple[str, ...], old: CallKey, old_name
             yield f"{name}: {_leaf_text(before.get(name))} → {_leaf_text(now.get(name))}"
     if new.structure != old.structure and now == before:
         yield "the arguments' structure"
-    for field in ("grad", "autocast", "adapters", "merged"):
+    for field in ("grad", "inference", "autocast", "adapters", "merged"):
         if getattr(new, field) != getattr(old, field):
             yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
     if new.layout != old.layout:
-        yield "the model's modes (train or eval), dtypes, devices or modules"
-    if new.settings != old.settings:
-        changed = sorted({str(item[0]) for item in set(new.settings) ^ set(old.settings)})  # type: ignore[call-overload]
-        yield f"config: {', '.join(changed)}"
+        yield "the model's modes (train or eval), dtypes, devices, hooks or modules"
 
 
 def _leaf_text(leaf: Leaf | None) -> str:

@@ -1,84 +1,103 @@
 """Layout: what captured graphs are specialised on in a module tree, besides the call itself.
 
-That is its modules, the mode each is in, and each tensor's dtype and device. Every call asks for it, so the walk over
-the modules is remembered, and each call only checks that nothing has changed since.
+That is its modules, the mode each is in, each tensor's dtype and device, hooks, and the Python values that modules
+hold. Every call asks for it, so the walk over the modules is remembered, and each call only checks that nothing has
+changed since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .tree import own_children, own_modules
+from .watch import Watch
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
 _LIBRARIES = ("torch.", "transformers.", "accelerate.")
+_INNER_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+_dtype_of, _device_of = Tensor.dtype.__get__, Tensor.device.__get__  # type: ignore[attr-defined]
+ANY = -1  # for a call whose graph, or lack of one, does not depend on attributes
+
+
+class Seen(NamedTuple):
+    """The state of a tree by two numbers: what operators depend on, and the values that the model's Python reads."""
+
+    layout: int
+    attributes: int
 
 
 class Layout:
     """Numbers the states that a tree is seen in; equal numbers mean that the same graphs fit."""
 
     def __init__(self) -> None:
+        self.watch = Watch()
+        self.hooked = False  # whether somebody watches inner modules run, by hooks of his own
+        self.generation = 0  # how often modules have come or gone
         self._modules: list[nn.Module] = []
-        self._children: list[tuple[dict[str, Any], list[Any]]] = []
-        self._vars: list[dict[str, Any]] = []
-        self._tensors: list[dict[str, Any]] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._generation = 0
-        self._last: tuple[list[Any], ...] = ()
+        self._children: list[dict[str, Any]] = []
+        self._owned: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._last: tuple[Any, ...] = ()
         self._number = -1
         self._seen: dict[tuple[Any, ...], int] = {}
         self._next_hook = -1
-        self.hooked = False  # whether somebody watches inner modules run, by hooks of his own
+        self._hooks: tuple[Any, ...] = ()
 
-    def number(self, root: nn.Module) -> int:
-        """The number of the state that the tree is in now."""
-        if not self._children or any(list(children.values()) != known for children, known in self._children):
+    def number(self, root: nn.Module) -> Seen:
+        """The numbers of the state that the tree is in now."""
+        if not self._children or self._parents != self._children:
             self._walk(root)
-        if RemovableHandle.next_id != self._next_hook or self.hooked:  # a hook was registered, somewhere
-            self._next_hook, self.hooked = RemovableHandle.next_id, any(map(_is_foreign, self._hooks))
-        tensors = [tensor for owned in self._tensors for tensor in owned.values() if tensor is not None]
-        modes = [attributes["training"] for attributes in self._vars]
-        now = modes, [tensor_layout(tensor) for tensor in tensors], [self.hooked]
+        attributes = self.watch.number()
+        if attributes is None:
+            self._look(root)
+            attributes = self.watch.number()
+            assert attributes is not None
+        self._look_for_hooks()
+        owned = list(chain.from_iterable(map(dict.values, self._owners)))
+        if len(owned) != len(self._owned) or not all(map(is_, owned, self._owned)):
+            self._owned, self._tensors, self._number = owned, [t for t in owned if t is not None], -1
+        now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors[::16])), self.watch.modes
         if now != self._last or self._number < 0:
             self._last = now
-            self._number = self._seen.setdefault((self._generation, *map(tuple, now)), len(self._seen))
-        return self._number
+            shapes = tuple(tensor.shape for tensor in self._tensors)
+            key = (self.generation, self._hooks, shapes, *map(tuple, now))
+            self._number = self._seen.setdefault(key, len(self._seen))
+        return Seen(self._number, attributes)
 
     def _walk(self, root: nn.Module) -> None:
         modules = list(own_modules(root))
         if modules != self._modules:
-            self._generation += 1
+            self.generation += 1
         self._modules, self._number = modules, -1
-        self._children = [(root._modules, list(root._modules.values()))]
-        self._children += [(m._modules, list(m._modules.values())) for m in modules if own_children(m)]
-        self._vars = [vars(module) for module in modules]
-        self._tensors = list(_representatives(modules))
+        self._parents = [root._modules, *(module._modules for module in modules[1:] if own_children(module))]
+        self._children = [children.copy() for children in self._parents]
+        self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers) if d]
         # The root's own hooks are run by whoever calls it.
-        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hook_dicts = [vars(m)[name] for m in modules[1:] for name in _INNER_HOOKS]
+        self._hook_dicts += [vars(torch_module)[name] for name in _GLOBAL_HOOKS]
+        self._next_hook = -1
+        self._look(root)
 
+    def _look(self, root: nn.Module) -> None:
+        own = set(map(id, self._modules))
+        self.watch.look_at(root, ((path, m) for path, m in root.named_modules() if id(m) in own))
 
-def _representatives(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:
-    """The tensors of the first and the last module of each class and each set of tensor names.
-
-    Casts change all norms, or all but the head. Where one module alone was cast, the graph's operators promote or fail
-    as the model's own would.
-    """
-    ends: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for module in modules:
-        for owned in (module._parameters, module._buffers):
-            if owned:
-                ends.setdefault((type(module), *owned), []).append(owned)
-    for group in ends.values():
-        yield from (group[0], group[-1])
-
-
-def _is_foreign(hooks: dict[int, Any]) -> bool:
-    return any(not str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in hooks.values())
+    def _look_for_hooks(self) -> None:
+        if RemovableHandle.next_id == self._next_hook and not self._hooks:  # none was registered, anywhere
+            return
+        self._next_hook = RemovableHandle.next_id
+        hooks = tuple(hook for hooks in self._hook_dicts for hook in hooks.values())
+        if hooks != self._hooks:
+            self._hooks, self._number = hooks, -1
+            self.hooked = any(not str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in hooks)
 
 
 def tensor_layout(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:

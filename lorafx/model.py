@@ -54,6 +54,10 @@ class AdaptedModel(Trainable, Saving):
     shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Calling the class makes a plain model of the base's class, as `sequential[:2]` does. See `compile`."""
+        return getattr(cls, MIRRORED_AS)(*args, **kwargs)
+
     # --- calls -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

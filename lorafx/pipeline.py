@@ -28,10 +28,15 @@ Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may need besides the graph: the active adapters in order, and the names of the merged ones."""
+    """What a pass may need besides the graph.
+
+    That is the active adapters in order, the names of the merged ones, and the paths of base parameters that the user
+    trains along with them.
+    """
 
     adapters: tuple[Adapter, ...] = ()
     merged: frozenset[str] = frozenset()
+    trained: frozenset[str] = frozenset()
 
     @property
     def selection(self) -> Selection:
@@ -140,7 +145,7 @@ class Pipeline(tuple[Pass, ...]):
         self.check()
         context = context or Context()
         steps: list[Step] = []
-        verify(gm, None, context.adapters, frozenset())
+        verify(gm, None, context.adapters, frozenset(), context.trained)
         state = snapshot(gm)
         facts: frozenset[str] = frozenset()
         for previous, current in zip((None, *self), self):
@@ -159,7 +164,7 @@ class Pipeline(tuple[Pass, ...]):
         try:
             rewrites = current.rewrite(gm, context)
             gm.recompile()
-            verify(gm, state, context.adapters, facts | current.establishes)
+            verify(gm, state, context.adapters, facts | current.establishes, context.trained)
         except LorafxError as error:
             if not isinstance(error, VerifyError):
                 raise

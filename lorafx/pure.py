@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +18,23 @@ import torch
 from torch import nn
 
 from .errors import CaptureError
+from .watch import MODULES_OWN, content
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-_PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 class _Printed(io.StringIO):
-    """Stands in for stdout, and remembers where the model first wrote to it."""
+    """Stands in for stdout, and remembers where the model first wrote to it; other threads write as ever."""
 
     line = ""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.screen, self.thread = sys.stdout, threading.get_ident()
+
     def write(self, text: str) -> int:
+        if threading.get_ident() != self.thread:
+            return self.screen.write(text)
         self.line = self.line or _place(traceback.extract_stack())
         return super().write(text)
 
@@ -48,14 +55,21 @@ def pure() -> Iterator[None]:
         raise CaptureError(f"it prints, which a graph would not do again{printed.line}")
 
 
+class Changed(CaptureError):
+    """A call changes the model's own attributes."""
+
+
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Raise `CaptureError` if what runs inside changes a plain attribute of a module; torch.export puts it back."""
+    """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module."""
     before = _attributes(model)
     yield
-    changed = next((name for name, value in _attributes(model).items() if before.get(name, value) != value), None)
-    if changed:
-        raise CaptureError(f"it changes {changed} of the model, which a graph would not do again")
+    after = _attributes(model)
+    different = (
+        name for name in before | after if name not in before or name not in after or before[name] != after[name]
+    )
+    if name := next(different, None):
+        raise Changed(f"it changes {name} of the model, which a graph would not do again")
 
 
 @contextlib.contextmanager
@@ -99,12 +113,12 @@ def no_unrolling(model: nn.Module) -> Iterator[None]:
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    """The plain values that modules hold: counters, flags. What a call adds is a cache, what it changes is a state."""
+    """What modules hold besides parameters, buffers, modules and hooks, each as something that can be compared."""
     return {
-        f"{path}.{name}".lstrip("."): value
+        f"{path}.{name}".lstrip("."): content(value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if type(value) in _PLAIN
+        if name not in MODULES_OWN
     }
 
 

@@ -87,6 +87,36 @@ def mirrored(model: nn.Module) -> nn.Module:
     return copy
 
 
+def isolated(copy: nn.Module) -> nn.Module:
+    """A complete mirror after its modules got containers of their own: nothing put into one is seen by the original.
+
+    While a mirror is captured, its parameters are stand-ins, and the original may be running in another thread.
+    """
+    memo: dict[int, Any] = {}
+    for module in copy.modules():
+        module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
+        for name, tensor in module._parameters.items():
+            if tensor is not None and not isinstance(
+                tensor, nn.Parameter
+            ):  # what torch.func.functional_call puts there
+                module._parameters[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return copy
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of plain containers, whatever else they hold; one that is found twice is one copy."""
+    if type(value) not in (list, dict, set) or id(value) in memo:
+        return memo.get(id(value), value)
+    own = memo[id(value)] = type(value)()
+    if isinstance(own, dict):
+        own.update({key: _copied(item, memo) for key, item in value.items()})
+    elif isinstance(own, list):
+        own.extend(_copied(item, memo) for item in value)
+    else:
+        own.update(value)
+    return own
+
+
 def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
     """A bare tree with only these modules of `root`, live and under their own paths."""
     owners = sorted(set(owners), key=lambda path: path.count("."))
@@ -140,8 +170,13 @@ def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
 
 
 def detach(root: nn.Module, paths: Iterable[str]) -> None:
-    """Take parameters away again, and the modules that `attach` made for them once they are empty."""
+    """Take parameters away again, and the modules that `attach` made for them once they are empty.
+
+    Those that went with a module that somebody took away are passed over.
+    """
     for path in paths:
+        if find_tensor(root, path) is None:
+            continue
         owners = [root]
         *parents, last = path.split(".")
         for atom in parents:
@@ -174,6 +209,18 @@ def first_name(root: nn.Module, path: str) -> str:
     """The first of the names that a parameter goes by."""
     parameter = root.get_parameter(path)
     return next(name for name, other in root.named_parameters() if other is parameter)
+
+
+def trained_paths(root: nn.Module) -> frozenset[str]:
+    """Paths of the parameters of the base itself that are trained."""
+    own = {id(module) for module in own_modules(root)}
+    return frozenset(
+        f"{path}.{name}".lstrip(".")
+        for path, module in root.named_modules(remove_duplicate=False)
+        if id(module) in own
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    )
 
 
 def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:

@@ -37,17 +37,27 @@ def snapshot(gm: GraphModule) -> Snapshot:
 
 @dataclass(frozen=True)
 class State:
-    """What a check sees: the graph now, the snapshot before the pass (None at the start), adapters, facts."""
+    """What a check sees: the graph now, the snapshot before the pass (None at the start), what `verify` is given."""
 
     gm: GraphModule
     before: Snapshot | None
     adapters: Sequence[Adapter]
     facts: frozenset[str]
+    trained: frozenset[str]
 
 
-def verify(gm: GraphModule, before: Snapshot | None, adapters: Sequence[Adapter], facts: frozenset[str]) -> None:
-    """Run every check; raise `VerifyError` with the first failure, naming the check."""
-    state = State(gm, before, adapters, facts)
+def verify(
+    gm: GraphModule,
+    before: Snapshot | None,
+    adapters: Sequence[Adapter],
+    facts: frozenset[str],
+    trained: frozenset[str] = frozenset(),
+) -> None:
+    """Run every check; raise `VerifyError` with the first failure, naming the check.
+
+    `trained` are paths of base parameters that train because the user wants them to.
+    """
+    state = State(gm, before, adapters, facts, trained)
     for check in CHECKS:
         failure = check(state)
         if failure:
@@ -116,7 +126,7 @@ def only_adapters_train(state: State) -> str | None:
     """Once the base is frozen, what the graph reads and trains belongs to an active adapter."""
     if "frozen" not in state.facts:
         return None
-    own = {path for adapter in state.adapters for path in adapter.paths}
+    own = state.trained.union(*(adapter.paths for adapter in state.adapters))
     for node in state.gm.graph.nodes:
         tensor = resolve(state.gm, str(node.target)) if node.op == "get_attr" else None
         if isinstance(tensor, Tensor) and tensor.requires_grad and node.target not in own:

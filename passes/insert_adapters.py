@@ -36,7 +36,7 @@ class InsertAdapters(Pass):
         mode, count = fake_mode_of(gm), 0
         sites = [(adapter, adapter.sites_by_weight(gm)) for adapter in reversed(context.adapters)]
         for node in [node for node in gm.graph.nodes if SITE in node.meta]:
-            weight = id(gm.get_parameter(node.meta[SITE].weight))
+            weight = id(tensor_at(gm, node.meta[SITE].weight))
             for adapter, by_weight in sites:
                 if weight in by_weight:
                     node = _insert(gm, node, by_weight[weight], adapter, mode)
@@ -89,7 +89,7 @@ def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[st
     paths = adapter.tensors[site.name]
     names = adapter.kind.names(site, adapter.config)
     tensors = {name: suffix and Attribute(paths[suffix]) for name, suffix in names.items()}
-    first = gm.get_parameter(next(iter(paths.values())))
+    first = tensor_at(gm, next(iter(paths.values())))
     return {
         **tensors,
         **adapter.kind.scalars(site, adapter.config),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lorafx.errors import UncoveredOperatorError, user_line
+from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
 from lorafx.forms import FORMS
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import SITE, Match, match, resolve
@@ -23,7 +23,8 @@ class MatchTargets(Pass):
     """Afterwards every node that reads a selected weight carries its site in `meta["site"]`.
 
     Raises `UncoveredOperatorError` for a selected weight that something else than a site form reads. A site that the
-    call does not run is no error.
+    call does not run is no error. Raises `CaptureError` where the weight leaves the graph, or is read in a region whose
+    modes differ: the model's own Python can serve that.
     """
 
     requires = frozenset({"canonical"})
@@ -48,6 +49,9 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
             if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(found, weight):
                 anchor.meta[SITE] = site
                 return 1
+    if isinstance(user.target, torch._ops.HigherOrderOperator) or user.op == "output":
+        inside = "returned" if user.op == "output" else f"read inside {user.target}, which is a graph of its own"
+        raise CaptureError(f"site {site.name}: its weight is {inside} [{user_line(user)}]")
     raise UncoveredOperatorError(
         f"site {site.name}: its weight is read by {user.target}, which no site form covers [{user_line(user)}]. "
         f"Exclude the module (`exclude_modules`), or select one whose weight is read as "

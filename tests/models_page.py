@@ -15,7 +15,7 @@ Every model below is tested with a random adapter that PEFT wrote: outputs, loss
 tensor in training, outputs in evaluation at two sizes and outputs after merging equal PEFT's, and unmerging gives every
 bit of the base back. They are tiny (two layers, random weights): what is tested is the architecture.
 
-*served by* says what runs a training step with labels: one graph of the whole call, or, where that cannot be, the
+*served by* says what runs training steps with labels: one graph of the whole call, or, where that cannot be, the
 model's own Python with a graph for each site (the same results, less fusion). The reason is what `lora.explain()` says.
 *first call* is capture, rewriting and one step on one CPU core, in seconds; later calls cost no capture.
 

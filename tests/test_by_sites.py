@@ -75,7 +75,7 @@ def test_what_is_no_graph_runs_by_sites_and_says_why_once(how, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first, again = lora(x), lora(torch.cat([x, x]))[:5]
-    assert served(lora) == ["sites"]
+    assert set(served(lora)) == {"sites"}
     if how == "draws":
         assert not torch.equal(first, again), "the numbers were frozen"
     else:

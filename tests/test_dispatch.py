@@ -45,7 +45,7 @@ def test_it_says_in_what_a_call_differed():
         "scale: not given → (n) float32 on cpu",
         "x: (n, n) float32 on cpu → (1, n) float32 on cpu",
         "grad: True → False",
-        "the model's modes (train or eval), dtypes, devices or modules",
+        "the model's modes (train or eval), dtypes, devices, hooks or modules",
     ]
     assert "captured because of" in str(lora.explain())
 

@@ -145,10 +145,11 @@ def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> Non
         actual, expected = pair.evaluated(pair.ours, size), pair.evaluated(pair.theirs, size)
         assert_near(actual, expected, pair.limit_of_outputs(size), f"evaluation at {size}")
 
+    pair.step(pair.ours, SIZES[1])
     served = pair.ours.explain().calls
     assert all(call.served_by == "graph" or call.reason for call in served)
     reason = next((call.reason for call in served if call.reason), "")
-    record_property("zoo", (pair.entry.name, served[0].served_by, len(pair.ours.sites), seconds, reason))
+    record_property("zoo", (pair.entry.name, served[-1].served_by, len(pair.ours.sites), seconds, reason))
 
 
 @pytest.mark.slow

@@ -1,0 +1,91 @@
+"""What a call puts into the containers that it was given: the caller's own cache is filled, as the model would fill it.
+
+While a graph is captured, containers are rebuilt, so that the caller's stay as they are; those that the model changed
+become a second output. After each run of the graph their contents go into the caller's own objects, and where the model
+returned one of these, the caller gets his own back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_GIVEN = "lorafx: the argument "
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def rebuilt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments in containers of their own."""
+    return pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are containers, positional ones by number."""
+    named = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
+    return {name: value for name, value in named.items() if not pytree.tree_is_leaf(value)}
+
+
+def contents(containers: Mapping[str, Any]) -> dict[str, tuple[list[Any], pytree.TreeSpec]]:
+    """What is in each container now."""
+    return {name: pytree.tree_flatten(value) for name, value in containers.items()}
+
+
+def changed(containers: Mapping[str, Any], before: Mapping[str, tuple[list[Any], pytree.TreeSpec]]) -> dict[str, Any]:
+    """The containers that hold something else than before. A tensor that was written to in place is the same one."""
+    now = contents(containers)
+    return {name: containers[name] for name in containers if not _same(*now[name], *before[name])}
+
+
+def _same(leaves: list[Any], spec: pytree.TreeSpec, old_leaves: list[Any], old_spec: pytree.TreeSpec) -> bool:
+    return len(leaves) == len(old_leaves) and spec == old_spec and all(map(_is_same, leaves, old_leaves))
+
+
+def _is_same(leaf: Any, old: Any) -> bool:
+    return leaf is old or (type(leaf) in _PLAIN and type(leaf) is type(old) and leaf == old)
+
+
+def without_given(output: Any, containers: Mapping[str, Any]) -> Any:
+    """A model's output with a mark in the place of each of its arguments that it returns."""
+    names = {id(value): _GIVEN + name for name, value in containers.items()}
+    if not _holds(output, names):
+        return output
+    return pytree.tree_map(lambda leaf: names.get(id(leaf), leaf), output, is_leaf=lambda value: id(value) in names)
+
+
+def _holds(output: Any, ids: Mapping[int, str]) -> bool:
+    return any(id(value) in ids for value in pytree.tree_leaves(output, is_leaf=lambda value: id(value) in ids))
+
+
+def fill(output: Any, filled: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Put what a graph has filled into the caller's arguments; returns the output with those that were returned."""
+    own = given(args, kwargs)
+    for name, value in filled.items():
+        pour(own[name], value)
+    marks = {_GIVEN + name: value for name, value in own.items()}
+    return pytree.tree_map(lambda leaf: marks.get(leaf, leaf) if isinstance(leaf, str) else leaf, output)
+
+
+def pour(old: Any, new: Any) -> Any:
+    """Give `old` the contents of `new` and return it; where it cannot hold them, return `new`."""
+    if type(old) is not type(new) or isinstance(old, (Tensor, *_PLAIN, tuple)):
+        return new
+    if isinstance(old, list):
+        old[:] = [pour(*pair) for pair in zip(old, new)] + new[len(old) :]
+    elif isinstance(old, dict):
+        _pour_items(old, old.items(), new.items())
+    elif type(old) in pytree.SUPPORTED_NODES and hasattr(old, "__dict__"):
+        _pour_items(vars(old), vars(old).items(), vars(new).items())
+    else:
+        return new
+    return old
+
+
+def _pour_items(into: Any, old: Iterable[tuple[Any, Any]], new: Iterable[tuple[Any, Any]]) -> None:
+    before, after = dict(old), dict(new)
+    for name in before.keys() - after.keys():
+        del into[name]
+    for name, value in after.items():
+        into[name] = pour(before[name], value) if name in before else value

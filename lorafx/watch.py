@@ -1,0 +1,147 @@
+"""Watch: the Python values that modules and configs hold, which a graph has as constants.
+
+Every call asks whether one of them has changed. So the places to look at are found once, and looking is a comparison of
+identities; only what has changed is looked at closely.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
+from operator import call, is_, itemgetter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+# What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_DEPTH = 4
+
+
+def content(value: Any, depth: int = _DEPTH) -> Hashable:
+    """Something that is equal for equal plain values and containers of them, and for one and the same other object.
+
+    A tensor counts by what a graph is specialised on; its values are read when the graph runs.
+    """
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return Tensor, value.dtype, value.device, value.shape
+    if isinstance(value, (list, tuple)) and depth:
+        return type(value), *(content(item, depth - 1) for item in value)
+    if isinstance(value, dict) and depth:
+        return type(value), *((content(key), content(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, weakref.ref):  # it owns nothing, as those in which an LSTM remembers its weights
+        return (weakref.ref,)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(content(item, depth - 1) for item in value)
+    return type(value), id(value)
+
+
+class Watch:
+    """Numbers the states that the attributes of some modules, and of the configs they hold, are seen in."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Hashable, ...], int] = {}
+        self._states: list[dict[str, Hashable]] = []
+        self._alive: list[Any] = []  # objects that states know by identity
+        self._dicts: list[dict[str, Any]] = []
+        self._values: list[Any] = []
+        self._number = -1
+        self.modes: tuple[bool, ...] = ()  # whether each module trains; no part of the number
+
+    def look_at(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Watch these modules from now on, but for how the root's forward is called."""
+        self._dicts, self._names = [], []
+        self._readers: list[Callable[[dict[str, Any]], Iterable[Any]]] = []
+        for path, attributes in _holders(modules):
+            names = [n for n in attributes if n not in MODULES_OWN and (n != "forward" or attributes is not vars(root))]
+            names *= 2 if len(names) == 1 else 1  # of one name, itemgetter would not give a tuple
+            self._dicts.append(attributes)
+            self._readers.append(itemgetter(*names) if names else lambda _: ())
+            self._names += [f"{path}.{name}".lstrip(".") for name in names]
+        self._lengths, self._number = list(map(len, self._dicts)), -1
+
+    def number(self) -> int | None:
+        """The number of the state that they are in now; None if attributes have come or gone: look at them anew."""
+        if list(map(len, self._dicts)) != self._lengths:
+            return None
+        try:
+            values = list(map(call, self._readers, self._dicts))
+        except KeyError:
+            return None
+        if self._number < 0 or not _equal(values, self._values) or self._filled():
+            self._values = values
+            self._remember(list(chain.from_iterable(values)))
+        return self._number
+
+    def _remember(self, values: list[Any]) -> None:
+        pairs = list(zip(self._names, values))
+        self.modes = tuple(value for name, value in pairs if name.endswith("training"))
+        state = {name: content(value) for name, value in pairs if not name.endswith("training")}
+        key = tuple(state.items())
+        if key not in self._seen:
+            self._seen[key] = len(self._states)
+            self._states.append(state)
+            self._alive += [value for value in values if not isinstance(value, (Tensor, *_PLAIN))]
+        self._number = self._seen[key]
+        containers = {id(c): c for value in values for c in _containers(value)}
+        self._containers = [(container, _items(container)) for container in containers.values()]
+
+    def _filled(self) -> bool:
+        """Whether something was put into a container, or taken out."""
+        return any(
+            len(now := _items(container)) != len(before) or not all(map(is_, now, before))
+            for container, before in self._containers
+        )
+
+    def changes(self, new: int, old: int) -> Iterator[str]:
+        """Names of the attributes in which two states differ."""
+        now, before = self._states[new], self._states[old]
+        yield from (name for name in now | before if now.get(name) != before.get(name))
+
+
+def _equal(values: list[Any], others: list[Any]) -> bool:
+    """Whether they are equal; mostly they are the same objects, and comparing lists finds that out fastest."""
+    try:
+        return values == others
+    except Exception:  # tensors and arrays refuse to say
+        return False
+
+
+def _holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The attributes of modules, and of the configs among them or inside those, each once."""
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = list(modules)
+    while pending:
+        path, holder = pending.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        yield path, vars(holder)
+        attributes = [(name, value) for name, value in vars(holder).items() if name not in MODULES_OWN]
+        pending += [(f"{path}.{name}", value) for name, value in attributes if _is_config(value)]
+
+
+def _is_config(value: Any) -> bool:
+    if isinstance(value, (PreTrainedConfig, SimpleNamespace)):
+        return True
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+
+
+def _containers(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    if isinstance(value, (list, dict, set)) and depth:
+        yield value
+    if isinstance(value, (list, tuple, dict)) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item, depth - 1)
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
