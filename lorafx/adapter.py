@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,6 +54,41 @@ class Adapter:
         sites = Selection(tuple(site for site in self.selection if site.weight in wanted))
         return replace(self, selection=sites, tensors={s.name: self.tensors[s.name] for s in sites}, replaced=copies)
 
+    def below(self, path: str) -> Adapter | None:
+        """The part on the module at `path`, by names relative to it; None if that part has tensors elsewhere."""
+        within = f"{path}."
+        sites = {site: site.name.removeprefix(path).lstrip(".") for site in self.selection if _is_at(site.name, path)}
+        tensors = {sites[site]: self.tensors[site.name] for site in sites}
+        replaced = {base: copy for base, copy in self.replaced.items() if base.startswith(within)}
+        paths = [tensor for by_suffix in tensors.values() for tensor in by_suffix.values()]
+        if not all(path.startswith(within) for path in (*paths, *replaced.values())):
+            return None
+        inner = {
+            name: {suffix: tensor.removeprefix(within) for suffix, tensor in by_suffix.items()}
+            for name, by_suffix in tensors.items()
+        }
+        copies = {base.removeprefix(within): copy.removeprefix(within) for base, copy in replaced.items()}
+        selection = Selection(tuple(replace(site, name=name) for site, name in sites.items()))
+        return replace(self, selection=selection, tensors=inner, replaced=copies)
+
+    def signature(self, root: nn.Module) -> Hashable:
+        """Equal for adapters whose equations and tensors are of one form, whatever the tensors' values."""
+        return (
+            self.name,
+            self.config.inference_mode,
+            tuple(sorted(self.replaced.items())),
+            tuple(
+                (
+                    replace(site, tied=(), named=""),
+                    tuple(self.kind.scalars(site, self.config).items()),
+                    tuple(self.kind.names(site, self.config).items()),
+                    tuple((s, t.shape, t.dtype) for s, t in self.tensors_at(root, site).items()),
+                    root.get_submodule(site.name).training,
+                )
+                for site in self.selection
+            ),
+        )
+
     @property
     def owners(self) -> set[str]:
         """Paths of the modules below which all that the adapter reads and adapts can be found."""
@@ -67,6 +102,10 @@ class Adapter:
         """The change that the adapter makes to the site's base parameters, by their name, in float64."""
         tensors = {suffix: tensor.detach() for suffix, tensor in self.tensors_at(root, site).items()}
         return self.kind.delta(site, self.config, tensors)
+
+
+def _is_at(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")
 
 
 def plan(root: nn.Module, name: str, config: LoraConfig) -> Adapter:

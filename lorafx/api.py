@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from . import checkpoint, passes  # type: ignore[attr-defined]
 from .adapter import plan
 from .config import LoraConfig
 from .dispatch import Dispatcher
-from .errors import AdapterError
+from .errors import AdapterError, ConfigError
 from .model import AdaptedModel, adapt, copy_into
 from .pipeline import Observer, Pass, Pipeline
 from .tree import mirrored
@@ -31,6 +32,8 @@ def compile(
     capture: str = "auto",
     pipeline: Passes | None = None,
     observers: Iterable[Observer] = (),
+    gradient_checkpointing: bool | str = False,
+    activation_budget: float | None = None,
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
     random_state: int | None = None,
@@ -48,6 +51,9 @@ def compile(
             with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
+        gradient_checkpointing: keep the inputs of layers for backward, and recompute the rest. "offload" does so too,
+            with a warning: moving them to the host meanwhile is not implemented.
+        activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
         random_state: seed of the adapter's start values; None draws from torch's global generator.
@@ -57,16 +63,19 @@ def compile(
         PipelineError: passes in an impossible order. CaptureError: `example_inputs` cannot be captured.
         The model is as it was in each case.
     """
-    chosen = _pipeline(pipeline)
+    chosen = _pipeline(pipeline, gradient_checkpointing)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
-    adapted = adapt(model, Dispatcher(chosen, backend, tuple(observers), capture), autocast_adapter_dtype)
+    dispatcher = Dispatcher(chosen, backend, tuple(observers), capture, budget=activation_budget)
+    adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
+        if gradient_checkpointing and getattr(adapted, "supports_gradient_checkpointing", False):
+            # So that the model keeps no cache meanwhile, and that calls by sites do it too.
+            adapted.gradient_checkpointing_enable()  # type: ignore[operator]
         if example_inputs is not None:
-            args, kwargs = (
-                ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
-            )
+            named = isinstance(example_inputs, Mapping)
+            args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
             adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
     except BaseException:
         adapted._leave()
@@ -109,8 +118,14 @@ def load(
     return adapted if is_trainable else adapted.eval()
 
 
-def _pipeline(pipeline: Passes | None) -> Pipeline:
+def _pipeline(pipeline: Passes | None, gradient_checkpointing: bool | str = False) -> Pipeline:
     chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
+    if gradient_checkpointing not in (False, True, "offload"):
+        raise ConfigError(f'gradient_checkpointing={gradient_checkpointing!r} is none of False, True, "offload"')
+    if gradient_checkpointing == "offload":
+        warnings.warn("checkpoints stay where they are: moving them to the host is not implemented", stacklevel=3)
+    if gradient_checkpointing:
+        chosen = chosen + (passes.CheckpointBlocks(every=True),)
     chosen.check()
     return chosen
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.export import Dim, ShapesCollection
 from torch.export.dynamic_shapes import _IntWrapper
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .caches import branchless_windows, register_caches
@@ -24,12 +24,10 @@ from .errors import CaptureError
 from .filled import changed, contents, given, rebuilt, without_given
 from .key import images
 from .pure import innermost_line, no_unrolling, pure, unchanging
-from .rewrite import resolve
-from .tree import branch, find_tensor, isolated, mirrored, tensor_at, without_hooks
+from .rooted import rooted
+from .tree import branch, isolated, mirrored, tensor_at, without_hooks
 
-CAPTURED = "captured"
-# In a graph module's meta: whether it fills its arguments, and which of the root's plain attributes it reads.
-FILLS, PLAIN = "fills", "plain"
+FILLS = "fills"  # in a graph module's meta: whether it fills its arguments
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
@@ -215,49 +213,6 @@ def _reason(error: Exception) -> str:
     """What torch says, without its advice on how to debug torch."""
     lines = str(error).split("For more information")[0].split("The error above")[0].splitlines()
     return f"{type(error).__name__}: " + "\n".join([line for line in lines if line.strip()][:6])
-
-
-def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
-    """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
-
-    The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
-    """
-    private = nn.Module()
-    for node in exported.graph.nodes:
-        if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
-            continue
-        atom = str(node.target).replace(".", "_")
-        value = resolve(exported, str(node.target))
-        if isinstance(value, nn.Module):
-            private.add_module(atom, value)
-        elif isinstance(value, Tensor):
-            private.register_buffer(atom, value, persistent=False)
-        else:
-            setattr(private, atom, value)
-        node.target = f"{CAPTURED}.{atom}"
-    return over(exported.graph, tree, private)
-
-
-def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
-    """A GraphModule that runs `graph` with the modules and tensors of `tree`, sharing them and copying nothing."""
-    gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
-    gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
-    gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
-    gm.training = tree.training
-    targets = [str(node.target) for node in graph.find_nodes(op="get_attr")]
-    gm.meta[PLAIN] = [name for name in targets if isinstance(vars(tree).get(name), Tensor)]
-    refresh(gm, tree)
-    gm.graph = graph
-    return gm
-
-
-def refresh(gm: GraphModule, tree: nn.Module) -> None:
-    """See children (and tensors that are plain attributes) that the tree has replaced since."""
-    for name, child in tree._modules.items():
-        if gm._modules.get(name) is not child:
-            gm._modules[name] = child
-    for name in gm.meta[PLAIN]:
-        gm.__dict__[name] = vars(tree)[name]
 
 
 def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -172,7 +172,6 @@ class FastLanguageModel:
         `ConfigError` for `qat_scheme`, for keywords that are no fields, and what `compile` raises.
         """
         _refuse("FastLanguageModel.get_peft_model", qat_scheme=qat_scheme)
-        _warn_of_checkpointing(use_gradient_checkpointing)
         targets, saved = _embeddings_moved(target_modules, modules_to_save)
         if target_parameters is None:
             _warn_of_experts(model, targets)
@@ -194,7 +193,8 @@ class FastLanguageModel:
             ensure_weight_tying=bool(ensure_weight_tying),
             **{"task_type": _task(model), **kwargs},
         )
-        return compile(model, config, random_state=random_state)
+        checkpointing = "offload" if use_gradient_checkpointing == "unsloth" else use_gradient_checkpointing
+        return compile(model, config, random_state=random_state, gradient_checkpointing=checkpointing)
 
 
 def _refuse(where: str, **asked: Any) -> None:
@@ -207,15 +207,6 @@ def _config(**fields: Any) -> LoraConfig:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     _refuse("FastLanguageModel.get_peft_model", **{name: fields[name] for name in fields if name not in known})
     return LoraConfig(**fields)
-
-
-def _warn_of_checkpointing(asked: bool | str) -> None:
-    if asked:
-        warnings.warn(
-            f"use_gradient_checkpointing={asked!r} is not implemented yet: training runs without it, and keeps all "
-            "activations. Pass False to silence this.",
-            stacklevel=3,
-        )
 
 
 def _embeddings_moved(

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .by_sites import BySites
 from .caches import is_length
-from .capture import FILLS, argument_names, describe_call, refresh, trace_part
+from .capture import FILLS, argument_names, describe_call, trace_part
 from .errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from .filled import fill
 from .key import (
@@ -37,6 +37,7 @@ from .misses import Misses
 from .pipeline import Context, Observer, Pipeline
 from .programs import Kept, Program
 from .pure import Changed
+from .rooted import refresh
 from .tree import MIRRORED_AS, find_tensor, has_copies_among_children, tensor_at, trained_paths
 
 CAPTURES = ("auto", "graph", "sites")
@@ -54,7 +55,7 @@ class Dispatcher:
     """The programs of one adapted tree. They are never copied or pickled with it: a copy captures its own.
 
     `capture` is "auto" (a graph of the whole call, by sites where that cannot be), "graph" (an error instead) or
-    "sites". `capacity` is how many programs are kept.
+    "sites". `capacity` is how many programs are kept, `budget` the activation memory budget of compiled graphs.
     """
 
     pipeline: Pipeline
@@ -62,6 +63,7 @@ class Dispatcher:
     observers: tuple[Observer, ...] = ()
     capture: str = "auto"
     capacity: int = 64
+    budget: float | None = None
     programs: Kept = field(init=False)
     operators: Kept = field(init=False)
     layout: Layout = field(init=False)
@@ -81,7 +83,7 @@ class Dispatcher:
         self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("pipeline", "backend", "observers", "capture", "capacity")
+        kept = ("pipeline", "backend", "observers", "capture", "capacity", "budget")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,7 +160,9 @@ class Dispatcher:
             self._warn_of(program)
             return result
         with _capturing:  # torch.export changes how modules are called, in all threads: wait until it is done
-            refresh(program.gm, tree)
+            for gm in {program.gm, program.run}:
+                if isinstance(gm, GraphModule):
+                    refresh(gm, tree)
         result = _guarded(program.run, args, kwargs)
         if not program.gm.meta[FILLS]:
             return result
@@ -234,7 +238,8 @@ class Dispatcher:
         gm = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
         program.seconds = time.perf_counter() - start
         program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
-        program.gm, program.run = gm, lower(gm, self.backend)
+        program.run, program.backend = lower(gm, self.backend, self.budget)
+        program.gm = gm
 
     def _free_counters(
         self, tree: nn.Module, key: CallKey, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,13 +16,13 @@ from torch.fx import GraphModule
 from . import checkpoint
 from .adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
 from .caches import register_caches
-from .capture import refresh
 from .config import LoraConfig
 from .dispatch import Dispatcher
 from .errors import AdapterError, CaptureError
 from .merge import Ledger
 from .pipeline import Context
 from .report import Call, Explanation, Report
+from .rooted import refresh
 from .saving import Saving
 from .sites import Selection
 from .state import State

@@ -8,7 +8,7 @@ import io
 import re
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,12 +17,14 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from .adapter import Adapter
+from .blocks import LAYERS, blocks_of
 from .errors import LorafxError, PipelineError, VerifyError
 from .report import Step, diff
 from .rewrite import SITE
 from .sites import Selection, Site
 from .verify import Snapshot, snapshot, verify
 
+States = dict[GraphModule, Snapshot]
 Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
 
 
@@ -45,6 +47,19 @@ class Context:
         for adapter in self.adapters:
             selection |= adapter.selection
         return selection
+
+    def below(self, path: str) -> Context | None:
+        """The context of a graph over the module at `path`; None if an adapter on it has tensors elsewhere."""
+        adapters = [adapter.below(path) for adapter in self.adapters]
+        if None in adapters:
+            return None
+        acting = tuple(a for a in adapters if a is not None and (a.selection or a.replaced))
+        trained = frozenset(p.removeprefix(f"{path}.") for p in self.trained if p.startswith(f"{path}."))
+        return Context(acting, self.merged & {a.name for a in acting}, trained)
+
+    def signature(self, root: nn.Module) -> Hashable:
+        """Equal for contexts in which the same passes make the same of equal graphs."""
+        return tuple(adapter.signature(root) for adapter in self.adapters), self.merged
 
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
         """The sites of all adapters by the identity of the parameter they adapt."""
@@ -146,35 +161,60 @@ class Pipeline(tuple[Pass, ...]):
         context = context or Context()
         steps: list[Step] = []
         verify(gm, None, context.adapters, frozenset(), context.trained)
-        state = snapshot(gm)
+        states = {gm: snapshot(gm)}
         facts: frozenset[str] = frozenset()
         for previous, current in zip((None, *self), self):
             _observe(observers, previous, gm, current)
-            state, step = self._apply(current, gm, context, state, facts, steps)
+            states, step = self._apply(current, gm, context, states, facts, steps)
             facts |= current.establishes
             steps.append(step)
         _observe(observers, self[-1] if self else None, gm, None)
         return tuple(steps)
 
     def _apply(
-        self, current: Pass, gm: GraphModule, context: Context, state: Snapshot, facts: frozenset[str], done: list[Step]
-    ) -> tuple[Snapshot, Step]:
-        before = _copy(gm)
-        start = time.perf_counter()
-        try:
-            rewrites = current.rewrite(gm, context)
-            gm.recompile()
-            verify(gm, state, context.adapters, facts | current.establishes, context.trained)
-        except LorafxError as error:
-            if not isinstance(error, VerifyError):
-                raise
-            so_far = ", ".join(step.name for step in done) or "nothing"
-            raise VerifyError(f"after {current} (before it: {so_far}): {error}\n{diff(before, gm)}") from error
-        after = snapshot(gm)
+        self, current: Pass, gm: GraphModule, context: Context, states: States, facts: frozenset[str], done: list[Step]
+    ) -> tuple[States, Step]:
+        """Run one pass on the graph and on each of its blocks, once however many layers run it."""
+        start, rewrites = time.perf_counter(), 0
+        for part, within in _parts(gm, context):
+            before = _copy(part)
+            try:
+                rewrites += current.rewrite(part, within) * len(part.meta.get(LAYERS, "."))
+                part.recompile()
+                verify(part, states.get(part), within.adapters, facts | current.establishes, within.trained)
+            except LorafxError as error:
+                if not isinstance(error, VerifyError):
+                    raise
+                so_far = ", ".join(step.name for step in done) or "nothing"
+                where = (
+                    f" in {part.meta['name']} (run by {', '.join(part.meta[LAYERS])})" if LAYERS in part.meta else ""
+                )
+                raise VerifyError(
+                    f"after {current}{where} (before it: {so_far}): {error}\n{diff(before, part)}"
+                ) from error
+        after = {part: snapshot(part) for part, _ in _parts(gm, context)}
         milliseconds = 1e3 * (time.perf_counter() - start)
-        added = sum(tensor.numel() for path, tensor in after.tensors.items() if path not in state.tensors)
-        sites = len({node.meta[SITE].name for node in after.nodes if SITE in node.meta})
-        return after, Step(str(current), rewrites, sites, len(state.nodes), len(after.nodes), added, milliseconds)
+        return after, _step(current, rewrites, states, after, milliseconds)
+
+
+def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Context]]:
+    """A graph and its blocks, as far as there are any now, each with its context."""
+    yield gm, context
+    for block in blocks_of(gm):
+        within = context.below(block.meta[LAYERS][0])
+        assert within is not None, block.meta[LAYERS]
+        yield block, within
+
+
+def _step(current: Pass, rewrites: int, before: States, after: States, milliseconds: float) -> Step:
+    added = sites = 0
+    for part, state in after.items():
+        layers = len(part.meta.get(LAYERS, "."))
+        known = before[part].tensors if part in before else state.tensors
+        added += layers * sum(tensor.numel() for path, tensor in state.tensors.items() if path not in known)
+        sites += layers * len({node.meta[SITE].name for node in state.nodes if SITE in node.meta})
+    was, now = (sum(len(state.nodes) for state in states.values()) for states in (before, after))
+    return Step(str(current), rewrites, sites, was, now, added, milliseconds)
 
 
 def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:

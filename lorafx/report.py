@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+
+from .blocks import LAYERS, blocks_of
 
 COLUMN = 88
 
@@ -106,8 +109,8 @@ class Explanation:
 
 
 def graph_lines(gm: GraphModule) -> list[str]:
-    """A graph as text, a line a node: `linear_1 = linear(relu, second_weight)  # (s0, 3)`."""
-    return [_line(node) for node in gm.graph.nodes]
+    """A graph as text, a line a node: `linear_1 = linear(relu, second_weight)  # (s0, 3)`; then each of its blocks."""
+    return [*map(_line, gm.graph.nodes), *_with_titles(gm, graph_lines)]
 
 
 def _in_reading_order(gm: GraphModule) -> list[str]:
@@ -116,7 +119,13 @@ def _in_reading_order(gm: GraphModule) -> list[str]:
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             order.update(dict.fromkeys((*(n for n in node.all_input_nodes if n.op == "get_attr"), node)))
-    return [_line(node) for node in order]
+    return [*map(_line, order), *_with_titles(gm, _in_reading_order)]
+
+
+def _with_titles(gm: GraphModule, lines: Callable[[GraphModule], list[str]]) -> Iterator[str]:
+    for block in blocks_of(gm):
+        yield f"{block.meta['name']}, run by {', '.join(block.meta[LAYERS])}:"
+        yield from (f"    {line}" for line in lines(block))
 
 
 def _line(node: Node) -> str:
@@ -130,7 +139,8 @@ def _operation(node: Node) -> str:
         return f"return {node.args[0]}"
     if node.op == "get_attr":
         return f"{node.name} = {node.target}"
-    operator = str(node.target).removeprefix("aten.").removesuffix(".default")
+    name = str(node.target) if isinstance(node.target, (str, OpOverload)) else getattr(node.target, "__name__", "")
+    operator = (name or str(node.target)).removeprefix("aten.").removesuffix(".default")
     options = (f"{key}={value}" for key, value in node.kwargs.items())
     return f"{node.name} = {operator}({', '.join([*map(str, node.args), *options])})"
 

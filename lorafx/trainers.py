@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,15 +62,6 @@ def _seen_as(cls: type, peft: type) -> type:
 
 class Trainable(SeenAsPeft):
     """What else trainers call on PEFT's models."""
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base model's, with a warning; also what `activation_checkpointing_enable` calls."""
-        warnings.warn(
-            "gradient checkpointing saves no memory where a captured graph serves the call: the graph keeps all "
-            "activations, and results are the same. Calls served by sites (capture='sites') are checkpointed.",
-            stacklevel=2,
-        )
-        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""

@@ -3,18 +3,23 @@
 from lorafx.pipeline import Pipeline
 
 from .canonicalize import Canonicalize
+from .checkpoint_blocks import CheckpointBlocks
 from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
+from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
+from .outline_blocks import OutlineBlocks
 from .restore_linear import RestoreLinear
 from .split_reads import SplitReads
 
 default = Pipeline(
     Canonicalize(),
+    ElideCasts(),
+    OutlineBlocks(),
     SplitReads(),
     RestoreLinear(),
     MatchTargets(),
@@ -24,17 +29,21 @@ default = Pipeline(
     ElideCasts(),
     ElideDropout(),
     FoldScaling(),
+    CheckpointBlocks(),
 )
 
 __all__ = [
     "Canonicalize",
+    "CheckpointBlocks",
     "ElideCasts",
     "ElideDropout",
     "FoldScaling",
     "FreezeBase",
+    "InlineBlocks",
     "InsertAdapters",
     "MatchTargets",
     "MergeAdapters",
+    "OutlineBlocks",
     "RestoreLinear",
     "SplitReads",
     "default",

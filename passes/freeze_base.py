@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
+from lorafx.rooted import CAPTURED
 from lorafx.tree import trained_paths
 
 
@@ -23,7 +24,7 @@ class FreezeBase(Pass):
     establishes = frozenset({"frozen"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        trained = trained_paths(gm) - context.trained
+        trained = {p for p in trained_paths(gm) - context.trained if not p.startswith(f"{CAPTURED}.")}
         for path in trained:
             gm.get_parameter(path).requires_grad_(False)
         return len(trained)

@@ -276,11 +276,11 @@ def test_random_state_seeds_the_adapter_alone():
 
 
 @pytest.mark.parametrize("asked", [True, "unsloth"])
-def test_gradient_checkpointing_says_that_it_does_not_happen(asked):
-    with pytest.warns(UserWarning, match="not implemented yet: training runs without it") as caught:
-        unsloth(use_gradient_checkpointing=asked)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+def test_gradient_checkpointing_is_switched_on(asked, recwarn):
+    lora = unsloth(use_gradient_checkpointing=asked)
+    assert lora.is_gradient_checkpointing
+    said = [str(w.message) for w in recwarn if "host" in str(w.message)]
+    assert len(said) == (asked == "unsloth")
 
 
 def test_embeddings_among_the_targets_are_trained_whole():

@@ -29,8 +29,8 @@ class WithOptions(Pass):
 
 def test_a_pipeline_prints_and_parses_to_itself():
     text = (
-        "canonicalize, split_reads, restore_linear, match_targets, insert_adapters, merge_adapters, freeze_base, "
-        "elide_casts, elide_dropout, fold_scaling"
+        "canonicalize, elide_casts, outline_blocks, split_reads, restore_linear, match_targets, insert_adapters, "
+        "merge_adapters, freeze_base, elide_casts, elide_dropout, fold_scaling, checkpoint_blocks{every=False}"
     )
     assert str(default) == text
     assert Pipeline.parse(text) == default
@@ -116,7 +116,9 @@ def test_observers_see_every_gap_between_passes():
     lora(torch.randn(5, 4))
     assert [(a, b) for a, _, b in seen] == [
         (None, "canonicalize"),
-        ("canonicalize", "split_reads"),
+        ("canonicalize", "elide_casts"),
+        ("elide_casts", "outline_blocks"),
+        ("outline_blocks", "split_reads"),
         ("split_reads", "restore_linear"),
         ("restore_linear", "match_targets"),
         ("match_targets", "insert_adapters"),

@@ -1,11 +1,25 @@
 """Rules over graphs: match a pattern, emit its replacement, remember who made what."""
 
-from .emit import ADAPTED_BY, SITE, Attribute, Provenance, describe, fake_mode_of, fake_value, made_by, resolve
+from .emit import (
+    ADAPTED_BY,
+    INHERITED,
+    MADE_BY,
+    SITE,
+    Attribute,
+    Provenance,
+    describe,
+    fake_mode_of,
+    fake_value,
+    made_by,
+    resolve,
+)
 from .match import Match, NoMatch, match
 from .rule import Rule
 
 __all__ = [
     "ADAPTED_BY",
+    "INHERITED",
+    "MADE_BY",
     "SITE",
     "Attribute",
     "Match",

@@ -147,19 +147,10 @@ def test_bfloat16_errs_no_more_than_peft_s(tmp_path):
     assert all(p.dtype == torch.float32 for p in trained(ours).values())
 
 
-def test_gradient_checkpointing_warns_and_changes_nothing(tmp_path):
-    ours, theirs = twins(tmp_path)
-    mine = trainer(ours, tmp_path / "ours", gradient_checkpointing=True)
-    other = trainer(theirs, tmp_path / "theirs", gradient_checkpointing=True)
-    with pytest.warns(UserWarning, match="saves no memory"):
-        mine.train()
-    other.train()
-    np.testing.assert_allclose(losses(mine), losses(other), rtol=2e-5)
-
-
-def test_by_sites_it_really_checkpoints(tmp_path):
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_checkpointing_saves_as_much_as_pefts(tmp_path, capture):
     theirs = twins(tmp_path)[1]
-    ours = lorafx.load(theirs.unload(), tmp_path / "start", is_trainable=True, capture="sites")
+    ours = lorafx.load(theirs.unload(), tmp_path / "start", is_trainable=True, capture=capture)
     theirs = twins(tmp_path / "other")[1]
     runs = [trainer(model, tmp_path / "run", gradient_checkpointing=True, max_steps=2) for model in (ours, theirs)]
     held = []

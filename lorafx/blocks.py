@@ -1,0 +1,55 @@
+"""Blocks: a region of the model that repeats is one graph, which every layer runs on its own parameters.
+
+The outer graph has a node for each layer, `call_block(block, layer, *inputs)`. A block is a GraphModule whose
+attributes are relative to the layer (`self.self_attn.q_proj.weight`); the layer is the tree's own module, so a block
+reads whatever the layer has at that moment, and one code object serves all layers of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
+
+
+def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+    """Run a block on a layer's parameters; `block` is its graph, or what that was lowered to."""
+    if isinstance(block, GraphModule):
+        return type(block).forward(layer, *inputs)  # type: ignore[arg-type]
+    return block(layer, *inputs)
+
+
+def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+    """Run a block and keep only its inputs for backward, which runs it again (Chen et al., 2016, arXiv 1604.06174)."""
+    return checkpoint(call_block, block, layer, *inputs, use_reentrant=False)
+
+
+def asks_for_checkpointing(layer: nn.Module) -> bool:
+    """Whether a layer's own flag says so, as `gradient_checkpointing_enable()` sets it on transformers' layers."""
+    return bool(getattr(layer, "gradient_checkpointing", False))
+
+
+RUN = (call_block, checkpoint_block)
+
+
+def is_block_call(node: Node) -> bool:
+    """Whether a node runs a block."""
+    return node.op == "call_function" and node.target in RUN
+
+
+def block_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, str]]:
+    """The nodes of a graph that run a block: each with the block and the path of the layer."""
+    for node in gm.graph.nodes:
+        if is_block_call(node):
+            block, layer = node.args[:2]
+            yield node, gm.get_submodule(str(block.target)), str(layer.target)  # type: ignore[union-attr, misc]
+
+
+def blocks_of(gm: GraphModule) -> list[GraphModule]:
+    """The blocks that a graph runs, each once."""
+    return list({id(block): block for _, block, _ in block_calls(gm)}.values())

@@ -1,0 +1,57 @@
+"""Graph modules over a live tree: they read its parameters where they are, and own nothing but what only they have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from .report import graph_lines
+from .rewrite import resolve
+from .tree import find_tensor
+
+CAPTURED = "captured"
+PLAIN = "plain"  # in a graph module's meta: which of the root's plain attributes it reads
+
+
+def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
+    """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
+
+    The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
+    """
+    private = nn.Module()
+    for node in exported.graph.nodes:
+        if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
+            continue
+        atom = str(node.target).replace(".", "_")
+        value = resolve(exported, str(node.target))
+        if isinstance(value, nn.Module):
+            private.add_module(atom, value)
+        elif isinstance(value, Tensor):
+            private.register_buffer(atom, value, persistent=False)
+        else:
+            setattr(private, atom, value)
+        node.target = f"{CAPTURED}.{atom}"
+    return over(exported.graph, tree, private)
+
+
+def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
+    """A GraphModule that runs `graph` with the modules and tensors of `tree`, sharing them and copying nothing."""
+    gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
+    gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
+    gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
+    gm.training = tree.training
+    type(gm).__str__ = lambda self: "\n".join(graph_lines(self))  # type: ignore[assignment]  # each has its own type
+    targets = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    gm.meta[PLAIN] = [name for name in targets if isinstance(vars(tree).get(name), Tensor)]
+    refresh(gm, tree)
+    gm.graph = graph
+    return gm
+
+
+def refresh(gm: GraphModule, tree: nn.Module) -> None:
+    """See children (and tensors that are plain attributes) that the tree has replaced since."""
+    for name, child in tree._modules.items():
+        if name != CAPTURED and gm._modules.get(name) is not child:
+            gm._modules[name] = child
+    for name in gm.meta[PLAIN]:
+        gm.__dict__[name] = vars(tree)[name]

@@ -1,0 +1,109 @@
+"""checkpoint_blocks: less is kept, the gradients are the same bits, and the model's own switch throws it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from graphs import adapted
+from test_outline_blocks import Stack
+from torch import nn
+
+import lorafx
+from lorafx.blocks import block_calls, checkpoint_block
+from lorafx.errors import ConfigError
+
+
+def kept(lora, *call, **inputs) -> int:
+    """How many elements a forward pass keeps for backward, but for parameters."""
+    own = {id(p) for p in lora.parameters()}
+    numbers: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (numbers.append(0 if id(t) in own else t.numel()), t)[1], lambda t: t
+    ):
+        lora(*call, **inputs)
+    return sum(numbers)
+
+
+def gradients(lora, x) -> list[torch.Tensor]:
+    lora.zero_grad()
+    torch.manual_seed(3)
+    lora(x).square().sum().backward()
+    return [p.grad for p in lora.parameters() if p.requires_grad]
+
+
+def stack(**options):
+    config = {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False, "lora_dropout": 0.5}
+    torch.manual_seed(0)
+    return lorafx.compile(Stack(depth=6), config, random_state=0, **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_gradients_are_the_same_bits_and_less_is_kept(backend):
+    plain, checkpointed, x = stack(), stack(gradient_checkpointing=True, backend=backend), torch.randn(64, 4)
+    expected, found = gradients(plain, x), gradients(checkpointed, x)
+    assert len(found) == 24
+    for a, b in zip(found, expected):
+        # Dropout's random numbers come from the same seed; compiled operators round otherwise.
+        assert torch.equal(a, b) if backend == "eager" else a.shape == b.shape
+    assert kept(checkpointed, x) < kept(plain, x) / 3
+
+
+def test_only_training_is_checkpointed():
+    lora, x = stack(gradient_checkpointing=True), torch.randn(5, 4)
+    assert all(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))
+    lora.eval()
+    assert not any(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))
+    with torch.no_grad():
+        assert torch.equal(lora(x), lora(x))
+
+
+def test_the_models_own_switch_throws_it():
+    entry = zoo.ENTRIES["LlamaForCausalLM"]
+    lora = lorafx.compile(entry.build().train(), {"target_modules": ["q_proj"], "init_lora_weights": False})
+    inputs = entry.inputs(2, 7)
+    before, loss = kept(lora, **inputs), lora(**inputs).loss
+    lora.gradient_checkpointing_enable()
+    assert kept(lora, **inputs) < before / 2 and torch.equal(lora(**inputs).loss, loss)
+    assert "gradient_checkpointing" in lora.explain().calls[-1].why
+    lora.gradient_checkpointing_disable()
+    assert kept(lora, **inputs) == before
+
+
+def test_layers_that_all_differ_are_checkpointed_too():
+    entry = zoo.ENTRIES["Gemma2ForCausalLM"]  # two layers, of two kinds
+    lora = lorafx.compile(
+        entry.build().train(), {"target_modules": ["q_proj"], "init_lora_weights": False}, gradient_checkpointing=True
+    )
+    calls = list(block_calls(lora.graph(**entry.inputs(2, 7))))
+    assert [path for _, _, path in calls] == ["model.layers.0", "model.layers.1"]
+    assert all(node.target is checkpoint_block for node, _, _ in calls)
+
+
+class Writing(nn.Module):
+    """A layer that writes into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        scale.add_(1)
+        return torch.tanh(self.up(x)) + scale
+
+
+def test_a_block_that_writes_into_its_inputs_runs_once():
+    lora = adapted(Stack(lambda number: Writing()), target_modules=["up"])
+    flat = adapted(Stack(lambda number: Writing()), target_modules=["up"])
+    flat.load_state_dict(lora.state_dict())
+    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(gradients(lora, x), gradients(flat, x))
+    assert not any(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))
+
+
+def test_what_is_asked_for_is_said():
+    with pytest.warns(UserWarning, match="not implemented"):
+        stack(gradient_checkpointing="offload")
+    with pytest.raises(ConfigError, match="gradient_checkpointing='often'"):
+        stack(gradient_checkpointing="often")
