@@ -32,12 +32,12 @@ from .key import (
     modes,
 )
 from .layout import ANY, Layout, tensor_layout
-from .lower import lower
+from .lower import Lowering
 from .misses import Misses
 from .pipeline import Context, Observer, Pipeline
 from .programs import Kept, Program
 from .pure import Changed
-from .rooted import refresh
+from .rooted import accepts, copied, refresh
 from .tree import MIRRORED_AS, find_tensor, has_copies_among_children, tensor_at, trained_paths
 
 CAPTURES = ("auto", "graph", "sites")
@@ -65,6 +65,7 @@ class Dispatcher:
     capacity: int = 64
     budget: float | None = None
     programs: Kept = field(init=False)
+    captures: Kept = field(init=False)  # graphs as captured, by their key without adapters
     operators: Kept = field(init=False)
     layout: Layout = field(init=False)
     stepped: set[tuple[str, int]] = field(init=False)  # parts whose own Python ran, by the layout it ran in
@@ -74,6 +75,7 @@ class Dispatcher:
     misses: Misses = field(init=False)
     counters: dict[Hashable, frozenset[int]] = field(init=False)
     constants: dict[Hashable, frozenset[int]] = field(init=False)  # integers that graphs must be specialised on
+    lowering: Lowering = field(init=False)
     warned: bool = field(init=False)
     generation: int = field(init=False)
 
@@ -95,8 +97,9 @@ class Dispatcher:
 
     def clear(self) -> None:
         """Forget every program."""
-        self.programs, self.operators = Kept(self.capacity), Kept(OPERATORS)
+        self.programs, self.captures, self.operators = Kept(self.capacity), Kept(self.capacity), Kept(OPERATORS)
         self.layout, self.generation, self.warned = Layout(), -1, False
+        self.lowering = Lowering(self.backend, self.budget)
         self.stepped, self.whole, self.sited, self.settling = set(), set(), set(), set()
         self.misses, self.counters, self.constants = Misses(self.layout), {}, {}
 
@@ -232,14 +235,18 @@ class Dispatcher:
     def _capture(
         self, program: Program, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Capture, rewrite, lower."""
+        """Capture, rewrite, lower. What differs in adapters alone is captured once."""
         start = time.perf_counter()
-        unroll = self.capture == "graph"
-        gm = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
+        bare = program.key._replace(adapters=(), merged=frozenset())
+        captured = next((gm for gm in self.captures.of(bare) if accepts(gm, args, kwargs)), None)
+        if captured is None:
+            unroll = self.capture == "graph"
+            captured = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
+            self.captures.keep(bare, captured)
+        gm = copied(captured, tree)
         program.seconds = time.perf_counter() - start
         program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
-        program.run, program.backend = lower(gm, self.backend, self.budget)
-        program.gm = gm
+        program.gm, program.run = gm, self.lowering.lower(gm)
 
     def _free_counters(
         self, tree: nn.Module, key: CallKey, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,15 +1,15 @@
 """Lower: a rewritten graph becomes what runs, the graph itself or a compiled form of it.
 
 A graph with blocks is compiled in pieces: each block once for all its layers, and what lies between the calls of
-blocks. Parameters are inputs of every piece, so layers share one compilation, and so do adapters of the same shapes. A
-graph without blocks is compiled as a whole.
+blocks. Parameters are inputs of every piece, so layers share one compilation; a piece that is like an earlier one, as
+those of another adapter of the same shapes are, is that one. A graph without blocks is compiled as a whole.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,100 +18,96 @@ from torch._dynamo import lookup_backend
 from torch._functorch import config as partitioner
 from torch.fx import Graph, GraphModule, Node
 
-from .blocks import blocks_of, is_block_call
-from .regions import Region, is_size
+from .blocks import LAYERS, blocks_of, is_block_call
+from .regions import Region, is_size, signature
 from .rooted import CAPTURED, over
 
 _SMALL = 3  # so few operators between two blocks run as they are
 
 
-class Backend:
-    """A `torch.compile` backend, told how much to keep for backward. Counts what it compiles.
+class Piece:
+    """One function that is compiled, and how often it has been."""
 
-    `budget` is AOTAutograd's activation memory budget, 0 (recompute all) to 1. By default what norms and activations
-    give is recomputed where backward needs it: that is as cheap as reading it.
-    """
-
-    def __init__(self, name: str, budget: float | None = None):
-        self.compile = lookup_backend(name)
-        self.settings: dict[str, Any] = {"ban_recompute_materialized_backward": False}
+    def __init__(self, title: str, function: Callable[..., Any], backend: str, budget: float | None):
+        self.title, self.compiled = title, 0
+        self._backend = lookup_backend(backend)
+        # What norms and activations give is recomputed where backward needs it: that is as cheap as reading it.
+        self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": False}
         if budget is not None:
-            self.settings["activation_memory_budget"] = budget
-        self.compiled = 0
+            self._settings["activation_memory_budget"] = budget
+        self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
-    def __call__(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+    def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         self.compiled += 1
-        with partitioner.patch(self.settings):
-            return self.compile(gm, inputs, **options)
+        with partitioner.patch(self._settings):
+            return self._backend(gm, inputs, **options)
 
 
-def lower(gm: GraphModule, backend: str, budget: float | None = None) -> tuple[Callable[..., Any], Backend | None]:
-    """The callable that serves calls of `gm`, and the backend it is compiled by, if any.
+class Lowering:
+    """What compiles graphs for one adapted model, and the pieces it has compiled.
 
     `backend` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
-    graph as it is elsewhere. Sizes stay dynamic.
+    graph as it is elsewhere. `budget` is AOTAutograd's activation memory budget, 0 (recompute all) to 1. Sizes stay
+    dynamic.
     """
-    if backend == "auto":
-        backend = "inductor" if any(p.is_cuda for p in gm.parameters()) else "eager"
-    if backend == "eager":
-        return gm, None
-    chosen = Backend(backend, budget)
-    if not blocks_of(gm):
-        return torch.compile(gm, backend=chosen, dynamic=True), chosen
-    return _in_pieces(gm, chosen), chosen
+
+    def __init__(self, backend: str, budget: float | None = None):
+        self.backend, self.budget = backend, budget
+        self.pieces: dict[Hashable, Piece] = {}
+
+    def lower(self, gm: GraphModule) -> Callable[..., Any]:
+        """The callable that serves calls of `gm`."""
+        on_cuda = self.backend == "auto" and any(p.is_cuda for p in gm.parameters())
+        backend = "inductor" if on_cuda else self.backend.replace("auto", "eager")
+        if backend == "eager":
+            return gm
+        if not blocks_of(gm):
+            whole = self.pieces[id(gm)] = Piece("whole graph", gm, backend, self.budget)
+            return whole.run
+        return self._in_pieces(gm, backend)
+
+    def _in_pieces(self, gm: GraphModule, backend: str) -> GraphModule:
+        """The outer graph with compiled pieces in it; it reads parameters from the same tree."""
+        pieces = copy.copy(gm.get_submodule(CAPTURED))
+        pieces.__dict__["_modules"] = dict(pieces._modules)
+        for block in blocks_of(gm):
+            title = f"{len(block.meta[LAYERS])} layers, {block.meta[LAYERS][0]} first"
+            lifted, paths = _lifted(block.graph)
+            pieces._modules[block.meta["name"]] = CompiledBlock(self._piece(title, lifted, backend), paths)
+        graph = Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        graph.set_codegen(gm.graph._codegen)
+        for number, run in enumerate(_between_blocks(graph)):
+            inner, region = Graph(), Region("", tuple(run))
+            _fill(inner, region)
+            name = f"between_{number}"
+            pieces.add_module(name, Compiled(self._piece(f"{len(run)} operators outside layers", inner, backend)))
+            _replace(graph, region, name)
+        return over(graph, gm, pieces)
+
+    def _piece(self, title: str, graph: Graph, backend: str) -> Piece:
+        key = backend, signature(graph.find_nodes(op="placeholder"), graph.nodes)
+        if key not in self.pieces:
+            self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph), backend, self.budget)
+        return self.pieces[key]
 
 
-def _in_pieces(gm: GraphModule, backend: Backend) -> GraphModule:
-    """The outer graph with compiled pieces in it; it reads parameters from the same tree."""
-    pieces = copy.copy(gm.get_submodule(CAPTURED))
-    pieces.__dict__["_modules"] = dict(pieces._modules)
-    for block in blocks_of(gm):
-        pieces._modules[block.meta["name"]] = CompiledBlock(block, backend)
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
-    for number, run in enumerate(_between_blocks(graph)):
-        _replace(graph, Region("", tuple(run)), f"between_{number}", pieces, backend)
-    return over(graph, gm, pieces)
+class Compiled(nn.Module):
+    """A module that runs a piece."""
 
-
-def _replace(graph: Graph, run: Region, name: str, pieces: nn.Module, backend: Backend) -> None:
-    """Put one call of a compiled function where a run of operators was."""
-    inner, copies = Graph(), {}
-    for node in run.inputs:
-        copies[node] = inner.placeholder(node.name)
-    for node in run.nodes:
-        copies[node] = inner.node_copy(node, copies.__getitem__)
-    inner.output(tuple(copies[node] for node in run.outputs))
-    pieces.add_module(name, _Compiled(GraphModule(nn.Module(), inner), backend))
-    with graph.inserting_after(run.nodes[-1]):
-        call = graph.call_module(f"{CAPTURED}.{name}", run.inputs)
-    before = call
-    for number, node in enumerate(run.outputs):
-        with graph.inserting_after(before):
-            before = graph.call_function(operator.getitem, (call, number))
-        node.replace_all_uses_with(before)
-    for node in reversed(run.nodes):
-        graph.erase_node(node)
-
-
-class _Compiled(nn.Module):
-    """A module that runs a compiled graph without parameters."""
-
-    def __init__(self, gm: GraphModule, backend: Backend):
+    def __init__(self, piece: Piece):
         super().__init__()
-        self.__dict__["compiled"] = torch.compile(gm, backend=backend, dynamic=True)
+        self.__dict__["piece"] = piece
 
     def forward(self, *inputs: Any) -> Any:
-        return self.__dict__["compiled"](*inputs)
+        return self.__dict__["piece"].run(*inputs)
 
 
-class CompiledBlock(_Compiled):
-    """A block whose parameters are inputs of one compiled function, for every layer."""
+class CompiledBlock(Compiled):
+    """A block whose parameters are inputs of the piece, for every layer."""
 
-    def __init__(self, block: GraphModule, backend: Backend):
-        lifted, paths = _lifted(block.graph)
-        super().__init__(lifted, backend)
+    def __init__(self, piece: Piece, paths: list[str]):
+        super().__init__(piece)
         self.reads = [(path.split(".")[:-1], path.rpartition(".")[2]) for path in paths]
 
     def forward(self, layer: nn.Module, *inputs: Any) -> Any:
@@ -126,17 +122,43 @@ def _read(layer: Any, owners: list[str], name: str) -> Tensor:
     return getattr(layer, name) if found is None else found
 
 
-def _lifted(graph: Graph) -> tuple[GraphModule, list[str]]:
+def _lifted(graph: Graph) -> tuple[Graph, list[str]]:
     """A graph with an input for each attribute that it reads, before its own inputs; and the attributes' paths."""
-    lifted, copies = Graph(), {}
-    paths = list(dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")))
-    read = {path: lifted.placeholder(path.replace(".", "_")) for path in paths}
+    lifted = Graph()
+    copies: dict[Node, Node] = {}
+    reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+    inputs = {path: _placeholder(lifted, path.replace(".", "_"), node) for path, node in reads.items()}
     for node in graph.nodes:
-        if node.op == "get_attr":
-            copies[node] = read[str(node.target)]
-        else:
-            copies[node] = lifted.node_copy(node, copies.__getitem__)
-    return GraphModule(nn.Module(), lifted), paths
+        known = inputs.get(str(node.target)) if node.op == "get_attr" else None
+        copies[node] = known or lifted.node_copy(node, copies.__getitem__)
+    return lifted, list(reads)
+
+
+def _fill(inner: Graph, run: Region) -> None:
+    """Write a run of operators into a graph of its own."""
+    copies = {node: _placeholder(inner, node.name, node) for node in run.inputs}
+    for node in run.nodes:
+        copies[node] = inner.node_copy(node, copies.__getitem__)
+    inner.output(tuple(copies[node] for node in run.outputs))
+
+
+def _placeholder(graph: Graph, name: str, like: Node) -> Node:
+    node = graph.placeholder(name)
+    node.meta["val"] = like.meta.get("val")
+    return node
+
+
+def _replace(graph: Graph, run: Region, name: str) -> None:
+    """Put a call of the captured module `name` where a run of operators was."""
+    outputs = run.outputs
+    with graph.inserting_after(run.nodes[-1]):
+        before = call = graph.call_module(f"{CAPTURED}.{name}", run.inputs)
+    for number, node in enumerate(outputs):
+        with graph.inserting_after(before):
+            before = graph.call_function(operator.getitem, (call, number))
+        node.replace_all_uses_with(before)
+    for node in reversed(run.nodes):
+        graph.erase_node(node)
 
 
 def _between_blocks(graph: Graph) -> list[list[Node]]:
@@ -156,7 +178,8 @@ def _between_blocks(graph: Graph) -> list[list[Node]]:
 def _is_part(node: Node) -> bool:
     """Whether a node takes one of several results of something that runs as it is."""
     source = node.args[0] if node.args else None
-    interrupts = isinstance(source, Node) and (
-        is_block_call(source) or isinstance(source.target, torch._ops.HigherOrderOperator)
+    return (
+        node.target is operator.getitem
+        and isinstance(source, Node)
+        and (is_block_call(source) or isinstance(source.target, torch._ops.HigherOrderOperator))
     )
-    return getattr(node.target, "__name__", "") == "getitem" and interrupts

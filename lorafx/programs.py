@@ -10,7 +10,6 @@ from typing import Any
 from torch.fx import GraphModule
 
 from .key import COUNTER, CallKey
-from .lower import Backend
 from .report import Step
 
 
@@ -24,18 +23,12 @@ class Program:
     why: str
     run: Callable[..., Any]
     gm: GraphModule | None = None
-    backend: Backend | None = None
     reason: str = ""
     steps: tuple[Step, ...] = ()
     seconds: float = 0.0
     hits: int = 0
     failed: bool = False  # to be captured, as opposed to: it was never tried
     changes: bool = False  # the model's attributes, which is why
-
-    @property
-    def compiled(self) -> int:
-        """How many times a piece of the graph has been compiled."""
-        return self.backend.compiled if self.backend else 0
 
     @property
     def free(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,16 +42,30 @@ class Region:
         inside = set(self.nodes)
         return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> Hashable:
         """Equal for regions that compute the same from their inputs and their module's tensors."""
-        numbers: dict[Node, Any] = {node: ("input", i) for i, node in enumerate(self.inputs)}
-        numbers |= {node: ("own", name) for node, name in self.own.items()}
-        numbers |= {node: ("node", i) for i, node in enumerate(self.nodes)}
-        called = [
-            (n.op, n.target, _literal(n.args, numbers), _literal(n.kwargs, numbers), _value(n)) for n in self.nodes
-        ]
-        given = tuple(map(_value, (*self.inputs, *self.own)))
-        return tuple(called), given, tuple(numbers[node] for node in self.outputs)
+        own = {node: ("own", name) for node, name in self.own.items()}
+        numbers = own | {node: ("node", i) for i, node in enumerate(self.nodes)}
+        return signature(self.inputs, self.nodes, own), tuple(numbers[node] for node in self.outputs)
+
+
+def signature(inputs: Iterable[Node], nodes: Iterable[Node], named: Mapping[Node, Hashable] | None = None) -> Hashable:
+    """Equal for nodes that compute the same from their inputs, and from others that are `named`, by whatever name."""
+    numbers: dict[Node, Any] = {**(named or {}), **{node: ("input", i) for i, node in enumerate(inputs)}}
+    given = tuple((number, _value(node)) for node, number in numbers.items())
+    nodes = [node for node in nodes if node not in numbers]
+    numbers |= {node: ("node", i) for i, node in enumerate(nodes)}
+    called = [
+        (
+            n.op,
+            n.target if n.op == "call_function" else "",
+            _literal(n.args, numbers),
+            _literal(n.kwargs, numbers),
+            _value(n),
+        )
+        for n in nodes
+    ]
+    return tuple(called), given
 
 
 def _literal(value: Any, numbers: dict[Node, Any]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
 
 from .report import graph_lines
 from .rewrite import resolve
@@ -46,6 +50,29 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
     refresh(gm, tree)
     gm.graph = graph
     return gm
+
+
+def copied(gm: GraphModule, tree: nn.Module) -> GraphModule:
+    """A graph over the same tree that can be rewritten while the first stays as it is."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.set_codegen(gm.graph._codegen)
+    private = copy.copy(gm.get_submodule(CAPTURED))
+    private.__dict__["_modules"] = dict(private._modules)
+    other = over(graph, tree, private)
+    other.meta = {**gm.meta, **other.meta}
+    return other
+
+
+def accepts(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a graph's guards let a call of its kind pass."""
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), pytree.tree_leaves((args, kwargs))))
+    try:
+        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}._guards_fn"):
+            gm.get_submodule(str(node.target))(*(values[argument] for argument in node.args))
+    except AssertionError:
+        return False
+    return True
 
 
 def refresh(gm: GraphModule, tree: nn.Module) -> None:

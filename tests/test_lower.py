@@ -5,6 +5,8 @@ import torch
 from graphs import Chain, adapted
 from torch import nn
 
+import lorafx
+
 eps = torch.finfo(torch.float32).eps
 
 
@@ -49,3 +51,88 @@ def test_auto_is_eager_without_cuda():
     lora(torch.randn(5, 4))
     program = next(iter(lora._lorafx.dispatcher))
     assert program.run is program.gm
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Deep(nn.Module):
+    """A head that is more than a few operators, on as many layers as wanted."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(depth))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return torch.log_softmax(torch.tanh(self.head(x.square().mean(1))) / 2, -1).square()
+
+
+def deep(depth=5, **options):
+    config = {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False}
+    return lorafx.compile(Deep(depth), config, random_state=0, backend="aot_eager", **options)
+
+
+def times(lora):
+    return dict(lora.explain().compiled)
+
+
+@pytest.mark.slow
+def test_layers_share_a_compilation_and_keep_it():
+    """Sizes, adapters of the same shapes and the values of weights compile nothing again.
+
+    The block is compiled twice: the first layer's input needs no gradient, what the others are given does.
+    """
+    torch.manual_seed(0)
+    lora, plain = deep(), adapted(Deep(5))
+    plain = lorafx.compile(Deep(5), lora.peft_config["default"])
+    plain.load_state_dict(lora.state_dict())
+    for x in (torch.randn(6, 7, 4), torch.randn(3, 9, 4)):
+        loss, expected = gradients(plain, lambda x=x: plain(x).sum())
+        compiled_loss, found = gradients(lora, lambda x=x: lora(x).sum())
+        assert abs(loss - compiled_loss) <= 256 * eps * abs(loss)
+        for name, gradient in expected.items():
+            assert (gradient - found[name]).abs().max() <= 256 * eps * gradient.abs().max(), name
+    pieces = times(lora)
+    assert list(pieces.values()) == [2, 1] and any("5 layers, layers.0 first" in title for title in pieces)
+
+    first = lora(x)
+    lora.add_adapter("other", {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False})
+    lora.set_adapter("other")
+    assert not torch.allclose(lora(x), first)
+    lora.set_adapter("default")
+    assert torch.equal(lora(x), first)
+    assert times(lora) == pieces
+    lora.delete_adapter("other")
+    with torch.no_grad():
+        lora.layers[3].up.weight.add_(1)
+        plain.layers[3].up.weight.add_(1)
+    torch.testing.assert_close(lora(x), plain(x))
+    assert times(lora) == pieces
+
+
+@pytest.mark.slow
+def test_without_blocks_the_whole_graph_is_compiled():
+    lora = deep(pipeline=lorafx.passes.default.without("outline_blocks", "checkpoint_blocks"))
+    lora(torch.randn(6, 7, 4)).sum().backward()
+    assert times(lora) == {"whole graph": 1}
+
+
+@pytest.mark.slow
+def test_a_budget_keeps_less():
+    kept = []
+    for budget in (None, 0.0):
+        lora, numbers = deep(activation_budget=budget), []
+        pack = torch.autograd.graph.saved_tensors_hooks(lambda t, n=numbers: (n.append(t.numel()), t)[1], lambda t: t)
+        with pack:
+            lora(torch.randn(16, 7, 4))
+        kept.append(sum(numbers))
+    assert kept[1] < kept[0]
