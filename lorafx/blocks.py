@@ -29,6 +29,15 @@ def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, .
     return checkpoint(call_block, block, layer, *inputs, use_reentrant=False)
 
 
+def repeated_modules(root: nn.Module) -> list[nn.Module]:
+    """The outermost numbered siblings of which at least two are of one class, in the order of the tree: the layers."""
+    numbered = {name: child for name, child in root._modules.items() if name.isdigit() and child is not None}
+    classes = [type(child) for child in numbered.values()]
+    if len(set(classes)) < len(classes):
+        return list(numbered.values())
+    return [layer for child in root._modules.values() if child is not None for layer in repeated_modules(child)]
+
+
 def asks_for_checkpointing(layer: nn.Module) -> bool:
     """Whether a layer's own flag says so, as `gradient_checkpointing_enable()` sets it on transformers' layers."""
     return bool(getattr(layer, "gradient_checkpointing", False))

@@ -36,8 +36,16 @@ class BySites(TorchFunctionMode):
         super().__init__()
         self.tree, self.context, self.layout, self.serve = tree, context, layout, serve
         self.parts, self.paused = [part], False
-        self.weights = {id(tensor_at(tree, s.weight)): s.weight for a in context.adapters for s in a.selection}
-        self.replaced = {id(tensor_at(tree, base)): base for a in context.adapters for base in a.replaced}
+        weights = [site.weight for adapter in context.adapters for site in adapter.selection]
+        replaced = [base for adapter in context.adapters for base in adapter.replaced]
+        self.weights = {id(tensor_at(tree, path)): path for path in weights}
+        self.replaced = {id(tensor_at(tree, path)): path for path in replaced}
+        self.owned: dict[str, list[tuple[dict[int, str], str]]] = {
+            path.rpartition(".")[0]: [] for path in (*weights, *replaced)
+        }
+        for known, paths in ((self.weights, weights), (self.replaced, replaced)):
+            for path in paths:
+                self.owned[path.rpartition(".")[0]].append((known, path))
         self.acting = tuple(adapter.name for adapter in context.adapters), context.merged
 
     @staticmethod
@@ -59,8 +67,10 @@ class BySites(TorchFunctionMode):
 
     @contextlib.contextmanager
     def inside(self, part: str) -> Iterator[None]:
-        """Remember that a module's forward runs."""
+        """Remember that a module's forward runs, and which tensors it has meanwhile: FSDP puts whole ones in place."""
         self.parts.append(part)
+        for known, path in self.owned.get(part, ()):
+            known[id(tensor_at(self.tree, path))] = path
         try:
             yield
         finally:

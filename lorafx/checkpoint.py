@@ -234,7 +234,9 @@ def embedding_weights(base: nn.Module) -> tuple[str, ...]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor that safetensors takes: contiguous, on the CPU, sharing memory with no other."""
+    """A tensor that safetensors takes: whole, contiguous, on the CPU, sharing memory with no other."""
+    if hasattr(tensor, "full_tensor"):  # sharded over processes, which all have to ask for it
+        tensor = tensor.full_tensor()  # type: ignore[operator]
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

@@ -227,6 +227,8 @@ class Dispatcher:
             return "asked for by capture='sites'"
         if self.layout.hooked:
             return "somebody's hooks on inner modules expect to be called"
+        if self.layout.sharded:
+            return "its parameters are sharded, and whole only while a module's own forward runs"
         if (key.part, key.layout) in self.stepped and key.part not in self.whole:
             return "it is part of a call that is served by sites"
         many = len(self.programs.of(key)) >= SIZES and self.capture != "graph"

@@ -7,6 +7,7 @@ changed since.
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Layout:
     def __init__(self) -> None:
         self.watch = Watch()
         self.hooked = False  # whether somebody watches inner modules run, by hooks of his own
+        self.sharded = False  # whether some tensors are whole only while a module's own forward runs
         self.generation = 0  # how often modules have come or gone
         self._modules: list[nn.Module] = []
         self._children: list[dict[str, Any]] = []
@@ -64,6 +66,7 @@ class Layout:
         owned = list(chain.from_iterable(map(dict.values, self._owners)))
         if len(owned) != len(self._owned) or not all(map(is_, owned, self._owned)):
             self._owned, self._tensors, self._number = owned, [t for t in owned if t is not None], -1
+            self.sharded = any(map(_is_sharded, self._tensors))
         now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors[::16])), self.watch.modes
         if now != self._last or self._number < 0:
             self._last = now
@@ -98,6 +101,11 @@ class Layout:
         if hooks != self._hooks:
             self._hooks, self._number = hooks, -1
             self.hooked = any(not str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in hooks)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def tensor_layout(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from . import checkpoint
 from .adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from .blocks import repeated_modules
 from .caches import register_caches
 from .config import LoraConfig
 from .dispatch import Dispatcher
@@ -83,6 +84,11 @@ class AdaptedModel(Trainable, Saving):
     def sites(self) -> Selection:
         """The sites of the active adapters, as a table when printed."""
         return Context(tuple(self._lorafx.adapters[name] for name in self._lorafx.active)).selection
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order: modules that repeat, each with its own parameters and adapters (for `fully_shard`)."""
+        return repeated_modules(self)
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:

@@ -201,6 +201,14 @@ def test_two_stacks_that_take_turns(borrows):
     assert names == [] or names == [["a.0", "a.1"], ["b.0", "b.1"]] or names == [["a.0", "b.0", "a.1", "b.1"]]
 
 
+def test_blocks_are_the_layers():
+    lora = adapted(Stack(), target_modules=["up"])
+    assert lora.blocks == list(lora.layers)
+    lora = adapted(Interleaved(borrows=False), target_modules=["up"])
+    assert lora.blocks == [*lora.a, *lora.b]
+    assert adapted(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), target_modules=["0"]).blocks == []
+
+
 def test_compile_time_passes_run_once_for_all_layers():
     counts = []
     for depth in (2, 12):
