@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from operator import call, is_, itemgetter
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig
 # What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_DEPTH = 4
+_DEPTH, _STATES = 4, 256
 
 
 def content(value: Any, depth: int = _DEPTH) -> Hashable:
@@ -48,9 +49,10 @@ class Watch:
     """Numbers the states that the attributes of some modules, and of the configs they hold, are seen in."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[Hashable, ...], int] = {}
-        self._states: list[dict[str, Hashable]] = []
-        self._alive: list[Any] = []  # objects that states know by identity
+        self._seen: OrderedDict[tuple[Hashable, ...], int] = OrderedDict()
+        # The states by number, and the objects that they know by identity, which must live as long.
+        self._states: dict[int, tuple[dict[str, Hashable], list[Any]]] = {}
+        self._next = 0
         self._dicts: list[dict[str, Any]] = []
         self._values: list[Any] = []
         self._number = -1
@@ -82,14 +84,16 @@ class Watch:
         return self._number
 
     def _remember(self, values: list[Any]) -> None:
-        pairs = list(zip(self._names, values))
-        self.modes = tuple(value for name, value in pairs if name.endswith("training"))
-        state = {name: content(value) for name, value in pairs if not name.endswith("training")}
+        named = dict(zip(self._names, values))
+        self.modes = tuple(value for name, value in named.items() if name.endswith("training"))
+        state = {name: content(value) for name, value in named.items() if not name.endswith("training")}
         key = tuple(state.items())
         if key not in self._seen:
-            self._seen[key] = len(self._states)
-            self._states.append(state)
-            self._alive += [value for value in values if not isinstance(value, (Tensor, *_PLAIN))]
+            self._seen[key], self._next = self._next, self._next + 1
+            alive = [value for value in values if not isinstance(value, (Tensor, *_PLAIN))]
+            self._states[self._seen[key]] = state, alive
+            if len(self._seen) > _STATES:  # a model that counts its calls is in a new one each time
+                del self._states[self._seen.popitem(last=False)[1]]
         self._number = self._seen[key]
         containers = {id(c): c for value in values for c in _containers(value)}
         self._containers = [(container, _items(container)) for container in containers.values()]
@@ -102,9 +106,10 @@ class Watch:
         )
 
     def changes(self, new: int, old: int) -> Iterator[str]:
-        """Names of the attributes in which two states differ."""
-        now, before = self._states[new], self._states[old]
-        yield from (name for name in now | before if now.get(name) != before.get(name))
+        """Names of the attributes in which two states differ, as far as both are remembered."""
+        if new in self._states and old in self._states:
+            now, before = self._states[new][0], self._states[old][0]
+            yield from (name for name in now | before if now.get(name) != before.get(name))
 
 
 def _equal(values: list[Any], others: list[Any]) -> bool:

@@ -444,3 +444,23 @@ def test_a_slice_of_a_sequential_is_plain_and_adapted():
     part = lora[:2]
     assert not isinstance(part, lorafx.AdaptedModel)
     torch.testing.assert_close(lora[2](part(x)), lora(x))
+
+
+class Counting(Chain):
+    """A model that counts its calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_states_that_were_long_ago_are_forgotten():
+    lora, x = adapted(Counting()), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="it changes calls"):
+        lora(x)
+    for _ in range(300):
+        lora(x)
+    watch = lora._lorafx.dispatcher.layout.watch
+    assert len(watch._states) <= 256 and lora.calls == 301 and served(lora) == ["sites", "sites"]
