@@ -74,9 +74,7 @@ def compile(
             # So that the model keeps no cache meanwhile, and that calls by sites do it too.
             adapted.gradient_checkpointing_enable()  # type: ignore[operator]
         if example_inputs is not None:
-            named = isinstance(example_inputs, Mapping)
-            args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
-            adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
+            _capture(adapted, example_inputs)
     except BaseException:
         adapted._leave()
         raise
@@ -116,6 +114,13 @@ def load(
     adapted.set_adapter(adapter_name)
     copy_into(adapted, embeddings)
     return adapted if is_trainable else adapted.eval()
+
+
+def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
+    """Make what serves such a call now."""
+    named = isinstance(example_inputs, Mapping)
+    args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
+    adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
 
 
 def _pipeline(pipeline: Passes | None, gradient_checkpointing: bool | str = False) -> Pipeline:
