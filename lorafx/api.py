@@ -51,8 +51,7 @@ def compile(
             with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
-        gradient_checkpointing: keep the inputs of layers for backward, and recompute the rest. "offload" does so too,
-            with a warning: moving them to the host meanwhile is not implemented.
+        gradient_checkpointing: keep the inputs of layers for backward, recompute the rest ("offload" too, so far).
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.

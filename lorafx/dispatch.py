@@ -82,6 +82,8 @@ class Dispatcher:
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
             raise ConfigError(f"capture={self.capture!r} is none of {', '.join(CAPTURES)}")
+        if self.budget is not None and not 0 <= self.budget <= 1:
+            raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
         self.clear()
 
     def __getstate__(self) -> dict[str, Any]:

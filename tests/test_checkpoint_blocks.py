@@ -11,7 +11,7 @@ from torch import nn
 
 import lorafx
 from lorafx.blocks import block_calls, checkpoint_block
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, PipelineError
 
 
 def kept(lora, *call, **inputs) -> int:
@@ -107,3 +107,8 @@ def test_what_is_asked_for_is_said():
         stack(gradient_checkpointing="offload")
     with pytest.raises(ConfigError, match="gradient_checkpointing='often'"):
         stack(gradient_checkpointing="often")
+    with pytest.raises(ConfigError, match="activation_budget=2"):
+        stack(activation_budget=2)
+    flat = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
+    with pytest.raises(PipelineError, match="checkpoint_blocks requires `blocks`"):
+        stack(gradient_checkpointing=True, pipeline=flat)
