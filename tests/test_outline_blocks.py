@@ -238,9 +238,7 @@ def test_inlined_again_it_is_the_flat_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["CLIPModel", "MixtralForCausalLM", "Dinov2ForImageClassification"]
-)
+@pytest.mark.parametrize("name", ["CLIPModel", "MixtralForCausalLM", "Dinov2ForImageClassification"])
 def test_outlined_models_compute_the_same_bits(name):
     entry = zoo.ENTRIES[name]
     losses = []
