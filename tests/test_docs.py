@@ -71,6 +71,9 @@ def test_the_quickstart_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "loss.png").stat().st_size > 1000
+    before, after = done.stdout.split(", before:")[1].split(", after:")
+    assert "linear.default" in before and "lora_a" not in before
+    assert "addmm.default" in after and "lora_a" in after and "alpha=" in after
 
 
 def test_the_page_of_models_misses_none_and_shows_no_failure():

