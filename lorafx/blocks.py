@@ -14,6 +14,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
+from .errors import RecomputeError
+
 LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
 
 
@@ -26,7 +28,24 @@ def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *input
 
 def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
     """Run a block and keep only its inputs for backward, which runs it again (Chen et al., 2016, arXiv 1604.06174)."""
-    return checkpoint(call_block, block, layer, *inputs, use_reentrant=False)
+    return checkpoint(_call_unchanged, block, layer, _versions(layer), *inputs, use_reentrant=False)
+
+
+def _call_unchanged(block: Any, layer: nn.Module, versions: list[int], *inputs: Any) -> tuple[Any, ...]:
+    """Run a block unless the layer's tensors have been written to since: a second run would compute something else."""
+    if _versions(layer) != versions:
+        raise RecomputeError(
+            "a checkpointed layer is to run again for backward, and its parameters or buffers were written to after it "
+            "ran; call backward before changing them, or train without gradient checkpointing"
+        )
+    return call_block(block, layer, *inputs)
+
+
+def _versions(layer: nn.Module) -> list[int]:
+    tensors = (
+        t for module in layer.modules() for owned in (module._parameters, module._buffers) for t in owned.values()
+    )
+    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
 
 def repeated_modules(root: nn.Module) -> list[nn.Module]:

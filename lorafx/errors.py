@@ -41,6 +41,10 @@ class CheckpointError(LorafxError, ValueError):
     """An adapter folder that cannot be read or written; the message names the file and the key."""
 
 
+class RecomputeError(LorafxError, RuntimeError):
+    """A checkpointed layer cannot run again in backward, because it was changed after it ran."""
+
+
 class MergeError(LorafxError, RuntimeError):
     """A merge or unmerge that was refused; no weight has been changed."""
 

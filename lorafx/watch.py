@@ -6,13 +6,11 @@ identities; only what has changed is looked at closely.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from operator import call, is_, itemgetter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from transformers import PreTrainedConfig
 # What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_DEPTH, _STATES = 4, 256
+_VALUES = (*_PLAIN, list, tuple, dict, set, frozenset)
+_NO_CONFIGS = ("torch.", "lorafx.", "transformers.generation", "functools")
+_DEPTH, _STATES, _LARGE = 4, 256, 4096
 
 
 def content(value: Any, depth: int = _DEPTH) -> Hashable:
@@ -34,6 +34,8 @@ def content(value: Any, depth: int = _DEPTH) -> Hashable:
         return type(value), value
     if isinstance(value, Tensor):
         return Tensor, value.dtype, value.device, value.shape
+    if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > _LARGE:
+        return type(value), len(value), id(value)  # a vocabulary, say, and no setting
     if isinstance(value, (list, tuple)) and depth:
         return type(value), *(content(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth:
@@ -85,8 +87,8 @@ class Watch:
 
     def _remember(self, values: list[Any]) -> None:
         named = dict(zip(self._names, values))
-        self.modes = tuple(value for name, value in named.items() if name.endswith("training"))
-        state = {name: content(value) for name, value in named.items() if not name.endswith("training")}
+        self.modes = tuple(value for name, value in named.items() if _is_mode(name))
+        state = {name: content(value) for name, value in named.items() if not _is_mode(name)}
         key = tuple(state.items())
         if key not in self._seen:
             self._seen[key], self._next = self._next, self._next + 1
@@ -134,13 +136,23 @@ def _holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, di
         pending += [(f"{path}.{name}", value) for name, value in attributes if _is_config(value)]
 
 
-def _is_config(value: Any) -> bool:
-    if isinstance(value, (PreTrainedConfig, SimpleNamespace)):
+def _is_mode(name: str) -> bool:
+    return name.rpartition(".")[2] == "training"
+
+
+def _is_config(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether an object holds a model's settings: a config of transformers, or what has plain values and no other."""
+    if isinstance(value, PreTrainedConfig):
         return True
-    return dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    if isinstance(value, (nn.Module, Tensor, type)) or type(value).__module__.startswith(_NO_CONFIGS):
+        return False
+    values = list(vars(value).values()) if hasattr(value, "__dict__") and depth else []
+    return bool(values) and all(isinstance(v, _VALUES) or _is_config(v, depth - 1) for v in values)
 
 
 def _containers(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    if isinstance(value, (list, tuple, dict, set)) and len(value) > _LARGE:
+        return
     if isinstance(value, (list, dict, set)) and depth:
         yield value
     if isinstance(value, (list, tuple, dict)) and depth:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
+from lorafx.effects import must_stay
 from lorafx.pipeline import Context, Pass
 
 ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
@@ -27,19 +28,9 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.target in ASSERTIONS:
                 gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code(is_impure_node=_must_stay)
+        gm.graph.eliminate_dead_code(is_impure_node=lambda node: must_stay(node, gm))
         _sink_attributes(gm.graph)
         return before - len(gm.graph.nodes)
-
-
-def _must_stay(node: Node) -> bool:
-    """Inputs, output, guards, operators that write into their arguments, and the brackets around a vmap."""
-    if node.op in ("placeholder", "output", "call_module"):
-        return True
-    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
 
 
 def _sink_attributes(graph: Graph) -> None:

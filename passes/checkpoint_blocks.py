@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lorafx.blocks import asks_for_checkpointing, block_calls, checkpoint_block
+from lorafx.effects import writes_to_what_it_is_given
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import MADE_BY, Provenance
 
@@ -22,7 +22,7 @@ class CheckpointBlocks(Pass):
     """Afterwards layers that train and ask for it (or `every` layer that trains) recompute what backward needs.
 
     A layer asks by its attribute `gradient_checkpointing`, as `model.gradient_checkpointing_enable()` sets it. A block
-    that writes into what it is given cannot run twice and is left.
+    that writes into its inputs or buffers cannot run twice and is left.
     """
 
     every: bool = False
@@ -34,27 +34,8 @@ class CheckpointBlocks(Pass):
         for node, block, path in block_calls(gm):
             layer = gm.get_submodule(path)
             asked = layer.training and (self.every or asks_for_checkpointing(layer))
-            if asked and node.target is not checkpoint_block and not _writes_to_inputs(block):
+            if asked and node.target is not checkpoint_block and not writes_to_what_it_is_given(block):
                 node.target = checkpoint_block
                 node.meta[MADE_BY] = Provenance(self.name)
                 count += 1
         return count
-
-
-def _writes_to_inputs(block: GraphModule) -> bool:
-    return any(_is_given(node) for node in block.graph.nodes if _is_mutable(node))
-
-
-def _is_mutable(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
-
-
-def _is_given(node: Node) -> bool:
-    """Whether what a node writes to may be an input, or share memory with one."""
-    target = node.args[0]
-    while isinstance(target, Node) and target.op == "call_function":
-        if target.target is torch.ops.aten.lift_fresh_copy.default:
-            return False
-        target = target.args[0] if target.args else None
-    return True

@@ -18,6 +18,7 @@ LAYERS = [
         "targets",
         "autocast",
         "blocks",
+        "effects",
         "report",
         "tree",
         "residual",

@@ -33,6 +33,13 @@ def served(lora):
     return [call.served_by for call in lora.explain().calls]
 
 
+class Node:
+    """A config of somebody's own."""
+
+    def __init__(self):
+        self.offset = 0.0
+
+
 class Attributes(Chain):
     """A model whose forward reads attributes of many sorts, its own and inner modules'."""
 
@@ -40,6 +47,7 @@ class Attributes(Chain):
         super().__init__()
         self.scale, self.shifts, self.options = 1.0, [0.5, 1.5], {"power": 1}
         self.cfg = SimpleNamespace(inner=SimpleNamespace(flag=False))
+        self.node, self.used_in_training = Node(), ["a list"]
         self.drop = nn.Dropout(0.5)
         self.drop.tag = "a"
         self.register_buffer("mask", torch.ones(3))
@@ -47,13 +55,14 @@ class Attributes(Chain):
     def forward(self, x):
         y = super().forward(x) * self.scale + sum(self.shifts)
         y = self.drop(y ** self.options["power"]) * self.mask.sum()
-        return y + (1 if self.cfg.inner.flag else 0) + len(self.drop.tag)
+        return y + (1 if self.cfg.inner.flag else 0) + len(self.drop.tag) + self.node.offset
 
 
 CHANGES = {
     "a float": lambda m: setattr(m, "scale", 100.0),
     "a list": lambda m: m.shifts.append(3.0),
     "a dict": lambda m: m.options.update(power=2),
+    "a config of somebody's own": lambda m: setattr(m.node, "offset", 3.0),
     "a nested config": lambda m: setattr(m.cfg.inner, "flag", True),
     "a string of an inner module": lambda m: setattr(m.drop, "tag", "longer"),
     "a buffer's shape": lambda m: setattr(m, "mask", torch.ones(5)),
@@ -186,6 +195,34 @@ def test_containers_that_are_given_are_filled():
     assert served(lora) == ["graph"]
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[2])
+
+
+class Averaging(Chain):
+    """A model that keeps statistics of which it uses nothing in the same call."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.norm = way, nn.BatchNorm1d(6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.way == "no_grad":
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(h.mean(0) * 0.1)
+        else:
+            self.norm(h)
+        return self.second(h)
+
+
+@pytest.mark.parametrize("way", ["no_grad", "norm"])
+def test_statistics_are_kept_though_nobody_uses_them(way):
+    lora, plain = twins(Averaging(way))
+    for x in (random(5, 4), random(5, 4)):
+        torch.testing.assert_close(lora(x), plain(x))
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(lora.get_buffer(name), buffer, msg=name)
+    assert served(lora) == ["graph"]
 
 
 @pytest.fixture(scope="module")

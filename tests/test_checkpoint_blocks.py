@@ -6,12 +6,12 @@ import pytest
 import torch
 import zoo
 from graphs import adapted
-from test_outline_blocks import Stack
+from test_outline_blocks import Layer, Stack
 from torch import nn
 
 import lorafx
 from lorafx.blocks import block_calls, checkpoint_block
-from lorafx.errors import ConfigError, PipelineError
+from lorafx.errors import ConfigError, PipelineError, RecomputeError
 
 
 def kept(lora, *call, **inputs) -> int:
@@ -100,6 +100,51 @@ def test_a_block_that_writes_into_its_inputs_runs_once():
     x = torch.randn(5, 4)
     torch.testing.assert_close(gradients(lora, x), gradients(flat, x))
     assert not any(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))
+
+
+class Averaging(nn.Module):
+    """A layer that keeps statistics by an operator that does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x, scale):
+        return nn.functional.batch_norm(self.up(x), self.mean, self.variance, training=True)
+
+
+def test_statistics_are_kept_once():
+    lora = adapted(Stack(lambda number: Averaging()), target_modules=["up"])
+    other = adapted(Stack(lambda number: Averaging()), target_modules=["up"])
+    other.load_state_dict(lora.state_dict())
+    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    x = torch.randn(5, 4)
+    gradients(lora, x), gradients(other, x)
+    assert other.layers[2].mean.any()
+    assert all(torch.equal(lora.get_buffer(name), buffer) for name, buffer in other.named_buffers())
+
+
+class InPlace(Layer):
+    def forward(self, x, scale):
+        return x + self.down(nn.functional.relu(self.up(x), inplace=True))
+
+
+def test_an_activation_in_place_is_no_hindrance():
+    lora = adapted(Stack(lambda number: InPlace()), target_modules=["up"])
+    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    calls = list(block_calls(lora.graph(torch.randn(5, 4))))
+    assert len(calls) == 4 and all(node.target is checkpoint_block for node, _, _ in calls)
+
+
+def test_a_layer_that_was_changed_before_backward_is_no_guess():
+    lora, x = stack(gradient_checkpointing=True), torch.randn(5, 4)
+    loss = lora(x).sum()
+    with torch.no_grad():
+        lora.layers[1].up.weight.add_(1)
+    with pytest.raises(RecomputeError, match="written to after it ran"):
+        loss.backward()
 
 
 def test_what_is_asked_for_is_said():
