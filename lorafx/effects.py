@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
+
+from .rewrite import resolve
 
 aten = torch.ops.aten
 # They update running statistics, which their schemas do not say.
@@ -35,15 +35,9 @@ def writes(node: Node, gm: torch.nn.Module) -> bool:
 def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
     """Whether an argument is a graph that writes; one that cannot be looked into may."""
     if argument.op == "get_attr":
-        body = _attribute(gm, str(argument.target))
+        body = resolve(gm, str(argument.target))
         return isinstance(body, GraphModule) and any(writes(node, body) for node in body.graph.nodes)
     return argument.op == "placeholder" and not isinstance(argument.meta.get("val"), (torch.Tensor, torch.SymInt, int))
-
-
-def _attribute(gm: Any, path: str) -> Any:
-    for atom in path.split("."):
-        gm = getattr(gm, atom, None)
-    return gm
 
 
 def writes_to_what_it_is_given(gm: GraphModule) -> bool:

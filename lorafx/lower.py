@@ -7,7 +7,6 @@ those of another adapter of the same shapes are, is that one. A graph without bl
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -20,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .blocks import LAYERS, blocks_of, is_block_call
 from .regions import Region, is_size, signature
-from .rooted import CAPTURED, over
+from .rooted import CAPTURED, copied
 
 _SMALL = 3  # so few operators between two blocks run as they are
 
@@ -68,22 +67,20 @@ class Lowering:
 
     def _in_pieces(self, gm: GraphModule, backend: str) -> GraphModule:
         """The outer graph with compiled pieces in it; it reads parameters from the same tree."""
-        pieces = copy.copy(gm.get_submodule(CAPTURED))
-        pieces.__dict__["_modules"] = dict(pieces._modules)
+        outer = copied(gm, gm)
+        graph, pieces = outer.graph, outer.get_submodule(CAPTURED)
         for block in blocks_of(gm):
             title = f"{len(block.meta[LAYERS])} layers, {block.meta[LAYERS][0]} first"
             lifted, paths = _lifted(block.graph)
             pieces._modules[block.meta["name"]] = CompiledBlock(self._piece(title, lifted, backend), paths)
-        graph = Graph()
-        graph.output(graph.graph_copy(gm.graph, {}))
-        graph.set_codegen(gm.graph._codegen)
         for number, run in enumerate(_between_blocks(graph)):
             inner, region = Graph(), Region("", tuple(run))
             _fill(inner, region)
             name = f"between_{number}"
             pieces.add_module(name, Compiled(self._piece(f"{len(run)} operators outside layers", inner, backend)))
             _replace(graph, region, name)
-        return over(graph, gm, pieces)
+        outer.recompile()
+        return outer
 
     def _piece(self, title: str, graph: Graph, backend: str) -> Piece:
         key = backend, signature(graph.find_nodes(op="placeholder"), graph.nodes)

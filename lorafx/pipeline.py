@@ -21,6 +21,7 @@ from .blocks import LAYERS, blocks_of
 from .errors import LorafxError, PipelineError, VerifyError
 from .report import Step, diff
 from .rewrite import SITE
+from .rooted import copied_graph
 from .sites import Selection, Site
 from .verify import Snapshot, snapshot, verify
 
@@ -224,10 +225,8 @@ def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModu
 
 def _copy(gm: GraphModule) -> GraphModule:
     """A graph to compare with later: nodes and metadata copied, no tensors."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
     copy = GraphModule(nn.Module(), Graph())
-    copy._graph = graph  # text only: never compiled, so nothing needs to resolve
+    copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
     return copy
 
 

@@ -54,13 +54,18 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
 
 def copied(gm: GraphModule, tree: nn.Module) -> GraphModule:
     """A graph over the same tree that can be rewritten while the first stays as it is."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    graph.set_codegen(gm.graph._codegen)
     private = copy.copy(gm.get_submodule(CAPTURED))
     private.__dict__["_modules"] = dict(private._modules)
-    other = over(graph, tree, private)
+    other = over(copied_graph(gm.graph), tree, private)
     other.meta = {**gm.meta, **other.meta}
+    return other
+
+
+def copied_graph(graph: Graph) -> Graph:
+    """The same nodes with the same metadata, called the same way."""
+    other = Graph()
+    other.output(other.graph_copy(graph, {}))
+    other.set_codegen(graph._codegen)
     return other
 
 

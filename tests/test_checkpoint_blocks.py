@@ -38,6 +38,14 @@ def stack(**options):
     return lorafx.compile(Stack(depth=6), config, random_state=0, **options)
 
 
+def twins(layer):
+    """Layers of this class with every one checkpointed, and the same model without that."""
+    lora, other = (adapted(Stack(lambda number: layer()), target_modules=["up"]) for _ in range(2))
+    other.load_state_dict(lora.state_dict())
+    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    return lora, other
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_gradients_are_the_same_bits_and_less_is_kept(backend):
     plain, checkpointed, x = stack(), stack(gradient_checkpointing=True, backend=backend), torch.randn(64, 4)
@@ -93,11 +101,7 @@ class Writing(nn.Module):
 
 
 def test_a_block_that_writes_into_its_inputs_runs_once():
-    lora = adapted(Stack(lambda number: Writing()), target_modules=["up"])
-    flat = adapted(Stack(lambda number: Writing()), target_modules=["up"])
-    flat.load_state_dict(lora.state_dict())
-    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
-    x = torch.randn(5, 4)
+    (lora, flat), x = twins(Writing), torch.randn(5, 4)
     torch.testing.assert_close(gradients(lora, x), gradients(flat, x))
     assert not any(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))
 
@@ -116,11 +120,7 @@ class Averaging(nn.Module):
 
 
 def test_statistics_are_kept_once():
-    lora = adapted(Stack(lambda number: Averaging()), target_modules=["up"])
-    other = adapted(Stack(lambda number: Averaging()), target_modules=["up"])
-    other.load_state_dict(lora.state_dict())
-    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
-    x = torch.randn(5, 4)
+    (lora, other), x = twins(Averaging), torch.randn(5, 4)
     gradients(lora, x), gradients(other, x)
     assert other.layers[2].mean.any()
     assert all(torch.equal(lora.get_buffer(name), buffer) for name, buffer in other.named_buffers())
@@ -132,8 +132,7 @@ class InPlace(Layer):
 
 
 def test_an_activation_in_place_is_no_hindrance():
-    lora = adapted(Stack(lambda number: InPlace()), target_modules=["up"])
-    lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    lora, _ = twins(InPlace)
     calls = list(block_calls(lora.graph(torch.randn(5, 4))))
     assert len(calls) == 4 and all(node.target is checkpoint_block for node, _, _ in calls)
 
