@@ -74,9 +74,13 @@ def test_before_and_after():
     ]
 
 
+SLOPES = (lambda x: nn.functional.leaky_relu(x, 0.1), lambda x: nn.functional.leaky_relu(x, 0.2))
+DIFFERENCES = (lambda x: x - torch.tanh(x), lambda x: torch.tanh(x) - x)
 KINDS = {
     "one": (lambda number: Layer(), [[0, 1, 2, 3]]),
     "alternating": (lambda number: Layer(act=(torch.relu, torch.tanh)[number % 2]), [[0, 2], [1, 3]]),
+    "a constant": (lambda number: Layer(act=SLOPES[number // 2]), [[0, 1], [2, 3]]),
+    "the order of operands": (lambda number: Layer(act=DIFFERENCES[number % 2]), [[0, 2], [1, 3]]),
     "by width": (lambda number: Layer(inner=6 + number // 2), [[0, 1], [2, 3]]),
     "an odd one": (lambda number: Layer(inner=9 if number == 2 else 6), [[0, 1, 3], [2]]),
     "none": (lambda number: Layer(inner=6 + number), []),
