@@ -7,6 +7,7 @@ reads whatever the layer has at that moment, and one code object serves all laye
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,12 @@ RUN = (call_block, checkpoint_block)
 def is_block_call(node: Node) -> bool:
     """Whether a node runs a block."""
     return node.op == "call_function" and node.target in RUN
+
+
+def is_of_block(node: Node) -> bool:
+    """Whether a node runs a block or takes one of its outputs."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, Node) and is_block_call(source)
 
 
 def block_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, str]]:

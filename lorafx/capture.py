@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import logging
@@ -17,12 +18,15 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.export import Dim, ShapesCollection
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from .caches import branchless_windows, register_caches
 from .errors import CaptureError
 from .filled import changed, contents, given, rebuilt, without_given
+from .folded import fold
 from .key import images
+from .once import Interrupted, Once
 from .pure import innermost_line, no_unrolling, pure, unchanging
 from .rooted import rooted
 from .tree import branch, isolated, mirrored, tensor_at, without_hooks
@@ -52,25 +56,49 @@ def trace_part(
     kwargs: dict[str, Any],
     free: Collection[int] = (),
     unroll: bool = True,
+    once: bool = False,
 ) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model.
 
     `free` numbers the call's leaves that are integers for which the graph should not be specialised. A loop over a size
-    is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`.
+    is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`. With `once`, layers that ask
+    for the same operators are traced once, and the graph comes with blocks.
     """
+    if once:
+        try:
+            return _trace_part(model, path, args, kwargs, free, unroll, once=True)
+        except Interrupted:
+            pass
+    return _trace_part(model, path, args, kwargs, free, unroll)
+
+
+def _trace_part(
+    model: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: Collection[int],
+    unroll: bool,
+    once: bool = False,
+) -> GraphModule:
     bare = isolated(mirrored(model))
     part = bare.get_submodule(path)
     without_hooks(part)
+    watch = Once(bare, path) if once else None
     # A part is called rather than its forward, so that the graph's nodes know that they are in it.
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if watch:
+            watch.begin()
         with unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
     bare.__dict__["forward"] = called
     gm = rooted(_export(bare, args, kwargs, free), model)
+    if watch:
+        fold(gm)
     gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]
     return gm
 
@@ -157,9 +185,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with _as_outside(), plain_operators(), branchless_windows(), quiet(), pure():
+        with _as_outside(), plain_operators(), branchless_windows(), quiet(), pure(), _use_lazy_graph_module(True):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
+    except Interrupted:
+        raise
     except CaptureError as error:
         raise CaptureError(f"{name} could not be captured: {error}") from error
     except Exception as error:
@@ -175,6 +205,18 @@ def _as_outside() -> Iterator[None]:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.set_grad_enabled(grad), hooks:
         yield
+
+
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Keep Python from looking for garbage: graphs are large, and hardly any of what tracing makes is in cycles."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .by_sites import BySites
 from .caches import is_length
-from .capture import FILLS, argument_names, describe_call, trace_part
+from .capture import FILLS, argument_names, collecting_later, describe_call, trace_part
 from .errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from .filled import fill
 from .key import (
@@ -240,17 +240,19 @@ class Dispatcher:
         self, program: Program, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Capture, rewrite, lower. What differs in adapters alone is captured once."""
-        start = time.perf_counter()
-        bare = program.key._replace(adapters=(), merged=frozenset())
-        captured = next((gm for gm in self.captures.of(bare) if accepts(gm, args, kwargs)), None)
-        if captured is None:
-            unroll = self.capture == "graph"
-            captured = trace_part(tree, program.key.part, args, kwargs, program.free, unroll)
-            self.captures.keep(bare, captured)
-        gm = copied(captured, tree)
-        program.seconds = time.perf_counter() - start
-        program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
-        program.gm, program.run = gm, self.lowering.lower(gm)
+        with collecting_later():
+            start = time.perf_counter()
+            bare = program.key._replace(adapters=(), merged=frozenset())
+            captured = next((gm for gm in self.captures.of(bare) if accepts(gm, args, kwargs)), None)
+            if captured is None:
+                unroll = self.capture == "graph"
+                once = any("blocks" in p.establishes for p in self.pipeline)
+                captured = trace_part(tree, program.key.part, args, kwargs, program.free, unroll, once)
+                self.captures.keep(bare, captured)
+            gm = copied(captured, tree)
+            program.seconds = time.perf_counter() - start
+            program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
+            program.gm, program.run = gm, self.lowering.lower(gm)
 
     def _free_counters(
         self, tree: nn.Module, key: CallKey, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

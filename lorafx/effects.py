@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -12,6 +14,8 @@ aten = torch.ops.aten
 _NORMS = ("batch_norm", "instance_norm")
 # They may return what they are given, which their schemas do not say.
 _MAY_PASS_ON = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+# They pin dtypes, and with them an autocast state.
+ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
 def must_stay(node: Node, gm: torch.nn.Module) -> bool:
@@ -42,16 +46,17 @@ def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
 
 def writes_to_what_it_is_given(gm: GraphModule) -> bool:
     """Whether a graph writes into its inputs, or into tensors that it reads from its module."""
-    return any(_reaches_out(node) for node in gm.graph.nodes if writes(node, gm))
+    inside = set(gm.graph.nodes)
+    return any(reaches_out(node, inside) for node in gm.graph.nodes if writes(node, gm))
 
 
-def _reaches_out(node: Node) -> bool:
-    """Whether what a node writes to may be, or share memory with, something that was there before."""
+def reaches_out(node: Node, inside: Container[Node]) -> bool:
+    """Whether what a node writes to may be, or share memory with, something that was there before those `inside`."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return True  # hidden writes, and those of inner graphs, are to buffers
     target = node.args[0]
-    while isinstance(target, Node) and target.op == "call_function":
+    while isinstance(target, Node) and target.op == "call_function" and target in inside:
         if target.target is aten.lift_fresh_copy.default or not _may_share(target):
             return False
         target = target.args[0] if target.args else None

@@ -17,7 +17,7 @@ from torch._dynamo import lookup_backend
 from torch._functorch import config as partitioner
 from torch.fx import Graph, GraphModule, Node
 
-from .blocks import LAYERS, blocks_of, is_block_call
+from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
 
@@ -174,9 +174,5 @@ def _between_blocks(graph: Graph) -> list[list[Node]]:
 
 def _is_part(node: Node) -> bool:
     """Whether a node takes one of several results of something that runs as it is."""
-    source = node.args[0] if node.args else None
-    return (
-        node.target is operator.getitem
-        and isinstance(source, Node)
-        and (is_block_call(source) or isinstance(source.target, torch._ops.HigherOrderOperator))
-    )
+    source = node.args[0] if node.target is operator.getitem else None
+    return is_of_block(node) or (isinstance(source, Node) and isinstance(source.target, torch._ops.HigherOrderOperator))

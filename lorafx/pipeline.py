@@ -17,16 +17,33 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from .adapter import Adapter
-from .blocks import LAYERS, blocks_of
-from .errors import LorafxError, PipelineError, VerifyError
+from .blocks import LAYERS, block_calls, blocks_of
+from .errors import PipelineError, VerifyError
+from .outline import inline_call, keep_block, list_layers, run_instead
 from .report import Step, diff
 from .rewrite import SITE
-from .rooted import copied_graph
+from .rooted import copied, copied_graph
 from .sites import Selection, Site
 from .verify import Snapshot, snapshot, verify
 
-States = dict[GraphModule, Snapshot]
 Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A graph before a pass: what the verifier compares with, and the text for a diff."""
+
+    snapshot: Snapshot
+    copy: GraphModule
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> _Before:
+        copy = GraphModule(nn.Module(), Graph())
+        copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
+        return cls(snapshot(gm), copy)
+
+
+States = dict[GraphModule, _Before]
 
 
 @dataclass(frozen=True)
@@ -161,8 +178,9 @@ class Pipeline(tuple[Pass, ...]):
         self.check()
         context = context or Context()
         steps: list[Step] = []
+        _fit(gm, context)
         verify(gm, None, context.adapters, frozenset(), context.trained)
-        states = {gm: snapshot(gm)}
+        states = {part: _Before.of(part) for part, _ in _parts(gm, context)}
         facts: frozenset[str] = frozenset()
         for previous, current in zip((None, *self), self):
             _observe(observers, previous, gm, current)
@@ -176,26 +194,44 @@ class Pipeline(tuple[Pass, ...]):
         self, current: Pass, gm: GraphModule, context: Context, states: States, facts: frozenset[str], done: list[Step]
     ) -> tuple[States, Step]:
         """Run one pass on the graph and on each of its blocks, once however many layers run it."""
-        start, rewrites = time.perf_counter(), 0
+        start, rewrites, after = time.perf_counter(), 0, States()
         for part, within in _parts(gm, context):
-            before = _copy(part)
+            before = states.get(part) or _Before.of(part)
             try:
-                rewrites += current.rewrite(part, within) * len(part.meta.get(LAYERS, "."))
-                part.recompile()
-                verify(part, states.get(part), within.adapters, facts | current.establishes, within.trained)
-            except LorafxError as error:
-                if not isinstance(error, VerifyError):
-                    raise
+                here = current.rewrite(part, within)
+                changed = here or snapshot(part).nodes != before.snapshot.nodes
+                if changed:
+                    part.recompile()
+                verify(part, before.snapshot, within.adapters, facts | current.establishes, within.trained)
+            except VerifyError as error:
                 so_far = ", ".join(step.name for step in done) or "nothing"
                 where = (
                     f" in {part.meta['name']} (run by {', '.join(part.meta[LAYERS])})" if LAYERS in part.meta else ""
                 )
                 raise VerifyError(
-                    f"after {current}{where} (before it: {so_far}): {error}\n{diff(before, part)}"
+                    f"after {current}{where} (before it: {so_far}): {error}\n{diff(before.copy, part)}"
                 ) from error
-        after = {part: snapshot(part) for part, _ in _parts(gm, context)}
+            rewrites += here * len(part.meta.get(LAYERS, "."))
+            after[part] = _Before.of(part) if changed else before
         milliseconds = 1e3 * (time.perf_counter() - start)
         return after, _step(current, rewrites, states, after, milliseconds)
+
+
+def _fit(gm: GraphModule, context: Context) -> None:
+    """Give layers whose adapters differ blocks of their own, where a graph was captured with blocks."""
+    kinds: dict[tuple[GraphModule, Hashable], GraphModule] = {}
+    for call, block, layer in list(block_calls(gm)):
+        within = context.below(layer)
+        if within is None:
+            inline_call(gm, call, block, layer)
+            continue
+        key = block, within.signature(gm.get_submodule(layer))
+        if key not in kinds:
+            first = all(known is not block for known, _ in kinds)
+            kinds[key] = block if first else keep_block(gm, copied(block, gm.get_submodule(layer)))
+        if kinds[key] is not block:
+            run_instead(call, kinds[key])
+    list_layers(gm)
 
 
 def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Context]]:
@@ -211,23 +247,17 @@ def _step(current: Pass, rewrites: int, before: States, after: States, milliseco
     added = sites = 0
     for part, state in after.items():
         layers = len(part.meta.get(LAYERS, "."))
-        known = before[part].tensors if part in before else state.tensors
-        added += layers * sum(tensor.numel() for path, tensor in state.tensors.items() if path not in known)
-        sites += layers * len({node.meta[SITE].name for node in state.nodes if SITE in node.meta})
-    was, now = (sum(len(state.nodes) for state in states.values()) for states in (before, after))
-    return Step(str(current), rewrites, sites, was, now, added, milliseconds)
+        now = state.snapshot
+        known = before[part].snapshot.tensors if part in before else now.tensors
+        added += layers * sum(tensor.numel() for path, tensor in now.tensors.items() if path not in known)
+        sites += layers * len({node.meta[SITE].name for node in now.nodes if SITE in node.meta})
+    nodes_before, nodes = (sum(len(state.snapshot.nodes) for state in states.values()) for states in (before, after))
+    return Step(str(current), rewrites, sites, nodes_before, nodes, added, milliseconds)
 
 
 def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:
     for observer in observers:
         observer(previous, gm, following)
-
-
-def _copy(gm: GraphModule) -> GraphModule:
-    """A graph to compare with later: nodes and metadata copied, no tensors."""
-    copy = GraphModule(nn.Module(), Graph())
-    copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
-    return copy
 
 
 def _split(text: str) -> list[str]:

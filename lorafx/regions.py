@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .blocks import asks_for_checkpointing
+from .blocks import asks_for_checkpointing, is_of_block
 from .tree import find_tensor
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Region:
 
     path: str
     nodes: tuple[Node, ...]
+    wanted: frozenset[Node] = frozenset()  # outputs whether or not they are used outside
 
     @cached_property
     def own(self) -> dict[Node, str]:
@@ -40,13 +43,11 @@ class Region:
     def outputs(self) -> tuple[Node, ...]:
         """The nodes that are used outside."""
         inside = set(self.nodes)
-        return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
+        return tuple(n for n in self.nodes if n in self.wanted or any(user not in inside for user in n.users))
 
     def signature(self) -> Hashable:
         """Equal for regions that compute the same from their inputs and their module's tensors."""
-        own = {node: ("own", name) for node, name in self.own.items()}
-        numbers = own | {node: ("node", i) for i, node in enumerate(self.nodes)}
-        return signature(self.inputs, self.nodes, own), tuple(numbers[node] for node in self.outputs)
+        return signature(self.inputs, self.nodes, {node: ("own", name) for node, name in self.own.items()})
 
 
 def signature(inputs: Iterable[Node], nodes: Iterable[Node], named: Mapping[Node, Hashable] | None = None) -> Hashable:
@@ -84,21 +85,23 @@ def _described(value: Any) -> Any:
     return str(value)
 
 
-def families(gm: GraphModule) -> Iterator[list[Region]]:
+def families(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:
     """The outermost groups of sibling calls of which some compute the same; where none do, what is inside them.
 
-    Siblings that ask for checkpointing are a group in any case.
+    Siblings that ask for checkpointing are a group in any case, and so are those of which one computes what is `known`.
     """
-    order = [node for node in gm.graph.nodes if node.op == "call_function" and not is_size(node)]
-    yield from _families(gm, order, {node: i for i, node in enumerate(order)}, 0)
+    order = [n for n in gm.graph.nodes if n.op == "call_function" and not is_size(n) and not is_of_block(n)]
+    yield from _families(gm, order, {node: i for i, node in enumerate(order)}, 0, known)
 
 
 def is_size(node: Node) -> bool:
-    """Whether a node computes a size and no tensor."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, int)) and node.op == "call_function"
+    """Whether a node computes a size, or something of sizes, and no tensor."""
+    return isinstance(node.meta.get("val"), _NUMBERS) and node.op == "call_function"
 
 
-def _families(gm: GraphModule, nodes: Sequence[Node], position: dict[Node, int], depth: int) -> Iterator[list[Region]]:
+def _families(
+    gm: GraphModule, nodes: Sequence[Node], position: dict[Node, int], depth: int, known: Collection[Hashable]
+) -> Iterator[list[Region]]:
     parents: dict[str, dict[str, list[Node]]] = {}
     for node in nodes:
         paths = _numbered(node)
@@ -111,11 +114,12 @@ def _families(gm: GraphModule, nodes: Sequence[Node], position: dict[Node, int],
         ]
         whole = all(_is_whole(gm, region, position) for region in calls)
         asked = any(asks_for_checkpointing(gm.get_submodule(region.path)) for region in calls)
-        if whole and (asked or len({region.signature() for region in calls}) < len(calls)):
+        signatures = {region.signature() for region in calls} if whole else set()
+        if whole and (asked or len(signatures) < len(calls) or not signatures.isdisjoint(known)):
             yield calls
         else:
             for region in calls:
-                yield from _families(gm, region.nodes, position, depth + 1)
+                yield from _families(gm, region.nodes, position, depth + 1, known)
 
 
 def _numbered(node: Node) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from .blocks import LAYERS
 from .report import graph_lines
 from .rewrite import resolve
 from .tree import find_tensor
@@ -55,10 +56,18 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
 def copied(gm: GraphModule, tree: nn.Module) -> GraphModule:
     """A graph over the same tree that can be rewritten while the first stays as it is."""
     private = copy.copy(gm.get_submodule(CAPTURED))
-    private.__dict__["_modules"] = dict(private._modules)
+    private.__dict__["_modules"] = {name: _copied_block(child, tree) for name, child in private._modules.items()}
     other = over(copied_graph(gm.graph), tree, private)
     other.meta = {**gm.meta, **other.meta}
     return other
+
+
+def _copied_block(child: nn.Module | None, tree: nn.Module) -> nn.Module | None:
+    if not (isinstance(child, GraphModule) and LAYERS in child.meta):
+        return child
+    block = copied(child, tree.get_submodule(child.meta[LAYERS][0]))
+    block.meta[LAYERS] = list(child.meta[LAYERS])
+    return block
 
 
 def copied_graph(graph: Graph) -> Graph:

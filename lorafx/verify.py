@@ -174,6 +174,8 @@ def _outputs(gm: GraphModule) -> tuple[Any, ...]:
 
 def _agree(a: Any, b: Any) -> bool:
     """Whether two values have the same structure, shapes, dtypes and devices."""
+    if a is b:
+        return True
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_agree, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, GraphModule
 
-from lorafx.effects import must_stay
+from lorafx.effects import ASSERTIONS, must_stay
 from lorafx.pipeline import Context, Pass
-
-ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """elide_casts: a cast to the dtype a tensor already has is the tensor itself.
 
-x.to(dtype)  ->  x        where x.dtype is dtype
+x.to(dtype)  ->  x        where x.dtype is dtype (and x is where it is to be)
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ def cast(x, dtype, non_blocking, copy, memory_format):
     return aten.to.dtype(x, dtype, non_blocking, copy, memory_format)
 
 
-def same(x, dtype, non_blocking, copy, memory_format):
+def cast_or_move(x, dtype, layout, device, pin_memory, non_blocking, copy, memory_format):
+    return aten.to.dtype_layout(x, dtype, layout, device, pin_memory, non_blocking, copy, memory_format)
+
+
+def same(x):
     return x
 
 
@@ -28,11 +32,14 @@ def _changes_nothing(found: Match) -> str | None:
     bound = found.bindings
     if bound["copy"] or bound["memory_format"] is not None:
         return "the cast asks for a copy"
-    has = bound["x"].meta["val"].dtype
-    return None if has == bound["dtype"] else f"the cast changes {has} to {bound['dtype']}"
+    x = bound["x"].meta["val"]
+    asked = {name: bound[name] for name in ("dtype", "layout", "device") if bound.get(name) is not None}
+    changed = (f"{getattr(x, name)} to {value}" for name, value in asked.items() if getattr(x, name) != value)
+    changes = ", ".join(changed)
+    return f"the cast changes {changes}" if changes else None
 
 
-RULE = Rule(cast, same, _changes_nothing)
+RULES = Rule(cast, same, _changes_nothing), Rule(cast_or_move, same, _changes_nothing)
 
 
 @dataclass(frozen=True)
@@ -42,4 +49,4 @@ class ElideCasts(Pass):
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        return sum(rule.apply_everywhere(gm, self.name, fake_mode_of(gm)) for rule in RULES)

@@ -8,18 +8,18 @@ that differ, or whose adapters differ, run different blocks. The inverse is `inl
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
-from lorafx.blocks import LAYERS, call_block
+from lorafx.blocks import LAYERS, blocks_of
+from lorafx.outline import block_of, list_layers, replace_region, signature_of, want
 from lorafx.pipeline import Context, Pass
 from lorafx.regions import Region, families, is_size
-from lorafx.rewrite import INHERITED, MADE_BY, Provenance
-from lorafx.rooted import CAPTURED, over
+from lorafx.rewrite import Provenance
+
+Kind = tuple[Hashable, Hashable]  # what a layer computes, and the form of its adapters
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,39 @@ class OutlineBlocks(Pass):
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         _hoist_sizes(gm.graph)
-        kinds: dict[Hashable, GraphModule] = {}
-        calls: list[tuple[Region, GraphModule]] = []
+        blocks: dict[Kind, GraphModule] = dict(_known(gm, context))
         order = {node: number for number, node in enumerate(gm.graph.nodes)}
-        found = [region for family in families(gm) for region in family]
+        found = [region for family in families(gm, {kind for kind, _ in blocks}) for region in family]
+        kinds: dict[Kind, list[Region]] = {}
         for region in sorted(found, key=lambda region: order[region.nodes[0]]):
             layer = context.below(region.path)
-            if layer is None:
-                continue
-            key = region.signature(), layer.signature(gm.get_submodule(region.path))
-            if key not in kinds:
-                kinds[key] = _outlined(gm, region, f"block_{len(kinds)}")
-            kinds[key].meta[LAYERS].append(region.path)
-            calls.append((region, kinds[key]))
-        for region, block in reversed(calls):  # so that what a region uses is there as long as it is
-            _call(gm, region, block, self.name)
+            if layer is not None:
+                key = region.signature(), layer.signature(gm.get_submodule(region.path))
+                kinds.setdefault(key, []).append(region)
+        for key, regions in kinds.items():
+            wanted = {number for region in regions for number in _numbers_of_outputs(region)}
+            if key not in blocks:
+                blocks[key] = block_of(gm, regions[0])
+            want(gm, blocks[key], sorted(wanted))
+        calls = [(region, blocks[key]) for key, regions in kinds.items() for region in regions]
+        for region, block in sorted(calls, key=lambda call: -order[call[0].nodes[0]]):  # while what it uses is there
+            replace_region(gm, region, block, Provenance(self.name))
+        list_layers(gm)
         return len(calls)
+
+
+def _known(gm: GraphModule, context: Context) -> Iterator[tuple[Kind, GraphModule]]:
+    """The blocks that the graph has already, by what they compute."""
+    for block in blocks_of(gm):
+        path = block.meta[LAYERS][0]
+        layer, kind = context.below(path), signature_of(block)
+        if layer is not None and kind is not None:
+            yield (kind, layer.signature(gm.get_submodule(path))), block
+
+
+def _numbers_of_outputs(region: Region) -> Iterator[int]:
+    outputs = set(region.outputs)
+    return (number for number, node in enumerate(region.nodes) if node in outputs)
 
 
 def _hoist_sizes(graph: Graph) -> None:
@@ -58,64 +75,3 @@ def _hoist_sizes(graph: Graph) -> None:
             last[0].append(node)
             last = [node]
             known.add(node)
-
-
-def _outlined(gm: GraphModule, region: Region, name: str) -> GraphModule:
-    """The graph of a region by itself, over its own module, below the outer graph's `captured`."""
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in region.inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta["val"] = node.meta.get("val")
-    for node in region.nodes:
-        for read in node.all_input_nodes:
-            if read in region.own and read not in copies:
-                copies[read] = graph.get_attr(region.own[read])
-                copies[read].meta = dict(read.meta)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta["nn_module_stack"] = _relative(node.meta.get("nn_module_stack"), region.path)
-    graph.output(tuple(copies[node] for node in region.outputs))
-    block = over(graph, gm.get_submodule(region.path), nn.Module())
-    block.meta[LAYERS] = []
-    gm.get_submodule(CAPTURED).add_module(name, block)
-    block.meta["name"] = name
-    return block
-
-
-def _relative(stack: dict[str, tuple[str, type]] | None, path: str) -> dict[str, tuple[str, type]]:
-    """Where a node comes from, seen from the module at `path`."""
-    within = ((key, *place) for key, place in (stack or {}).items())
-    return {
-        key: (where.partition("@")[0].removeprefix(path).lstrip("."), cls)
-        for key, where, cls in within
-        if f"{where.partition('@')[0]}.".startswith(f"{path}.")
-    }
-
-
-def _call(gm: GraphModule, region: Region, block: GraphModule, made_by: str) -> None:
-    """Put a call of the block where the region was."""
-    graph, last = gm.graph, region.nodes[-1]
-    outputs = region.outputs
-
-    def described(node: Node, val: object) -> Node:
-        node.meta = {key: last.meta[key] for key in INHERITED if key in last.meta}
-        node.meta |= {MADE_BY: Provenance(made_by), "val": val}
-        return node
-
-    with graph.inserting_after(last):
-        spot = described(graph.get_attr(f"{CAPTURED}.{block.meta['name']}"), block)
-    with graph.inserting_after(spot):
-        layer = described(graph.get_attr(region.path), gm.get_submodule(region.path))
-    with graph.inserting_after(layer):
-        call = graph.call_function(call_block, (spot, layer, *region.inputs))
-    described(call, tuple(node.meta.get("val") for node in outputs))
-    before, inside = call, set(region.nodes)
-    for number, node in enumerate(outputs):
-        with graph.inserting_after(before):
-            before = described(graph.call_function(operator.getitem, (call, number)), node.meta.get("val"))
-        node.replace_all_uses_with(before, delete_user_cb=lambda user: user not in inside)
-    for node in reversed(region.nodes):
-        graph.erase_node(node)
-    for read in region.own:
-        if not read.users:
-            graph.erase_node(read)

@@ -32,6 +32,8 @@ LAYERS = [
     },
     {"forms", "rewrite", "sites"},
     {"rooted", "regions", "effects"},
+    {"outline", "once"},
+    {"folded"},
     {"kinds"},
     {"adapter"},
     {"verify", "pipeline", "merge", "checkpoint"},
