@@ -15,12 +15,11 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import (
@@ -31,12 +30,12 @@ from torch.fx.experimental.proxy_tensor import (
     maybe_enable_thunkify,
     set_proxy_slot,
 )
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
+from .answers import Known, New, Result, depends_on_data, described, description, mapped
 from .blocks import repeated_modules
 from .effects import reaches_out, writes
 from .key import modes
@@ -60,30 +59,7 @@ class _Layer(HigherOrderOperator):
 layer_like = has_side_effect(_Layer())  # it may not be dropped
 
 
-_PLAIN = {
-    type(None),
-    type(...),
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-}
 _VALUE = ("val", "tensor_meta", "stack_trace")  # in a node's meta: what it gives
-_FIXED = (
-    FunctionType,
-    BuiltinFunctionType,
-    MethodDescriptorType,
-    WrapperDescriptorType,
-    OpOverload,
-    OpOverloadPacket,
-    HigherOrderOperator,
-    type,
-)
 
 
 @dataclass
@@ -101,37 +77,6 @@ class _Step:
     answer: Any = None
     then: dict[Hashable, _Step] = field(default_factory=dict)
     kind: _Kind | None = None
-
-
-class _Result(torch.autograd.Function):
-    """Makes a tensor the result of an operator, in place."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, real: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-
-@dataclass(frozen=True)
-class _Known:
-    """In an answer: a tensor that the layer has had before, by its name."""
-
-    name: Hashable
-
-
-@dataclass(frozen=True)
-class _New:
-    """In an answer: a tensor that was made for it."""
-
-    number: int
-    like: Tensor
-    device: torch.device
-    requires_grad: bool
-
-    def make(self, mode: Any) -> Tensor:
-        with no_dispatch():
-            tensor = FakeTensor(mode, self.like, self.device)
-            return tensor.requires_grad_() if self.requires_grad else tensor
 
 
 class Interrupted(Exception):
@@ -202,12 +147,12 @@ class _Tape(TorchFunctionMode):
         if not self.learning:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            asked = self._described(func), self._described(args), self._described(kwargs)
+            asked = described((func, args, kwargs), self._name, self.once.kept)
             if self.replaying:
                 self._require_nothing_traced()
             if self.replaying and self.learning and asked in self.at.then:
                 self.at = self.at.then[asked]
-                answer = _mapped(self._answered, (_Known, _New), self.at.answer)
+                answer = mapped(self._answered, (Known, New), self.at.answer)
                 self.done.append((func, args, kwargs, answer))
                 return answer
         if self.replaying:
@@ -216,8 +161,8 @@ class _Tape(TorchFunctionMode):
         if not self.learning:
             return answer
         with torch._C.DisableTorchFunction():
-            step = _Step(_mapped(self._learnt, Tensor, answer))
-            self.learning &= not _depends_on_data(answer)
+            step = _Step(mapped(self._learnt, Tensor, answer))
+            self.learning &= not depends_on_data(answer)
             if self.link is None:
                 self.link = self.at, asked, step  # for others to find, if they can be like this layer in the end
             else:
@@ -225,29 +170,7 @@ class _Tape(TorchFunctionMode):
             self.at = step
         return answer
 
-    # --- descriptions ------------------------------------------------------------------------------------------------
-
-    def _described(self, value: Any) -> Hashable:
-        """Equal for what makes no difference to torch."""
-        if isinstance(value, Tensor):
-            return self._name(value)
-        kind = type(value)
-        if kind in _PLAIN:
-            return kind, repr(value) if kind is float else value
-        if kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
-            return kind, value.node.expr
-        if isinstance(value, (tuple, list)):
-            return kind, tuple([self._described(item) for item in value])
-        if kind is dict:
-            return kind, tuple([(key, self._described(item)) for key, item in value.items()])
-        if kind is slice:
-            return kind, self._described((value.start, value.stop, value.step))
-        if isinstance(value, MethodWrapperType):
-            return kind, value
-        if not isinstance(value, _FIXED):
-            return object()  # it may change
-        self.once.kept.append(value)
-        return kind, id(value)
+    # --- names of tensors --------------------------------------------------------------------------------------------
 
     def _name(self, tensor: Tensor) -> Hashable:
         known = self.names.get(id(tensor))
@@ -257,10 +180,10 @@ class _Tape(TorchFunctionMode):
         stands = get_proxy_slot(tensor, self.tracer, None)
         self.given.append((tensor, stands))
         if own is not None and self.once.parameters[id(tensor)] < 2:
-            return self._named(tensor, ("own", own, _description(tensor)))
+            return self._named(tensor, ("own", own, description(tensor)))
         self.inputs.append(stands)
         self.learning &= stands is not None and id(tensor) not in self.once.parameters
-        return self._named(tensor, ("input", len(self.inputs), _description(tensor)))
+        return self._named(tensor, ("input", len(self.inputs), description(tensor)))
 
     def _named(self, tensor: Tensor, name: Hashable) -> Hashable:
         reference = weakref.ref(tensor)
@@ -269,7 +192,7 @@ class _Tape(TorchFunctionMode):
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _learnt(self, tensor: Tensor) -> _Known | _New:
+    def _learnt(self, tensor: Tensor) -> Known | New:
         """A tensor of an answer, as others can be given it."""
         node = self._node(tensor)
         known = self.names.get(id(tensor))
@@ -277,12 +200,12 @@ class _Tape(TorchFunctionMode):
             name = self._name(tensor)
             if isinstance(name, tuple) and name[0] == "made":
                 self.nodes[name[1]] = node  # written to in place
-            return _Known(name)
+            return Known(name)
         self.learning &= node is not None and type(tensor) is FakeTensor
         new = self._new(tensor, node)
         with no_dispatch():  # of its own memory: what is written to it is not written to this tensor
             like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        return _New(new, like, tensor.device, tensor.requires_grad)
+        return New(new, like, tensor.device, tensor.requires_grad)
 
     def _new(self, tensor: Tensor, node: Node | None) -> int:
         number = len(self.made)
@@ -291,8 +214,8 @@ class _Tape(TorchFunctionMode):
         self.nodes.append(node)
         return number
 
-    def _answered(self, tensor: _Known | _New) -> Tensor:
-        if isinstance(tensor, _Known):
+    def _answered(self, tensor: Known | New) -> Tensor:
+        if isinstance(tensor, Known):
             found = self.tensors[tensor.name]()
             if found is None:
                 raise Interrupted
@@ -324,7 +247,7 @@ class _Tape(TorchFunctionMode):
             mine.constant = real.constant  # type: ignore[attr-defined]
             if mine.requires_grad:  # as the result of an operator, which may be written to in place
                 with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-                    _Result.apply(mine.requires_grad_(False), real)
+                    Result.apply(mine.requires_grad_(False), real)
         if isinstance(name, tuple) and name[0] == "made":
             self.nodes[name[1]] = self._node(real)
 
@@ -395,28 +318,3 @@ def _may_be_in_block(node: Node) -> bool:
     return (
         node.op == "get_attr" or isinstance(node.target, OpOverload) or is_size(node) or node.target is operator.getitem
     )
-
-
-def _depends_on_data(answer: Any) -> bool:
-    """Whether an answer is, or has a size that is, a number that only the tensors' values say."""
-    leaves = pytree.tree_leaves(tuple(answer) if isinstance(answer, torch.Size) else answer)
-    kinds = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return any(free_unbacked_symbols(leaf) for leaf in leaves if isinstance(leaf, kinds))
-
-
-def _description(tensor: Tensor) -> Hashable:
-    """Equal for tensors between which torch makes no difference before it reads their values."""
-    with torch._C.DisableTorchFunction():
-        if tensor.layout is not torch.strided or type(tensor) not in (FakeTensor, nn.Parameter, nn.Buffer):
-            return object()
-        sizes = (*tensor.shape, *tensor.stride())
-        exact = tuple([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes])
-        return exact, tensor.ndim, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
-
-
-def _mapped(function: Callable[[Any], Any], kinds: Any, answer: Any) -> Any:
-    """An answer with `function` of whatever is of these kinds in it."""
-    if isinstance(answer, kinds):
-        return function(answer)
-    holds = isinstance(answer, (tuple, list, dict)) and not isinstance(answer, torch.Size)
-    return pytree.tree_map_only(kinds, function, answer) if holds else answer

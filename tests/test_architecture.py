@@ -29,6 +29,7 @@ LAYERS = [
         "key",
         "layout",
         "caches",
+        "answers",
     },
     {"forms", "rewrite", "sites"},
     {"rooted", "regions", "effects"},
