@@ -15,6 +15,7 @@ from .adapter import plan
 from .config import LoraConfig
 from .dispatch import Dispatcher
 from .errors import AdapterError, ConfigError
+from .lower import Backend
 from .model import AdaptedModel, adapt, copy_into
 from .pipeline import Observer, Pass, Pipeline
 from .tree import mirrored
@@ -29,6 +30,7 @@ def compile(
     adapter_name: str = "default",
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     backend: str = "auto",
+    mode: str | None = None,
     capture: str = "auto",
     pipeline: Passes | None = None,
     observers: Iterable[Observer] = (),
@@ -47,11 +49,13 @@ def compile(
     Args:
         config: a `LoraConfig`, a `peft.LoraConfig`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
+        mode: of Inductor: "reduce-overhead" (CUDA graphs), "max-autotune", …; None for its default.
         capture: "auto" captures each kind of call as one graph and, where that cannot be, runs the model's own Python
             with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
-        gradient_checkpointing: keep the inputs of layers for backward, recompute the rest ("offload" too, so far).
+        gradient_checkpointing: keep only the inputs of layers for backward, recompute the rest; "offload" keeps what
+            one layer gives the next in the host's memory (on a machine without CUDA it stays where it is).
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
@@ -64,7 +68,7 @@ def compile(
     """
     chosen = _pipeline(pipeline, gradient_checkpointing)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
-    dispatcher = Dispatcher(chosen, backend, tuple(observers), capture, budget=activation_budget)
+    dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
@@ -89,6 +93,7 @@ def load(
     config: LoraConfig | Mapping[str, Any] | None = None,
     weights_only: bool = False,
     backend: str = "auto",
+    mode: str | None = None,
     capture: str = "auto",
     pipeline: Passes | None = None,
     autocast_adapter_dtype: bool = True,
@@ -108,7 +113,7 @@ def load(
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
-    adapted = adapt(model, Dispatcher(chosen, backend, capture=capture), autocast_adapter_dtype)
+    adapted = adapt(model, Dispatcher(chosen, Backend(backend, mode), capture=capture), autocast_adapter_dtype)
     adapted._install(fitted, values=values)
     adapted.set_adapter(adapter_name)
     copy_into(adapted, embeddings)
@@ -126,10 +131,10 @@ def _pipeline(pipeline: Passes | None, gradient_checkpointing: bool | str = Fals
     chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
     if gradient_checkpointing not in (False, True, "offload"):
         raise ConfigError(f'gradient_checkpointing={gradient_checkpointing!r} is none of False, True, "offload"')
-    if gradient_checkpointing == "offload":
-        warnings.warn("checkpoints stay where they are: moving them to the host is not implemented", stacklevel=3)
+    if gradient_checkpointing == "offload" and not torch.cuda.is_available():
+        warnings.warn("checkpoints stay where they are: there is no CUDA device to move them from", stacklevel=3)
     if gradient_checkpointing:
-        chosen = chosen + (passes.CheckpointBlocks(every=True),)
+        chosen = chosen + (passes.CheckpointBlocks(every=True, offload=gradient_checkpointing == "offload"),)
     chosen.check()
     return chosen
 

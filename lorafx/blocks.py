@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from .errors import RecomputeError
+from .offload import offloaded
 
 LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
 
@@ -30,6 +32,11 @@ def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *input
 def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
     """Run a block and keep only its inputs for backward, which runs it again (Chen et al., 2016, arXiv 1604.06174)."""
     return checkpoint(_call_unchanged, block, layer, _versions(layer), *inputs, use_reentrant=False)
+
+
+def offload_block(block: Any, layer: nn.Module, *inputs: Any, moves: tuple[int, ...]) -> tuple[Any, ...]:
+    """`checkpoint_block` that keeps the inputs numbered `moves` in the host's memory, where they are on a device."""
+    return offloaded(partial(_call_unchanged, block, layer, _versions(layer)), moves, *inputs)
 
 
 def _call_unchanged(block: Any, layer: nn.Module, versions: list[int], *inputs: Any) -> tuple[Any, ...]:
@@ -63,7 +70,7 @@ def asks_for_checkpointing(layer: nn.Module) -> bool:
     return bool(getattr(layer, "gradient_checkpointing", False))
 
 
-RUN = (call_block, checkpoint_block)
+RUN = (call_block, checkpoint_block, offload_block)
 
 
 def is_block_call(node: Node) -> bool:

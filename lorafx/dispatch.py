@@ -32,7 +32,7 @@ from .key import (
     modes,
 )
 from .layout import ANY, Layout, tensor_layout
-from .lower import Lowering
+from .lower import Backend, Lowering
 from .misses import Misses
 from .pipeline import Context, Observer, Pipeline
 from .programs import Kept, Program
@@ -55,15 +55,14 @@ class Dispatcher:
     """The programs of one adapted tree. They are never copied or pickled with it: a copy captures its own.
 
     `capture` is "auto" (a graph of the whole call, by sites where that cannot be), "graph" (an error instead) or
-    "sites". `capacity` is how many programs are kept, `budget` the activation memory budget of compiled graphs.
+    "sites". `capacity` is how many programs are kept.
     """
 
     pipeline: Pipeline
-    backend: str
+    backend: Backend
     observers: tuple[Observer, ...] = ()
     capture: str = "auto"
     capacity: int = 64
-    budget: float | None = None
     programs: Kept = field(init=False)
     captures: Kept = field(init=False)  # graphs as captured, by their key without adapters
     operators: Kept = field(init=False)
@@ -82,12 +81,10 @@ class Dispatcher:
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
             raise ConfigError(f"capture={self.capture!r} is none of {', '.join(CAPTURES)}")
-        if self.budget is not None and not 0 <= self.budget <= 1:
-            raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
         self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("pipeline", "backend", "observers", "capture", "capacity", "budget")
+        kept = ("pipeline", "backend", "observers", "capture", "capacity")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,7 +98,7 @@ class Dispatcher:
         """Forget every program."""
         self.programs, self.captures, self.operators = Kept(self.capacity), Kept(self.capacity), Kept(OPERATORS)
         self.layout, self.generation, self.warned = Layout(), -1, False
-        self.lowering = Lowering(self.backend, self.budget)
+        self.lowering = Lowering(self.backend)
         self.stepped, self.whole, self.sited, self.settling = set(), set(), set(), set()
         self.misses, self.counters, self.constants = Misses(self.layout), {}, {}
 

@@ -9,83 +9,120 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
+from torch._dynamo.utils import get_metrics_context
 from torch._functorch import config as partitioner
 from torch.fx import Graph, GraphModule, Node
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
+from .errors import ConfigError
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
 
 _SMALL = 3  # so few operators between two blocks run as they are
 
 
-class Piece:
-    """One function that is compiled, and how often it has been."""
+@dataclass(frozen=True)
+class Backend:
+    """How graphs are compiled: by whom, in which of Inductor's modes, with which activation memory budget.
 
-    def __init__(self, title: str, function: Callable[..., Any], backend: str, budget: float | None):
+    `name` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
+    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`, `budget` AOTAutograd's, from 0
+    (recompute all) to 1. Raises `ConfigError` for what is none of these.
+    """
+
+    name: str = "auto"
+    mode: str | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not 0 <= self.budget <= 1:
+            raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
+        if self.mode is None:
+            return
+        if self.name not in ("auto", "inductor"):
+            raise ConfigError(f"mode={self.mode!r} is one of Inductor's, and backend={self.name!r} has none")
+        if self.mode not in (known := torch._inductor.list_mode_options()):
+            raise ConfigError(f"mode={self.mode!r} is none of {', '.join(known)}")
+
+    def on(self, gm: GraphModule) -> str:
+        """The name of what compiles this graph."""
+        on_cuda = self.name == "auto" and any(p.is_cuda for p in gm.parameters())
+        return "inductor" if on_cuda else self.name.replace("auto", "eager")
+
+
+class Piece:
+    """One function that is compiled, how often it has been, and torch's reasons for each time after the first."""
+
+    def __init__(self, title: str, function: Callable[..., Any], compiler: str, backend: Backend):
         self.title, self.compiled = title, 0
-        self._backend = lookup_backend(backend)
+        self.reasons: list[str] = []
+        self._backend = lookup_backend(compiler)
         # What norms and activations give is recomputed where backward needs it: that is as cheap as reading it.
         self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": False}
-        if budget is not None:
-            self._settings["activation_memory_budget"] = budget
+        if backend.budget is not None:
+            self._settings["activation_memory_budget"] = backend.budget
+        mode = torch._inductor.list_mode_options(backend.mode, dynamic=True) if backend.mode else {}
+        self._options: dict[str, Any] = {"config_patches": mode} if mode else {}
         self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
     def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         self.compiled += 1
+        if self.compiled > 1:
+            self.reasons.append(_reason())
         with partitioner.patch(self._settings):
-            return self._backend(gm, inputs, **options)
+            return self._backend(gm, inputs, **options, **self._options)
+
+
+def _reason() -> str:
+    """Why torch compiles a function again, while it does."""
+    reason = get_metrics_context()._metrics.get("recompile_reason") or "torch does not say why"
+    return " ".join(str(reason).split())
 
 
 class Lowering:
-    """What compiles graphs for one adapted model, and the pieces it has compiled.
+    """What compiles graphs for one adapted model, and the pieces it has compiled. Sizes stay dynamic."""
 
-    `backend` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
-    graph as it is elsewhere. `budget` is AOTAutograd's activation memory budget, 0 (recompute all) to 1. Sizes stay
-    dynamic.
-    """
-
-    def __init__(self, backend: str, budget: float | None = None):
-        self.backend, self.budget = backend, budget
+    def __init__(self, backend: Backend):
+        self.backend = backend
         self.pieces: dict[Hashable, Piece] = {}
 
     def lower(self, gm: GraphModule) -> Callable[..., Any]:
         """The callable that serves calls of `gm`."""
-        on_cuda = self.backend == "auto" and any(p.is_cuda for p in gm.parameters())
-        backend = "inductor" if on_cuda else self.backend.replace("auto", "eager")
-        if backend == "eager":
+        compiler = self.backend.on(gm)
+        if compiler == "eager":
             return gm
         if not blocks_of(gm):
-            whole = self.pieces[id(gm)] = Piece("whole graph", gm, backend, self.budget)
+            whole = self.pieces[id(gm)] = Piece("whole graph", gm, compiler, self.backend)
             return whole.run
-        return self._in_pieces(gm, backend)
+        return self._in_pieces(gm, compiler)
 
-    def _in_pieces(self, gm: GraphModule, backend: str) -> GraphModule:
+    def _in_pieces(self, gm: GraphModule, compiler: str) -> GraphModule:
         """The outer graph with compiled pieces in it; it reads parameters from the same tree."""
         outer = copied(gm, gm)
         graph, pieces = outer.graph, outer.get_submodule(CAPTURED)
         for block in blocks_of(gm):
             title = f"{len(block.meta[LAYERS])} layers, {block.meta[LAYERS][0]} first"
             lifted, paths = _lifted(block.graph)
-            pieces._modules[block.meta["name"]] = CompiledBlock(self._piece(title, lifted, backend), paths)
+            pieces._modules[block.meta["name"]] = CompiledBlock(self._piece(title, lifted, compiler), paths)
         for number, run in enumerate(_between_blocks(graph)):
             inner, region = Graph(), Region("", tuple(run))
             _fill(inner, region)
             name = f"between_{number}"
-            pieces.add_module(name, Compiled(self._piece(f"{len(run)} operators outside layers", inner, backend)))
+            pieces.add_module(name, Compiled(self._piece(f"{len(run)} operators outside layers", inner, compiler)))
             _replace(graph, region, name)
         outer.recompile()
         return outer
 
-    def _piece(self, title: str, graph: Graph, backend: str) -> Piece:
-        key = backend, signature(graph.find_nodes(op="placeholder"), graph.nodes)
+    def _piece(self, title: str, graph: Graph, compiler: str) -> Piece:
+        key = compiler, signature(graph.find_nodes(op="placeholder"), graph.nodes)
         if key not in self.pieces:
-            self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph), backend, self.budget)
+            self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph), compiler, self.backend)
         return self.pieces[key]
 
 

@@ -132,7 +132,7 @@ class AdaptedModel(Trainable, Saving):
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason) for p in dispatcher
         ]
         operators = sum(map(len, dispatcher.operators.values()))
-        compiled = tuple((piece.title, piece.compiled) for piece in dispatcher.lowering.pieces.values())
+        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in dispatcher.lowering.pieces.values())
         return Explanation(tuple(calls), operators, dispatcher.programs.dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

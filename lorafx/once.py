@@ -77,6 +77,7 @@ class _Step:
     answer: Any = None
     then: dict[Hashable, _Step] = field(default_factory=dict)
     kind: _Kind | None = None
+    line: str = ""  # the stack trace of what it became in the graph
 
 
 class Interrupted(Exception):
@@ -137,8 +138,8 @@ class _Tape(TorchFunctionMode):
         self.inputs: list[Any] = []  # what stands for those that are not the layer's own
         self.made: list[weakref.ref[Tensor]] = []
         self.nodes: list[Node | None] = []  # of what was made
-        self.done: list[tuple[Any, Any, Any, Any]] = []
-        self.before = next(reversed(tracer.graph.nodes))
+        self.done: list[tuple[Any, ...]] = []
+        self.before = self._last()
         self.link: tuple[_Step, Hashable, _Step] | None = None
         self.learning = True  # that others can be like this layer
 
@@ -153,7 +154,7 @@ class _Tape(TorchFunctionMode):
             if self.replaying and self.learning and asked in self.at.then:
                 self.at = self.at.then[asked]
                 answer = mapped(self._answered, (Known, New), self.at.answer)
-                self.done.append((func, args, kwargs, answer))
+                self.done.append((func, args, kwargs, answer, self.at.line, self.tracer.module_stack.copy()))
                 return answer
         if self.replaying:
             self._depart()
@@ -161,7 +162,7 @@ class _Tape(TorchFunctionMode):
         if not self.learning:
             return answer
         with torch._C.DisableTorchFunction():
-            step = _Step(mapped(self._learnt, Tensor, answer))
+            step = _Step(mapped(self._learnt, Tensor, answer), line=self._last().stack_trace or "")
             self.learning &= not depends_on_data(answer)
             if self.link is None:
                 self.link = self.at, asked, step  # for others to find, if they can be like this layer in the end
@@ -228,17 +229,25 @@ class _Tape(TorchFunctionMode):
 
     def _depart(self) -> None:
         """Trace what was answered from memory so far."""
-        self.replaying = False
-        for func, args, kwargs, answer in self.done:
+        self.replaying, here = False, self.tracer.module_stack
+        for func, args, kwargs, answer, line, stack in self.done:
+            self.tracer.module_stack, before = stack, self._last()
             traced = func(*args, **kwargs)
+            while before is not self._last():
+                before = before.next
+                before.stack_trace = line
             for mine, real in zip(pytree.tree_leaves(answer), pytree.tree_leaves(traced)):
                 if isinstance(mine, Tensor):
                     self._become(mine, real)
+        self.tracer.module_stack = here
         self.done.clear()
 
     def _require_nothing_traced(self) -> None:
-        if next(reversed(self.tracer.graph.nodes)) is not self.before:
+        if self._last() is not self.before:
             raise Interrupted
+
+    def _last(self) -> Node:
+        return next(reversed(self.tracer.graph.nodes))
 
     def _become(self, mine: Tensor, real: Tensor) -> None:
         name = self._name(mine)

@@ -94,21 +94,20 @@ class Explanation:
     """What serves each kind of call, the longest unused first. Prints as a table.
 
     `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that had to make room.
-    `compiled` lists the pieces that were compiled and how many times each was: again for sizes or settings that it had
-    not been compiled for.
+    `compiled` lists the pieces that were compiled, how many times each was, and torch's reasons for doing it again.
     """
 
     calls: tuple[Call, ...] = ()
     operators: int = 0
     dropped: int = 0
-    compiled: tuple[tuple[str, int], ...] = ()
+    compiled: tuple[tuple[str, int, str], ...] = ()
 
     def __str__(self) -> str:
         columns = ("call", "served by", "hits", "capture s", "captured because of")
         rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why) for c in self.calls]
         reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
         counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
-        pieces = [table("compiled pieces", ("piece", "times"), self.compiled)] if self.compiled else []
+        pieces = [table("compiled pieces", ("piece", "times", "again because"), self.compiled)] if self.compiled else []
         return "\n".join([table(counts, columns, rows), *reasons, *pieces])
 
 

@@ -30,6 +30,7 @@ LAYERS = [
         "layout",
         "caches",
         "answers",
+        "offload",
     },
     {"forms", "rewrite", "sites"},
     {"rooted", "regions", "effects"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import zoo
@@ -10,7 +12,8 @@ from test_outline_blocks import Layer, Stack
 from torch import nn
 
 import lorafx
-from lorafx.blocks import block_calls, checkpoint_block
+from lorafx import offload
+from lorafx.blocks import block_calls, checkpoint_block, offload_block
 from lorafx.errors import ConfigError, PipelineError, RecomputeError
 
 
@@ -55,6 +58,47 @@ def test_gradients_are_the_same_bits_and_less_is_kept(backend):
         # Dropout's random numbers come from the same seed; compiled operators round otherwise.
         assert torch.equal(a, b) if backend == "eager" else a.shape == b.shape
     assert kept(checkpointed, x) < kept(plain, x) / 3
+
+
+def test_what_layers_give_each_other_waits_on_the_host(monkeypatch):
+    """Without CUDA the copies are stood in for, so that what leaves is gone and comes back as another tensor."""
+    left, back = [], []
+    monkeypatch.setattr(offload, "_can_move", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(offload, "to_host", lambda t: (left.append(weakref.ref(t)), t.detach().clone())[1])
+    monkeypatch.setattr(offload, "to_device", lambda host, device: (back.append(host), (host.clone(), None))[1])
+    monkeypatch.setattr(offload, "arrived", lambda tensor, ready: tensor)
+    with pytest.warns(UserWarning, match="no CUDA device"):
+        lora = stack(gradient_checkpointing="offload")
+    x = torch.randn(64, 4)
+    expected, found = gradients(stack(), x), gradients(lora, x)
+    assert all(map(torch.equal, found, expected)) and len(left) == len(back) == 6
+    calls = [node for node, _, _ in block_calls(lora.graph(x))]
+    assert [node.target for node in calls] == [offload_block] * 6
+    assert [[call.args[2:][n].name for n in call.kwargs["moves"]] for call in calls] == [
+        [c.args[2].name] for c in calls
+    ]
+
+    del left[:], back[:]
+    loss = lora(x).sum()
+    assert [ref() is None for ref in left] == [False, *[True] * 5]  # the first is the caller's own
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert len(back) == 12
+
+
+def test_what_layer_comes_back_while_backward_is_at_the_one_after_it(monkeypatch):
+    events = []
+    monkeypatch.setattr(offload, "_can_move", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(offload, "to_host", lambda t: t.detach().clone())
+    monkeypatch.setattr(offload, "to_device", lambda host, device: (events.append("comes"), (host, None))[1])
+    monkeypatch.setattr(offload, "arrived", lambda tensor, ready: (events.append("is used"), tensor)[1])
+    waiting = [offload.Waiting(torch.randn(3)) for _ in range(3)]
+    offload.Waiting.last = None
+    for one in waiting:
+        one.leave()
+    for one in reversed(waiting):
+        one.get()
+    assert events == ["comes", "comes", "is used", "comes", "is used", "is used"]
 
 
 def test_only_training_is_checkpointed():
@@ -147,8 +191,6 @@ def test_a_layer_that_was_changed_before_backward_is_no_guess():
 
 
 def test_what_is_asked_for_is_said():
-    with pytest.warns(UserWarning, match="not implemented"):
-        stack(gradient_checkpointing="offload")
     with pytest.raises(ConfigError, match="gradient_checkpointing='often'"):
         stack(gradient_checkpointing="often")
     with pytest.raises(ConfigError, match="activation_budget=2"):

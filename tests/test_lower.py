@@ -6,6 +6,9 @@ from graphs import Chain, adapted
 from torch import nn
 
 import lorafx
+from lorafx import lower
+from lorafx.errors import ConfigError
+from lorafx.lower import Backend
 
 eps = torch.finfo(torch.float32).eps
 
@@ -37,7 +40,7 @@ def test_compiled_training_equals_eager(backend):
     tokens = torch.randint(0, 11, (16, 8))
     lora = adapted(Mixed(), target_modules=["embedding", "linear", "conv", "head"])
     loss, expected = gradients(lora, lambda: lora(tokens).square().sum())
-    lora._lorafx.dispatcher.backend = backend
+    lora._lorafx.dispatcher.backend = Backend(backend)
     lora._lorafx.dispatcher.programs.clear()
     compiled_loss, found = gradients(lora, lambda: lora(tokens).square().sum())
     assert abs(loss - compiled_loss) <= 128 * eps * abs(loss)
@@ -76,13 +79,14 @@ class Deep(nn.Module):
         return torch.log_softmax(torch.tanh(self.head(x.square().mean(1))) / 2, -1).square()
 
 
-def deep(depth=5, **options):
+def deep(depth=5, backend="aot_eager", **options):
+    torch.manual_seed(0)
     config = {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False}
-    return lorafx.compile(Deep(depth), config, random_state=0, backend="aot_eager", **options)
+    return lorafx.compile(Deep(depth), config, random_state=0, backend=backend, **options)
 
 
 def times(lora):
-    return dict(lora.explain().compiled)
+    return {title: times for title, times, _ in lora.explain().compiled}
 
 
 @pytest.mark.slow
@@ -136,3 +140,33 @@ def test_a_budget_keeps_less():
             lora(torch.randn(16, 7, 4))
         kept.append(sum(numbers))
     assert kept[1] < kept[0]
+
+
+def test_modes_are_inductors(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lower, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm)
+    lora = deep(backend="inductor", mode="reduce-overhead")
+    lora(torch.randn(2, 5, 4))
+    assert asked and all(options["config_patches"] == {"triton.cudagraphs": True} for options in asked)
+    with pytest.raises(ConfigError, match=r"'fast' is none of .*max-autotune"):
+        deep(backend="auto", mode="fast")
+    with pytest.raises(ConfigError, match="aot_eager"):
+        deep(backend="aot_eager", mode="max-autotune")
+
+
+@pytest.mark.slow
+def test_what_is_tuned_computes_the_same():
+    x = torch.randn(2, 5, 4)
+    expected = deep()(x)
+    found = deep(backend="inductor", mode="max-autotune-no-cudagraphs")(x)
+    assert (found - expected).abs().max() <= 64 * eps * expected.abs().max()
+
+
+def test_why_a_piece_was_compiled_again_is_explained():
+    lora = deep(backend="aot_eager")
+    lora(torch.randn(2, 5, 4))
+    with torch.no_grad():
+        lora(torch.randn(2, 5, 4))
+    pieces = {title: (times, why) for title, times, why in lora.explain().compiled if title.startswith("5 layers")}
+    ((times, why),) = pieces.values()
+    assert times == 1 + len(why.splitlines()) > 1 and "grad" in why and why.splitlines()[0] in str(lora.explain())

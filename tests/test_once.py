@@ -237,3 +237,12 @@ def test_a_captured_block_is_split_where_adapters_differ_and_inlined_where_they_
     lora.set_adapter("other")
     assert len(blocks_of(lora.graph(torch.randn(5, 4)))) == 1  # from the same captured graph
     assert len(blocks_of(gm)) == 2
+
+
+def test_what_is_traced_after_a_departure_says_where_it_comes_from():
+    gm = trace_part(Stack(lambda n: Layer(n, chosen)), "", (torch.randn(5, 4),), {}, once=True)
+    (up,) = (
+        n for n in gm.graph.nodes if [str(read.target) for read in n.all_input_nodes[1:2]] == ["layers.3.up.weight"]
+    )
+    assert "self.act(self.number, self.up(x))" in up.stack_trace
+    assert [path for path, _ in up.meta["nn_module_stack"].values()] == ["", "layers.3", "layers.3.up"]
