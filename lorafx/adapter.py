@@ -55,9 +55,11 @@ class Adapter:
         return replace(self, selection=sites, tensors={s.name: self.tensors[s.name] for s in sites}, replaced=copies)
 
     def below(self, path: str) -> Adapter | None:
-        """The part on the module at `path`, by names relative to it; None if that part has tensors elsewhere."""
+        """The part below the module at `path`, by relative names; None if it has tensors elsewhere, or adapts that."""
         within = f"{path}."
-        sites = {site: site.name.removeprefix(path).lstrip(".") for site in self.selection if _is_at(site.name, path)}
+        if any(site.name == path for site in self.selection):
+            return None
+        sites = {site: site.name.removeprefix(within) for site in self.selection if site.name.startswith(within)}
         tensors = {sites[site]: self.tensors[site.name] for site in sites}
         replaced = {base: copy for base, copy in self.replaced.items() if base.startswith(within)}
         paths = [tensor for by_suffix in tensors.values() for tensor in by_suffix.values()]
@@ -102,10 +104,6 @@ class Adapter:
         """The change that the adapter makes to the site's base parameters, by their name, in float64."""
         tensors = {suffix: tensor.detach() for suffix, tensor in self.tensors_at(root, site).items()}
         return self.kind.delta(site, self.config, tensors)
-
-
-def _is_at(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")
 
 
 def plan(root: nn.Module, name: str, config: LoraConfig) -> Adapter:

@@ -304,7 +304,7 @@ class _Tape(TorchFunctionMode):
         inside = set(nodes)
         given = {stands.proxy.node for _, stands in self.given if stands is not None}
         return (
-            bool(nodes)
+            len(nodes) > 2
             and len(given) == len(self.given)
             and inside.issuperset(self.nodes)  # type: ignore[arg-type]
             and all(map(_may_be_in_block, nodes))

@@ -39,6 +39,7 @@ class _Before:
     @classmethod
     def of(cls, gm: GraphModule) -> _Before:
         copy = GraphModule(nn.Module(), Graph())
+        copy.__dict__["_modules"] = dict(gm._modules)  # among them the blocks, as they are when the text is written
         copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
         return cls(snapshot(gm), copy)
 

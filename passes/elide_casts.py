@@ -33,6 +33,8 @@ def _changes_nothing(found: Match) -> str | None:
     if bound["copy"] or bound["memory_format"] is not None:
         return "the cast asks for a copy"
     x = bound["x"].meta["val"]
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "it is within a vmap, where values cannot be recomputed"
     asked = {name: bound[name] for name in ("dtype", "layout", "device") if bound.get(name) is not None}
     changed = (f"{getattr(x, name)} to {value}" for name, value in asked.items() if getattr(x, name) != value)
     changes = ", ".join(changed)

@@ -7,6 +7,7 @@ import torch
 import zoo
 from graphs import adapted
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lorafx
 from lorafx.blocks import LAYERS, block_calls, blocks_of
@@ -256,3 +257,10 @@ def test_outlined_models_compute_the_same_bits(name):
         assert bool(blocks_of(lora.graph(**inputs))) == (pipeline is None)
     assert torch.equal(losses[0][0], losses[1][0])
     assert all(map(torch.equal, losses[0][1], losses[1][1])) and len(losses[0][1]) == len(losses[1][1])
+
+
+def test_layers_that_are_sites_themselves_stay_inline():
+    model = nn.Sequential(*(Conv1D(4, 4) for _ in range(3)))
+    lora, x = adapted(model, target_modules=["0", "1", "2"]), torch.randn(5, 2, 4)
+    assert blocks_of(lora.graph(x)) == []
+    assert_as_flat(lora, x)
