@@ -54,8 +54,7 @@ def compile(
             with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
-        gradient_checkpointing: keep only the inputs of layers for backward, recompute the rest; "offload" keeps what
-            one layer gives the next in the host's memory (on a machine without CUDA it stays where it is).
+        gradient_checkpointing: keep the inputs of layers for backward, recompute the rest; "offload": on the host.
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
@@ -73,8 +72,7 @@ def compile(
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
-        if gradient_checkpointing and getattr(adapted, "supports_gradient_checkpointing", False):
-            # So that the model keeps no cache meanwhile, and that calls by sites do it too.
+        if gradient_checkpointing and getattr(adapted, "supports_gradient_checkpointing", False):  # for calls by sites
             adapted.gradient_checkpointing_enable()  # type: ignore[operator]
         if example_inputs is not None:
             _capture(adapted, example_inputs)
