@@ -8,6 +8,7 @@ from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
+from .fuse_lora import FuseLora
 from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
@@ -28,6 +29,7 @@ default = Pipeline(
     FreezeBase(),
     ElideCasts(),
     ElideDropout(),
+    FuseLora(),
     FoldScaling(),
     CheckpointBlocks(),
 )
@@ -39,6 +41,7 @@ __all__ = [
     "ElideDropout",
     "FoldScaling",
     "FreezeBase",
+    "FuseLora",
     "InlineBlocks",
     "InsertAdapters",
     "MatchTargets",

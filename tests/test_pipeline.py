@@ -30,7 +30,8 @@ class WithOptions(Pass):
 def test_a_pipeline_prints_and_parses_to_itself():
     text = (
         "canonicalize, elide_casts, outline_blocks, split_reads, restore_linear, match_targets, insert_adapters, "
-        "merge_adapters, freeze_base, elide_casts, elide_dropout, fold_scaling, checkpoint_blocks{every=False, offload=False}"
+        "merge_adapters, freeze_base, elide_casts, elide_dropout, fuse_lora, fold_scaling, "
+        "checkpoint_blocks{every=False, offload=False}"
     )
     assert str(default) == text
     assert Pipeline.parse(text) == default

@@ -1,0 +1,5 @@
+"""Operators that passes may write and ATen lacks, as `torch.ops.lorafx.…`; each is one file with its reference."""
+
+from .lora_linear import lora_linear
+
+__all__ = ["lora_linear"]

@@ -1,0 +1,92 @@
+"""lora_linear: a linear layer and its LoRA update as one operator with a backward of its own.
+
+    y  = x Wᵀ + b + s · h Bᵀ,   h = z Aᵀ            z is x, or what dropout made of it
+
+    dx = dy W + s · (dy B) A     (the second part to dz where z is not x)
+    dA = s · (dy B)ᵀ z           dB = s · dyᵀ h
+
+Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. The update is accumulated
+into the base product's own buffer, and dx's second part into the first's: neither is written down by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """The equation. x and z are (…, in), `weight` (out, in), `lora_A` (r, in), `lora_B` (out, r), all of one dtype."""
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x if z is None else z, lora_A), lora_B)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        hidden = F.linear(x if z is None else z, lora_A)
+        return _accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling), hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, z, lora_A, lora_B, ctx.scaling = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, z, lora_A, lora_B, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`d_hidden` is there in a second derivative alone: h is an output so that one can be taken."""
+        x, weight, z, lora_A, lora_B, hidden = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, _ = ctx.needs_input_grad
+        dx = dz = d_weight = d_bias = d_A = d_B = None
+        if dy is not None:
+            dx = dy @ weight if needs_x else None
+            d_weight = _rows(dy).t() @ _rows(x) if needs_weight else None
+            d_bias = _rows(dy).sum(0) if needs_bias else None
+            d_B = (_rows(dy).t() @ _rows(hidden)) * ctx.scaling if needs_B else None
+            through = (dy @ lora_B) * ctx.scaling
+            d_hidden = through if d_hidden is None else d_hidden + through
+        if d_hidden is not None:
+            d_A = _rows(d_hidden).t() @ _rows(x if z is None else z) if needs_A else None
+            dz = d_hidden @ lora_A if needs_z else None
+            if needs_x and z is None:
+                dx = d_hidden @ lora_A if dx is None else _accumulated(dx, d_hidden, lora_A, 1.0)
+        return dx, d_weight, d_bias, dz, d_A, d_B, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
+    if own.is_contiguous() and not torch.is_grad_enabled():
+        own.view(-1, own.shape[-1]).addmm_(_rows(left), right, alpha=scaling)
+        return own
+    return torch.addmm(_rows(own), _rows(left), right, alpha=scaling).view(own.shape)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return reference(x, weight, bias, z, lora_A, lora_B, scaling)
+    return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling)[0]
+
+
+_library = torch.library.Library("lorafx", "DEF")  # lives as long as this module
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling)"
+    " -> Tensor"
+)
+# Composite: compilers, fake tensors and transforms see the products that it is made of, in both directions.
+_library.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")
+_library.impl("lora_linear", lora_linear, "FuncTorchBatchedDecomposition")

@@ -1,0 +1,63 @@
+"""fuse_lora: a linear operator and its update become one operator with a backward of its own.
+
+x Wᵀ + b + s · (z Aᵀ) Bᵀ  ->  lora_linear(x, W, b, z, A, B, s)       z is x, or what dropout made of it
+
+What it saves is in `lorafx/ops/lora_linear.py`. Where dtypes differ, or the caller's autocast would change them, the
+update stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.autocast import autocast_dtype
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, Rule, fake_mode_of
+
+aten = torch.ops.aten
+
+
+def adapted(x, weight, bias, lora_A, lora_B, scaling):
+    update = aten.linear.default(aten.linear.default(x, lora_A), lora_B)
+    return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
+
+
+def fused(x, weight, bias, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling)
+
+
+def adapted_apart(x, weight, bias, z, lora_A, lora_B, scaling):
+    update = aten.linear.default(aten.linear.default(z, lora_A), lora_B)
+    return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
+
+
+def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
+
+
+def _one_dtype(found: Match) -> str | None:
+    values = [found.bindings[name].meta["val"] for name in ("x", "weight", "lora_A", "lora_B")]
+    dtypes = {value.dtype for value in values} | {found.anchor.meta["val"].dtype}
+    product = autocast_dtype(values[0].device.type)
+    if len(dtypes) == 1 and product in (None, *dtypes):
+        return None
+    return f"one operator needs one dtype, not {', '.join(sorted(map(str, dtypes)))}" + (
+        f" under autocast to {product}" if product else ""
+    )
+
+
+RULES = Rule(adapted, fused, _one_dtype), Rule(adapted_apart, fused_apart, _one_dtype)
+
+
+@dataclass(frozen=True)
+class FuseLora(Pass):
+    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` sees to the rest."""
+
+    requires = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        return sum(rule.apply_everywhere(gm, self.name, fake_mode_of(gm)) for rule in RULES)
