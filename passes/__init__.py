@@ -6,6 +6,7 @@ from .canonicalize import Canonicalize
 from .checkpoint_blocks import CheckpointBlocks
 from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
+from .elide_slices import ElideSlices
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
 from .fuse_lora import FuseLora
@@ -20,6 +21,7 @@ from .split_reads import SplitReads
 default = Pipeline(
     Canonicalize(),
     ElideCasts(),
+    ElideSlices(),
     OutlineBlocks(),
     SplitReads(),
     RestoreLinear(),
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointBlocks",
     "ElideCasts",
     "ElideDropout",
+    "ElideSlices",
     "FoldScaling",
     "FreezeBase",
     "FuseLora",

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.autocast import autocast_dtype
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import ADAPTED_BY, SITE, Match, Provenance, Rule, fake_mode_of, made_by
 
 aten = torch.ops.aten
 
@@ -60,4 +60,14 @@ class FuseLora(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return sum(rule.apply_everywhere(gm, self.name, fake_mode_of(gm)) for rule in RULES)
+        mode, count = fake_mode_of(gm), 0
+        for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+            rule, found = next(((rule, m) for rule in RULES if isinstance(m := rule.find(node), Match)), (None, None))
+            if rule is None or found is None:
+                continue
+            maker, base = made_by(node) or Provenance(self.name), node.args[0]
+            marks = {key: base.meta[key] for key in (SITE, ADAPTED_BY) if key in base.meta}  # type: ignore[union-attr]
+            fused_node, _ = rule.apply(gm, found, Provenance(self.name, maker.site, maker.adapter), mode)
+            fused_node.meta |= marks
+            count += 1
+        return count

@@ -31,6 +31,7 @@ LAYERS = [
         "caches",
         "answers",
         "offload",
+        "ops",
     },
     {"forms", "rewrite", "sites"},
     {"rooted", "regions", "effects"},

@@ -29,8 +29,8 @@ class WithOptions(Pass):
 
 def test_a_pipeline_prints_and_parses_to_itself():
     text = (
-        "canonicalize, elide_casts, outline_blocks, split_reads, restore_linear, match_targets, insert_adapters, "
-        "merge_adapters, freeze_base, elide_casts, elide_dropout, fuse_lora, fold_scaling, "
+        "canonicalize, elide_casts, elide_slices, outline_blocks, split_reads, restore_linear, match_targets, "
+        "insert_adapters, merge_adapters, freeze_base, elide_casts, elide_dropout, fuse_lora, fold_scaling, "
         "checkpoint_blocks{every=False, offload=False}"
     )
     assert str(default) == text
@@ -72,7 +72,7 @@ def test_text_that_does_not_parse_says_why(text, message):
 def test_parts_and_sums_are_pipelines():
     assert isinstance(default[:3], Pipeline) and default[0] == Canonicalize()
     assert default[:2] + default[2:] == default
-    assert "fold_scaling" not in str(default.without("fold_scaling"))
+    assert "fold_scaling" not in str(default.without("fuse_lora", "fold_scaling"))
     with pytest.raises(PipelineError, match="nonsense"):
         default.without("nonsense")
 
@@ -101,7 +101,7 @@ def test_compile_checks_the_order_first():
 
 def test_the_pipeline_is_the_users():
     x, config = torch.randn(5, 4), {"target_modules": ["first"], "init_lora_weights": False}
-    plain = lorafx.compile(Chain(), config, pipeline=default.without("fold_scaling"))
+    plain = lorafx.compile(Chain(), config, pipeline=default.without("fuse_lora", "fold_scaling"))
     assert plain.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     text = lorafx.compile(Chain(), config, pipeline=str(default))
     assert not text.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
@@ -118,7 +118,8 @@ def test_observers_see_every_gap_between_passes():
     assert [(a, b) for a, _, b in seen] == [
         (None, "canonicalize"),
         ("canonicalize", "elide_casts"),
-        ("elide_casts", "outline_blocks"),
+        ("elide_casts", "elide_slices"),
+        ("elide_slices", "outline_blocks"),
         ("outline_blocks", "split_reads"),
         ("split_reads", "restore_linear"),
         ("restore_linear", "match_targets"),

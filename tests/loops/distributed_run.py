@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import accelerate
 import torch
 import torch.distributed as dist
 import transformers
@@ -26,15 +27,19 @@ def fresh() -> lorafx.AdaptedModel:
     return lorafx.compile(model, config, random_state=0)
 
 
-def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
+def train(
+    model: nn.Module, rank: int = 0, world: int = 1, accelerator: accelerate.Accelerator | None = None
+) -> list[float]:
     """Losses over the whole batch, of which each process gets its part."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    if accelerator is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for step in range(STEPS):
         ids = torch.randint(0, 64, (BATCH, 9), generator=torch.Generator().manual_seed(step))[rank::world]
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
-        loss.backward()
+        accelerator.backward(loss) if accelerator is not None else loss.backward()
         optimizer.step()
         total = loss.detach().clone()
         dist.all_reduce(total)
@@ -43,7 +48,9 @@ def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[float]:
 
 
 def main(how: str, folder: Path) -> None:
-    dist.init_process_group("gloo")
+    accelerator = accelerate.Accelerator() if how == "accelerate" else None
+    if accelerator is None:
+        dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = fresh()
     expected = train(alone)
@@ -51,11 +58,11 @@ def main(how: str, folder: Path) -> None:
     model: nn.Module = lora
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(lora)
-    else:
+    elif how == "fsdp":
         for layer in lora.blocks:
             fully_shard(layer)
         fully_shard(lora)
-    found = train(model, rank, world)
+    found = train(model, rank, world, accelerator)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     assert len(set(found)) == STEPS and [call.hits for call in lora.explain().calls] == [STEPS - 1]
 

@@ -10,16 +10,26 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+)
+LAUNCH = {"ddp": TORCHRUN, "fsdp": TORCHRUN, "accelerate": (*ACCELERATE, "no", "--dynamo_backend", "no")}
 RUN = Path(__file__).parent / "distributed_run.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", LAUNCH)
 def test_two_processes_train_as_one(tmp_path, how):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(RUN), how, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *LAUNCH[how], str(RUN), how, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,0 +1,46 @@
+"""elide_slices: a slice that takes all is the tensor itself.
+
+x[0 : 2⁶³ - 1]  ->  x        as `x[:, None]` and `x[:, :, n:]` leave them behind
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, Rule, fake_mode_of
+
+aten = torch.ops.aten
+
+
+def sliced(x, dim, start, end, step):
+    return aten.slice.Tensor(x, dim, start, end, step)
+
+
+def same(x):
+    return x
+
+
+def _takes_all(found: Match) -> str | None:
+    bound = found.bindings
+    if torch._C._functorch.is_functorch_wrapped_tensor(bound["x"].meta["val"]):
+        return "it is within a vmap, where values cannot be recomputed"
+    takes_all = (bound["start"], bound["end"], bound["step"]) == (0, sys.maxsize, 1)
+    return None if takes_all else f"it takes {bound['start']}:{bound['end']}:{bound['step']}"
+
+
+RULE = Rule(sliced, same, _takes_all)
+
+
+@dataclass(frozen=True)
+class ElideSlices(Pass):
+    """Afterwards every slice may leave something out."""
+
+    requires = frozenset({"canonical"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
