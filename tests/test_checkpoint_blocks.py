@@ -67,6 +67,7 @@ def test_what_layers_give_each_other_waits_on_the_host(monkeypatch):
     monkeypatch.setattr(offload, "to_host", lambda t: (left.append(weakref.ref(t)), t.detach().clone())[1])
     monkeypatch.setattr(offload, "to_device", lambda host, device: (back.append(host), (host.clone(), None))[1])
     monkeypatch.setattr(offload, "arrived", lambda tensor, ready: tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="no CUDA device"):
         lora = stack(gradient_checkpointing="offload")
     x = torch.randn(64, 4)
