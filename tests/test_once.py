@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import pytest
 import torch
 import zoo
 from torch import nn
 from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
 
 import lorafx
 from lorafx.blocks import block_calls, blocks_of
 from lorafx.caches import register_caches
 from lorafx.capture import trace_part
+from lorafx.errors import CaptureError
 from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks
 from lorafx.pipeline import Pipeline
 
@@ -178,15 +183,32 @@ def test_it_is_the_graph_that_tracing_all_layers_gives(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "CLIPModel", "Gemma3ForCausalLM"]
-)
+@pytest.mark.parametrize("name", zoo.ENTRIES)
 def test_whole_models_come_out_as_without(name):
+    """The same operators, by the same bits: as captured with blocks, inlined again, and captured without."""
     entry = zoo.ENTRIES[name]
-    model, inputs = entry.build().train(), entry.inputs(2, 7)
+    torch.manual_seed(0)
+    model, call = entry.build().train(), entry.inputs(2, 7)
+    args, kwargs = ((), dict(call)) if isinstance(call, Mapping) else (tuple(call), {})
     register_caches(model)
-    ours, all_traced = (flat(trace_part(model, "", (), inputs, once=once)) for once in (True, False))
-    assert sorted(ours[0]) == sorted(all_traced[0]) and ours[1] == all_traced[1]
+    try:
+        all_traced = trace_part(model, "", args, kwargs)
+    except CaptureError as error:
+        pytest.skip(f"it goes by sites: {str(error)[:80]}")
+    ours = trace_part(model, "", args, kwargs, once=True)
+    expected, found = (seeded(gm, args, kwargs) for gm in (all_traced, ours))
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
+    operators, reads = flat(ours)
+    assert all(map(torch.equal, seeded(ours, args, kwargs), expected))
+    all_operators, all_reads = flat(all_traced)
+    assert sorted(operators) == sorted(all_operators) and reads == all_reads
+
+
+def seeded(gm, args, kwargs):
+    """The tensors that a graph gives, its random numbers from one seed."""
+    torch.manual_seed(1)
+    args, kwargs = copy.deepcopy((args, kwargs))
+    return [leaf for leaf in pytree.tree_leaves(gm(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
 def test_how_much_is_traced_does_not_depend_on_depth(monkeypatch):

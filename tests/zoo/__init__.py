@@ -1,6 +1,6 @@
 """The zoo: tiny random models of many architectures, for tests that every model should pass.
 
-@pytest.mark.parametrize("entry", zoo.ENTRIES.values(), ids=str)
+@pytest.mark.parametrize("name", zoo.ENTRIES)
 """
 
 from . import causal, encoders, plain, vision
