@@ -25,6 +25,9 @@ def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
     """
     private = nn.Module()
     for node in exported.graph.nodes:
+        if node.op == "get_attr" and not node.users:  # torch.export reads all there is
+            exported.graph.erase_node(node)
+            continue
         if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
             continue
         atom = str(node.target).replace(".", "_")
