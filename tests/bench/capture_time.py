@@ -1,0 +1,61 @@
+"""Seconds to capture a training call and to rewrite its graph, by the number of layers, nothing lowered.
+
+python tests/bench/capture_time.py [--layers 4 8 32 80] [--rounds 5] [--json out.json]
+
+Depths take turns in one process, after a warm-up; what is printed are medians, the spread, and the ratios to the depth
+that a limit refers to: capture to 4 layers (at most 2), rewriting to 8 (at most 1.5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import transformers
+
+import lorafx
+from lorafx.report import table
+
+LIMITS = {"capture": (4, 2.0), "rewriting": (8, 1.5)}
+
+
+def measured(layers: int) -> dict[str, float]:
+    """A first call of a fresh adapted model."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config).train()
+    lora = lorafx.compile(model, {"r": 4, "target_modules": "all-linear"}, backend="eager")
+    ids = torch.randint(0, 128, (2, 7))
+    lora.graph(input_ids=ids, labels=ids.clone())
+    (call,) = lora.explain().calls
+    (steps,) = lora.report().graphs.values()
+    return {"capture": call.capture_seconds, "rewriting": sum(step.milliseconds for step in steps) / 1e3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 32, 80])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    measured(2)
+    rounds = [{layers: measured(layers) for layers in asked.layers} for _ in range(asked.rounds)]
+    rows = []
+    for what, (least, limit) in LIMITS.items():
+        for layers in asked.layers:
+            seconds = [each[layers][what] for each in rounds]
+            ratios = [each[layers][what] / each[least][what] for each in rounds if least in each]
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            rows.append((what, layers, f"{statistics.median(seconds):.2f}", spread, f"{least}: {ratio}", limit))
+    columns = ("what", "layers", "median s", "from, to", "ratio to layers", "limit")
+    print(table(f"{asked.rounds} rounds, torch {torch.__version__}", columns, rows))
+    if asked.json:
+        asked.json.write_text(json.dumps(rounds, indent=2))
+
+
+if __name__ == "__main__":
+    main()
