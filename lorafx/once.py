@@ -247,7 +247,7 @@ class _Tape(TorchFunctionMode):
             raise Interrupted
 
     def _last(self) -> Node:
-        return next(reversed(self.tracer.graph.nodes))
+        return next(iter(reversed(self.tracer.graph.nodes)))
 
     def _become(self, mine: Tensor, real: Tensor) -> None:
         name = self._name(mine)
