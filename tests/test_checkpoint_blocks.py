@@ -111,6 +111,7 @@ def test_only_training_is_checkpointed():
         assert torch.equal(lora(x), lora(x))
 
 
+@pytest.mark.slow
 def test_the_models_own_switch_throws_it():
     entry = zoo.ENTRIES["LlamaForCausalLM"]
     lora = lorafx.compile(entry.build().train(), {"target_modules": ["q_proj"], "init_lora_weights": False})

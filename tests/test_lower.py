@@ -162,6 +162,7 @@ def test_what_is_tuned_computes_the_same():
     assert (found - expected).abs().max() <= 64 * eps * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_why_a_piece_was_compiled_again_is_explained():
     lora = deep(backend="aot_eager")
     lora(torch.randn(2, 5, 4))
