@@ -46,7 +46,8 @@ class CheckpointBlocks(Pass):
         for node, block, path in block_calls(gm):
             layer = gm.get_submodule(path)
             asked = layer.training and (self.every or asks_for_checkpointing(layer))
-            if asked and node.target is call_block and not writes_to_what_it_is_given(block):
+            here = (call_block, checkpoint_block) if self.offload else (call_block,)
+            if asked and node.target in here and not writes_to_what_it_is_given(block):
                 node.target = offload_block if self.offload else checkpoint_block
                 if self.offload:
                     node.kwargs = {"moves": tuple(_own_inputs(node))}

@@ -87,7 +87,17 @@ def test_what_layers_give_each_other_waits_on_the_host(monkeypatch):
     assert len(back) == 12
 
 
-def test_what_layer_comes_back_while_backward_is_at_the_one_after_it(monkeypatch):
+def test_transformers_layers_wait_on_the_host_too(monkeypatch):
+    """Their own flag, which is set for calls by sites, asks for plain checkpointing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    entry = zoo.ENTRIES["LlamaForCausalLM"]
+    lora = lorafx.compile(entry.build().train(), {"target_modules": "all-linear"}, gradient_checkpointing="offload")
+    calls = [node for node, _, _ in block_calls(lora.graph(**entry.inputs(2, 7)))]
+    assert [call.target for call in calls] == [offload_block] * 2
+    assert all(call.kwargs["moves"] for call in calls)
+
+
+def test_an_input_comes_back_while_backward_is_at_the_layer_after_it(monkeypatch):
     events = []
     monkeypatch.setattr(offload, "_can_move", lambda value: isinstance(value, torch.Tensor))
     monkeypatch.setattr(offload, "to_host", lambda t: t.detach().clone())
