@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
 
 aten = torch.ops.aten
 
@@ -32,9 +32,9 @@ def _changes_nothing(found: Match) -> str | None:
     bound = found.bindings
     if bound["copy"] or bound["memory_format"] is not None:
         return "the cast asks for a copy"
+    if within_vmap(bound["x"]):
+        return "it is within a vmap"
     x = bound["x"].meta["val"]
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return "it is within a vmap, where values cannot be recomputed"
     asked = {name: bound[name] for name in ("dtype", "layout", "device") if bound.get(name) is not None}
     changed = (f"{getattr(x, name)} to {value}" for name, value in asked.items() if getattr(x, name) != value)
     changes = ", ".join(changed)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
 
 aten = torch.ops.aten
 
@@ -27,8 +27,8 @@ def same(x):
 
 def _takes_all(found: Match) -> str | None:
     bound = found.bindings
-    if torch._C._functorch.is_functorch_wrapped_tensor(bound["x"].meta["val"]):
-        return "it is within a vmap, where values cannot be recomputed"
+    if within_vmap(bound["x"]):
+        return "it is within a vmap"
     takes_all = (bound["start"], bound["end"], bound["step"]) == (0, sys.maxsize, 1)
     return None if takes_all else f"it takes {bound['start']}:{bound['end']}:{bound['step']}"
 

@@ -12,6 +12,7 @@ from .emit import (
     fake_value,
     made_by,
     resolve,
+    within_vmap,
 )
 from .match import Match, NoMatch, match
 from .rule import Rule
@@ -32,4 +33,5 @@ __all__ = [
     "made_by",
     "match",
     "resolve",
+    "within_vmap",
 ]

@@ -47,6 +47,12 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def within_vmap(node: Node) -> bool:
+    """Whether a node is between the brackets of a vmap, where what uses it cannot be recomputed on fake tensors."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
     """What `node` computes, recomputed on fake tensors: shape, dtype and device without arithmetic."""
     if node.op == "get_attr":
