@@ -21,10 +21,12 @@ from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
+from .blocks import repeated_modules
 from .caches import branchless_windows, register_caches
 from .errors import CaptureError
 from .filled import changed, contents, given, rebuilt, without_given
 from .folded import fold
+from .hidden import read_parameters
 from .key import images
 from .once import Interrupted, Once
 from .pure import innermost_line, no_unrolling, pure, unchanging
@@ -64,10 +66,10 @@ def trace_part(
     is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`. With `once`, layers that ask
     for the same operators are traced once, and the graph comes with blocks.
     """
-    if once:
+    if once and repeated_modules(model.get_submodule(path)):
         try:
             return _trace_part(model, path, args, kwargs, free, unroll, once=True)
-        except Interrupted:
+        except (Interrupted, CaptureError):  # operators that take functions are not traced under modes like ours
             pass
     return _trace_part(model, path, args, kwargs, free, unroll)
 
@@ -89,14 +91,15 @@ def _trace_part(
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if watch:
-            watch.begin()
-        with unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
+        shown = watch.called() if watch else contextlib.nullcontext()
+        with shown, unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
     bare.__dict__["forward"] = called
-    gm = rooted(_export(bare, args, kwargs, free), model)
+    exported = _export(bare, args, kwargs, free)
+    read_parameters(exported)
+    gm = rooted(exported, model)
     if watch:
         fold(gm)
     gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]

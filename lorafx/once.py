@@ -38,6 +38,7 @@ from torch.utils._mode_utils import no_dispatch
 from .answers import Known, New, Result, depends_on_data, described, description, mapped
 from .blocks import repeated_modules
 from .effects import reaches_out, writes
+from .hidden import Hidden
 from .key import modes
 from .regions import is_size
 
@@ -94,14 +95,17 @@ class Once:
         self.numbers = itertools.count()
         self.kept: list[Any] = []  # so that an id stays one object's
         paths = {module: path for path, module in root.named_modules()}
-        for layer in repeated_modules(root.get_submodule(part)):
+        layers = repeated_modules(root.get_submodule(part))
+        self.hidden = Hidden(root, layers)
+        for layer in layers:
             layer.__dict__["forward"] = functools.wraps(layer.forward)(
                 functools.partial(self._call, layer, paths[layer], layer.forward)
             )
 
-    def begin(self) -> None:
-        """The call that is traced begins now."""
+    def called(self) -> Hidden:
+        """The context in which the model is called."""
         self.modes = modes()
+        return self.hidden
 
     def _call(self, layer: nn.Module, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         mode = get_proxy_mode()
@@ -131,6 +135,7 @@ class _Tape(TorchFunctionMode):
         super().__init__()
         self.once, self.path, self.tracer, self.at = once, path, tracer, once.start
         self.replaying = bool(self.at.then)
+        self.own_parameters = list(layer.parameters())
         self.own = {id(t): name for name, t in (*layer.named_parameters(), *layer.named_buffers())}
         self.names: dict[int, tuple[weakref.ref[Tensor], Hashable]] = {}
         self.tensors: dict[Hashable, Callable[[], Tensor | None]] = {}
@@ -139,6 +144,8 @@ class _Tape(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         self.nodes: list[Node | None] = []  # of what was made
         self.done: list[tuple[Any, ...]] = []
+        if not self.replaying:
+            once.hidden.trace(self.own_parameters, tracer)
         self.before = self._last()
         self.link: tuple[_Step, Hashable, _Step] | None = None
         self.learning = True  # that others can be like this layer
@@ -230,6 +237,8 @@ class _Tape(TorchFunctionMode):
     def _depart(self) -> None:
         """Trace what was answered from memory so far."""
         self.replaying, here = False, self.tracer.module_stack
+        self.once.hidden.trace(self.own_parameters, self.tracer)
+        self.given = [(tensor, stands or get_proxy_slot(tensor, self.tracer, None)) for tensor, stands in self.given]
         for func, args, kwargs, answer, line, stack in self.done:
             self.tracer.module_stack, before = stack, self._last()
             traced = func(*args, **kwargs)

@@ -30,6 +30,7 @@ LAYERS = [
         "layout",
         "caches",
         "answers",
+        "hidden",
         "offload",
         "ops",
     },

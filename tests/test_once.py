@@ -87,6 +87,41 @@ class Sized(Stack):
         return self.head(x)
 
 
+class Borrowing(Stack):
+    """A layer's weight is read outside the layer, before or after the layer itself."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x):
+        weight = self.layers[2].up.weight
+        return super().forward(x @ weight.t() @ weight) if self.first else super().forward(x) @ weight[:3, :3]
+
+
+class Holding(nn.Module):
+    """A layer that keeps its weight in a list too."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.kept = [self.up.weight]
+
+    def forward(self, x, scale):
+        return x + nn.functional.linear(x, self.kept[0]) * scale
+
+
+class Branching(nn.Module):
+    """A layer with an operator that takes functions."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return torch.cond(x.sum() > 0, lambda x: self.up(x), lambda x: self.down(x), (x,)) * scale
+
+
 class InPlace(nn.Module):
     """A layer that writes to what it is given."""
 
@@ -147,6 +182,10 @@ MODELS = {  # and the layers that are blocks, as they come from tracing
     "results by number": (Keeping, ALL),
     "sizes used outside": (Sized, ALL),
     "half of them without gradients": (HalfWithoutGrad, [3, 4]),
+    "a weight borrowed before": (lambda: Borrowing(True), ALL),
+    "a weight borrowed after": (lambda: Borrowing(False), ALL),
+    "a weight in a list": (lambda: Stack(Holding), []),
+    "operators that take functions": (lambda: Stack(Branching), []),
     "each twice": (Again, ALL + ALL),
     "writing to inputs": (lambda: Stack(InPlace), []),
     "writing to buffers": (lambda: Stack(Norm), []),
