@@ -16,6 +16,7 @@ from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .outline_blocks import OutlineBlocks
 from .restore_linear import RestoreLinear
+from .share_input import ShareInput
 from .split_reads import SplitReads
 
 default = Pipeline(
@@ -32,6 +33,7 @@ default = Pipeline(
     ElideCasts(),
     ElideDropout(),
     FuseLora(),
+    ShareInput(),
     FoldScaling(),
     CheckpointBlocks(),
 )
@@ -51,6 +53,7 @@ __all__ = [
     "MergeAdapters",
     "OutlineBlocks",
     "RestoreLinear",
+    "ShareInput",
     "SplitReads",
     "default",
 ]

@@ -1,5 +1,6 @@
 """Operators that passes may write and ATen lacks, as `torch.ops.lorafx.…`; each is one file with its reference."""
 
 from .lora_linear import lora_linear
+from .lora_linears import lora_linears
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "lora_linears"]

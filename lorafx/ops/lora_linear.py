@@ -32,7 +32,7 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(x if z is None else z, lora_A)
-        return _accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling), hidden
+        return accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -48,36 +48,42 @@ class _LoraLinear(torch.autograd.Function):
         dx = dz = d_weight = d_bias = d_A = d_B = None
         if dy is not None:
             dx = dy @ weight if needs_x else None
-            d_weight = _rows(dy).t() @ _rows(x) if needs_weight else None
-            d_bias = _rows(dy).sum(0) if needs_bias else None
-            d_B = (_rows(dy).t() @ _rows(hidden)) * ctx.scaling if needs_B else None
+            d_weight = rows(dy).t() @ rows(x) if needs_weight else None
+            d_bias = rows(dy).sum(0) if needs_bias else None
+            d_B = (rows(dy).t() @ rows(hidden)) * ctx.scaling if needs_B else None
             through = (dy @ lora_B) * ctx.scaling
             d_hidden = through if d_hidden is None else d_hidden + through
         if d_hidden is not None:
-            d_A = _rows(d_hidden).t() @ _rows(x if z is None else z) if needs_A else None
+            d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
             dz = d_hidden @ lora_A if needs_z else None
             if needs_x and z is None:
-                dx = d_hidden @ lora_A if dx is None else _accumulated(dx, d_hidden, lora_A, 1.0)
+                dx = d_hidden @ lora_A if dx is None else accumulated(dx, d_hidden, lora_A, 1.0)
         return dx, d_weight, d_bias, dz, d_A, d_B, None
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
+    """A tensor as a matrix with the same last dimension."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
     if own.is_contiguous() and not torch.is_grad_enabled():
-        own.view(-1, own.shape[-1]).addmm_(_rows(left), right, alpha=scaling)
+        own.view(-1, own.shape[-1]).addmm_(rows(left), right, alpha=scaling)
         return own
-    return torch.addmm(_rows(own), _rows(left), right, alpha=scaling).view(own.shape)
+    return torch.addmm(rows(own), rows(left), right, alpha=scaling).view(own.shape)
+
+
+def by_reference() -> bool:
+    """Whether a vmap or a forward-mode derivative is under way, which want the operators themselves."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
     return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling)[0]
 

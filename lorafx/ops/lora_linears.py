@@ -1,0 +1,118 @@
+"""lora_linears: several linear layers with their LoRA updates, all of one input, as one operator.
+
+    yᵢ = x Wᵢᵀ + bᵢ + sᵢ · hᵢ Bᵢᵀ      h = [h₁ h₂ …] = x Aᵀ,  A the Aᵢ on top of one another
+
+    g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
+    dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ x           dBᵢ = sᵢ · dyᵢᵀ hᵢ
+
+So x is read once for all the small products, forward and backward, and dx has one buffer in which all products are
+summed up. Of the forward pass it keeps x and h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lora_linear import accumulated, by_reference, rows
+from .lora_linear import reference as one
+
+Tensors = Sequence[Tensor]
+Biases = Sequence[Tensor | None]
+
+
+def reference(
+    x: Tensor, weights: Tensors, biases: Biases, lora_As: Tensors, lora_Bs: Tensors, scalings: Sequence[float]
+) -> list[Tensor]:
+    """The equations: `lora_linear` of each, with shapes and dtypes as there; the ranks may differ."""
+    each = zip(weights, biases, lora_As, lora_Bs, scalings)
+    return [one(x, weight, bias, None, lora_A, lora_B, scaling) for weight, bias, lora_A, lora_B, scaling in each]
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Its tensors are x, then all weights, biases, As and Bs; h is an output, so that second derivatives are right."""
+
+    @staticmethod
+    def forward(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
+        hidden = F.linear(x, torch.cat(lora_As))
+        parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
+        outputs = [
+            accumulated(F.linear(x, weight, bias), part, lora_B.t(), scaling)
+            for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
+        ]
+        return *outputs, hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.scalings, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[-1], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        *dys, d_hidden = gradients
+        x, hidden, *tensors = ctx.saved_tensors
+        weights, _, lora_As, lora_Bs = _by_role(tensors, len(dys))
+        needs_x, _, *rest = ctx.needs_input_grad
+        needs_weights, needs_biases, needs_As, needs_Bs = _by_role(rest, len(dys))
+        ranks = [lora_A.shape[0] for lora_A in lora_As]
+        each = list(zip(dys, weights, lora_Bs, ctx.scalings, hidden.split(ranks, -1), ranks))
+
+        through = [
+            x.new_zeros(*x.shape[:-1], rank) if dy is None else (dy @ lora_B) * scaling
+            for dy, _, lora_B, scaling, _, rank in each
+        ]
+        g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
+        dx = _sum_of_products([(dy, weight) for dy, weight, *_ in each], g, torch.cat(lora_As)) if needs_x else None
+        d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * len(dys)
+        d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
+        d_biases = [rows(dy).sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
+        d_Bs = [
+            _gradient(dy, part, scaling) if needs else None
+            for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
+        ]
+        return dx, None, *d_weights, *d_biases, *d_As, *d_Bs
+
+
+def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(tensors[place : place + count]) for place in range(0, 4 * count, count))
+
+
+def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:
+    if dy is None:
+        return None
+    product = rows(dy).t() @ rows(x)
+    return product if scaling == 1.0 else product * scaling
+
+
+def _sum_of_products(products: list[tuple[Tensor | None, Tensor]], left: Tensor, right: Tensor) -> Tensor:
+    """Σ dyᵢ Wᵢ + left @ right, in one buffer."""
+    total = None
+    for dy, weight in (*products, (left, right)):
+        if dy is not None:
+            total = dy @ weight if total is None else accumulated(total, dy, weight, 1.0)
+    assert total is not None
+    return total
+
+
+def lora_linears(
+    x: Tensor, weights: Tensors, biases: Biases, lora_As: Tensors, lora_Bs: Tensors, scalings: Sequence[float]
+) -> list[Tensor]:
+    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
+    if by_reference():
+        return reference(x, weights, biases, lora_As, lora_Bs, scalings)
+    return list(_LoraLinears.apply(x, tuple(scalings), *weights, *biases, *lora_As, *lora_Bs)[:-1])
+
+
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
+_library.define(
+    "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings)"
+    " -> Tensor[]"
+)
+_library.impl("lora_linears", lora_linears, "CompositeImplicitAutograd")
+_library.impl("lora_linears", lora_linears, "FuncTorchBatchedDecomposition")

@@ -1,0 +1,85 @@
+"""share_input: adapted linears that read one value become one operator, which reads it once for all small products.
+
+    lora_linear(x, Wq, …), lora_linear(x, Wk, …), …   ->   lora_linears(x, [Wq, Wk, …], …)
+
+They are found by what they read, not by name: queries, keys and values; gate and up; any number. Those with a dropout
+of their own read different values. Adapter tensors stay separate parameters.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.effects import writes
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, made_by, within_vmap
+
+_one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
+
+
+@dataclass(frozen=True)
+class ShareInput(Pass):
+    """Afterwards no two adapted linears without dropout read the same value with nothing written in between."""
+
+    requires = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        groups = [group for group in _groups(gm) if len(group) > 1]
+        for group in groups:
+            self._join(gm, group)
+        return len(groups)
+
+    def _join(self, gm: GraphModule, group: list[Node]) -> None:
+        mode, first = fake_mode_of(gm), group[0]
+        x, weights, biases, _, lora_As, lora_Bs, scalings = zip(*(node.args for node in group))
+        for read in dict.fromkeys(read for node in group for read in _reads(node) or ()):
+            if first < read:
+                first.prepend(read)
+        maker = made_by(first) or Provenance(self.name)
+        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)))
+        with gm.graph.inserting_before(first):
+            joint = gm.graph.create_node("call_function", _several, arguments, {}, "lora_linears")
+            describe(joint, first, Provenance(self.name, "", maker.adapter), gm, mode)
+            for place, node in enumerate(group):
+                made = made_by(node) or maker
+                part = gm.graph.call_function(operator.getitem, (joint, place))
+                describe(part, node, Provenance(self.name, made.site, made.adapter), gm, mode)
+                part.meta |= {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
+                node.replace_all_uses_with(part)
+        for node in group:
+            gm.graph.erase_node(node)
+
+
+def _groups(gm: GraphModule) -> Iterator[list[Node]]:
+    """Adapted linears by what they read, as long as nothing is written in between."""
+    groups: dict[Node, list[Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if writes(node, gm):
+            yield from groups.values()
+            groups.clear()
+        if node.target is _one and node.args[3] is None and not within_vmap(node) and _reads(node) is not None:
+            groups[node.args[0]].append(node)
+    yield from groups.values()
+
+
+def _reads(node: Node) -> list[Node] | None:
+    """The parameters that a node reads besides x, and what is computed of them alone, in order; None for anything else.
+
+    They may be computed earlier than they are.
+    """
+    found: dict[Node, None] = {}
+    pending = [read for read in node.all_input_nodes if read is not node.args[0]]
+    while pending:
+        read = pending.pop()
+        if read.op not in ("get_attr", "call_function"):
+            return None
+        found[read] = None
+        pending += read.all_input_nodes
+    return sorted(found) if all(read.op == "get_attr" or read.all_input_nodes for read in found) else None
