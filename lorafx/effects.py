@@ -28,6 +28,11 @@ def must_stay(node: Node, gm: torch.nn.Module) -> bool:
     return writes(node, gm) or torch.Tag.nondeterministic_seeded in tags
 
 
+def drop_dead(gm: GraphModule) -> None:
+    """Erase what computes nothing that is used."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: must_stay(node, gm))
+
+
 def writes(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node writes into a tensor, itself or in the graphs that it runs."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -57,13 +62,13 @@ def reaches_out(node: Node, inside: Container[Node]) -> bool:
         return True  # hidden writes, and those of inner graphs, are to buffers
     target = node.args[0]
     while isinstance(target, Node) and target.op == "call_function" and target in inside:
-        if target.target is aten.lift_fresh_copy.default or not _may_share(target):
+        if target.target is aten.lift_fresh_copy.default or not may_share(target):
             return False
         target = target.args[0] if target.args else None
     return True
 
 
-def _may_share(node: Node) -> bool:
+def may_share(node: Node) -> bool:
     """Whether a node's result may be its first argument, or a view of it."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or node.target in _MAY_PASS_ON:

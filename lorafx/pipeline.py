@@ -200,7 +200,7 @@ class Pipeline(tuple[Pass, ...]):
             before = states.get(part) or _Before.of(part)
             try:
                 here = current.rewrite(part, within)
-                changed = here or snapshot(part).nodes != before.snapshot.nodes
+                changed = here or part not in states or snapshot(part).nodes != before.snapshot.nodes
                 if changed:
                     part.recompile()
                 verify(part, before.snapshot, within.adapters, facts | current.establishes, within.trained)

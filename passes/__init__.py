@@ -15,6 +15,8 @@ from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .outline_blocks import OutlineBlocks
+from .restore_causal import RestoreCausal
+from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
 from .share_input import ShareInput
 from .split_reads import SplitReads
@@ -24,6 +26,8 @@ default = Pipeline(
     ElideCasts(),
     ElideSlices(),
     OutlineBlocks(),
+    RestoreCausal(),
+    RestoreGqa(),
     SplitReads(),
     RestoreLinear(),
     MatchTargets(),
@@ -52,6 +56,8 @@ __all__ = [
     "MatchTargets",
     "MergeAdapters",
     "OutlineBlocks",
+    "RestoreCausal",
+    "RestoreGqa",
     "RestoreLinear",
     "ShareInput",
     "SplitReads",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule
 
-from lorafx.effects import ASSERTIONS, must_stay
+from lorafx.effects import ASSERTIONS, drop_dead
 from lorafx.pipeline import Context, Pass
 
 
@@ -25,7 +25,7 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.target in ASSERTIONS:
                 gm.graph.erase_node(node)
-        gm.graph.eliminate_dead_code(is_impure_node=lambda node: must_stay(node, gm))
+        drop_dead(gm)
         _sink_attributes(gm.graph)
         return before - len(gm.graph.nodes)
 

@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"forms", "rewrite", "sites"},
     {"rooted", "regions", "effects"},
-    {"outline", "once"},
+    {"outline", "once", "sizes"},
     {"folded"},
     {"kinds"},
     {"adapter"},

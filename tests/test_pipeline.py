@@ -29,9 +29,9 @@ class WithOptions(Pass):
 
 def test_a_pipeline_prints_and_parses_to_itself():
     text = (
-        "canonicalize, elide_casts, elide_slices, outline_blocks, split_reads, restore_linear, match_targets, "
-        "insert_adapters, merge_adapters, freeze_base, elide_casts, elide_dropout, fuse_lora, fold_scaling, "
-        "checkpoint_blocks{every=False, offload=False}"
+        "canonicalize, elide_casts, elide_slices, outline_blocks, restore_causal, restore_gqa, split_reads, "
+        "restore_linear, match_targets, insert_adapters, merge_adapters, freeze_base, elide_casts, elide_dropout, "
+        "fuse_lora, share_input, fold_scaling, checkpoint_blocks{every=False, offload=False}"
     )
     assert str(default) == text
     assert Pipeline.parse(text) == default
@@ -120,7 +120,9 @@ def test_observers_see_every_gap_between_passes():
         ("canonicalize", "elide_casts"),
         ("elide_casts", "elide_slices"),
         ("elide_slices", "outline_blocks"),
-        ("outline_blocks", "split_reads"),
+        ("outline_blocks", "restore_causal"),
+        ("restore_causal", "restore_gqa"),
+        ("restore_gqa", "split_reads"),
         ("split_reads", "restore_linear"),
         ("restore_linear", "match_targets"),
         ("match_targets", "insert_adapters"),

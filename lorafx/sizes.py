@@ -1,0 +1,118 @@
+"""What a graph computes of sizes alone: a node is run on real tensors, for chosen values of the graph's symbols."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from .effects import may_share, must_stay, writes
+from .rewrite import resolve
+from .rooted import CAPTURED
+
+aten = torch.ops.aten
+# They read of a tensor what it is like, and not what is in it.
+_SHAPE_ONLY = {
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+}
+
+
+# `torch.tensor(…)` leaves it behind: in place, but nothing that the tensor holds changes.
+_DETACH = aten.detach_.default
+
+
+class DependsOnData(Exception):
+    """A value is not decided by sizes."""
+
+
+class AtSizes:
+    """Runs nodes of a graph on the CPU, with its symbols as given, and keeps the values of all nodes that it ran.
+
+    For a block, `inputs` says what its inputs are in the graph that runs it, and `outer` runs that graph's nodes.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        symbols: Mapping[Any, int],
+        inputs: Mapping[Node, Any] | None = None,
+        outer: AtSizes | None = None,
+    ):
+        self.gm, self.symbols, self.inputs, self.outer = gm, symbols, inputs or {}, outer
+        self.values: dict[Node, Any] = {}
+
+    def __call__(self, node: Node) -> Any:
+        """The value of a node. Raises `DependsOnData`."""
+        if node not in self.values:
+            self.values[node] = self._value(node)
+        return self.values[node]
+
+    def ran(self) -> list[tuple[Node, GraphModule]]:
+        """The nodes that were run, here and outside, each with its graph."""
+        return [(node, self.gm) for node in self.values] + (self.outer.ran() if self.outer else [])
+
+    def _value(self, node: Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return self._like(value)
+        if node in self.inputs and self.outer and isinstance(self.inputs[node], Node):
+            return self.outer(self.inputs[node])
+        if node.op == "get_attr" and str(node.target).startswith(f"{CAPTURED}."):  # a constant of the graph
+            constant = resolve(self.gm, str(node.target))
+            if isinstance(constant, Tensor):
+                return constant.detach().cpu()
+        if not isinstance(node.target, OpOverload) or (must_stay(node, self.gm) and node.target is not _DETACH):
+            raise DependsOnData(f"{node.name} is no operator on sizes")
+        like = node.target in _SHAPE_ONLY
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._like(n.meta["val"]) if like else self(n))
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+        return node.target(*args, **kwargs)
+
+    def _like(self, value: Any) -> Any:
+        """A size in numbers; or a tensor of such a shape, which takes no memory and means nothing."""
+        if isinstance(value, Tensor):
+            return torch.zeros((), dtype=value.dtype).expand([self._like(size) for size in value.shape])
+        if not isinstance(value, torch.SymInt):
+            return value
+        expr = value.node.expr
+        number = expr.xreplace({symbol: sympy.Integer(self.symbols[symbol]) for symbol in expr.free_symbols})
+        if not number.is_Integer:
+            raise DependsOnData(f"a size is {number}")
+        return int(number)
+
+
+def is_written_to(ran: AtSizes) -> bool:
+    """Whether somebody writes to what was computed, or to a view of it."""
+    return any(_is_written_to(node, gm) for node, gm in ran.ran())
+
+
+def _is_written_to(node: Node, gm: GraphModule) -> bool:
+    views = [user for user in node.users if may_share(user) and user.args[:1] == (node,)]
+    return any(writes(user, gm) and user.target is not _DETACH for user in node.users) or any(
+        _is_written_to(view, gm) for view in views
+    )
+
+
+def integers(ran: AtSizes) -> set[int]:
+    """The integers that are written in the graph where something was computed, "to the end" aside."""
+    leaves = pytree.tree_leaves([(list(node.args), dict(node.kwargs)) for node, _ in ran.ran()])
+    return {abs(leaf) for leaf in leaves if type(leaf) is int} - {sys.maxsize}
+
+
+def symbols_of(sizes: Sequence[Any]) -> list[Any]:
+    """The symbols in some sizes, in order of their names."""
+    found = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    return sorted(found, key=str)
