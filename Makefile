@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-fast models lint clean
+.PHONY: demo test test-fast models bench lint clean
 
 demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained encoder
 	$(BIN)/python docs/examples/quickstart.py
@@ -18,6 +18,9 @@ test-fast: $(READY)  ## what answers in under two minutes
 
 models: $(READY)  ## docs/models.md, from a run of the zoo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/peft/test_zoo.py --models-page docs/models.md
+
+bench: $(READY)  ## what an adapter costs, next to the frozen base and to other libraries: out/bench/
+	$(BIN)/python -m lorafx bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -52,6 +52,8 @@ LAYERS = [
     {"api"},
     {"compat"},
     {"testing", "__init__"},
+    {"bench"},
+    {"__main__"},
 ]
 
 

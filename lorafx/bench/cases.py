@@ -1,0 +1,173 @@
+"""Cases: which model, on how many tokens, in which dtype; who runs it; and which bars it holds them to.
+
+A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, or
+decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx")
+COMPILED = ("base", "peft-compiled", "peft-compiled-0.9", "peft-compiled-whole", "lorafx-compiled")
+PEERS = ("liger", "unsloth", "torchtune")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit on a ratio of one contestant's time (or peak memory) to that of another, of the best that match."""
+
+    contestant: str
+    reference: str
+    limit: float
+    of: str = "time"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`part` is "model" (up to the loss), "block" (one layer), "linears" (a layer's seven) or "linear" (its first)."""
+
+    name: str
+    shape: Shape
+    part: str = "model"
+    dtype: str = "float32"
+    batch: int = 4
+    sequence: int = 256
+    targets: tuple[str, ...] = ALL
+    rank: int = 16
+    dropout: float = 0.0
+    checkpointing: bool = False
+    decode: int = 0  # so many tokens one by one, after a prefix of `sequence`, instead of a training step
+    static_cache: bool = False
+    contestants: tuple[str, ...] = EAGER
+    references: tuple[str, ...] = ("base", "peft")
+    bars: tuple[Bar, ...] = ()
+    rounds: int = 0  # at most so many; 0: as many as asked for
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * (self.decode or self.sequence)
+
+    def __str__(self) -> str:
+        shape = self.shape
+        work = f"decode {self.decode} tokens after" if self.decode else "training step,"
+        extras = [f"dropout {self.dropout}"] * bool(self.dropout) + ["checkpointing"] * self.checkpointing
+        sizes = f"hidden {shape.hidden}, MLP {shape.intermediate}, {shape.layers} layers, vocabulary {shape.vocabulary}"
+        return ", ".join([f"{self.part}: {sizes}, {self.dtype}, {work} {self.batch} x {self.sequence} tokens", *extras])
+
+
+def _variant(case: Case, name: str, **changes: object) -> Case:
+    return dataclasses.replace(case, name=name, **changes)  # type: ignore[arg-type]
+
+
+EAGER_BARS = (Bar("lorafx", "peft", 0.95), Bar("lorafx", "base", 1.07))
+_small = Shape(512, 1376, 8, 8, 8, 4096)
+_train = Case("train-fp32", _small, bars=EAGER_BARS)
+_decode = Case(
+    "decode",
+    _small,
+    batch=1,
+    sequence=64,
+    decode=16,
+    contestants=("merged", "peft", "lorafx"),
+    references=("merged", "peft"),
+    bars=(Bar("lorafx", "merged", 1.15),),
+)
+
+CPU = (
+    _train,
+    _variant(_train, "train-fp32-512", batch=2, sequence=512),
+    _variant(_train, "train-bf16", dtype="bfloat16"),
+    _variant(_train, "train-bf16-512", dtype="bfloat16", batch=2, sequence=512),
+    _variant(_train, "dropout-fp32", dropout=0.05, bars=()),
+    _variant(_train, "checkpointing-fp32", checkpointing=True, bars=()),
+    _variant(_train, "linear-fp32", part="linear", bars=()),
+    _variant(_train, "linears-fp32", part="linears", bars=EAGER_BARS[1:]),
+    _variant(_train, "block-fp32", part="block", bars=()),
+    Case(
+        "vocabulary-32k",
+        dataclasses.replace(_small, vocabulary=32000),
+        batch=2,
+        sequence=512,
+        bars=(Bar("lorafx", "peft", 0.75, of="peak"),),
+        rounds=5,
+    ),
+    # Nearly all of its time is attention: one site, and an MLP of next to nothing. PEFT runs the base's own attention.
+    Case(
+        "mask-2048",
+        Shape(512, 64, 1, 8, 8, 64),
+        part="block",
+        batch=1,
+        sequence=2048,
+        targets=("q_proj",),
+        bars=(Bar("lorafx", "peft", 1.0),),
+    ),
+    _decode,
+    _variant(
+        _train,
+        "compiled-fp32",
+        contestants=COMPILED,
+        references=("base", "peft-compiled"),
+        bars=(Bar("lorafx-compiled", "peft-compiled*", 0.96),),
+    ),
+)
+
+_1b = Shape(2048, 8192, 16, 32, 8, 128256)
+_8b = Shape(4096, 14336, 32, 32, 8, 128256)
+_real = Case("1b-4096", _1b, dtype="bfloat16", batch=1, sequence=4096, contestants=EAGER + COMPILED[1:] + PEERS)
+_layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestants=EAGER + COMPILED[1:])
+_graphs = ("merged-graphs", "lorafx-graphs")
+STEP_BARS = (Bar("lorafx-compiled", "peft-compiled*", 1 / 1.15), Bar("lorafx-compiled", "peft-default", 1 / 1.6))
+
+CUDA = (
+    _variant(_layer, "8b-linear", part="linear", batch=2),
+    _variant(_layer, "8b-linears", part="linears", batch=2, bars=(Bar("lorafx*", "base", 1.10),)),
+    *(_variant(_layer, f"8b-block-{n}", part="block", sequence=n) for n in (512, 2048, 8192, 16384)),
+    *(_variant(_real, f"1b-{n}", sequence=n) for n in (512, 2048, 4096, 8192)),
+    _variant(_real, "1b-16384-checkpointing", sequence=16384, checkpointing=True),
+    _variant(_real, "1b-4096-dropout", dropout=0.05),
+    _variant(_real, "8b-4096", shape=_8b, bars=STEP_BARS),
+    _variant(_real, "8b-4096-dropout", shape=_8b, dropout=0.05),
+    _variant(_real, "8b-16384-checkpointing", shape=_8b, sequence=16384, checkpointing=True),
+    _variant(_decode, "1b-decode", shape=_1b, dtype="bfloat16", sequence=512),
+    _variant(
+        _decode,
+        "1b-decode-graphs",
+        shape=_1b,
+        dtype="bfloat16",
+        sequence=512,
+        static_cache=True,
+        contestants=_graphs,
+        references=_graphs[:1],
+        bars=(Bar("lorafx-graphs", "merged-graphs", 1.05),),
+    ),
+)
+
+# All of the machinery in seconds; run when they are asked for by name.
+_tiny = Shape(64, 96, 2, 4, 2, 128)
+_smoke = _variant(_train, "smoke", shape=_tiny, batch=2, sequence=16, bars=(), contestants=(*EAGER, *PEERS), rounds=3)
+SMOKE = (
+    _smoke,
+    _variant(_smoke, "smoke-bf16", part="linears", dtype="bfloat16", dropout=0.05, contestants=EAGER),
+    _variant(_smoke, "smoke-block", part="block", checkpointing=True, contestants=EAGER),
+    _variant(_decode, "smoke-decode", shape=_tiny, sequence=8, decode=4, rounds=3),
+    _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),
+)
+
+
+def of_device(device: str) -> tuple[Case, ...]:
+    return CUDA if device == "cuda" else CPU

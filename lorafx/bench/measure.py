@@ -1,0 +1,169 @@
+"""Measure: warm up, check what comes out, then let contestants take turns in random order and compare within rounds."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from .cases import Case
+from .contestants import Setup, adapter_tensors
+from .models import Batch, outputs
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives before anything is trained: outputs (a loss, or tensors) and the adapter's gradients."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+
+
+class Training:
+    """A training step: forward, backward, fused AdamW. A model without adapters gives its input's gradient alone."""
+
+    def __init__(self, case: Case, setup: Setup, batch: Batch):
+        self.case, self.setup, self.model, self.batch = case, setup, setup.model, batch
+        self.adapters = adapter_tensors(setup.model)
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-6, fused=True) if self.adapters else None
+
+    def forward(self) -> tuple[Tensor, ...]:
+        arguments = self.batch.arguments
+        if not self.adapters and "input_ids" in arguments:  # without it there is no gradient to give
+            ids = arguments["input_ids"]
+            embedded = self.model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
+            arguments = {"inputs_embeds": embedded, "labels": arguments["labels"]}
+        return outputs(self.model(**arguments))
+
+    def clear(self) -> None:
+        for tensor in (*self.adapters.values(), *self.batch.arguments.values()):
+            tensor.grad = None
+
+    def step(self) -> None:
+        with self.setup.each():
+            torch.autograd.backward(self.forward(), self.batch.gradients)
+        if self.optimizer:
+            self.optimizer.step()
+        self.clear()
+
+    def outcome(self) -> Outcome:
+        """With dropout left out: no two libraries draw alike."""
+        self.model.train(not self.case.dropout)
+        with self.setup.first(), self.setup.each():
+            found = self.forward()
+            torch.autograd.backward(found, self.batch.gradients)
+        gradients = {name: tensor.grad for name, tensor in self.adapters.items() if tensor.grad is not None}
+        self.clear()
+        self.model.train()
+        return Outcome(tuple(each.detach() for each in found), gradients)
+
+    def held(self) -> int:
+        state = self.optimizer.state.values() if self.optimizer else ()
+        tensors = [value for each in state for value in each.values() if isinstance(value, Tensor)]
+        return _bytes([*self.model.parameters(), *self.model.buffers(), *tensors])
+
+
+class Decoding:
+    """Tokens one by one after a prefix, as the same tokens for everyone."""
+
+    def __init__(self, case: Case, setup: Setup, batch: Batch):
+        self.case, self.model, self.batch = case, setup.model.eval(), batch
+        self.cache = self._cache()
+        with torch.no_grad():
+            self._run(slice(0, case.sequence))
+
+    def _cache(self) -> Any:
+        if not self.case.static_cache:
+            return transformers.DynamicCache()
+        length = self.case.sequence + self.case.decode
+        return transformers.StaticCache(config=self.model.config, max_cache_len=length)  # type: ignore[arg-type]
+
+    def _run(self, tokens: slice) -> Tensor:
+        ids = self.batch.arguments["input_ids"][:, tokens].contiguous()
+        positions = torch.arange(tokens.start, tokens.stop, device=ids.device)[None]
+        found = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return found.logits
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        start = self.case.sequence
+        found = [self._run(slice(at, at + 1)) for at in range(start, start + self.case.decode)]
+        if not self.case.static_cache:
+            self.cache.crop(-self.case.decode)
+        return torch.cat(found, 1)
+
+    def outcome(self) -> Outcome:
+        return Outcome((self.step(),), {})
+
+    def clear(self) -> None:
+        pass
+
+    def held(self) -> int:
+        return _bytes([*self.model.parameters(), *self.model.buffers()])
+
+
+Runner = Training | Decoding
+
+
+def runner(case: Case, setup: Setup, batch: Batch) -> Runner:
+    return (Decoding if case.decode else Training)(case, setup, batch)
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def seconds(step: Callable[[], object], cuda: bool) -> float:
+    """How long one step takes, by the device's own clock where it has one."""
+    if not cuda:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    step()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def peak(step: Callable[[], object], cuda: bool) -> int:
+    """Bytes that one step needs at most, above what is held before it: by torch's own allocators, and repeatable."""
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative, of the whole tensor."""
+    found, expected = found.double(), expected.double().to(found.device)
+    return float((found - expected).norm() / expected.norm())
+
+
+def differences(found: Outcome, expected: Outcome) -> tuple[float, float | None]:
+    """The largest relative difference among the outputs, and among the gradients of the adapter's tensors."""
+    if set(found.gradients) != set(expected.gradients):
+        raise AssertionError(f"gradients differ in names: {sorted(set(found.gradients) ^ set(expected.gradients))[:3]}")
+    off = [difference(found.gradients[name], expected.gradients[name]) for name in expected.gradients]
+    return max(map(difference, found.outputs, expected.outputs)), max(off, default=None)

@@ -1,0 +1,120 @@
+"""The model of a case, what is put into it, and copies of it that share its weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .cases import Case
+
+
+class Linears(nn.Module):
+    """The linear layers of a decoder layer and nothing else, each fed by what has its width."""
+
+    def __init__(self, hidden: int, intermediate: int, keys: int):
+        super().__init__()
+        self.q_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(hidden, keys, bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        last = self.down_proj(self.gate_proj(x))
+        return self.o_proj(self.q_proj(x)), self.k_proj(x), self.v_proj(x), self.up_proj(x), last
+
+
+class OneLinear(nn.Module):
+    """One linear layer."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.q_proj(x),)
+
+
+def build(case: Case, device: str) -> nn.Module:
+    """The frozen base of a case, with the same random weights each time."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    with torch.device(device):
+        return _build(case).to(dtype).train().requires_grad_(False)
+
+
+def _build(case: Case) -> nn.Module:
+    shape = case.shape
+    if case.part == "linear":
+        return OneLinear(shape.hidden)
+    if case.part == "linears":
+        return Linears(shape.hidden, shape.intermediate, shape.hidden // shape.heads * shape.kv_heads)
+    config = transformers.LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=1 if case.part == "block" else shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=8 if case.part == "block" else shape.vocabulary,
+        max_position_embeddings=2 * (case.sequence + case.decode),
+        use_cache=bool(case.decode),
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=case.dtype,
+    )
+    of = transformers.LlamaModel if case.part == "block" else transformers.LlamaForCausalLM
+    return of._from_config(config)
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A model of its own with the base's own tensors: whoever swaps its modules leaves the base as it is."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, shared)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given, and the gradients of what it gives (None for a loss)."""
+
+    arguments: dict[str, Tensor]
+    gradients: tuple[Tensor | None, ...]
+
+    def as_dtype(self, dtype: torch.dtype) -> Batch:
+        """The same values in another dtype."""
+        arguments = {
+            name: value.detach().to(dtype).requires_grad_() if value.is_floating_point() else value
+            for name, value in self.arguments.items()
+        }
+        return Batch(arguments, tuple(each if each is None else each.to(dtype) for each in self.gradients))
+
+
+def batch_of(case: Case, base: nn.Module) -> Batch:
+    """The same batch for everyone: token ids for a model, a hidden state that needs its gradient for a part of one."""
+    weight = next(base.parameters())
+    rng = torch.Generator(weight.device).manual_seed(1)
+    shape = case.shape
+    if case.part == "model":
+        size = case.batch, case.sequence + case.decode
+        ids = torch.randint(0, shape.vocabulary, size, generator=rng, device=weight.device)
+        return Batch({"input_ids": ids, "labels": ids.clone()}, (None,))
+
+    def random(width: int) -> Tensor:
+        size = case.batch, case.sequence, width
+        return torch.randn(size, generator=rng, device=weight.device).to(weight.dtype)
+
+    keys = shape.hidden // shape.heads * shape.kv_heads
+    widths = (shape.hidden, keys, keys, shape.intermediate, shape.hidden) if case.part == "linears" else (shape.hidden,)
+    name = "inputs_embeds" if case.part == "block" else "x"
+    return Batch({name: random(shape.hidden).requires_grad_()}, tuple(map(random, widths)))
+
+
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    """What a model gave that has a gradient."""
+    if isinstance(found, tuple):
+        return found
+    return (found.loss if "loss" in found else found.last_hidden_state,)

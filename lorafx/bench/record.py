@@ -1,0 +1,107 @@
+"""The record: what was measured, where, and by what; as JSON, and with the ratios that tables and bars need."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Bar, Case
+
+LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "torchtune", "triton")
+
+
+@dataclass
+class Row:
+    """One contestant in one case. `failed` says why there are no figures; differences are relative to the reference."""
+
+    contestant: str
+    seconds: list[float] = field(default_factory=list)  # by round
+    peak_bytes: int = 0  # of a step, above what is held
+    held_bytes: int = 0  # weights, adapters and the optimizer's state
+    output_difference: float | None = None
+    gradient_difference: float | None = None
+    parity: bool | None = None  # None: it has no adapter, so there is nothing to agree with
+    failed: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.peak_bytes + self.held_bytes
+
+
+@dataclass
+class Result:
+    """One case: its rows, in the order they were asked for."""
+
+    case: Case
+    rows: list[Row]
+    reference: str  # what outputs and gradients were compared with
+    load: float = 0.0  # of the machine while it was measured: well above `threads`, others were using it
+
+    def measured(self, pattern: str) -> list[Row]:
+        return [row for row in self.rows if not row.failed and fnmatchcase(row.contestant, pattern)]
+
+    def judged(self, bar: Bar) -> float | None:
+        """What a bar limits, or None where somebody is missing: the best that match against the best that match."""
+        pairs = self.measured(bar.contestant), self.measured(bar.reference)
+        if not all(pairs):
+            return None
+        if bar.of == "peak":
+            ours, theirs = (min(row.total_bytes for row in rows) for rows in pairs)
+            return ours / theirs
+        return ratios(*(min(rows, key=lambda row: row.median) for rows in pairs))[1]
+
+
+def ratios(row: Row, reference: Row) -> tuple[float, float, float]:
+    """Quartiles of the ratio within rounds: lower, median, upper."""
+    within = [own / other for own, other in zip(row.seconds, reference.seconds)]
+    if len(within) < 2:
+        return (within[0],) * 3
+    lower, middle, upper = statistics.quantiles(within, n=4, method="inclusive")
+    return lower, middle, upper
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Date, machine and versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": {library: found for library in LIBRARIES if (found := _version(library))},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(results: list[Result], where: dict[str, Any], path: Path) -> None:
+    cases = [
+        {
+            "case": dataclasses.asdict(result.case),
+            "reference": result.reference,
+            "load": result.load,
+            "rows": [dataclasses.asdict(row) for row in result.rows],
+            "bars": [dataclasses.asdict(bar) | {"measured": result.judged(bar)} for bar in result.case.bars],
+        }
+        for result in results
+    ]
+    path.write_text(json.dumps({"environment": where, "cases": cases}, indent=1))

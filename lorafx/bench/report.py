@@ -1,0 +1,91 @@
+"""The report: Markdown tables for people, and a chart where matplotlib is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .contestants import WITHOUT
+from .record import Result, Row, ratios
+
+MIB = 2**20
+
+
+def markdown(results: list[Result], where: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    parts = [f"{where['date']}, {where['device']}, {where['threads']} threads; {versions}."]
+    for result in results:
+        about = f"{result.case}. Compared with {result.reference}. Load average {result.load:.1f}."
+        parts += [f"### {result.case.name}", about, _rows(result)]
+    judged = [(result, bar, result.judged(bar)) for result in results for bar in result.case.bars]
+    if judged:
+        rows = [
+            (
+                result.case.name,
+                f"{bar.contestant} / {bar.reference}, {bar.of}",
+                "unmeasured" if ratio is None else f"{ratio:.3f}",
+                f"{bar.limit:.3f}",
+                "" if ratio is None else "yes" if ratio <= bar.limit else "no",
+            )
+            for result, bar, ratio in judged
+        ]
+        parts += ["### Bars", _table(("case", "ratio", "measured", "at most", "held"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(result: Result) -> str:
+    references = _references(result)
+    columns = ("contestant", "median ms", "tokens/s", *(f"to {name}" for name in references))
+    columns += ("peak MiB", "of it held", "output off by", "gradients off by")
+    return _table(columns, [_cells(result, row, references) for row in result.rows])
+
+
+def _references(result: Result) -> list[str]:
+    """Those of the case that ran; where a pass was left out, also what it was left out of."""
+    extra = ("lorafx",) if any(row.contestant.startswith(WITHOUT) for row in result.rows) else ()
+    return [name for name in (*result.case.references, *extra) if result.measured(name)]
+
+
+def _cells(result: Result, row: Row, references: Sequence[str]) -> list[str]:
+    if row.failed:
+        return [row.contestant, row.failed, *[""] * (len(references) + 5)]
+    cells = [row.contestant, f"{row.median * 1e3:,.1f}", f"{result.case.tokens / row.median:,.0f}"]
+    for name in references:
+        lower, middle, upper = ratios(row, result.measured(name)[0])
+        cells.append(f"{middle:.3f} ({lower:.3f} to {upper:.3f})")
+    cells += [f"{row.total_bytes / MIB:,.0f}", f"{row.held_bytes / MIB:,.0f}"]
+    mark = " **too much**" if row.parity is False else ""
+    return [*cells, _off(row.output_difference), _off(row.gradient_difference) + mark]
+
+
+def _off(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:.1e}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def draw(results: list[Result], path: Path) -> bool:
+    """A bar a contestant: its time to the case's first reference, quartiles as whiskers. False: no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    drawn = [(result, names) for result in results if (names := _references(result))]
+    figure = Figure(figsize=(8, 1 + sum(0.6 + 0.3 * len(result.rows) for result, _ in drawn)), layout="constrained")
+    heights = [1 + len(result.rows) for result, _ in drawn]
+    axes = figure.subplots(max(len(drawn), 1), squeeze=False, height_ratios=heights or None)[:, 0]
+    for axis, (result, (reference, *_)) in zip(axes, drawn):
+        rows = [row for row in result.rows if not row.failed][::-1]
+        quartiles = [ratios(row, result.measured(reference)[0]) for row in rows]
+        middles = [middle for _, middle, _ in quartiles]
+        spread = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
+        axis.barh([row.contestant for row in rows], middles, xerr=spread, color="#7a9cc6", ecolor="#333333", height=0.7)
+        axis.axvline(1, color="#333333", linewidth=0.8)
+        axis.set_title(f"{result.case.name}: time / {reference}", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=120)
+    return True

@@ -1,0 +1,177 @@
+"""The bench says what it measured, marks who is wrong, and outlives who fails. Nothing here depends on time."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lorafx.__main__ import main
+from lorafx.bench import contestants
+from lorafx.bench.cases import CPU, CUDA, SMOKE, Bar
+from lorafx.bench.measure import peak
+from lorafx.bench.models import build, twin
+from lorafx.bench.record import Result, Row, ratios
+
+
+def bench(folder, *options):
+    code = main(["bench", "--device", "cpu", "--out", str(folder), "--rounds", "2", *options])
+    return code, json.loads((folder / "bench.json").read_text()) if (folder / "bench.json").exists() else None
+
+
+def rows_of(record, case=0):
+    return {row["contestant"]: row for row in record["cases"][case]["rows"]}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora,fold_scaling")
+
+
+def test_contestants_agree_and_their_figures_are_recorded(smoke):
+    _, code, record = smoke
+    assert code == 0
+    rows = rows_of(record)
+    for name in ("peft", "lorafx", "lorafx-without-fuse_lora", "lorafx-without-fold_scaling"):
+        assert rows[name]["parity"] is True and rows[name]["gradient_difference"] < 1e-5
+        assert len(rows[name]["seconds"]) == 2 and rows[name]["peak_bytes"] > 0 and rows[name]["held_bytes"] > 0
+    assert rows["base"]["parity"] is None and rows["base"]["held_bytes"] < rows["peft"]["held_bytes"]
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["cases"][0]["reference"] == "PEFT in float64"
+
+
+def test_who_is_not_installed_is_a_row_that_says_so(smoke):
+    folder, _, record = smoke
+    for name in ("liger", "unsloth", "torchtune"):
+        row = rows_of(record)[name]
+        assert row["seconds"] or row["failed"]
+    page = (folder / "bench.md").read_text()
+    assert "| liger | " in page and page.count("\n| ") == 2 + len(record["cases"][0]["rows"])
+
+
+def test_the_table_and_the_chart(smoke):
+    folder, _, _ = smoke
+    page = (folder / "bench.md").read_text()
+    assert "| contestant | median ms | tokens/s | to base | to peft | to lorafx |" in page
+    pytest.importorskip("matplotlib")
+    assert (folder / "bench.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("case", ["smoke-bf16", "smoke-block", "smoke-decode"])
+def test_every_kind_of_case_runs(case, tmp_path):
+    code, record = bench(tmp_path, "--cases", case)
+    assert code == 0
+    assert [row["failed"] for row in record["cases"][0]["rows"]] == [""] * len(record["cases"][0]["rows"])
+    assert {row["parity"] for row in record["cases"][0]["rows"]} <= {True, None}
+
+
+@pytest.mark.slow
+def test_compiled_contestants_run(tmp_path):
+    code, record = bench(tmp_path, "--cases", "smoke-compiled")
+    assert code == 0
+    assert {name: row["parity"] for name, row in rows_of(record).items() if name != "base"} == dict.fromkeys(
+        ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole", "lorafx-compiled"), True
+    )
+
+
+def test_who_fails_is_a_row_and_the_others_are_measured(tmp_path, monkeypatch):
+    def out_of_memory(case, base):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setitem(contestants.MAKERS, "peft", out_of_memory)
+    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft", "lorafx")
+    assert code == 0
+    rows = rows_of(record)
+    assert rows["peft"]["failed"] == "OutOfMemoryError: tried to allocate too much" and not rows["peft"]["seconds"]
+    assert len(rows["lorafx"]["seconds"]) == 2
+    assert "| peft | OutOfMemoryError: tried" in (tmp_path / "bench.md").read_text()
+
+
+def test_who_fails_in_the_middle_is_a_row_too(tmp_path, monkeypatch):
+    class Tired(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.calls = model, 0
+
+        def forward(self, **arguments):
+            self.calls += 1
+            if self.calls > 5:  # the outcome, three steps of warm-up, and the one whose memory is counted
+                raise RuntimeError("enough")
+            return self.model(**arguments)
+
+        def get_input_embeddings(self):
+            return self.model.get_input_embeddings()
+
+    monkeypatch.setitem(contestants.MAKERS, "base", lambda case, base: contestants.Setup(Tired(twin(base))))
+    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft")
+    assert code == 0 and rows_of(record)["base"]["failed"] == "RuntimeError: enough"
+    assert len(rows_of(record)["peft"]["seconds"]) == 2
+
+
+def test_who_is_wrong_is_marked_and_the_command_fails(tmp_path, monkeypatch, capsys):
+    def off(case, base):
+        setup = contestants.with_lorafx(case, base)
+        with torch.no_grad():
+            next(p for name, p in setup.model.named_parameters() if ".lora_B." in name).mul_(1.01)
+        return setup
+
+    monkeypatch.setitem(contestants.MAKERS, "lorafx", off)
+    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "peft", "lorafx")
+    assert code == 1
+    assert rows_of(record)["lorafx"]["parity"] is False and rows_of(record)["peft"]["parity"] is True
+    assert "smoke: lorafx" in capsys.readouterr().err and "**too much**" in (tmp_path / "bench.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (("--cases", "smokes"), "no case named 'smokes'"),
+        (("--cases", "smoke", "--contestants", "pefty"), "no contestant named 'pefty'"),
+        (("--cases", "smoke", "--without", "fuse_everything"), "no pass named ['fuse_everything']"),
+    ],
+)
+def test_unknown_names_are_errors(options, named, tmp_path, capsys):
+    assert bench(tmp_path, *options) == (2, None)
+    assert named in capsys.readouterr().err
+
+
+def test_the_list(capsys):
+    for device, cases in (("cpu", CPU), ("cuda", CUDA)):
+        assert main(["bench", "--device", device, "--list"]) == 0
+        printed = capsys.readouterr().out
+        assert [case.name for case in (*cases, *SMOKE) if f" {case.name} " not in printed] == []
+
+
+def test_cases_name_contestants_that_exist():
+    for case in (*CPU, *CUDA, *SMOKE):
+        assert set(case.contestants) <= set(contestants.MAKERS) and set(case.references) <= set(case.contestants)
+
+
+def test_twins_share_every_tensor_and_no_module():
+    base = build(SMOKE[0], "cpu")
+    own = twin(base)
+    assert {id(p) for p in own.parameters()} == {id(p) for p in base.parameters()}
+    assert not {id(m) for m in own.modules()} & {id(m) for m in base.modules()}
+    contestants.with_peft(SMOKE[0], base)
+    assert not [name for name in base.state_dict() if "lora" in name]
+
+
+def test_peak_counts_bytes_and_gives_them_twice():
+    def step():
+        return torch.ones(1000) + torch.ones(1000)
+
+    assert peak(step, cuda=False) == peak(step, cuda=False) == 3 * 4000
+
+
+def test_ratios_are_taken_within_rounds():
+    slow, fast = Row("slow", [2.0, 20.0, 200.0]), Row("fast", [1.0, 10.0, 100.0])
+    assert ratios(slow, fast) == (2.0, 2.0, 2.0)
+
+
+def test_a_bar_takes_the_best_that_match_and_is_unmeasured_where_somebody_is_missing():
+    rows = [Row("lorafx", [1.0], 50, 50), Row("peft-compiled", [2.0], 100, 100), Row("peft-compiled-0.9", [1.5])]
+    result = Result(dataclasses.replace(SMOKE[0]), [*rows, Row("liger", failed="not importable")], "PEFT in float64")
+    assert result.judged(Bar("lorafx", "peft-compiled*", 1.0)) == pytest.approx(1 / 1.5)
+    assert result.judged(Bar("lorafx", "peft-compiled", 1.0, of="peak")) == 0.5
+    assert result.judged(Bar("lorafx", "liger", 1.0)) is None
