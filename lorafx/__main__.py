@@ -10,7 +10,10 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorafx", description="LoRA by graph rewriting")
     commands = parser.add_subparsers(required=True, metavar="command")
-    _add_bench(commands.add_parser("bench", help="measure lorafx next to the frozen base and to other libraries"))
+    try:
+        _add_bench(commands.add_parser("bench", help="measure lorafx next to the frozen base and to other libraries"))
+    except ModuleNotFoundError as missing:
+        parser.error(f"bench needs {missing.name}: pip install 'lorafx[bench]'")
     asked = parser.parse_args(arguments)
     return asked.run(asked)
 

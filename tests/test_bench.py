@@ -58,7 +58,7 @@ def test_the_table_and_the_chart(smoke):
     assert (folder / "bench.png").read_bytes()[1:4] == b"PNG"
 
 
-@pytest.mark.parametrize("case", ["smoke-bf16", "smoke-block", "smoke-decode"])
+@pytest.mark.parametrize("case", ["smoke-bf16", "smoke-block", "smoke-decode", "smoke-static"])
 def test_every_kind_of_case_runs(case, tmp_path):
     code, record = bench(tmp_path, "--cases", case)
     assert code == 0

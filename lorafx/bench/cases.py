@@ -164,7 +164,8 @@ SMOKE = (
     _smoke,
     _variant(_smoke, "smoke-bf16", part="linears", dtype="bfloat16", dropout=0.05, contestants=EAGER),
     _variant(_smoke, "smoke-block", part="block", checkpointing=True, contestants=EAGER),
-    _variant(_decode, "smoke-decode", shape=_tiny, sequence=8, decode=4, rounds=3),
+    _variant(_decode, "smoke-decode", shape=_tiny, sequence=8, decode=4, rounds=3, bars=()),
+    _variant(_decode, "smoke-static", shape=_tiny, sequence=8, decode=4, rounds=3, static_cache=True, bars=()),
     _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),
 )
 

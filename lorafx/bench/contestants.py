@@ -18,7 +18,9 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch._functorch import config as partitioner
+from torch.fx import GraphModule
 from transformers.models.llama import modeling_llama
 
 import lorafx
@@ -39,10 +41,9 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """A model to run, what is around its first forward and backward (when it is compiled), and around each one."""
+    """A model to run, and what is around each forward and backward of it."""
 
     model: nn.Module
-    first: Around = nullcontext
     each: Around = nullcontext
 
 
@@ -73,11 +74,17 @@ def _peft(case: Case, base: nn.Module, default: bool = False) -> nn.Module:
 
 def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: bool = False) -> Setup:
     """PEFT compiled layer by layer (equal layers share one compilation) or as a whole, for the sizes of the case."""
-    model = _peft(case, base)
+    model, inductor = _peft(case, base), lookup_backend("inductor")
+
+    def backend(gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        """Inductor with this budget; a function of its own, or Dynamo would take what another budget's gave."""
+        with partitioner.patch(activation_memory_budget=budget):
+            return inductor(gm, inputs, **options)
+
     layers = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaDecoderLayer)]
     for module in [model] if whole or not layers else layers:
-        module.compile(dynamic=False)
-    return Setup(model, first=partial(partitioner.patch, {"activation_memory_budget": budget}))
+        module.compile(backend=backend, dynamic=False)
+    return Setup(model)
 
 
 def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: Any) -> Setup:

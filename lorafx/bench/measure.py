@@ -56,7 +56,7 @@ class Training:
     def outcome(self) -> Outcome:
         """With dropout left out: no two libraries draw alike."""
         self.model.train(not self.case.dropout)
-        with self.setup.first(), self.setup.each():
+        with self.setup.each():
             found = self.forward()
             torch.autograd.backward(found, self.batch.gradients)
         gradients = {name: tensor.grad for name, tensor in self.adapters.items() if tensor.grad is not None}
@@ -95,9 +95,15 @@ class Decoding:
     def step(self) -> Tensor:
         start = self.case.sequence
         found = [self._run(slice(at, at + 1)) for at in range(start, start + self.case.decode)]
+        self._forget()
+        return torch.cat(found, 1)
+
+    def _forget(self) -> None:
+        """Back to the prefix. A static cache cannot be cropped: its layers count in place, and write over the old."""
         if not self.case.static_cache:
             self.cache.crop(-self.case.decode)
-        return torch.cat(found, 1)
+        for layer in self.cache.layers if self.case.static_cache else ():
+            layer.cumulative_length.sub_(self.case.decode)
 
     def outcome(self) -> Outcome:
         return Outcome((self.step(),), {})
