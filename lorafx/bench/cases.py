@@ -66,7 +66,9 @@ class Case:
         shape = self.shape
         work = f"decode {self.decode} tokens after" if self.decode else "training step,"
         extras = [f"dropout {self.dropout}"] * bool(self.dropout) + ["checkpointing"] * self.checkpointing
-        sizes = f"hidden {shape.hidden}, MLP {shape.intermediate}, {shape.layers} layers, vocabulary {shape.vocabulary}"
+        sizes = f"hidden {shape.hidden}, MLP {shape.intermediate}"
+        if self.part == "model":
+            sizes += f", {shape.layers} layers, vocabulary {shape.vocabulary}"
         return ", ".join([f"{self.part}: {sizes}, {self.dtype}, {work} {self.batch} x {self.sequence} tokens", *extras])
 
 
