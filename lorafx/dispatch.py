@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import time
 import warnings
@@ -25,6 +24,7 @@ from .key import (
     CallKey,
     changed_counters,
     flat,
+    full_masks,
     images,
     is_counter,
     leaf_key,
@@ -38,6 +38,8 @@ from .pipeline import Context, Observer, Pipeline
 from .programs import Kept, Program
 from .pure import Changed
 from .rooted import accepts, copied, refresh
+from .settled import settled
+from .sizes import ONES
 from .tree import MIRRORED_AS, find_tensor, has_copies_among_children, tensor_at, trained_paths
 
 CAPTURES = ("auto", "graph", "sites")
@@ -153,7 +155,7 @@ class Dispatcher:
         if self.counters:
             free = self.counters.get((path, spec), ())
             keys = tuple([COUNTER if number in free and is_counter(k) else k for number, k in enumerate(keys)])
-        key = CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, attributes)
+        key = CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, attributes, full_masks(kwargs))
         return _by_any(key) if self.sited and _by_any(key) in self.sited else key
 
     def _run(self, program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,7 +241,7 @@ class Dispatcher:
         """Capture, rewrite, lower. What differs in adapters alone is captured once."""
         with collecting_later():
             start = time.perf_counter()
-            bare = program.key._replace(adapters=(), merged=frozenset())
+            bare = program.key._replace(adapters=(), merged=frozenset(), full=())
             captured = next((gm for gm in self.captures.of(bare) if accepts(gm, args, kwargs)), None)
             if captured is None:
                 unroll = self.capture == "graph"
@@ -247,6 +249,8 @@ class Dispatcher:
                 captured = trace_part(tree, program.key.part, args, kwargs, program.free, unroll, once)
                 self.captures.keep(bare, captured)
             gm = copied(captured, tree)
+            for node, name in zip(gm.graph.find_nodes(op="placeholder"), program.names):
+                node.meta[ONES] = name in program.key.full
             program.seconds = time.perf_counter() - start
             program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
             program.gm, program.run = gm, self.lowering.lower(gm)
@@ -356,21 +360,6 @@ def require_whole(tree: nn.Module, context: Context) -> None:
 def _by_any(key: CallKey) -> CallKey:
     """The key of a call that is served by the model's own Python, which reads attributes itself."""
     return key._replace(attributes=ANY)
-
-
-def settled(tree: nn.Module, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Named keyword arguments in one order, without those that only say None where that is the default."""
-    named = _named(type(tree.get_submodule(path)))  # type: ignore[arg-type]
-    given = {name: kwargs[name] for name in named if name in kwargs}
-    rest = {name: value for name, value in kwargs.items() if name not in named}
-    return {name: value for name, value in given.items() if value is not None or named[name] is not None} | rest
-
-
-@functools.cache
-def _named(module: type[nn.Module]) -> dict[str, Any]:
-    """The parameters of a forward that can be given by name, and their defaults."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _guarded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ class CallKey(NamedTuple):
     adapters: tuple[Hashable, ...]
     merged: frozenset[str]
     attributes: int
+    full: tuple[str, ...]  # arguments that are masks and mask nothing
 
 
 def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -40,6 +41,21 @@ def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """
     given = (*args, *kwargs.values())
     return [x for x in given if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-3] == 3 and x.is_floating_point()]
+
+
+def full_masks(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of attention masks that are all ones: a graph for these can do without. One check a mask and call."""
+    masks = [(name, mask) for name, mask in kwargs.items() if name.endswith("attention_mask") and _is_plain(mask)]
+    return tuple([name for name, mask in masks if bool((mask == 1).all())])
+
+
+def _is_plain(mask: Any) -> bool:
+    """Whether a mask has a number for each token, and whether they can be looked at now."""
+    if type(mask) is not Tensor or mask.ndim != 2 or mask.is_floating_point() or mask.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(mask) and not (
+        mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
@@ -113,7 +129,7 @@ def differences(new: CallKey, new_names: tuple[str, ...], old: CallKey, old_name
             yield f"{name}: {_leaf_text(before.get(name))} → {_leaf_text(now.get(name))}"
     if new.structure != old.structure and now == before:
         yield "the arguments' structure"
-    for field in ("grad", "inference", "autocast", "adapters", "merged"):
+    for field in ("grad", "inference", "autocast", "adapters", "merged", "full"):
         if getattr(new, field) != getattr(old, field):
             yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
     if new.layout != old.layout:

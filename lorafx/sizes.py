@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -34,6 +34,9 @@ _SHAPE_ONLY = {
 _DETACH = aten.detach_.default
 
 
+ONES = "ones"  # in an input's meta: whether it is known to be all ones
+
+
 class DependsOnData(Exception):
     """A value is not decided by sizes."""
 
@@ -47,7 +50,7 @@ class AtSizes:
     def __init__(
         self,
         gm: GraphModule,
-        symbols: Mapping[Any, int],
+        symbols: Callable[[Any], int],
         inputs: Mapping[Node, Any] | None = None,
         outer: AtSizes | None = None,
     ):
@@ -70,6 +73,8 @@ class AtSizes:
             return self._like(value)
         if node in self.inputs and self.outer and isinstance(self.inputs[node], Node):
             return self.outer(self.inputs[node])
+        if node.meta.get(ONES):
+            return self._like(value) + 1
         if node.op == "get_attr" and str(node.target).startswith(f"{CAPTURED}."):  # a constant of the graph
             constant = resolve(self.gm, str(node.target))
             if isinstance(constant, Tensor):
@@ -88,7 +93,7 @@ class AtSizes:
         if not isinstance(value, torch.SymInt):
             return value
         expr = value.node.expr
-        number = expr.xreplace({symbol: sympy.Integer(self.symbols[symbol]) for symbol in expr.free_symbols})
+        number = expr.xreplace({symbol: sympy.Integer(self.symbols(symbol)) for symbol in expr.free_symbols})
         if not number.is_Integer:
             raise DependsOnData(f"a size is {number}")
         return int(number)
@@ -116,3 +121,18 @@ def symbols_of(sizes: Sequence[Any]) -> list[Any]:
     """The symbols in some sizes, in order of their names."""
     found = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
     return sorted(found, key=str)
+
+
+def together(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:
+    """Values of symbols: those in these sizes grow, and with each those that had its value when the graph was made."""
+    hint = next(
+        (size.node.shape_env.size_hint for size in sizes if isinstance(size, torch.SymInt)), lambda symbol: None
+    )
+    grown = {hint(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
+    return lambda symbol: grown.get(hint(symbol), 2)
+
+
+def apart(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:
+    """Values of symbols: those in these sizes grow, all others are 2."""
+    grown = {symbol: start + place for place, symbol in enumerate(symbols_of(sizes))}
+    return lambda symbol: grown.get(symbol, 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,11 @@ from lorafx.outline import keep_block, list_layers, run_instead
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of
 from lorafx.rooted import copied
-from lorafx.sizes import AtSizes, DependsOnData, integers, is_written_to, symbols_of
+from lorafx.sizes import AtSizes, DependsOnData, apart, integers, is_written_to, symbols_of, together
 
 aten = torch.ops.aten
 LARGEST = 2**13  # no mask of more rows is computed
-At = Callable[[dict[object, int]], AtSizes]
+At = Callable[[Callable[[object], int]], AtSizes]
 
 
 def masked(q, k, v, mask, dropout, scale, gqa):
@@ -130,16 +131,18 @@ def _at_layer(block: GraphModule, given: dict[Node, object], outer: GraphModule)
 def _rule(at: At, found: Match) -> Rule | None:
     """How an attention can do without its mask, if it can."""
     mask: Node = found.bindings["mask"]
-    growing = symbols_of(mask.meta["val"].shape[-2:])
+    sizes = mask.meta["val"].shape[-2:]
     rules = {CAUSAL, UNMASKED} if _is_of_all_pairs(found) else {UNMASKED}
     try:
-        first = at(_symbols(growing, 3))
+        first = at(together(sizes, 3))
         rules &= _rules_for(first(mask))
         if is_written_to(first):
             return None
-        for size in _telling_sizes(integers(first)) if growing else ():
-            rules &= _rules_for(at(_symbols(growing, size))(mask)) if rules and size <= LARGEST else set()
-    except (DependsOnData, RuntimeError):
+        for size in _telling_sizes(integers(first)) if symbols_of(sizes) else ():
+            rules &= _rules_for(at(together(sizes, size))(mask)) if rules and size <= LARGEST else set()
+            with suppress(RuntimeError, IndexError):  # where sizes do not fit, the graph does not run either
+                rules &= _rules_for(at(apart(sizes, size))(mask)) if rules else set()
+    except (DependsOnData, RuntimeError, IndexError):
         return None
     return next((rule for rule in (UNMASKED, CAUSAL) if rule in rules), None)
 
@@ -148,11 +151,6 @@ def _is_of_all_pairs(found: Match) -> bool:
     """Whether a mask has a row for each query and a column for each key, and is not broadcast."""
     q, k, mask = (found.bindings[name].meta["val"].shape for name in ("q", "k", "mask"))
     return len(mask) > 1 and [str(size) for size in mask[-2:]] == [str(q[-2]), str(k[-2])]
-
-
-def _symbols(growing: list[object], size: int) -> dict[object, int]:
-    """Values of symbols: this size and, for further ones that are to grow, different ones; 2 for the rest."""
-    return defaultdict(lambda: 2, {symbol: size + n for n, symbol in enumerate(growing)})
 
 
 def _telling_sizes(integers: set[int]) -> list[int]:

@@ -31,6 +31,7 @@ LAYERS = [
         "caches",
         "answers",
         "hidden",
+        "settled",
         "offload",
         "ops",
     },

@@ -222,6 +222,24 @@ def test_padding_and_packing_stay():
         assert {kind(node) for node in attentions(lora.graph(input_ids=ids, **kwargs))} == {None}
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_a_mask_of_ones_masks_nothing(dtype):
+    lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
+    full, padded = torch.ones(2, 9, dtype=dtype), torch.ones(2, 9, dtype=dtype)
+    padded[1, 7:] = 0
+    graphs = [lora.graph(input_ids=ids, attention_mask=mask) for mask in (full, padded)]
+    assert [{kind(node) for node in attentions(graph)} for graph in graphs] == [{True}, {None}]
+    with torch.no_grad():
+        found = [lora(input_ids=ids, attention_mask=mask, labels=ids) for mask in (full, padded, full)]
+        plain = lora(input_ids=ids, labels=ids, use_cache=False)
+    torch.testing.assert_close(found[0].logits, plain.logits)
+    torch.testing.assert_close(found[1].logits[1, :7], plain.logits[1, :7])  # right padding is behind
+    assert torch.equal(found[0].loss, found[2].loss) and not torch.equal(found[0].loss, found[1].loss)
+    full[0, 3] = 0  # in place: it is looked at in each call
+    with torch.no_grad():
+        assert not torch.allclose(lora(input_ids=ids, attention_mask=full).logits, plain.logits)
+
+
 def test_a_decoding_step_needs_no_mask():
     lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
     with torch.no_grad():

@@ -79,13 +79,19 @@ def by_reference() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for a gradient; if not, running the formulas as they are costs far less a call."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
     if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
-    return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling)[0]
+    run = _LoraLinear.apply if needs_backward(x, weight, bias, z, lora_A, lora_B) else _LoraLinear.forward
+    return run(x, weight, bias, z, lora_A, lora_B, scaling)[0]
 
 
 _library = torch.library.Library("lorafx", "DEF")  # lives as long as this module

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lora_linear import accumulated, by_reference, rows
+from .lora_linear import accumulated, by_reference, needs_backward, rows
 from .lora_linear import reference as one
 
 Tensors = Sequence[Tensor]
@@ -106,7 +106,9 @@ def lora_linears(
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
-    return list(_LoraLinears.apply(x, tuple(scalings), *weights, *biases, *lora_As, *lora_Bs)[:-1])
+    tensors = *weights, *biases, *lora_As, *lora_Bs
+    run = _LoraLinears.apply if needs_backward(x, *tensors) else _LoraLinears.forward
+    return list(run(x, tuple(scalings), *tensors)[:-1])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
