@@ -2,7 +2,8 @@
 
 A graph with blocks is compiled in pieces: each block once for all its layers, and what lies between the calls of
 blocks. Parameters are inputs of every piece, so layers share one compilation; a piece that is like an earlier one, as
-those of another adapter of the same shapes are, is that one. A graph without blocks is compiled as a whole.
+those of another adapter of the same shapes are, is that one. What a graph defers stays between pieces too: it is not
+to be computed. A graph without either is compiled as a whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch._functorch import config as partitioner
 from torch.fx import Graph, GraphModule, Node
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
+from .deferred import heads, is_deferral
 from .errors import ConfigError
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
@@ -97,7 +99,7 @@ class Lowering:
         compiler = self.backend.on(gm)
         if compiler == "eager":
             return gm
-        if not blocks_of(gm):
+        if not blocks_of(gm) and not heads(gm):
             whole = self.pieces[id(gm)] = Piece("whole graph", gm, compiler, self.backend)
             return whole.run
         return self._in_pieces(gm, compiler)
@@ -196,10 +198,10 @@ def _replace(graph: Graph, run: Region, name: str) -> None:
 
 
 def _between_blocks(graph: Graph) -> list[list[Node]]:
-    """Runs of operators that nothing interrupts: no block, no region of other modes, no guard."""
+    """Runs of operators that nothing interrupts: no block, no deferral, no region of other modes, no guard."""
     runs: list[list[Node]] = [[]]
     for node in graph.nodes:
-        if is_block_call(node) or node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        if _runs_as_it_is(node):
             runs.append([])
         elif is_size(node):
             if not set(node.all_input_nodes).isdisjoint(runs[-1]):  # it is computed from values
@@ -207,6 +209,11 @@ def _between_blocks(graph: Graph) -> list[list[Node]]:
         elif node.op == "call_function" and not _is_part(node):
             runs[-1].append(node)
     return [run for run in runs if len(run) > _SMALL]
+
+
+def _runs_as_it_is(node: Node) -> bool:
+    region = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return region or node.op == "call_module" or is_block_call(node) or is_deferral(node)
 
 
 def _is_part(node: Node) -> bool:

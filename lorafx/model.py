@@ -129,7 +129,8 @@ class AdaptedModel(Trainable, Saving):
         """What serves each kind of call so far: a graph or the model by sites, why, how often; prints as a table."""
         dispatcher = self._lorafx.dispatcher
         calls = [
-            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason) for p in dispatcher
+            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
+            for p in dispatcher
         ]
         operators = sum(map(len, dispatcher.operators.values()))
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in dispatcher.lowering.pieces.values())

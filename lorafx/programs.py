@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from .deferred import describe_loss
 from .key import COUNTER, CallKey
 from .report import Step
 
@@ -29,6 +30,11 @@ class Program:
     hits: int = 0
     failed: bool = False  # to be captured, as opposed to: it was never tried
     changes: bool = False  # the model's attributes, which is why
+
+    @property
+    def loss(self) -> str:
+        """How the loss is computed, if there is one and a graph."""
+        return describe_loss(self.gm) if self.gm else ""
 
     @property
     def free(self) -> list[int]:

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from .blocks import LAYERS, blocks_of
+from .deferred import heads
 
 COLUMN = 88
 
@@ -79,7 +80,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given."""
+    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given; and how its loss is computed."""
 
     title: str
     served_by: str
@@ -87,6 +88,7 @@ class Call:
     capture_seconds: float
     why: str
     reason: str = ""
+    loss: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Explanation:
     compiled: tuple[tuple[str, int, str], ...] = ()
 
     def __str__(self) -> str:
-        columns = ("call", "served by", "hits", "capture s", "captured because of")
-        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why) for c in self.calls]
+        columns = ("call", "served by", "hits", "capture s", "captured because of", "loss")
+        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why, c.loss) for c in self.calls]
         reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
         counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
         pieces = [table("compiled pieces", ("piece", "times", "again because"), self.compiled)] if self.compiled else []
@@ -129,6 +131,9 @@ def _with_titles(gm: GraphModule, lines: Callable[[GraphModule], list[str]]) -> 
     for block in blocks_of(gm):
         yield f"{block.meta['name']}, run by {', '.join(block.meta[LAYERS])}:"
         yield from (f"    {line}" for line in lines(block))
+    for spot, head in heads(gm).items():
+        yield f"{spot}, when asked for:"
+        yield from (f"    {line}" for line in lines(head))
 
 
 def _line(node: Node) -> str:

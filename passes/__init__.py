@@ -10,6 +10,7 @@ from .elide_slices import ElideSlices
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
 from .fuse_lora import FuseLora
+from .fuse_loss import FuseLoss
 from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
@@ -37,6 +38,7 @@ default = Pipeline(
     ElideCasts(),
     ElideDropout(),
     FuseLora(),
+    FuseLoss(),
     ShareInput(),
     FoldScaling(),
     CheckpointBlocks(),
@@ -51,6 +53,7 @@ __all__ = [
     "FoldScaling",
     "FreezeBase",
     "FuseLora",
+    "FuseLoss",
     "InlineBlocks",
     "InsertAdapters",
     "MatchTargets",

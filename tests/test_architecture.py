@@ -33,6 +33,7 @@ LAYERS = [
         "hidden",
         "settled",
         "offload",
+        "deferred",
         "ops",
     },
     {"forms", "rewrite", "sites"},

@@ -94,7 +94,7 @@ def lora_linear(
     return run(x, weight, bias, z, lora_A, lora_B, scaling)[0]
 
 
-_library = torch.library.Library("lorafx", "DEF")  # lives as long as this module
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling)"
     " -> Tensor"

@@ -1,0 +1,190 @@
+"""Deferred: a tensor that is computed when somebody asks for what is in it, and never if nobody does.
+
+A graph whose loss does without logits still gives logits: `defer(head, dtype, x, weight, …)`. That tensor knows its
+shape, dtype and device. A cast or `detach()` of it waits as well; anything else that torch does with it runs the head,
+once, on the hidden state that it was given and on the weights as they are then, in the caller's modes of that time,
+with autograd as if it had always been there. What it holds on to is the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from . import ops  # noqa: F401, defines torch.ops.lorafx
+from .autocast import autocast_dtype
+
+ASKED = "asked"  # in a head's meta: how often somebody asked
+NOT_FUSED = "not_fused"  # in the meta of a loss that needs its logits: why
+
+
+def defer(head: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """What `head(x, weight, *rest)` gives: (…, out) of `dtype` for x (…, in) and `weight` (out, in), when asked for.
+
+    At once where somebody traces, or transforms the call.
+    """
+    given = (x, weight, *rest)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or not _is_plain(given):
+        return head(*given)
+    return _Later(head, given).tensor((*x.shape[:-1], weight.shape[0]), dtype, x.device)
+
+
+def _is_plain(given: tuple[Any, ...]) -> bool:
+    return all(type(value) in (Tensor, nn.Parameter) for value in given if isinstance(value, Tensor))
+
+
+def is_deferral(node: Node) -> bool:
+    """Whether a node gives a deferred tensor."""
+    return node.op == "call_function" and node.target is defer
+
+
+def heads(gm: GraphModule) -> dict[str, GraphModule]:
+    """The graphs from a hidden state to what is deferred, by where the outer graph has them."""
+    spots = [str(node.args[0].target) for node in gm.graph.nodes if is_deferral(node)]
+    return {spot: gm.get_submodule(spot) for spot in spots}  # type: ignore[misc]
+
+
+def describe_loss(gm: GraphModule) -> str:
+    """How a graph computes its loss, for reports: `fused; logits asked for 3 times`, or why it is not fused."""
+    op = torch.ops.lorafx.linear_cross_entropy.default
+    fused = gm.graph.find_nodes(op="call_function", target=op)
+    why = [node.meta[NOT_FUSED] for node in gm.graph.nodes if NOT_FUSED in node.meta]
+    asked = sum(head.meta.get(ASKED, 0) for head in heads(gm).values())
+    times = f"logits asked for {asked} time{'s' * (asked != 1)}" if fused and asked else ""
+    return "; ".join(filter(None, ("fused" if fused else "", times, *(f"not fused: {reason}" for reason in why))))
+
+
+class _Later:
+    """What gives a deferred tensor its values: a function of tensors, in the modes in which it was put off."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...]):
+        self.function, self.inputs = function, inputs
+        self.value: Tensor | None = None
+        self.grad = torch.is_grad_enabled()
+        self.device_type = next(value.device.type for value in inputs if isinstance(value, Tensor))
+        self.autocast = autocast_dtype(self.device_type)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
+        return _History.apply(self, shape, dtype, device, *self.inputs)
+
+    def values(self) -> Tensor:
+        """The tensor itself, computed once, with its history."""
+        if self.value is None:
+            if isinstance(self.function, GraphModule):
+                self.function.meta[ASKED] = self.function.meta.get(ASKED, 0) + 1
+            self.value = self.run(self.grad)
+        return self.value
+
+    def run(self, grad: bool) -> Tensor:
+        inputs = [_computed(value) if isinstance(value, Deferred) else value for value in self.inputs]
+        autocast = torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), autocast:
+            return self.function(*inputs)
+
+
+class _History(torch.autograd.Function):
+    """Makes a deferred tensor one that has come from its inputs, for those who take gradients without asking torch."""
+
+    @staticmethod
+    def forward(ctx: Any, later: _Later, *described: Any) -> Deferred:
+        ctx.later = later
+        return Deferred(later, *described[:3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [_computed(value) if isinstance(value, Deferred) else value for value in ctx.later.inputs]
+        needs = ctx.needs_input_grad[4:]
+        wanted = [value for value, needed in zip(inputs, needs) if needed]
+        found = iter(torch.autograd.grad(ctx.later.values(), wanted, gradient, retain_graph=True, allow_unused=True))
+        return None, None, None, None, *(next(found) if needed else None for needed in needs)
+
+
+class Deferred(Tensor):
+    """See above; `isinstance(…, Tensor)` holds. Pickles and copies are plain tensors."""
+
+    later: _Later
+
+    @staticmethod
+    def __new__(cls, later: _Later, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made.later = later
+        return made
+
+    def __init__(self, *described: Any):
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        dtype = _result_dtype(func, args, kwargs)
+        if dtype is not None:
+            return _put_off(args[0], func, args[1:], kwargs, dtype)
+        args, kwargs = pytree.tree_map_only(Deferred, _computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Below autograd, which has recorded this already: the values alone."""
+        args, kwargs = pytree.tree_map_only(Deferred, lambda t: t.later.run(False), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _computed(tensor: Deferred) -> Tensor:
+    return tensor.later.values()
+
+
+def _put_off(tensor: Deferred, func: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Tensor:
+    """A cast or `detach` of a deferred tensor."""
+    if func is Tensor.detach:
+        with torch.no_grad():
+            return _Later(lambda value: value.detach(), (tensor,)).tensor(tensor.shape, dtype, tensor.device)
+    if dtype == tensor.dtype:
+        return tensor
+    return _Later(lambda value: func(value, *args, **kwargs), (tensor,)).tensor(tensor.shape, dtype, tensor.device)
+
+
+def _result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """What dtype a call gives that may wait; None for all other calls."""
+    if func is Tensor.detach:
+        return args[0].dtype
+    if func is Tensor.to and len(args) + len(kwargs) == 2:
+        given = kwargs.get("dtype", args[-1])
+        return given if isinstance(given, torch.dtype) else None
+    return _CASTS.get(func) if len(args) == 1 and not kwargs else None
+
+
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+_PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "requires_grad",
+    "is_leaf",
+    "grad_fn",
+    "itemsize",
+    "nbytes",
+)
+_PLACES = ("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested")
+_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
+_KNOWN = {getattr(Tensor, name).__get__ for name in (*_PROPERTIES, *_PLACES)} | {
+    *(getattr(Tensor, name) for name in (*_METHODS, "stride", "__len__", "__hash__")),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}

@@ -1,0 +1,247 @@
+"""linear_cross_entropy: an output head and the cross entropy of what it gives, without the logits ever being there.
+
+    l = c · tanh(k · (x Wᵀ + b + s · h Bᵀ) / c)          h Bᵀ: the head's own LoRA update, h = z Aᵀ; c: a soft cap
+    loss = Σ -log softmax(l)[label]  over rows whose label is not `ignore_index`, or the mean of these
+
+    g  = (softmax(l) - one-hot(label)) · k · (1 - (l / c)²)      the gradient of the sum with respect to the products
+    dx = g W     dW = gᵀ x     db = Σ g     dh = s · g B     dB = s · gᵀ h
+
+Rows with ignored labels are left out first; the others go by in chunks of `ROWS`. A chunk's products are replaced in
+their own memory by g, a few rows at a time in float32, and what a gradient needs of g is added up before the next
+chunk: so the gradients are there when the forward pass ends, and backward scales them. It keeps what it gives: of a
+frozen head one tensor of the size of x. One chunk's products are the peak.
+
+The method is that of chunked losses in Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989); chunks are large enough for
+their products to be bound by arithmetic. torch 2.13's own `linear_cross_entropy` goes by chunks too; there it has no
+soft cap, no update and no smoothing, multiplies ignored rows as well, and scales the gradients that it keeps in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..autocast import autocast_dtype
+
+ROWS = 1024  # of a chunk
+_TILE = 2**22  # elements of a chunk that are in float32 at a time
+_MEAN = 1  # as aten numbers reductions; the sum is 2
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    labels: Tensor,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The equation. x is (…, in), `weight` (out, in), `hidden` (…, r), `lora_B` (out, r), `labels` (…) of int64.
+
+    Products are in the dtype of x, the rest in float32 (float64 for float64).
+    """
+    logits = F.linear(x, weight, bias)
+    if hidden is not None and lora_B is not None:
+        logits = logits + scaling * F.linear(hidden, lora_B)
+    logits = _wide(logits).reshape(-1, weight.shape[0]) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return torch.ops.aten.cross_entropy_loss(logits, labels.reshape(-1), None, reduction, ignore_index, label_smoothing)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, labels: Tensor, reduction: int, scaling: float, options: tuple[Any, ...], *given: Tensor | None
+    ) -> Tensor:
+        total, *gradients = torch.ops.lorafx.chunked_cross_entropy(*given, scaling, labels, *options)
+        count = (labels != options[0]).sum()
+        ctx.mean = reduction == _MEAN
+        ctx.save_for_backward(count, *gradients)
+        return total / count if ctx.mean else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        count, *gradients = ctx.saved_tensors
+        factor = d_loss / count.clamp(min=1) if ctx.mean else d_loss  # the mean of no rows is nan, its gradient zero
+        needed = zip(ctx.needs_input_grad[4:], gradients)
+        return None, None, None, None, *(gradient * factor if needs else None for needs, gradient in needed)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    labels: Tensor,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """As `reference`, in chunks; vmap and forward-mode derivatives go by the reference itself.
+
+    A second derivative raises. Under autocast the products are in its dtype.
+    """
+    options = ignore_index, label_smoothing, softcap, scale
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return reference(x, weight, bias, hidden, lora_B, scaling, labels, reduction, *options)
+    given = [_as_multiplied(tensor) for tensor in (x, weight, bias, hidden, lora_B)]
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in given]
+    return _LinearCrossEntropy.apply(labels, reduction, scaling, (*options, needs), *given)
+
+
+def _as_multiplied(tensor: Tensor | None) -> Tensor | None:
+    dtype = None if tensor is None else autocast_dtype(tensor.device.type)
+    return tensor if tensor is None or dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _chunked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """The sum over rows, and its gradients with respect to the first five; an empty tensor where none is needed."""
+    given = _rows(x), weight, bias, None if hidden is None else _rows(hidden), lora_B
+    if labels.numel() != len(given[0]):
+        raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
+    gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
+    total, labels = _wide(x.new_zeros(())), labels.reshape(-1)
+    for rows in (labels != ignore_index).nonzero()[:, 0].split(ROWS):
+        total += _chunk(rows, given, scaling, labels[rows], label_smoothing, softcap, scale, needs, gradients)
+    likes = x, weight, bias, hidden, lora_B
+    shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
+    return total, *shaped
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _zeros(tensor: Tensor | None, need: bool, by_rows: bool) -> Tensor:
+    """Where a gradient is put row by row, or, where chunks add up, at least in float32."""
+    if tensor is None or not need:
+        return torch.empty(0)
+    dtype = tensor.dtype if by_rows else torch.promote_types(tensor.dtype, torch.float32)
+    return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _chunk(
+    rows: Tensor,
+    given: tuple[Any, ...],
+    scaling: float,
+    labels: Tensor,
+    label_smoothing: float,
+    softcap: float | None,
+    scale: float,
+    needs: list[bool],
+    gradients: list[Tensor],
+) -> Tensor:
+    """The sum over a chunk; its gradients are added to `gradients`."""
+    x, weight, bias, hidden, lora_B = given
+    x, products = x[rows], F.linear(x[rows], weight, bias)
+    if hidden is not None:
+        hidden = hidden[rows]
+        products.addmm_(hidden, lora_B.t(), alpha=scaling)
+    total = _into_gradient(products, labels, label_smoothing, softcap, scale, any(needs))
+    if needs[0]:
+        gradients[0][rows] = products @ weight
+    if needs[1]:
+        _add_product(gradients[1], products.t(), x, 1.0)
+    if needs[2]:
+        gradients[2] += products.sum(0, dtype=gradients[2].dtype)
+    if needs[3]:
+        gradients[3][rows] = (products @ lora_B).mul_(scaling)
+    if needs[4]:
+        _add_product(gradients[4], products.t(), hidden, scaling)
+    return total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scaling)
+    else:
+        total.add_(left @ right, alpha=scaling)
+
+
+def _into_gradient(
+    products: Tensor, labels: Tensor, label_smoothing: float, softcap: float | None, scale: float, needed: bool
+) -> Tensor:
+    """The sum over a chunk of (rows, out); where a gradient is needed, the products become it."""
+    classes, total = products.shape[1], _wide(products.new_zeros(()))
+    rows = max(1, _TILE // classes)
+    for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
+        logits = _wide(tile) if scale == 1.0 else _wide(tile) * scale
+        capped = None
+        if softcap is not None:
+            capped = torch.tanh(logits / softcap)
+            logits = capped * softcap
+        logs = torch.log_softmax(logits, -1)
+        total -= logs.gather(1, label).sum() * (1 - label_smoothing)
+        if label_smoothing:
+            total -= logs.sum() * (label_smoothing / classes)
+        if not needed:
+            continue
+        gradient = logs.exp_()
+        if label_smoothing:
+            gradient -= label_smoothing / classes
+        gradient.scatter_add_(1, label, gradient.new_full((), label_smoothing - 1).expand_as(label))
+        if capped is not None:
+            gradient *= 1 - capped.square_()
+        tile.copy_(gradient if scale == 1.0 else gradient.mul_(scale))
+    return total
+
+
+def _shapes(x: Tensor, weight: Tensor, bias: Any, hidden: Any, lora_B: Any, *options: Any) -> tuple[Tensor, ...]:
+    given, needs = (x, weight, bias, hidden, lora_B), options[-1]
+    gradients = [
+        t.new_empty(t.shape) if need else torch.empty(0, device=x.device if t is None or not need else t.device)
+        for t, need in zip(given, needs)
+    ]
+    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *gradients
+
+
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
+_HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? lora_B, float scaling, Tensor labels"
+_library.define(
+    f"linear_cross_entropy({_HEAD}, int reduction=1, SymInt ignore_index=-100, float label_smoothing=0.0,"
+    " float? softcap=None, float scale=1.0) -> Tensor"
+)
+# Composite around an operator that compilers do not look into: they would unroll the chunks for one number of rows.
+_library.impl("linear_cross_entropy", linear_cross_entropy, "CompositeImplicitAutograd")
+_library.impl("linear_cross_entropy", linear_cross_entropy, "FuncTorchBatchedDecomposition")
+_library.define(
+    f"chunked_cross_entropy({_HEAD}, SymInt ignore_index, float label_smoothing, float? softcap, float scale,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),  # how many rows there are is up to the labels
+)
+_library.impl("chunked_cross_entropy", _chunked, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafx::chunked_cross_entropy", _shapes, lib=_library)

@@ -1,0 +1,295 @@
+"""fuse_loss: an output head and the cross entropy of its logits become one operator, which never holds the logits.
+
+cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
+where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
+
+How the operator goes by chunks is in `lorafx/ops/linear_cross_entropy.py`, and what waits in `lorafx/deferred.py`. The
+head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a soft
+cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that stays as it is has the reason in
+its meta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.blocks import LAYERS
+from lorafx.deferred import NOT_FUSED, defer
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import (
+    ADAPTED_BY,
+    INHERITED,
+    MADE_BY,
+    SITE,
+    Match,
+    NoMatch,
+    Provenance,
+    Rule,
+    describe,
+    fake_mode_of,
+    match,
+)
+from lorafx.rooted import CAPTURED
+
+aten = torch.ops.aten
+_NONE, _MEAN, _SUM = range(3)  # as aten numbers reductions
+
+
+def loss(logits, labels, class_weights, reduction, ignore_index, label_smoothing):
+    return aten.cross_entropy_loss.default(logits, labels, class_weights, reduction, ignore_index, label_smoothing)
+
+
+def softcapped(logits, softcap):
+    return aten.mul.Tensor(aten.tanh.default(aten.div.Tensor(logits, softcap)), softcap)
+
+
+def multiplied(logits, factor):
+    return aten.mul.Tensor(logits, factor)
+
+
+def divided(logits, divisor):
+    return aten.div.Tensor(logits, divisor)
+
+
+def frozen(x, weight, bias):
+    return aten.linear.default(x, weight, bias)
+
+
+def adapted(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
+
+
+def fused(
+    x, weight, bias, hidden, lora_B, scaling, labels, reduction, ignore_index, label_smoothing, softcap, scale, dtype
+):
+    total = torch.ops.lorafx.linear_cross_entropy.default(
+        x, weight, bias, hidden, lora_B, scaling, labels, reduction, ignore_index, label_smoothing, softcap, scale
+    )
+    return aten.to.dtype(total, dtype)
+
+
+RULE = Rule(loss, fused)  # the names that the loss lacks are found on the way back
+
+_SAME = (aten.contiguous.default, aten.clone.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+@dataclass
+class _Way:
+    """The way back from a loss to its head: what lies on it, and what it makes of the products."""
+
+    nodes: list[Node]  # from the loss to the head
+    bindings: dict[str, Any]
+    rows: list[Node] = field(default_factory=list)  # views and slices, the last first
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class FuseLoss(Pass):
+    """Afterwards no logits are computed for a loss alone, and those that the graph gives wait until asked for.
+
+    A loss stays where the graph does something else with the logits, or with class weights, `reduction="none"`, soft
+    labels, a head that is no product (or one with several adapters, or with one of another dtype).
+    """
+
+    requires = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        count = 0
+        for node in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+            way = _way_back(node, may_give=LAYERS not in gm.meta)
+            if isinstance(way, NoMatch):
+                node.meta[NOT_FUSED] = str(way)
+            else:
+                _fuse(gm, way, self.name)
+                count += 1
+        return count
+
+
+# --- the way back ----------------------------------------------------------------------------------------------------
+
+
+def _way_back(anchor: Node, may_give: bool) -> _Way | NoMatch:
+    """How the input of a loss comes from its head, or why it cannot be fused."""
+    found = match(loss, anchor)
+    assert isinstance(found, Match)
+    reason = _reason_against(found.bindings)
+    if reason:
+        return NoMatch(anchor, reason)
+    way, node = _Way([anchor], dict(found.bindings)), found.bindings["logits"]
+    if node.target is aten.transpose.int and node.meta["val"].ndim == 3 and _swaps_last(node):
+        way.nodes.append(node)  # (N, classes, tokens)
+        node = node.args[0]
+    elif node.meta["val"].ndim != 2:
+        return NoMatch(anchor, "its classes are not the last dimension")
+    while not isinstance(head := _head(node), Match):
+        step = _step_back(node, way)
+        if isinstance(step, NoMatch):
+            return step
+        node = step
+    way.nodes.append(node)
+    way.bindings |= head.bindings
+    return _used_otherwise(way, may_give) or way
+
+
+def _reason_against(bound: dict[str, Any]) -> str | None:
+    logits, labels = bound["logits"].meta["val"], bound["labels"].meta["val"]
+    if bound["class_weights"] is not None:
+        return "it has class weights"
+    if bound["reduction"] not in (_MEAN, _SUM):
+        return "it is not reduced"
+    if labels.dtype != torch.int64 or labels.ndim != logits.ndim - 1:
+        return "its labels are no class numbers"
+    return None
+
+
+def _swaps_last(node: Node) -> bool:
+    return {dim % 3 for dim in node.args[1:]} == {1, 2}  # type: ignore[operator]
+
+
+def _head(node: Node) -> Match | NoMatch:
+    found = match(frozen, node) or match(adapted, node)
+    if isinstance(found, Match) and not isinstance(found.bindings["weight"].meta["val"].shape[0], int):
+        return NoMatch(node, "the number of classes is not fixed")
+    return found
+
+
+def _step_back(node: Node, way: _Way) -> Node | NoMatch:
+    """One step from the loss towards its head, noted in `way`."""
+    capped = match(softcapped, node)
+    if isinstance(capped, Match) and way.softcap is None and way.scale == 1.0 and _is_number(capped, "softcap"):
+        way.softcap = float(capped.bindings["softcap"])
+        way.nodes += [node, node.args[0], node.args[0].args[0]]  # type: ignore[union-attr, list-item]
+        return capped.bindings["logits"]
+    scaled = match(multiplied, node) or match(divided, node)
+    if isinstance(scaled, Match) and _is_number(scaled, "factor", "divisor"):
+        bound = scaled.bindings
+        way.scale *= bound["factor"] if "factor" in bound else 1 / bound["divisor"]
+        way.nodes.append(node)
+        return bound["logits"]
+    if not (node.op == "call_function" and _keeps_classes(node)):
+        return NoMatch(node, f"its logits come from {node.target}")
+    way.nodes.append(node)
+    if node.target not in (*_SAME, *_CASTS):
+        way.rows.append(node)
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _is_number(found: Match, *names: str) -> bool:
+    return all(isinstance(found.bindings[name], (int, float)) for name in names if name in found.bindings)
+
+
+def _keeps_classes(node: Node) -> bool:
+    """Whether a node changes or leaves out rows alone, or is a cast that loses nothing."""
+    if node.target in _SAME:
+        return True
+    if node.target not in (*_CASTS, *_VIEWS, aten.slice.Tensor):
+        return False
+    now, before = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
+    if node.target in _CASTS:
+        return torch.promote_types(now.dtype, before.dtype) == now.dtype and now.device == before.device
+    if node.target in _VIEWS:
+        return isinstance(now.shape[-1], int) and now.shape[-1] == before.shape[-1]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return dim % now.ndim != now.ndim - 1  # type: ignore[operator]
+
+
+def _used_otherwise(way: _Way, may_give: bool) -> NoMatch | None:
+    """Why the logits have to be there, if they do."""
+    inside = {*way.nodes}
+    for node in way.nodes[1:]:
+        others = [user for user in node.users if user not in inside]
+        if any(user.op != "output" for user in others):
+            return NoMatch(node, f"its logits are also used by {others[0].name}")
+        if others and (not may_give or _rows_between(way, node)):
+            return NoMatch(node, "its logits are given in another shape")
+    return None
+
+
+def _rows_between(way: _Way, node: Node) -> bool:
+    """Whether there are views or slices, or a transpose, between the head and a node."""
+    after = way.nodes[way.nodes.index(node) :]
+    return any(other in way.rows or other.target is aten.transpose.int for other in after)
+
+
+# --- the way forward -------------------------------------------------------------------------------------------------
+
+
+def _fuse(gm: GraphModule, way: _Way, name: str) -> None:
+    anchor, head, bound, mode = way.nodes[0], way.nodes[-1], way.bindings, fake_mode_of(gm)
+    where = Provenance(name, head.meta[SITE].name if SITE in head.meta else "")
+    marks = {key: head.meta[key] for key in (SITE, ADAPTED_BY) if key in head.meta}
+
+    def add(target: Any, *args: Any) -> Node:
+        node = gm.graph.call_function(target, args)
+        describe(node, anchor, where, gm, mode)
+        return node
+
+    _give_later(gm, way, where)
+    with gm.graph.inserting_before(anchor):
+        taken = _taken(way)
+        x, z = (_same_rows(bound.get(which), taken, add) for which in ("x", "z"))
+        hidden = add(aten.linear.default, z or x, bound["lora_A"]) if "lora_A" in bound else None
+    fresh = {"lora_B": None, "scaling": 0.0, **bound, "x": x, "hidden": hidden, "softcap": way.softcap}
+    fresh |= {"scale": float(way.scale), "dtype": anchor.meta["val"].dtype}
+    result, new = RULE.apply(gm, Match(anchor, tuple(way.nodes), bound), where, mode, fresh)
+    if new[-1].meta["val"].dtype == new[-2].meta["val"].dtype:  # the cast changes nothing
+        result.replace_all_uses_with(new[-2])
+        gm.graph.erase_node(result)
+    new[-2].meta |= marks
+
+
+def _taken(way: _Way) -> list[Node]:
+    """The views and slices that decide which rows there are, in order; views after the last slice only flatten."""
+    forward = way.rows[::-1]
+    slices = [number for number, node in enumerate(forward) if node.target is aten.slice.Tensor]
+    return forward[: slices[-1] + 1] if slices else []
+
+
+def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
+    """The same rows of what the head is given as the loss takes of what it gives."""
+    for step in taken if node is not None else ():
+        if step.target is aten.slice.Tensor:
+            node = add(step.target, node, *step.args[1:])
+        else:
+            width = node.meta["val"].shape[-1]  # type: ignore[union-attr]
+            node = add(aten.reshape.default, node, [*step.args[1][:-1], width])  # type: ignore[index, misc]
+    return node
+
+
+def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
+    """Put deferrals where the graph gives what lies on the way."""
+    output, captured = gm.graph.output_node(), gm.get_submodule(CAPTURED)
+    for node in (node for node in way.nodes[1:] if output in node.users):
+        head, inputs = _head_graph(way.nodes[way.nodes.index(node) :])
+        name = f"head_{sum(child.startswith('head_') for child in captured._modules)}"
+        captured.add_module(name, head)
+        inherited = {key: node.meta[key] for key in INHERITED if key in node.meta} | {MADE_BY: where}
+        value: Tensor = node.meta["val"]
+        with gm.graph.inserting_before(output):
+            spot = gm.graph.get_attr(f"{CAPTURED}.{name}")
+            later = gm.graph.call_function(defer, (spot, value.dtype, *inputs))
+        spot.meta, later.meta = inherited | {"val": head}, inherited | {"val": value}
+        output.replace_input_with(node, later)
+
+
+def _head_graph(nodes: list[Node]) -> tuple[GraphModule, list[Node]]:
+    """The graph of what lies between a head and what it gives, which is the first of `nodes`; and its inputs."""
+    head, graph, copies = nodes[-1], Graph(), dict[Node, Node]()
+    inside = {*nodes}
+    given = (other for node in (head, *reversed(nodes)) for other in node.all_input_nodes if other not in inside)
+    for other in dict.fromkeys(given):  # the head's x and weight are its first
+        copies[other] = graph.placeholder(other.name)
+        copies[other].meta["val"] = other.meta.get("val")
+    for node in reversed(nodes):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[nodes[0]])
+    return GraphModule(nn.Module(), graph), list(copies)[: len(copies) - len(nodes)]
