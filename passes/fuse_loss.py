@@ -34,6 +34,7 @@ from lorafx.rewrite import (
     describe,
     fake_mode_of,
     match,
+    within_vmap,
 )
 from lorafx.rooted import CAPTURED
 
@@ -79,6 +80,7 @@ RULE = Rule(loss, fused)  # the names that the loss lacks are found on the way b
 _SAME = (aten.contiguous.default, aten.clone.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # said the same way of whatever the last dimension is
 
 
 @dataclass
@@ -137,10 +139,13 @@ def _way_back(anchor: Node, may_give: bool) -> _Way | NoMatch:
         node = step
     way.nodes.append(node)
     way.bindings |= head.bindings
-    return _used_otherwise(way, may_give) or way
+    needed = _needed_otherwise(way, may_give)
+    return way if needed is None else needed
 
 
 def _reason_against(bound: dict[str, Any]) -> str | None:
+    if within_vmap(bound["logits"]):
+        return "it is within a vmap"
     logits, labels = bound["logits"].meta["val"], bound["labels"].meta["val"]
     if bound["class_weights"] is not None:
         return "it has class weights"
@@ -191,25 +196,27 @@ def _keeps_classes(node: Node) -> bool:
     """Whether a node changes or leaves out rows alone, or is a cast that loses nothing."""
     if node.target in _SAME:
         return True
-    if node.target not in (*_CASTS, *_VIEWS, aten.slice.Tensor):
+    if node.target not in (*_CASTS, *_VIEWS, *_ALIKE):
         return False
     now, before = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
     if node.target in _CASTS:
         return torch.promote_types(now.dtype, before.dtype) == now.dtype and now.device == before.device
-    if node.target in _VIEWS:
+    if node.target in (*_VIEWS, aten.flatten.using_ints):
         return isinstance(now.shape[-1], int) and now.shape[-1] == before.shape[-1]
     dim = node.args[1] if len(node.args) > 1 else 0
     return dim % now.ndim != now.ndim - 1  # type: ignore[operator]
 
 
-def _used_otherwise(way: _Way, may_give: bool) -> NoMatch | None:
+def _needed_otherwise(way: _Way, may_give: bool) -> NoMatch | None:
     """Why the logits have to be there, if they do."""
     inside = {*way.nodes}
     for node in way.nodes[1:]:
         others = [user for user in node.users if user not in inside]
         if any(user.op != "output" for user in others):
             return NoMatch(node, f"its logits are also used by {others[0].name}")
-        if others and (not may_give or _rows_between(way, node)):
+        if others and not may_give:
+            return NoMatch(node, "its logits are what a layer gives")
+        if others and _rows_between(way, node):
             return NoMatch(node, "its logits are given in another shape")
     return None
 
@@ -240,7 +247,7 @@ def _fuse(gm: GraphModule, way: _Way, name: str) -> None:
         hidden = add(aten.linear.default, z or x, bound["lora_A"]) if "lora_A" in bound else None
     fresh = {"lora_B": None, "scaling": 0.0, **bound, "x": x, "hidden": hidden, "softcap": way.softcap}
     fresh |= {"scale": float(way.scale), "dtype": anchor.meta["val"].dtype}
-    result, new = RULE.apply(gm, Match(anchor, tuple(way.nodes), bound), where, mode, fresh)
+    result, new = RULE.apply(gm, Match(anchor, tuple(way.nodes)), where, mode, fresh)
     if new[-1].meta["val"].dtype == new[-2].meta["val"].dtype:  # the cast changes nothing
         result.replace_all_uses_with(new[-2])
         gm.graph.erase_node(result)
@@ -257,7 +264,7 @@ def _taken(way: _Way) -> list[Node]:
 def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
     """The same rows of what the head is given as the loss takes of what it gives."""
     for step in taken if node is not None else ():
-        if step.target is aten.slice.Tensor:
+        if step.target in _ALIKE:
             node = add(step.target, node, *step.args[1:])
         else:
             width = node.meta["val"].shape[-1]  # type: ignore[union-attr]

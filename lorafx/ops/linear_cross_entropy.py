@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
@@ -76,12 +75,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count if ctx.mean else total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         count, *gradients = ctx.saved_tensors
         factor = d_loss / count.clamp(min=1) if ctx.mean else d_loss  # the mean of no rows is nan, its gradient zero
         needed = zip(ctx.needs_input_grad[4:], gradients)
-        return None, None, None, None, *(gradient * factor if needs else None for needs, gradient in needed)
+        found = [gradient * factor if needs else None for needs, gradient in needed]
+        if torch.is_grad_enabled():
+            found = [g if g is None else _Last.apply(g, torch.empty(0, requires_grad=True)) for g in found]
+        return None, None, None, None, *found
+
+
+class _Last(torch.autograd.Function):
+    """Refuses the derivative of a gradient; autograd's own `once_differentiable` lets that of a loss pass as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative; leave `fuse_loss` out of the pipeline to take one"
+        )
 
 
 def linear_cross_entropy(
@@ -115,6 +130,7 @@ def _as_multiplied(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
+@torch.no_grad()
 def _chunked(
     x: Tensor,
     weight: Tensor,
