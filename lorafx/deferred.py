@@ -3,11 +3,13 @@
 A graph whose loss does without logits still gives logits: `defer(head, dtype, x, weight, …)`. That tensor knows its
 shape, dtype and device. A cast or `detach()` of it waits as well; anything else that torch does with it runs the head,
 once, on the hidden state that it was given and on the weights as they are then, in the caller's modes of that time,
-with autograd as if it had always been there. What it holds on to is the hidden state.
+with autograd as if it had always been there. What it holds on to is the hidden state. Merging, after which the same
+head would be another, has what still waits computed first (`settle`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +61,16 @@ def describe_loss(gm: GraphModule) -> str:
     return "; ".join(filter(None, ("fused" if fused else "", times, *(f"not fused: {reason}" for reason in why))))
 
 
+_waiting: weakref.WeakSet[_Later] = weakref.WeakSet()
+
+
+def settle(weight: Tensor) -> None:
+    """Compute what waits and reads a weight that is about to be written to."""
+    for later in list(_waiting):
+        if any(value is weight for value in later.inputs):
+            later.values()
+
+
 class _Later:
     """What gives a deferred tensor its values: a function of tensors, in the modes in which it was put off."""
 
@@ -68,6 +80,7 @@ class _Later:
         self.grad = torch.is_grad_enabled()
         self.device_type = next(value.device.type for value in inputs if isinstance(value, Tensor))
         self.autocast = autocast_dtype(self.device_type)
+        _waiting.add(self)
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
         return _History.apply(self, shape, dtype, device, *self.inputs)
@@ -78,6 +91,7 @@ class _Later:
             if isinstance(self.function, GraphModule):
                 self.function.meta[ASKED] = self.function.meta.get(ASKED, 0) + 1
             self.value = self.run(self.grad)
+            _waiting.discard(self)
         return self.value
 
     def run(self, grad: bool) -> Tensor:

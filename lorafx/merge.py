@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapter import Adapter
+from .deferred import settle
 from .errors import MergeError
 from .residual import Residual, fingerprint, supports
 from .sites import Site
@@ -254,6 +255,7 @@ def _guess(merged: Tensor, change: Tensor) -> Tensor:
 
 
 def _write(weight: Tensor, value: Tensor) -> None:
+    settle(weight)  # logits of before
     with torch.no_grad():
         weight.copy_(value)
 

@@ -432,9 +432,14 @@ def test_copies_and_merging():
     lora, ids, expected = waiting()
     lora(ids, ids)
     assert torch.equal(copy.deepcopy(lora)(ids, ids)[1], expected)
+    before = lora(ids, ids)[1]
     lora.merge_adapter()
+    assert torch.equal(before, expected)  # and not the update twice
     logits = lora(ids, ids)[1]
     assert (logits - expected).abs().max() <= 1e-5 and len(lora.explain().calls) == 2
+    merged = lora(ids, ids)[1]
+    lora.unmerge_adapter()
+    assert torch.equal(merged, logits)
     with lora.disable_adapter():
         assert (lora(ids, ids)[1] - expected).abs().max() > 1e-3
 
