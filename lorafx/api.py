@@ -37,6 +37,7 @@ def compile(
     gradient_checkpointing: bool | str = False,
     activation_budget: float | None = None,
     autocast_adapter_dtype: bool = True,
+    adapter_compute_dtype: torch.dtype | str | None = None,
     low_cpu_mem_usage: bool = False,
     random_state: int | None = None,
 ) -> AdaptedModel:
@@ -57,6 +58,7 @@ def compile(
         gradient_checkpointing: keep the inputs of layers for backward, recompute the rest; "offload": on the host.
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
+        adapter_compute_dtype: of the adapters' products; None for the activations' dtype, whatever the parameters' is.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
         random_state: seed of the adapter's start values; None draws from torch's global generator.
 
@@ -65,7 +67,7 @@ def compile(
         PipelineError: passes in an impossible order. CaptureError: `example_inputs` cannot be captured.
         The model is as it was in each case.
     """
-    chosen = _pipeline(pipeline, gradient_checkpointing)
+    chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
@@ -95,6 +97,7 @@ def load(
     capture: str = "auto",
     pipeline: Passes | None = None,
     autocast_adapter_dtype: bool = True,
+    adapter_compute_dtype: torch.dtype | str | None = None,
     **hub: Any,
 ) -> AdaptedModel:
     """Put a saved adapter on a model: a folder in PEFT's format, or a Hub id.
@@ -106,7 +109,7 @@ def load(
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit; the model is as it was.
     """
-    chosen = _pipeline(pipeline)
+    chosen = _pipeline(pipeline, adapter_compute_dtype=adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
@@ -125,7 +128,11 @@ def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[An
     adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
 
 
-def _pipeline(pipeline: Passes | None, gradient_checkpointing: bool | str = False) -> Pipeline:
+def _pipeline(
+    pipeline: Passes | None,
+    gradient_checkpointing: bool | str = False,
+    adapter_compute_dtype: torch.dtype | str | None = None,
+) -> Pipeline:
     chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
     if gradient_checkpointing not in (False, True, "offload"):
         raise ConfigError(f'gradient_checkpointing={gradient_checkpointing!r} is none of False, True, "offload"')
@@ -133,6 +140,9 @@ def _pipeline(pipeline: Passes | None, gradient_checkpointing: bool | str = Fals
         warnings.warn("checkpoints stay where they are: there is no CUDA device to move them from", stacklevel=3)
     if gradient_checkpointing:
         chosen = chosen + (passes.CheckpointBlocks(every=True, offload=gradient_checkpointing == "offload"),)
+    if adapter_compute_dtype is not None:
+        insert = passes.InsertAdapters(str(adapter_compute_dtype).removeprefix("torch."))
+        chosen = Pipeline(*(insert if each.name == insert.name else each for each in chosen))
     chosen.check()
     return chosen
 

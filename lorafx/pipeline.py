@@ -108,8 +108,11 @@ class Pass:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
-        return f"{self.name}{{{options}}}" if options else self.name
+        options = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        }
+        text = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.name}{{{text}}}" if text else self.name
 
 
 class Pipeline(tuple[Pass, ...]):

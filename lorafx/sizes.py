@@ -125,11 +125,14 @@ def symbols_of(sizes: Sequence[Any]) -> list[Any]:
 
 def together(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:
     """Values of symbols: those in these sizes grow, and with each those that had its value when the graph was made."""
-    hint = next(
-        (size.node.shape_env.size_hint for size in sizes if isinstance(size, torch.SymInt)), lambda symbol: None
-    )
-    grown = {hint(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
-    return lambda symbol: grown.get(hint(symbol), 2)
+    hints = next((_hints(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
+    grown = {hints.get(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
+    return lambda symbol: grown.get(hints.get(symbol), 2)
+
+
+def _hints(shapes: Any) -> Mapping[Any, Any]:
+    """What symbols stood for when a graph was made; `var_to_val` is the name in torch 2.11."""
+    return shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
 
 
 def apart(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.adapter import Adapter
+from lorafx.errors import ConfigError
 from lorafx.forms import CONVOLUTIONS, FORMS
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
@@ -26,11 +28,22 @@ from lorafx.tree import find_tensor, tensor_at
 class InsertAdapters(Pass):
     """Afterwards every marked node is the active adapters' equation, the first adapter's update innermost.
 
-    Biases and modules that an adapter trains as a whole are read from its own copies.
+    An update is computed in the dtype of what the base operator is given, whatever dtype the adapter's parameters are
+    kept in, as under autocast; or in `compute_dtype`, by name, as "float32". Biases and modules that an adapter trains
+    as a whole are read from its own copies.
     """
+
+    compute_dtype: str | None = None
 
     requires = frozenset({"sites"})
     establishes = frozenset({"adapters"})
+
+    def __post_init__(self) -> None:
+        dtype = getattr(torch, self.compute_dtype or "float32", None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(
+                f"{self.compute_dtype!r} is no dtype to compute in; choose one as 'float32' or 'bfloat16'"
+            )
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         mode, count = fake_mode_of(gm), 0
@@ -39,11 +52,30 @@ class InsertAdapters(Pass):
             weight = id(tensor_at(gm, node.meta[SITE].weight))
             for adapter, by_weight in sites:
                 if weight in by_weight:
-                    node = _insert(gm, node, by_weight[weight], adapter, mode)
+                    node = self._insert(gm, node, by_weight[weight], adapter, mode)
                     count += 1
         for adapter in context.adapters:
             count += _read_own_copies(gm, adapter, mode)
         return count
+
+    def _insert(self, gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
+        """Insert one adapter at one node; returns the node that is the base operator now."""
+        found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
+        where = Provenance(self.name, site.name, adapter.name)
+        fresh = _fresh(gm, site, adapter, node, self._dtype(found))
+        if not _reads_own_bias(gm, found, site):
+            fresh["lora_bias"] = None
+        _, new = rule.apply(gm, found, where, mode, fresh)
+        base = next(n for n in new if _is_base(rule, n, found.bindings["weight"]))
+        base.meta[SITE] = site
+        base.meta[ADAPTED_BY] = (adapter.name, *node.meta.get(ADAPTED_BY, ()))
+        return base
+
+    def _dtype(self, found: Match) -> torch.dtype | None:
+        """The dtype of an update; None for an embedding's, which is looked up in the adapter's own."""
+        if "x" not in found.bindings:
+            return None
+        return getattr(torch, self.compute_dtype) if self.compute_dtype else found.bindings["x"].meta["val"].dtype
 
 
 def rules(site: Site, adapter: Adapter) -> list[Rule]:
@@ -56,20 +88,6 @@ def rules(site: Site, adapter: Adapter) -> list[Rule]:
 
 def _reads_weight(found: Match) -> str | None:
     return None if found.bindings["weight"].op == "get_attr" else "its weight is part of one"
-
-
-def _insert(gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
-    """Insert one adapter at one node; returns the node that is the base operator now."""
-    found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
-    where = Provenance(InsertAdapters.name, site.name, adapter.name)
-    fresh = _fresh(gm, site, adapter, node)
-    if not _reads_own_bias(gm, found, site):
-        fresh["lora_bias"] = None
-    _, new = rule.apply(gm, found, where, mode, fresh)
-    base = next(n for n in new if _is_base(rule, n, found.bindings["weight"]))
-    base.meta[SITE] = site
-    base.meta[ADAPTED_BY] = (adapter.name, *node.meta.get(ADAPTED_BY, ()))
-    return base
 
 
 def _is_base(rule: Rule, node: Node, weight: Node) -> bool:
@@ -85,16 +103,15 @@ def _reads_own_bias(gm: GraphModule, found: Match, site: Site) -> bool:
     return read is find_tensor(gm, site.bias)
 
 
-def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node) -> dict[str, Any]:
+def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node, dtype: torch.dtype | None) -> dict[str, Any]:
     paths = adapter.tensors[site.name]
     names = adapter.kind.names(site, adapter.config)
-    tensors = {name: suffix and Attribute(paths[suffix]) for name, suffix in names.items()}
-    first = tensor_at(gm, next(iter(paths.values())))
+    tensors = {name: suffix and Attribute(paths[suffix], dtype) for name, suffix in names.items()}
     return {
         **tensors,
         **adapter.kind.scalars(site, adapter.config),
         "training": gm.get_submodule(site.name).training,
-        "dtype": first.dtype,
+        "dtype": dtype,
         "result_dtype": node.meta["val"].dtype,
     }
 

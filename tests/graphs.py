@@ -13,6 +13,11 @@ PREPARE = lorafx.passes.default[: _names.index("insert_adapters")]
 INSERT = lorafx.passes.default[: len(PREPARE) + 1]
 
 
+def in_float32(passes):
+    """The same passes, with adapters' products in float32."""
+    return [lorafx.passes.InsertAdapters("float32") if each.name == "insert_adapters" else each for each in passes]
+
+
 class Chain(nn.Module):
     """(…, 4) -> (…, 3): two linear layers, the first without a bias."""
 
@@ -25,10 +30,10 @@ class Chain(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def adapted(model: nn.Module, **config) -> lorafx.AdaptedModel:
+def adapted(model: nn.Module, adapter_compute_dtype=None, **config) -> lorafx.AdaptedModel:
     """An adapted model whose B is not zero."""
     chosen = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
-    return lorafx.compile(model, chosen, random_state=0)
+    return lorafx.compile(model, chosen, random_state=0, adapter_compute_dtype=adapter_compute_dtype)
 
 
 def context(lora: lorafx.AdaptedModel) -> Context:

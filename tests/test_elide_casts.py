@@ -1,7 +1,7 @@
 """elide_casts: only casts that change a dtype are left."""
 
 import torch
-from graphs import INSERT, Chain, adapted, run, text
+from graphs import INSERT, Chain, adapted, in_float32, run, text
 from torch import nn
 
 from lorafx.passes import ElideCasts
@@ -25,8 +25,13 @@ def test_a_cast_to_the_same_dtype_goes():
 
 
 def test_casts_between_a_half_precision_base_and_float32_adapters_stay():
-    lora, x = adapted(Chain().bfloat16(), target_modules=["second"]), torch.randn(5, 4, dtype=torch.bfloat16)
+    x = torch.randn(5, 4, dtype=torch.bfloat16)
+    lora = adapted(Chain().bfloat16(), target_modules=["second"])
     assert casts(run(lora, CASTED, x)) == [
+        "to = to.dtype(second_lora_a_default_weight, torch.bfloat16)",
+        "to_1 = to.dtype(second_lora_b_default_weight, torch.bfloat16)",
+    ]
+    assert casts(run(lora, in_float32(CASTED), x)) == [
         "to = to.dtype(relu, torch.float32)",
         "to_1 = to.dtype(add, torch.bfloat16)",
     ]

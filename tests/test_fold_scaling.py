@@ -1,7 +1,7 @@
 """fold_scaling: α / r is the `alpha` of the operator that adds the update."""
 
 import torch
-from graphs import INSERT, Chain, adapted, run, text
+from graphs import INSERT, Chain, adapted, in_float32, run, text
 from test_match_targets import EveryForm
 
 from lorafx.passes import ElideCasts, ElideDropout, FoldScaling
@@ -63,10 +63,10 @@ def test_no_form_keeps_a_multiplication():
 
 def test_mixed_dtypes_add_in_the_wider_one():
     lora, x = adapted(Chain().bfloat16(), target_modules=["second"]), torch.randn(5, 4, dtype=torch.bfloat16)
-    gm = run(lora, FOLDED, x)
+    gm = run(lora, in_float32(FOLDED), x)
     assert sum("add.Tensor(linear_4, linear_3, alpha=3.0)" in line for line in text(gm)) == 1
     assert not any("mul.Tensor" in line for line in text(gm))
-    assert torch.equal(gm(x), run(lora, PLAIN, x)(x))
+    assert torch.equal(gm(x), run(lora, in_float32(PLAIN), x)(x))
 
 
 def test_a_bias_of_the_adapter_is_scaled_too():

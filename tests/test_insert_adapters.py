@@ -8,7 +8,7 @@ from graphs import INSERT, PREPARE, Chain, adapted, context, run, text
 from test_match_targets import EveryForm, Tied
 from torch import nn
 
-from lorafx.errors import AdapterError
+from lorafx.errors import AdapterError, ConfigError
 from lorafx.passes import InsertAdapters
 from lorafx.rewrite import made_by
 
@@ -41,6 +41,32 @@ def test_the_equation_takes_the_operators_place():
 def test_what_is_not_selected_stays():
     lora = adapted(Chain(), target_modules=["second"])
     assert text(run(lora, INSERT, torch.randn(5, 4)))[:2] == text(run(lora, PREPARE, torch.randn(5, 4)))[:2]
+
+
+@pytest.mark.parametrize("asked", [None, "float32", torch.float32])
+def test_products_run_in_the_dtype_of_the_activations_or_in_the_one_asked_for(asked):
+    lora, x = adapted(Chain().bfloat16(), asked, target_modules=["second"]), torch.randn(5, 4, dtype=torch.bfloat16)
+    passes = lora._lorafx.dispatcher.pipeline[: len(INSERT)]
+    a, b = (lora.get_parameter(f"second.lora_{m}.default.weight") for m in "AB")
+    hidden = torch.relu(x @ lora.first.weight.T)
+    base, dtype = torch.nn.functional.linear(hidden, lora.second.weight, lora.second.bias), asked and torch.float32
+    update = 3.0 * (hidden.to(dtype or x.dtype) @ a.to(dtype or x.dtype).T) @ b.to(dtype or x.dtype).T
+    output = run(lora, passes, x)(x)
+    assert a.dtype == torch.float32 and output.dtype == torch.bfloat16
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(
+        output, (base + update).to(x.dtype), rtol=2 * eps, atol=2 * eps if asked is None else eps
+    )
+    values = {n.meta["val"].dtype for n in run(lora, passes, x).graph.nodes if n.name.startswith(("linear", "mul"))}
+    assert values == ({torch.bfloat16} if asked is None else {torch.bfloat16, torch.float32})
+    output.float().sum().backward()
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["int64", "flaot32"])
+def test_a_dtype_that_nothing_is_computed_in(name):
+    with pytest.raises(ConfigError, match=name):
+        adapted(Chain(), name)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

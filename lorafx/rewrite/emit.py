@@ -10,7 +10,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .match import Match, trace_function
@@ -18,6 +18,7 @@ from .match import Match, trace_function
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
 MADE_BY, SITE, ADAPTED_BY = "lorafx", "site", "adapted_by"
 INHERITED = ("stack_trace", "nn_module_stack")
+_CAST = torch.ops.aten.to.dtype
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name of a replacement that stands for a tensor of the tree, given by its path."""
+    """A name of a replacement that stands for the tensor of the tree at a path, in this dtype if there is one."""
 
     path: str
+    dtype: torch.dtype | None = None
 
 
 def made_by(node: Node) -> Provenance | None:
@@ -107,7 +109,7 @@ def emit(
             if node.op == "placeholder":
                 name = str(node.target)
                 value = found.bindings[name] if name in found.bindings else fresh[name]
-                values[node] = add(graph.get_attr(value.path)) if isinstance(value, Attribute) else value
+                values[node] = _read(graph, value, add) if isinstance(value, Attribute) else value
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
@@ -115,6 +117,13 @@ def emit(
                 values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), called))
     _take_place(graph, found, result)
     return result, tuple(new)
+
+
+def _read(graph: Graph, attribute: Attribute, add: Callable[[Node], Node]) -> Node:
+    read = add(graph.get_attr(attribute.path))
+    if attribute.dtype in (None, read.meta["val"].dtype):
+        return read
+    return add(graph.create_node("call_function", _CAST, (read, attribute.dtype), {}, "to"))
 
 
 def _bound(node: Node, values: dict[Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -130,7 +139,7 @@ def _is_default(argument: Any, value: Any) -> bool:
     return argument.has_default_value() and not isinstance(value, Node) and argument.default_value == value
 
 
-def _take_place(graph: torch.fx.Graph, found: Match, result: Node) -> None:
+def _take_place(graph: Graph, found: Match, result: Node) -> None:
     found.anchor.replace_all_uses_with(result)
     pending = list(found.nodes)
     while pending:  # users before what they use
@@ -139,5 +148,14 @@ def _take_place(graph: torch.fx.Graph, found: Match, result: Node) -> None:
             graph.erase_node(node)
         pending = [node for node in pending if node not in unused]
     for value in found.bindings.values():
-        if isinstance(value, Node) and value.op == "get_attr" and not value.users:
-            graph.erase_node(value)
+        if isinstance(value, Node):
+            _erase_read(graph, value)
+
+
+def _erase_read(graph: Graph, read: Node) -> None:
+    """Erase a read that nobody needs any more, and the cast of one."""
+    if not read.users and (read.op == "get_attr" or read.target is _CAST):
+        cast_of = read.all_input_nodes
+        graph.erase_node(read)
+        for node in cast_of:
+            _erase_read(graph, node)
