@@ -105,7 +105,10 @@ def test_sft_trains_as_peft_does(tmp_path, more):
     assert_equal_runs(*runs, {"loss", "entropy", "mean_token_accuracy"})
     assert len(set(logged(runs[0])["loss"])) == 4
     calls = ours.explain().calls
-    assert all(call.served_by == "graph" for call in calls) and len(calls) == (2 if "eval_steps" in more else 1)
+    assert all(call.served_by == "graph" for call in calls)
+    kinds = {call.title.partition(",")[0] for call in calls}
+    assert len(kinds) == (2 if "eval_steps" in more else 1)  # each for batches with padding, without, or both
+    assert len(calls) <= 2 * len(kinds)
     saved = [load_file(tmp_path / name / "checkpoint-2/adapter_model.safetensors") for name in ("ours", "theirs")]
     assert saved[0].keys() == saved[1].keys()
     for key, value in saved[0].items():
