@@ -74,8 +74,8 @@ def compile(
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
-        if gradient_checkpointing and getattr(adapted, "supports_gradient_checkpointing", False):  # for calls by sites
-            adapted.gradient_checkpointing_enable()  # type: ignore[operator]
+        if gradient_checkpointing:
+            _checkpoint_by_sites(adapted)
         if example_inputs is not None:
             _capture(adapted, example_inputs)
     except BaseException:
@@ -119,6 +119,12 @@ def load(
     adapted.set_adapter(adapter_name)
     copy_into(adapted, embeddings)
     return adapted if is_trainable else adapted.eval()
+
+
+def _checkpoint_by_sites(adapted: AdaptedModel) -> None:
+    """Let the model's own Python checkpoint its layers where that serves a call."""
+    if getattr(adapted, "supports_gradient_checkpointing", False):
+        adapted.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
 def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:

@@ -33,7 +33,7 @@ V, EPS = models.VOCABULARY, torch.finfo(torch.float32).eps
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, 2 of them in float32 at a time."""
-    monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(module, "ROWS_ON_CPU", 4)
     monkeypatch.setattr(module, "_TILE", 22)
 
 

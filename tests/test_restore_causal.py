@@ -200,6 +200,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_language_models(name):
     model = language_model(name)
@@ -240,6 +241,7 @@ def test_a_mask_of_ones_masks_nothing(dtype):
         assert not torch.allclose(lora(input_ids=ids, attention_mask=full).logits, plain.logits)
 
 
+@pytest.mark.slow
 def test_a_decoding_step_needs_no_mask():
     lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
     with torch.no_grad():

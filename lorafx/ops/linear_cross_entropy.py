@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
 
-ROWS = 1024  # of a chunk
+ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk, large enough for its products to be bound by arithmetic
 _TILE = 2**22  # elements of a chunk that are in float32 at a time
 _MEAN = 1  # as aten numbers reductions; the sum is 2
 
@@ -153,7 +153,8 @@ def _chunked(
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
     total, labels = _wide(x.new_zeros(())), labels.reshape(-1)
-    for rows in (labels != ignore_index).nonzero()[:, 0].split(ROWS):
+    counted = (labels != ignore_index).nonzero()[:, 0]
+    for rows in counted.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS):
         total += _chunk(rows, given, scaling, labels[rows], label_smoothing, softcap, scale, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
