@@ -74,8 +74,7 @@ def compile(
     try:
         adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         adapted.set_adapter(adapter_name)
-        if gradient_checkpointing:
-            _checkpoint_by_sites(adapted)
+        _checkpoint_by_sites(adapted, gradient_checkpointing)
         if example_inputs is not None:
             _capture(adapted, example_inputs)
     except BaseException:
@@ -121,9 +120,9 @@ def load(
     return adapted if is_trainable else adapted.eval()
 
 
-def _checkpoint_by_sites(adapted: AdaptedModel) -> None:
+def _checkpoint_by_sites(adapted: AdaptedModel, wanted: bool | str) -> None:
     """Let the model's own Python checkpoint its layers where that serves a call."""
-    if getattr(adapted, "supports_gradient_checkpointing", False):
+    if wanted and getattr(adapted, "supports_gradient_checkpointing", False):
         adapted.gradient_checkpointing_enable()  # type: ignore[operator]
 
 

@@ -3,8 +3,8 @@
 A graph whose loss does without logits still gives logits: `defer(head, dtype, x, weight, …)`. That tensor knows its
 shape, dtype and device. A cast or `detach()` of it waits as well; anything else that torch does with it runs the head,
 once, on the hidden state that it was given and on the weights as they are then, in the caller's modes of that time,
-with autograd as if it had always been there. What it holds on to is the hidden state. Merging, after which the same
-head would be another, has what still waits computed first (`settle`).
+with autograd as if it had always been there. What it holds on to is the hidden state. If that or a weight of the head
+has been written to since, it is an error, as it is of autograd. Merging has what still waits computed first (`settle`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops  # noqa: F401, defines torch.ops.lorafx
 from .autocast import autocast_dtype
+from .errors import DeferredError
 
 ASKED = "asked"  # in a head's meta: how often somebody asked
 NOT_FUSED = "not_fused"  # in the meta of a loss that needs its logits: why
@@ -74,8 +75,9 @@ def settle(weight: Tensor) -> None:
 class _Later:
     """What gives a deferred tensor its values: a function of tensors, in the modes in which it was put off."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...]):
-        self.function, self.inputs = function, inputs
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...], detached_from: _Later | None = None):
+        self.origin = None if detached_from is None else weakref.ref(detached_from)
+        self.function, self.inputs, self.states = function, inputs, _states(inputs)
         self.value: Tensor | None = None
         self.grad = torch.is_grad_enabled()
         self.device_type = next(value.device.type for value in inputs if isinstance(value, Tensor))
@@ -87,18 +89,35 @@ class _Later:
 
     def values(self) -> Tensor:
         """The tensor itself, computed once, with its history."""
+        if self.value is None and self.origin is not None and (origin := self.origin()) is not None:
+            self.value = origin.values().detach()
         if self.value is None:
             if isinstance(self.function, GraphModule):
                 self.function.meta[ASKED] = self.function.meta.get(ASKED, 0) + 1
             self.value = self.run(self.grad)
-            _waiting.discard(self)
+        _waiting.discard(self)
+        if not self.value.requires_grad:
+            self.inputs = ()
         return self.value
 
     def run(self, grad: bool) -> Tensor:
+        if self.value is not None:
+            return self.value.detach()
+        if _states(self.inputs) != self.states:
+            raise DeferredError(
+                "these logits are computed when they are asked for, and the hidden state or the head's weights were "
+                "written to since the call; read them before that, or leave `fuse_loss` out of the pipeline"
+            )
         inputs = [_computed(value) if isinstance(value, Deferred) else value for value in self.inputs]
         autocast = torch.autocast(self.device_type, dtype=self.autocast, enabled=self.autocast is not None)
         with torch.inference_mode(False), torch.set_grad_enabled(grad), autocast:
             return self.function(*inputs)
+
+
+def _states(inputs: tuple[Any, ...]) -> list[tuple[torch.dtype, int]]:
+    """What changes when tensors are written to or cast in place."""
+    plain = [value for value in inputs if isinstance(value, Tensor) and not isinstance(value, Deferred)]
+    return [(tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in plain]
 
 
 class _History(torch.autograd.Function):
@@ -139,6 +158,11 @@ class Deferred(Tensor):
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in (Tensor.retain_grad, Tensor.register_hook):
+            raise DeferredError(
+                "the loss of this call is computed without logits, so no gradient flows through them; leave "
+                "`fuse_loss` out of the pipeline to have it"
+            )
         dtype = _result_dtype(func, args, kwargs)
         if dtype is not None:
             return _put_off(args[0], func, args[1:], kwargs, dtype)
@@ -159,11 +183,20 @@ def _computed(tensor: Deferred) -> Tensor:
 def _put_off(tensor: Deferred, func: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Tensor:
     """A cast or `detach` of a deferred tensor."""
     if func is Tensor.detach:
-        with torch.no_grad():
-            return _Later(lambda value: value.detach(), (tensor,)).tensor(tensor.shape, dtype, tensor.device)
+        return _detached(tensor)
     if dtype == tensor.dtype:
         return tensor
     return _Later(lambda value: func(value, *args, **kwargs), (tensor,)).tensor(tensor.shape, dtype, tensor.device)
+
+
+def _detached(tensor: Deferred) -> Tensor:
+    """Of the same function, on inputs without a history: nothing is kept for a gradient once `tensor` is gone."""
+    later = tensor.later
+    if later.value is not None:
+        return later.value.detach()
+    with torch.no_grad():
+        inputs = tuple(value.detach() if isinstance(value, Tensor) else value for value in later.inputs)
+        return _Later(later.function, inputs, later).tensor(tensor.shape, tensor.dtype, tensor.device)
 
 
 def _result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:

@@ -29,6 +29,10 @@ class PipelineError(LorafxError, ValueError):
     """A pipeline whose text does not parse, or whose passes stand in an impossible order."""
 
 
+class DeferredError(LorafxError, RuntimeError):
+    """Logits that wait until they are asked for cannot be had any more, or not with what was asked of them."""
+
+
 class VerifyError(LorafxError, RuntimeError):
     """A graph broke an invariant; the message names the pass that did it."""
 

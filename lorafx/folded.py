@@ -7,9 +7,11 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from .effects import ASSERTIONS
+from .errors import CaptureError
 from .once import layer_like
 from .outline import block_of, insert_call, list_layers, replace_region
 from .regions import Region, is_size
+from .rooted import CAPTURED
 
 
 class _Mark:
@@ -53,7 +55,7 @@ def _fold(gm: GraphModule, mark: _Mark, likes: list[_Mark]) -> None:
     replace_region(gm, region, block)
     places = {node: place for place, node in enumerate(inputs)}
     for like in likes:
-        theirs = [like.inputs[places[node]] if node in places else node for node in given]
+        theirs = [like.inputs[places[node]] if node in places else _of_all(node) for node in given]
         parts = insert_call(gm, like.node, block, like.path, theirs, None)
         for part, number in like.used().items():
             part.replace_all_uses_with(parts[outputs.index(results[number])])
@@ -61,6 +63,13 @@ def _fold(gm: GraphModule, mark: _Mark, likes: list[_Mark]) -> None:
             if not part.users:
                 gm.graph.erase_node(part)
         gm.graph.erase_node(like.node)
+
+
+def _of_all(node: Node) -> Node:
+    """What a layer reads besides its inputs, if all layers read it: a size, or a constant that the graph owns."""
+    if is_size(node) or (node.op == "get_attr" and str(node.target).startswith(f"{CAPTURED}.")):
+        return node
+    raise CaptureError(f"layers that are alike read {node.target}, which may be one layer's own")
 
 
 def _operators(gm: GraphModule, nodes: tuple[Node, ...]) -> tuple[Node, ...]:

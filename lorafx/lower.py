@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from .deferred import heads, is_deferral
+from .direct import direct
 from .errors import ConfigError
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
@@ -98,7 +99,7 @@ class Lowering:
         """The callable that serves calls of `gm`."""
         compiler = self.backend.on(gm)
         if compiler == "eager":
-            return gm
+            return direct(gm)
         if not blocks_of(gm) and not heads(gm):
             whole = self.pieces[id(gm)] = Piece("whole graph", gm, compiler, self.backend)
             return whole.run

@@ -123,9 +123,10 @@ class Once:
             self.running = False
 
     @functools.cached_property
-    def parameters(self) -> Counter[int]:
-        """How many places of the model each of its parameters, as they are while it is exported, is found at."""
-        return Counter(id(parameter) for _, parameter in self.root.named_parameters(remove_duplicate=False))
+    def places(self) -> Counter[int]:
+        """How many places of the model each of its tensors, as they are while it is exported, is found at."""
+        named = self.root.named_parameters(remove_duplicate=False), self.root.named_buffers(remove_duplicate=False)
+        return Counter(id(tensor) for _, tensor in itertools.chain(*named))
 
 
 class _Tape(TorchFunctionMode):
@@ -187,10 +188,10 @@ class _Tape(TorchFunctionMode):
         own = self.own.get(id(tensor))
         stands = get_proxy_slot(tensor, self.tracer, None)
         self.given.append((tensor, stands))
-        if own is not None and self.once.parameters[id(tensor)] < 2:
+        if own is not None and self.once.places[id(tensor)] < 2:
             return self._named(tensor, ("own", own, description(tensor)))
         self.inputs.append(stands)
-        self.learning &= stands is not None and id(tensor) not in self.once.parameters
+        self.learning &= stands is not None and not isinstance(tensor, nn.Parameter)
         return self._named(tensor, ("input", len(self.inputs), description(tensor)))
 
     def _named(self, tensor: Tensor, name: Hashable) -> Hashable:

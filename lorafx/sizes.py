@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from .rooted import CAPTURED
 
 aten = torch.ops.aten
 # They read of a tensor what it is like, and not what is in it.
-_SHAPE_ONLY = {
+SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_zeros.default,
     aten.new_full.default,
@@ -63,9 +62,9 @@ class AtSizes:
             self.values[node] = self._value(node)
         return self.values[node]
 
-    def ran(self) -> list[tuple[Node, GraphModule]]:
-        """The nodes that were run, here and outside, each with its graph."""
-        return [(node, self.gm) for node in self.values] + (self.outer.ran() if self.outer else [])
+    def ran(self) -> list[tuple[AtSizes, Node]]:
+        """The nodes that were run, and who ran each: this or the one outside."""
+        return [(self, node) for node in self.values] + (self.outer.ran() if self.outer else [])
 
     def _value(self, node: Node) -> Any:
         value = node.meta.get("val")
@@ -74,14 +73,14 @@ class AtSizes:
         if node in self.inputs and self.outer and isinstance(self.inputs[node], Node):
             return self.outer(self.inputs[node])
         if node.meta.get(ONES):
-            return self._like(value) + 1
+            return torch.ones_like(self._like(value))
         if node.op == "get_attr" and str(node.target).startswith(f"{CAPTURED}."):  # a constant of the graph
             constant = resolve(self.gm, str(node.target))
             if isinstance(constant, Tensor):
                 return constant.detach().cpu()
         if not isinstance(node.target, OpOverload) or (must_stay(node, self.gm) and node.target is not _DETACH):
             raise DependsOnData(f"{node.name} is no operator on sizes")
-        like = node.target in _SHAPE_ONLY
+        like = node.target in SHAPE_ONLY
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._like(n.meta["val"]) if like else self(n))
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
         return node.target(*args, **kwargs)
@@ -101,7 +100,7 @@ class AtSizes:
 
 def is_written_to(ran: AtSizes) -> bool:
     """Whether somebody writes to what was computed, or to a view of it."""
-    return any(_is_written_to(node, gm) for node, gm in ran.ran())
+    return any(_is_written_to(node, at.gm) for at, node in ran.ran())
 
 
 def _is_written_to(node: Node, gm: GraphModule) -> bool:
@@ -111,23 +110,17 @@ def _is_written_to(node: Node, gm: GraphModule) -> bool:
     )
 
 
-def integers(ran: AtSizes) -> set[int]:
-    """The integers that are written in the graph where something was computed, "to the end" aside."""
-    leaves = pytree.tree_leaves([(list(node.args), dict(node.kwargs)) for node, _ in ran.ran()])
-    return {abs(leaf) for leaf in leaves if type(leaf) is int} - {sys.maxsize}
-
-
 def symbols_of(sizes: Sequence[Any]) -> list[Any]:
     """The symbols in some sizes, in order of their names."""
     found = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
     return sorted(found, key=str)
 
 
-def together(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:
+def together(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
     """Values of symbols: those in these sizes grow, and with each those that had its value when the graph was made."""
     hints = next((_hints(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
     grown = {hints.get(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
-    return lambda symbol: grown.get(hints.get(symbol), 2)
+    return lambda symbol: grown.get(hints.get(symbol), others)
 
 
 def _hints(shapes: Any) -> Mapping[Any, Any]:
@@ -135,7 +128,7 @@ def _hints(shapes: Any) -> Mapping[Any, Any]:
     return shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
 
 
-def apart(sizes: Sequence[Any], start: int) -> Callable[[Any], int]:
-    """Values of symbols: those in these sizes grow, all others are 2."""
+def apart(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
+    """Values of symbols: those in these sizes grow, whatever the others were when the graph was made."""
     grown = {symbol: start + place for place, symbol in enumerate(symbols_of(sizes))}
-    return lambda symbol: grown.get(symbol, 2)
+    return lambda symbol: grown.get(symbol, others)

@@ -6,6 +6,7 @@ from .canonicalize import Canonicalize
 from .checkpoint_blocks import CheckpointBlocks
 from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
+from .elide_empty import ElideEmpty
 from .elide_slices import ElideSlices
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
@@ -19,6 +20,8 @@ from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
+from .restore_norm import RestoreNorm
+from .restore_rotary import RestoreRotary
 from .share_input import ShareInput
 from .split_reads import SplitReads
 
@@ -26,9 +29,12 @@ default = Pipeline(
     Canonicalize(),
     ElideCasts(),
     ElideSlices(),
+    ElideEmpty(),
     OutlineBlocks(),
     RestoreCausal(),
     RestoreGqa(),
+    RestoreNorm(),
+    RestoreRotary(),
     SplitReads(),
     RestoreLinear(),
     MatchTargets(),
@@ -49,6 +55,7 @@ __all__ = [
     "CheckpointBlocks",
     "ElideCasts",
     "ElideDropout",
+    "ElideEmpty",
     "ElideSlices",
     "FoldScaling",
     "FreezeBase",
@@ -62,6 +69,8 @@ __all__ = [
     "RestoreCausal",
     "RestoreGqa",
     "RestoreLinear",
+    "RestoreNorm",
+    "RestoreRotary",
     "ShareInput",
     "SplitReads",
     "default",

@@ -1,17 +1,33 @@
 """canonicalize: the captured graph in the one shape that later passes expect.
 
-Assertions about tensor metadata go (they pin an autocast state), as does whatever computes nothing that is used, and
-every parameter is read right before its first use instead of at the top of the graph.
+Assertions about tensor metadata go (they pin an autocast state), as does whatever computes nothing that is used; a
+constant that the model made is not detached, which wants a write of nothing; and every parameter is read right before
+its first use instead of at the top of the graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, GraphModule
 
 from lorafx.effects import ASSERTIONS, drop_dead
 from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Rule, fake_mode_of
+
+aten = torch.ops.aten
+
+
+def detached(constant):
+    return aten.detach_.default(aten.lift_fresh_copy.default(constant))
+
+
+def lifted(constant):
+    return aten.lift_fresh_copy.default(constant)
+
+
+CONSTANT = Rule(detached, lifted)
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.target in ASSERTIONS:
                 gm.graph.erase_node(node)
+        CONSTANT.apply_everywhere(gm, self.name, fake_mode_of(gm))
         drop_dead(gm)
         _sink_attributes(gm.graph)
         return before - len(gm.graph.nodes)

@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.blocks import LAYERS
 from lorafx.deferred import NOT_FUSED, defer
+from lorafx.effects import writes
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import (
     ADAPTED_BY,
@@ -111,6 +112,8 @@ class FuseLoss(Pass):
         count = 0
         for node in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
             way = _way_back(node, may_give=LAYERS not in gm.meta)
+            if isinstance(way, _Way) and any(other > way.nodes[-1] and writes(other, gm) for other in gm.graph.nodes):
+                way = NoMatch(way.nodes[-1], "something is written in place after the head")
             if isinstance(way, NoMatch):
                 node.meta[NOT_FUSED] = str(way)
             else:

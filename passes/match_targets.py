@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
 from lorafx.forms import FORMS
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import SITE, Match, match, resolve
+from lorafx.rewrite import SITE, Match, match, resolve, within_vmap
 from lorafx.sites import Site
 
 
@@ -47,6 +47,8 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
         for pattern in (pattern for form in FORMS for pattern in form.patterns):
             found = match(pattern, anchor)
             if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(found, weight):
+                if within_vmap(anchor):
+                    raise CaptureError(f"site {site.name}: its weight is read within a vmap [{user_line(user)}]")
                 anchor.meta[SITE] = site
                 return 1
     if isinstance(user.target, torch._ops.HigherOrderOperator) or user.op == "output":

@@ -4,7 +4,8 @@ sdpa(q, k, v, tril(ones))  ->  sdpa(q, k, v, is_causal=True)        sdpa(q, k, v
 
 Models make their masks of comparisons of positions, in many ways, so a mask is not recognised by its operators: it is
 computed, at small sizes and at sizes around every integer that its operators mention (where a sliding window begins to
-show). Masks that depend on data (padding, packed sequences, static caches), and windows, stay.
+show). Masks that depend on data (padding, packed sequences, static caches), windows, and masks that do more with
+positions than to add and compare them (`lorafx/positions.py`) stay.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from lorafx.blocks import LAYERS, block_calls, blocks_of
 from lorafx.effects import drop_dead
 from lorafx.outline import keep_block, list_layers, run_instead
 from lorafx.pipeline import Context, Pass
+from lorafx.positions import integers
 from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of
 from lorafx.rooted import copied
-from lorafx.sizes import AtSizes, DependsOnData, apart, integers, is_written_to, symbols_of, together
+from lorafx.sizes import AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
 
 aten = torch.ops.aten
 LARGEST = 2**13  # no mask of more rows is computed
+FEW = 64  # rows: the sizes of a mask that are not its own, as the batch's, are tried at more than one value
 At = Callable[[Callable[[object], int]], AtSizes]
 
 
@@ -138,13 +141,21 @@ def _rule(at: At, found: Match) -> Rule | None:
         rules &= _rules_for(first(mask))
         if is_written_to(first):
             return None
-        for size in _telling_sizes(integers(first)) if symbols_of(sizes) else ():
-            rules &= _rules_for(at(together(sizes, size))(mask)) if rules and size <= LARGEST else set()
-            with suppress(RuntimeError, IndexError):  # where sizes do not fit, the graph does not run either
-                rules &= _rules_for(at(apart(sizes, size))(mask)) if rules else set()
+        for size in _telling_sizes(integers(first)) if symbols_of(mask.meta["val"].shape) else ():
+            for others in (2, 7) if size < FEW else (2,):
+                rules &= _rules_at(at, together(sizes, size, others), mask) if rules and size <= LARGEST else set()
+                with suppress(RuntimeError, IndexError):  # where sizes do not fit, the graph does not run either
+                    rules &= _rules_at(at, apart(sizes, size, others), mask) if rules else set()
     except (DependsOnData, RuntimeError, IndexError):
         return None
     return next((rule for rule in (UNMASKED, CAUSAL) if rule in rules), None)
+
+
+def _rules_at(at: At, symbols: Callable[[object], int], mask: Node) -> set[Rule]:
+    ran = at(symbols)
+    rules = _rules_for(ran(mask))
+    integers(ran)  # at larger sizes too there are no others than those that were tried
+    return rules
 
 
 def _is_of_all_pairs(found: Match) -> bool:
@@ -160,6 +171,8 @@ def _telling_sizes(integers: set[int]) -> list[int]:
 
 def _rules_for(mask: Tensor) -> set[Rule]:
     """What a mask of certain sizes can be replaced by."""
+    if not mask.is_floating_point() and mask.dtype != torch.bool:
+        return set()
     keep = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not (keep | (mask <= torch.finfo(mask.dtype).min)).all():
         return set()

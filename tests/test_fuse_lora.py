@@ -60,6 +60,28 @@ def test_only_what_is_asked_for_is_computed():
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_it_gives_may_be_written_to(shape, bias, shared):
+    """As `nn.ReLU(inplace=True)` does after a layer."""
+    x, weight, bias, _, lora_A, lora_B, scaling = arguments(bias=bias, shape=shape)
+
+    def run(op):
+        if not shared:
+            return op(x, weight, bias, None, lora_A, lora_B, scaling).mul_(3).relu_()
+        first, second = torch.ops.lorafx.lora_linears(
+            x, [weight] * 2, [bias] * 2, [lora_A] * 2, [lora_B] * 2, [scaling] * 2
+        )
+        return first.mul_(3).relu_() + second.mul_(3).relu_()
+
+    written = run(fused)
+    expected = reference(x, weight, bias, None, lora_A, lora_B, scaling).relu() * (6 if shared else 3)
+    torch.testing.assert_close(written, expected, rtol=1e-13, atol=1e-13)
+    for found, wanted in zip(*(torch.autograd.grad(y.sum(), (x, weight, lora_A, lora_B)) for y in (written, expected))):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_not_its_own_is_not_written_to():
     """Rows of a wider matrix, and a transposed one; backward twice."""
     given = list(arguments())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import sys
+import weakref
 
 import models
 import peft
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from lorafx.deferred import Deferred
+from lorafx.errors import DeferredError
 from lorafx.lower import Backend
 from lorafx.report import graph_lines
 
@@ -112,7 +115,7 @@ def test_only_what_is_needed_is_computed(small_chunks):
     x, weight, bias, *rest = given(lora=False)
     frozen = weight.detach(), bias.detach()
     needs = [True, False, False, False, False]
-    _, *found = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs)
+    _, *found = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
     assert [gradient.numel() for gradient in found] == [x.numel(), 0, 0, 0, 0]
     with torch.no_grad():
         assert not fused(x, weight, bias, *rest).requires_grad
@@ -400,12 +403,63 @@ def test_gradients_of_who_does_not_ask_torch(change):
     assert all(torch.allclose(f, w, rtol=1e-5) for f, w in zip(found, wanted, strict=True))
 
 
-def test_logits_after_a_step_are_those_of_the_new_weights():
+def test_logits_after_a_step_are_an_error():
     lora, ids, before = waiting()
-    logits = lora(ids, ids)[1]
+    logits, read = lora(ids, ids)[1], lora(ids, ids)[1]
+    assert torch.equal(read, before)
     with torch.no_grad():
         lora.head.lora_B.default.weight.mul_(2)
-    assert torch.equal(logits, lora(ids, ids)[1]) and not torch.equal(logits, before)
+    with pytest.raises(DeferredError, match="written to since"):
+        logits.sum()
+    assert torch.equal(read, before)
+
+
+@pytest.mark.parametrize("ask", [lambda t: t.retain_grad(), lambda t: t.register_hook(print)])
+def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask):
+    lora, ids, _ = waiting()
+    with pytest.raises(DeferredError, match="without logits"):
+        ask(lora(ids, ids)[1])
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_detached_logits_keep_no_history(read):
+    lora, ids, expected = waiting()
+    loss, logits = lora(ids, ids)
+    graph = weakref.ref(loss.grad_fn)
+    kept = logits.detach()
+    assert not read or torch.equal(kept, expected)
+    del loss, logits
+    gc.collect()
+    assert graph() is None and torch.equal(kept, expected)
+
+
+def test_a_hidden_state_that_is_written_to_is_not_one_to_wait_with():
+    class Reusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 13)
+
+        def forward(self, x, labels):
+            hidden = self.body(x)
+            logits = self.head(hidden)
+            loss = F.cross_entropy(logits, labels)
+            hidden.zero_()
+            return loss, logits
+
+    model, x, labels = Reusing(), torch.randn(5, 4), torch.arange(5)
+    lora = lorafx.compile(copy.deepcopy(model), {"target_modules": ["body"]})
+    with torch.no_grad():
+        for found, expected in zip(lora(x, labels), model(x, labels)):
+            torch.testing.assert_close(torch.as_tensor(found), expected)
+    assert "written in place" in str(lora.explain())
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_a_label_that_is_no_class_is_torchs_error(wrong):
+    x, weight, *rest, labels = given()
+    labels[0, 0] = wrong
+    with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+        fused(x, weight, *rest, labels)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -17,7 +17,7 @@ from lorafx.blocks import block_calls, blocks_of
 from lorafx.caches import register_caches
 from lorafx.capture import trace_part
 from lorafx.errors import CaptureError
-from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks
+from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks, OutlineBlocks
 from lorafx.pipeline import Pipeline
 
 
@@ -273,6 +273,26 @@ def test_layers_with_a_common_weight_stay_inline():
     model.layers[3].up.weight = model.layers[1].up.weight
     gm = trace_part(model, "", (torch.randn(5, 4),), {}, once=True)
     assert [path for _, _, path in block_calls(gm)] == ["layers.0", "layers.2", "layers.4"]
+
+
+class Tables(Stack):
+    """Layers that take turns in holding one of two tables, as they do with local and global positions."""
+
+    def __init__(self):
+        super().__init__()
+        tables = [nn.Module() for _ in range(2)]
+        for number, (table, layer) in enumerate(zip(tables * 3, self.layers)):
+            table.register_buffer("values", torch.full((4,), 1.0 + number % 2))
+            layer.table = table
+            layer.act = lambda number, x, table=table: x.relu() * table.values.sum()
+
+
+def test_a_buffer_that_some_layers_share_is_theirs():
+    model, x = Tables(), torch.randn(5, 4)
+    gm = trace_part(model, "", (x,), {}, once=True)
+    assert torch.equal(gm(x), model(x))
+    Pipeline(Canonicalize(), OutlineBlocks()).run(gm)
+    assert torch.equal(gm(x), model(x))
 
 
 def test_a_part_that_is_called_by_itself():

@@ -29,9 +29,10 @@ class WithOptions(Pass):
 
 def test_a_pipeline_prints_and_parses_to_itself():
     text = (
-        "canonicalize, elide_casts, elide_slices, outline_blocks, restore_causal, restore_gqa, split_reads, "
-        "restore_linear, match_targets, insert_adapters, merge_adapters, freeze_base, "
-        "elide_casts, elide_dropout, fuse_lora, fuse_loss, share_input, fold_scaling, checkpoint_blocks"
+        "canonicalize, elide_casts, elide_slices, elide_empty, outline_blocks, restore_causal, restore_gqa, "
+        "restore_norm, restore_rotary, split_reads, restore_linear, match_targets, insert_adapters, "
+        "merge_adapters, freeze_base, elide_casts, elide_dropout, fuse_lora, fuse_loss, share_input, "
+        "fold_scaling, checkpoint_blocks"
     )
     assert str(default) == text
     assert Pipeline.parse(text) == default
@@ -119,10 +120,13 @@ def test_observers_see_every_gap_between_passes():
         (None, "canonicalize"),
         ("canonicalize", "elide_casts"),
         ("elide_casts", "elide_slices"),
-        ("elide_slices", "outline_blocks"),
+        ("elide_slices", "elide_empty"),
+        ("elide_empty", "outline_blocks"),
         ("outline_blocks", "restore_causal"),
         ("restore_causal", "restore_gqa"),
-        ("restore_gqa", "split_reads"),
+        ("restore_gqa", "restore_norm"),
+        ("restore_norm", "restore_rotary"),
+        ("restore_rotary", "split_reads"),
         ("split_reads", "restore_linear"),
         ("restore_linear", "match_targets"),
         ("match_targets", "insert_adapters"),

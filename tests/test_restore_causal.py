@@ -55,6 +55,16 @@ def of_data(x):
     return square(x) & (x[..., 0] > -100)[:, None, None, :]
 
 
+def distances(x):
+    positions = torch.arange(x.shape[1])
+    return positions[:, None] - positions[None, :]
+
+
+def near(how):
+    """A window whose width is written in another way than as an integer that distances are compared with."""
+    return lambda x: square(x) & how(distances(x))
+
+
 def across(x):
     """Of the columns alone, and broadcast over the queries."""
     return torch.arange(x.shape[1])[None, :] >= 0
@@ -80,6 +90,15 @@ MASKS = {  # and what is left of each: whether the attention is causal, or None 
     "written to after it was made": (written_later, None),
     "data": (of_data, None),
     "one key too many": (lambda x: square(x) | square(x, below=False) & (window(1)(x)), True),
+    "a window that a tensor says": (near(lambda d: d < torch.tensor(50)), None),
+    "a window that a fraction says": (near(lambda d: d.float() * 0.02 < 1), None),
+    "a window that a float says": (near(lambda d: d < 50.0), None),
+    "a window that a root says": (near(lambda d: d.abs().sqrt() < 7), None),
+    "a window that a square says": (near(lambda d: d * d < 2500), None),
+    "a window that a quotient says": (near(lambda d: d // 8 < 7), None),
+    "a window that a table says": (near(lambda d: d < torch.tensor([50, 51])[:1]), None),
+    "a window that the length says": (lambda x: square(x) & (distances(x) < max(20, x.shape[1] // 8)), None),
+    "integers that are added": (lambda x: distances(x) + 5 - 3 >= 2, True),
     "one diagonal more": (lambda x: torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(1), None),
 }
 
@@ -89,9 +108,9 @@ class Attending(nn.Module):
         super().__init__()
         self.mask, self.value = mask, nn.Linear(4, 4)
 
-    def forward(self, x):
+    def forward(self, x, *given, **named):
         heads = x.unsqueeze(1)
-        mask = self.mask(x)
+        mask = self.mask(x, *given, **named)
         return F.scaled_dot_product_attention(heads, heads, self.value(heads), attn_mask=mask).squeeze(1)
 
 
@@ -118,6 +137,24 @@ def test_a_mask_is_what_it_computes(name):
         torch.testing.assert_close(gm(x), model(x))
     if expected is not None:
         assert all("arange" not in node.name and "ones" not in node.name for node in gm.graph.nodes)
+
+
+def test_a_mask_that_another_integer_decides_stays():
+    model, x = Attending(lambda x, ahead: distances(x) + ahead - 2 >= 0), torch.randn(2, 7, 4)
+    gm = lorafx.capture.trace_part(model, "", (x, 2), {}, free=[1])
+    Pipeline(Canonicalize(), RestoreCausal()).run(gm)
+    assert [kind(node) for node in attentions(gm)] == [None]
+    for ahead in (2, 3, 7):
+        torch.testing.assert_close(gm(x, ahead), model(x, ahead))
+
+
+@pytest.mark.parametrize("use", [lambda mask: mask, lambda mask: ~~mask, lambda mask: mask.float().log()])
+def test_ones_have_the_dtype_of_the_mask(use):
+    model, x = Attending(lambda x, attention_mask: use(attention_mask)[:, None, None, :]), torch.randn(2, 7, 4)
+    lora = lorafx.compile(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, capture="graph")
+    full, padded = torch.ones(2, 7, dtype=torch.bool), torch.arange(7).expand(2, 7) < 5
+    for mask in (padded, full):
+        torch.testing.assert_close(lora(x, attention_mask=mask), model(x, attention_mask=mask))
 
 
 class Layered(nn.Module):

@@ -188,3 +188,15 @@ def test_parts_say_whose_they_are():
     parts = [node for node in gm.graph.nodes if node.target is operator.getitem]
     assert [node.meta["site"].name for node in parts] == ["a", "b", "c"]
     assert [node.meta["lorafx"].site for node in parts] == ["a", "b", "c"]
+
+
+def test_who_is_not_used_has_no_gradient():
+    """Not one of zeros, which an optimizer with weight decay would act upon."""
+    x = torch.randn(3, 4, requires_grad=True)
+    weights = [torch.randn(5, 4), torch.randn(6, 4)]
+    lora_As = [torch.randn(2, 4, requires_grad=True) for _ in weights]
+    lora_Bs = [torch.randn(len(weight), 2, requires_grad=True) for weight in weights]
+    first, _ = torch.ops.lorafx.lora_linears(x, weights, [None, None], lora_As, lora_Bs, [1.0, 2.0])
+    first.sum().backward()
+    assert lora_As[0].grad is not None and lora_Bs[0].grad is not None
+    assert lora_As[1].grad is None and lora_Bs[1].grad is None

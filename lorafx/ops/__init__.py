@@ -3,5 +3,7 @@
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
 from .lora_linears import lora_linears
+from .rms_norm import rms_norm
+from .rotary import rotary
 
-__all__ = ["linear_cross_entropy", "lora_linear", "lora_linears"]
+__all__ = ["linear_cross_entropy", "lora_linear", "lora_linears", "rms_norm", "rotary"]

@@ -70,16 +70,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, labels: Tensor, reduction: int, scaling: float, options: tuple[Any, ...], *given: Tensor | None
     ) -> Tensor:
-        total, *gradients = torch.ops.lorafx.chunked_cross_entropy(*given, scaling, labels, *options)
+        mean = reduction == _MEAN
+        # Divided before they are rounded, as autograd's are; those of float16 wait for the loss's scale (or underflow).
+        divided = mean and given[0].dtype != torch.float16  # type: ignore[union-attr]
+        total, *gradients = torch.ops.lorafx.chunked_cross_entropy(*given, scaling, labels, *options, divided)
         count = (labels != options[0]).sum()
-        ctx.mean = reduction == _MEAN
+        ctx.divides = mean and not divided
         ctx.save_for_backward(count, *gradients)
-        return total / count if ctx.mean else total
+        return total / count if mean else total
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         count, *gradients = ctx.saved_tensors
-        factor = d_loss / count.clamp(min=1) if ctx.mean else d_loss  # the mean of no rows is nan, its gradient zero
+        factor = d_loss / count.clamp(min=1) if ctx.divides else d_loss  # the mean of no rows is nan, its gradient zero
         needed = zip(ctx.needs_input_grad[4:], gradients)
         found = [gradient * factor if needs else None for needs, gradient in needed]
         if torch.is_grad_enabled():
@@ -146,19 +149,31 @@ def _chunked(
     softcap: float | None,
     scale: float,
     needs: list[bool],
+    divided: bool,
 ) -> tuple[Tensor, ...]:
-    """The sum over rows, and its gradients with respect to the first five; an empty tensor where none is needed."""
+    """The sum over rows, and its gradients with respect to the first five; an empty tensor where none is needed.
+
+    The gradients are of the mean if `divided`.
+    """
     given = _rows(x), weight, bias, None if hidden is None else _rows(hidden), lora_B
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
     total, labels = _wide(x.new_zeros(())), labels.reshape(-1)
     counted = (labels != ignore_index).nonzero()[:, 0]
+    _require_classes(labels[counted], weight.shape[0])
+    options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
     for rows in counted.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS):
-        total += _chunk(rows, given, scaling, labels[rows], label_smoothing, softcap, scale, needs, gradients)
+        total += _chunk(rows, given, scaling, labels[rows], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
     return total, *shaped
+
+
+def _require_classes(labels: Tensor, classes: int) -> None:
+    """Raise what torch's loss raises; on a device the kernel of `gather` does, without a wait."""
+    if labels.is_cpu and (wrong := labels[(labels < 0) | (labels >= classes)]).numel():
+        raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -178,9 +193,7 @@ def _chunk(
     given: tuple[Any, ...],
     scaling: float,
     labels: Tensor,
-    label_smoothing: float,
-    softcap: float | None,
-    scale: float,
+    options: tuple[float, float | None, float, float],
     needs: list[bool],
     gradients: list[Tensor],
 ) -> Tensor:
@@ -190,7 +203,7 @@ def _chunk(
     if hidden is not None:
         hidden = hidden[rows]
         products.addmm_(hidden, lora_B.t(), alpha=scaling)
-    total = _into_gradient(products, labels, label_smoothing, softcap, scale, any(needs))
+    total = _into_gradient(products, labels, *options, any(needs))
     if needs[0]:
         gradients[0][rows] = products @ weight
     if needs[1]:
@@ -212,9 +225,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> 
 
 
 def _into_gradient(
-    products: Tensor, labels: Tensor, label_smoothing: float, softcap: float | None, scale: float, needed: bool
+    products: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    softcap: float | None,
+    scale: float,
+    weight: float,
+    needed: bool,
 ) -> Tensor:
-    """The sum over a chunk of (rows, out); where a gradient is needed, the products become it."""
+    """The sum over a chunk of (rows, out); where a gradient is needed, the products become it, times `weight`."""
     classes, total = products.shape[1], _wide(products.new_zeros(()))
     rows = max(1, _TILE // classes)
     for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
@@ -235,12 +254,12 @@ def _into_gradient(
         gradient.scatter_add_(1, label, gradient.new_full((), label_smoothing - 1).expand_as(label))
         if capped is not None:
             gradient *= 1 - capped.square_()
-        tile.copy_(gradient if scale == 1.0 else gradient.mul_(scale))
+        tile.copy_(gradient if scale * weight == 1.0 else gradient.mul_(scale * weight))
     return total
 
 
 def _shapes(x: Tensor, weight: Tensor, bias: Any, hidden: Any, lora_B: Any, *options: Any) -> tuple[Tensor, ...]:
-    given, needs = (x, weight, bias, hidden, lora_B), options[-1]
+    given, needs = (x, weight, bias, hidden, lora_B), options[-2]
     gradients = [
         t.new_empty(t.shape) if need else torch.empty(0, device=x.device if t is None or not need else t.device)
         for t, need in zip(given, needs)
@@ -259,7 +278,7 @@ _library.impl("linear_cross_entropy", linear_cross_entropy, "CompositeImplicitAu
 _library.impl("linear_cross_entropy", linear_cross_entropy, "FuncTorchBatchedDecomposition")
 _library.define(
     f"chunked_cross_entropy({_HEAD}, SymInt ignore_index, float label_smoothing, float? softcap, float scale,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool[] needs, bool divided) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),  # how many rows there are is up to the labels
 )
 _library.impl("chunked_cross_entropy", _chunked, "CompositeExplicitAutograd")

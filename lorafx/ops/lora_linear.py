@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -67,11 +67,14 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
+    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory.
+
+    It is no view for autograd, which would not let whoever is given it write to it.
+    """
     if own.is_contiguous() and not torch.is_grad_enabled():
         own.view(-1, own.shape[-1]).addmm_(rows(left), right, alpha=scaling)
-        return own
-    return torch.addmm(rows(own), rows(left), right, alpha=scaling).view(own.shape)
+        return torch.ops.aten._unsafe_view(own, own.shape) if own._is_view() else own
+    return torch.ops.aten._unsafe_view(torch.addmm(rows(own), rows(left), right, alpha=scaling), own.shape)
 
 
 def by_reference() -> bool:
@@ -82,6 +85,11 @@ def by_reference() -> bool:
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether somebody may ask for a gradient; if not, running the formulas as they are costs far less a call."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one of numbers in memory, and not what a compiler or a subclass puts in its place."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def lora_linear(

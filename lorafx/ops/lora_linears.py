@@ -70,6 +70,8 @@ class _LoraLinears(torch.autograd.Function):
         g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
         dx = _sum_of_products([(dy, weight) for dy, weight, *_ in each], g, torch.cat(lora_As)) if needs_x else None
         d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * len(dys)
+        if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
+            d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
         d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
         d_biases = [rows(dy).sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
         d_Bs = [

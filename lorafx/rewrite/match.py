@@ -73,6 +73,9 @@ def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
 
 
 def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Node, None], at: Node) -> NoMatch | None:
+    if isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)) and len(pattern) == len(value):
+        parts = (_unify(inner, actual, bindings, covered, at) for inner, actual in zip(pattern, value))
+        return next((failure for failure in parts if failure is not None), None)
     if not isinstance(pattern, Node):
         return None if _same_literal(pattern, value) else NoMatch(at, f"expected {pattern!r}, found {value!r}")
     if pattern.op == "placeholder":

@@ -1,0 +1,60 @@
+"""rms_norm: root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467) as one operator.
+
+    y  = x r w                 r = (mean(x²) + ε)^-½, of each row; w may be left out
+
+    dx = r g - x r³ mean(g x),   g = dy w           dw = Σ dy x r, over rows
+
+On a CPU, where torch has no kernel of its own for it, by these formulas: they read and write about half of what
+autograd does of the operators apart, and keep x and r. Elsewhere, and where a compiler traces, it is torch's operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lora_linear import by_reference, is_plain, needs_backward, rows
+
+
+def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The equation. x is (…, n), `weight` (n,) of the same dtype."""
+    return torch.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        r = torch.linalg.vecdot(x, x).unsqueeze_(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        ctx.eps = eps
+        y = x * r
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the derivative of this too, and r is a function of x
+            r = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        dx = d_weight = None
+        if needs_x:
+            g = dy if weight is None else dy * weight
+            mean = torch.linalg.vecdot(g, x).unsqueeze(-1) / x.shape[-1]
+            dx = torch.addcmul(g * r, x, mean * r.pow(3), value=-1)
+        if needs_weight:
+            d_weight = rows(dy * x * r).sum(0)
+        return dx, d_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As `reference`; vmap and forward-mode derivatives go by the reference itself."""
+    own = x.device.type == "cpu" and needs_backward(x, weight) and is_plain(x) and not by_reference()
+    return _RmsNorm.apply(x, weight, eps) if own else reference(x, weight, eps)
+
+
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
+_library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
+_library.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
+_library.impl("rms_norm", rms_norm, "FuncTorchBatchedDecomposition")

@@ -1,0 +1,73 @@
+"""rotary: rotary position embedding (Su et al., 2021, arXiv 2104.09864) as one operator.
+
+    y = x cos + turn(x) sin
+
+The last dimension is made of pairs (a, b): its two halves, or, interleaved, its even and its odd places. `turn` makes
+(-b, a) of them. Of the gradient, dx is the same with turn's transpose, which makes (b, -a):
+
+    dx = dy cos + turn'(dy sin)
+
+cos and sin of a pair may differ. Eagerly it goes by the pairs in two passes over memory, where the operators apart
+write down -b, the turned tensor and two products, and it keeps nothing but cos and sin. A compiler is given the
+equation, which it fuses itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lora_linear import by_reference, is_plain, needs_backward
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The equation. x is (…, n) with n even, cos and sin are of its dtype and can be broadcast to its shape."""
+    a, b = _pairs(x, interleaved)
+    turned = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
+    return x * cos + turned * sin
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)  # type: ignore[return-value]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The equation pair by pair, in the memory of x cos."""
+    y = x * cos
+    (a, b), (y_a, y_b), (sin_a, sin_b) = (_pairs(each, interleaved) for each in (x, y, sin))
+    y_a.addcmul_(b, sin_a, value=-1)
+    y_b.addcmul_(a, sin_b)
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotated(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """turn'(dy sin) is turn(dy) times the sines of each pair in the other's place, negated."""
+        cos, sin = ctx.saved_tensors
+        a, b = _pairs(-sin, ctx.interleaved)
+        swapped = torch.stack((b, a), -1).flatten(-2) if ctx.interleaved else torch.cat((b, a), -1)
+        run = reference if torch.is_grad_enabled() else _rotated
+        return run(dy, cos, swapped, ctx.interleaved), None, None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """As `reference`; vmap, forward-mode derivatives and gradients of cos and sin go by the reference itself."""
+    if by_reference() or not is_plain(x) or needs_backward(cos, sin):
+        return reference(x, cos, sin, interleaved)
+    run = _Rotary.apply if needs_backward(x) else _rotated
+    return run(x, cos, sin, interleaved)
+
+
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
+_library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
+_library.impl("rotary", rotary, "CompositeImplicitAutograd")
+_library.impl("rotary", rotary, "FuncTorchBatchedDecomposition")

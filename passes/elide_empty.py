@@ -1,0 +1,55 @@
+"""elide_empty: what is joined to a tensor of no elements is that other tensor itself.
+
+cat([∅, x])  ->  x        as a cache that was empty before the call leaves it behind
+
+Not where something is written in place, or where x is there after the call: the joined tensor was memory of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lorafx.effects import drop_dead, may_share, writes
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+
+aten = torch.ops.aten
+
+
+def joined(empty, x, dim):
+    return aten.cat.default([empty, x], dim)
+
+
+def alone(x):
+    return x
+
+
+def _is_of_no_elements(found: Match) -> str | None:
+    empty, x = found.bindings["empty"], found.bindings["x"]
+    if within_vmap(x):
+        return "it is within a vmap"
+    if tuple(empty.meta["val"].shape) != (0,) or empty.meta["val"].dtype != x.meta["val"].dtype:
+        return "both have elements, or dtypes differ"
+    while x.op == "call_function" and may_share(x) and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return None if x.op == "call_function" else "the other tensor is there after the call"
+
+
+RULE = Rule(joined, alone, _is_of_no_elements)
+
+
+@dataclass(frozen=True)
+class ElideEmpty(Pass):
+    """Afterwards, where nothing is written in place, no tensor of no elements is joined to another."""
+
+    requires = frozenset({"canonical"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        if any(writes(node, gm) for node in gm.graph.nodes):
+            return 0
+        count = RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        drop_dead(gm)
+        return count
