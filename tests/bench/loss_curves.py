@@ -60,6 +60,7 @@ SETTINGS: dict[str, tuple[torch.dtype, Options, tuple[str, ...]]] = {
 }
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 EXACT = "PEFT, in a wider dtype"
+COLORS = dict(zip(("PEFT", *OURS, EXACT), ("black", "tab:blue", "tab:orange", "tab:purple", "tab:green")))
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,7 @@ def draw(record: Found, path: Path) -> None:
     axes = figure.subplots(len(record), 2, squeeze=False)
     for (title, found), (left, right) in zip(record.items(), axes):
         for name, losses in found.items():
-            color = {"PEFT": "black", "lorafx": "tab:blue", "lorafx, compiled": "tab:orange", EXACT: "tab:green"}.get(
-                name, "0.7"
-            )
+            color = COLORS.get(name, "0.7")
             left.plot(losses, color=color, label=name)
             if name != "PEFT":
                 right.plot([abs(a - b) for a, b in zip(losses, found["PEFT"])], color=color, label=name)
