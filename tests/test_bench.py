@@ -37,7 +37,7 @@ def test_contestants_agree_and_their_figures_are_recorded(smoke):
         assert rows[name]["parity"] is True and rows[name]["gradient_difference"] < 1e-5
         assert len(rows[name]["seconds"]) == 2 and rows[name]["peak_bytes"] > 0 and rows[name]["held_bytes"] > 0
     assert rows["base"]["parity"] is None and rows["base"]["held_bytes"] < rows["peft"]["held_bytes"]
-    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["environment"]["versions"]["torch"])  # may name a build: +cpu
     assert record["cases"][0]["reference"] == "PEFT in float64"
 
 
