@@ -16,6 +16,7 @@ from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
+from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
 from .restore_gqa import RestoreGqa
@@ -65,6 +66,7 @@ __all__ = [
     "InsertAdapters",
     "MatchTargets",
     "MergeAdapters",
+    "MergeOnTheFly",
     "OutlineBlocks",
     "RestoreCausal",
     "RestoreGqa",

@@ -64,7 +64,8 @@ def _groups(gm: GraphModule) -> Iterator[list[Node]]:
         if writes(node, gm):
             yield from groups.values()
             groups.clear()
-        if node.target is _one and node.args[3] is None and not within_vmap(node) and _reads(node) is not None:
+        plain = node.target is _one and node.args[3] is None and not node.kwargs and not within_vmap(node)
+        if plain and _reads(node) is not None:
             groups[node.args[0]].append(node)
     yield from groups.values()
 

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx")
+EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
 COMPILED = ("base", "peft-compiled", "peft-compiled-0.9", "peft-compiled-whole", "lorafx-compiled")
 PEERS = ("liger", "unsloth", "torchtune")
 
@@ -130,8 +130,9 @@ CPU = (
 
 _1b = Shape(2048, 8192, 16, 32, 8, 128256)
 _8b = Shape(4096, 14336, 32, 32, 8, 128256)
-_real = Case("1b-4096", _1b, dtype="bfloat16", batch=1, sequence=4096, contestants=EAGER + COMPILED[1:] + PEERS)
-_layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestants=EAGER + COMPILED[1:])
+_ours = (*EAGER, *COMPILED[1:], "merging-compiled")
+_real = Case("1b-4096", _1b, dtype="bfloat16", batch=1, sequence=4096, contestants=_ours + PEERS)
+_layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestants=_ours)
 _graphs = ("merged-graphs", "lorafx-graphs")
 STEP_BARS = (Bar("lorafx-compiled", "peft-compiled*", 1 / 1.15), Bar("lorafx-compiled", "peft-default", 1 / 1.6))
 

@@ -30,6 +30,7 @@ from .models import twin
 
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
+MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
 
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -176,6 +177,8 @@ MAKERS: dict[str, Maker] = {
     "lorafx": with_lorafx,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
+    "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds
+    "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
 
 
@@ -185,8 +188,12 @@ def without(name: str) -> tuple[str, Maker]:
 
 
 def of_case(case: Case, extra: tuple[str, ...] = ()) -> list[str]:
-    """Who runs a case: in full precision the defaults of PEFT and lorafx are what runs anyway."""
-    same = ("peft-default", "lorafx-default") if case.dtype == "float32" else ()
+    """Who runs a case: in full precision the defaults of PEFT and lorafx are what runs anyway.
+
+    With dropout nothing can be merged.
+    """
+    same = {"peft-default", "lorafx-default"} if case.dtype == "float32" else set()
+    same |= {"merging", "merging-compiled"} if case.dropout else set()
     return [name for name in (*case.contestants, *extra) if name not in same]
 
 

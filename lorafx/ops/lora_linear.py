@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from . import merging
+
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
@@ -93,19 +95,31 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    merge: bool = False,
 ) -> Tensor:
-    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
+    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
+
+    With `merge` it is `merging` instead where that pays and z is x.
+    """
     if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
+    if merge and z is None and merging.pays(x, [lora_A], [lora_B]):
+        return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     run = _LoraLinear.apply if needs_backward(x, weight, bias, z, lora_A, lora_B) else _LoraLinear.forward
     return run(x, weight, bias, z, lora_A, lora_B, scaling)[0]
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling)"
-    " -> Tensor"
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling,"
+    " bool merge=False) -> Tensor"
 )
 # Composite: compilers, fake tensors and transforms see the products that it is made of, in both directions.
 _library.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")

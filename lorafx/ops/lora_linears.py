@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import merging
 from .lora_linear import accumulated, by_reference, needs_backward, rows
 from .lora_linear import reference as one
 
@@ -103,11 +104,22 @@ def _sum_of_products(products: list[tuple[Tensor | None, Tensor]], left: Tensor,
 
 
 def lora_linears(
-    x: Tensor, weights: Tensors, biases: Biases, lora_As: Tensors, lora_Bs: Tensors, scalings: Sequence[float]
+    x: Tensor,
+    weights: Tensors,
+    biases: Biases,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    scalings: Sequence[float],
+    merge: bool = False,
 ) -> list[Tensor]:
-    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself."""
+    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
+
+    With `merge` it is `merging` instead where that pays.
+    """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
+    if merge and merging.pays(x, lora_As, lora_Bs):
+        return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     run = _LoraLinears.apply if needs_backward(x, *tensors) else _LoraLinears.forward
     return list(run(x, tuple(scalings), *tensors)[:-1])
@@ -115,8 +127,8 @@ def lora_linears(
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _library.define(
-    "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings)"
-    " -> Tensor[]"
+    "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
+    " bool merge=False) -> Tensor[]"
 )
 _library.impl("lora_linears", lora_linears, "CompositeImplicitAutograd")
 _library.impl("lora_linears", lora_linears, "FuncTorchBatchedDecomposition")

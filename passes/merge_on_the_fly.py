@@ -1,0 +1,67 @@
+"""merge_on_the_fly: adapted linears compute x (W + ΔW)ᵀ wherever that takes fewer multiplications.
+
+lora_linear(x, W, b, None, A, B, s)     ->  lora_linear(x, W, b, None, A, B, s, merge=True)
+lora_linears(x, [W, …], …, [s, …])      ->  lora_linears(x, [W, …], …, [s, …], merge=True)
+
+The operator chooses in each call, by the number of rows of x: for k in and n out features it merges above n k / (n + k)
+rows in inference, and above 2 n k / (n + k) in training. `lorafx/ops/merging.py` has the count.
+
+It is not in the default pipeline because W + ΔW is rounded to the weight's dtype. In float32 that is an error like any
+other; in half precision ΔW, which is small beside W, loses what is below half a step of W: up to 2⁻⁸ of W in bfloat16,
+2⁻¹¹ in float16. It goes after `fuse_lora`, `fuse_loss` and `share_input`, which look for operators without a mark:
+
+    lorafx.compile(model, config, pipeline=lorafx.passes.default + [lorafx.passes.MergeOnTheFly()])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.pipeline import Context, Pass
+from lorafx.rewrite import MADE_BY, Provenance, made_by, resolve, within_vmap
+
+_one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
+
+
+@dataclass(frozen=True)
+class MergeOnTheFly(Pass):
+    """Afterwards each adapted linear without dropout, on a plain weight, chooses the cheaper order when it runs.
+
+    A weight that is computed (one that was quantised, say) is merged as the value it is. Weights that are no plain
+    tensors themselves cannot be added to and are left, as are operators within a vmap, which run as their reference.
+    """
+
+    requires = frozenset({"adapters"})
+
+    def rewrite(self, gm: GraphModule, context: Context) -> int:
+        count = 0
+        for node in gm.graph.nodes:
+            weights = _weights(node)
+            if weights and not within_vmap(node) and all(_is_plain(weight, gm) for weight in weights):
+                node.update_kwarg("merge", True)
+                maker = made_by(node) or Provenance(self.name)
+                node.meta[MADE_BY] = Provenance(self.name, maker.site, maker.adapter)
+                count += 1
+        return count
+
+
+def _weights(node: Node) -> list[Node]:
+    """The base weights of an adapted linear without dropout that is not marked yet."""
+    if node.kwargs.get("merge") or node.op != "call_function":
+        return []
+    if node.target is _one:
+        return [node.args[1]] if node.args[3] is None else []  # type: ignore[list-item]
+    return list(node.args[1]) if node.target is _several else []  # type: ignore[arg-type]
+
+
+def _is_plain(weight: Node, gm: GraphModule) -> bool:
+    """Whether a weight is numbers in memory, and not a tensor class with arithmetic of its own."""
+    if weight.op == "get_attr":
+        return type(resolve(gm, str(weight.target))) in (Tensor, nn.Parameter)
+    return not is_traceable_wrapper_subclass(weight.meta["val"])
