@@ -35,7 +35,7 @@ def test_the_kernel(how):
     """TRITON_INTERPRET counts when Triton is imported, which other tests of this process may have done."""
     file = Path(__file__).parent / "kernels" / f"{how}_gemm_update.py"
     environment = os.environ | {"TRITON_INTERPRET": str(int(how == "interpreted"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
