@@ -3,7 +3,8 @@
     lora_linear(x, Wq, …), lora_linear(x, Wk, …), …   ->   lora_linears(x, [Wq, Wk, …], …)
 
 They are found by what they read, not by name: queries, keys and values; gate and up; any number. Those with a dropout
-of their own read different values. Adapter tensors stay separate parameters.
+of their own read different values, and those of another `gemm` are computed by somebody else. Adapter tensors stay
+separate parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -22,11 +24,12 @@ from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, made_by, within_vmap
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
+_GEMM = 7  # its place among the arguments, where it is not the default
 
 
 @dataclass(frozen=True)
 class ShareInput(Pass):
-    """Afterwards no two adapted linears without dropout read the same value with nothing written in between."""
+    """Afterwards no two adapted linears of one `gemm` read the same value without dropout or a write in between."""
 
     requires = frozenset({"adapters"})
 
@@ -38,12 +41,12 @@ class ShareInput(Pass):
 
     def _join(self, gm: GraphModule, group: list[Node]) -> None:
         mode, first = fake_mode_of(gm), group[0]
-        x, weights, biases, _, lora_As, lora_Bs, scalings = zip(*(node.args for node in group))
+        x, weights, biases, _, lora_As, lora_Bs, scalings, *gemm = zip(*(node.args for node in group))
         for read in dict.fromkeys(read for node in group for read in _reads(node) or ()):
             if first < read:
                 first.prepend(read)
         maker = made_by(first) or Provenance(self.name)
-        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)))
+        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)), *(each[0] for each in gemm))
         with gm.graph.inserting_before(first):
             joint = gm.graph.create_node("call_function", _several, arguments, {}, "lora_linears")
             describe(joint, first, Provenance(self.name, "", maker.adapter), gm, mode)
@@ -59,14 +62,14 @@ class ShareInput(Pass):
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
     """Adapted linears by what they read, as long as nothing is written in between."""
-    groups: dict[Node, list[Node]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if writes(node, gm):
             yield from groups.values()
             groups.clear()
         plain = node.target is _one and node.args[3] is None and not node.kwargs and not within_vmap(node)
         if plain and _reads(node) is not None:
-            groups[node.args[0]].append(node)
+            groups[node.args[0], node.args[_GEMM:]].append(node)
     yield from groups.values()
 
 

@@ -136,9 +136,11 @@ _layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestan
 _graphs = ("merged-graphs", "lorafx-graphs")
 STEP_BARS = (Bar("lorafx-compiled", "peft-compiled*", 1 / 1.15), Bar("lorafx-compiled", "peft-default", 1 / 1.6))
 
+_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton"))
+
 CUDA = (
-    _variant(_layer, "8b-linear", part="linear", batch=2),
-    _variant(_layer, "8b-linears", part="linears", batch=2, bars=(Bar("lorafx*", "base", 1.10),)),
+    _variant(_linears, "8b-linear", part="linear"),
+    _variant(_linears, "8b-linears", part="linears", bars=(Bar("lorafx*", "base", 1.10),)),
     *(_variant(_layer, f"8b-block-{n}", part="block", sequence=n) for n in (512, 2048, 8192, 16384)),
     *(_variant(_real, f"1b-{n}", sequence=n) for n in (512, 2048, 4096, 8192)),
     _variant(_real, "1b-16384-checkpointing", sequence=16384, checkpointing=True),

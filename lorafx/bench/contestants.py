@@ -95,6 +95,16 @@ def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: A
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
 
 
+def with_triton(case: Case, base: nn.Module) -> Setup:
+    """lorafx, run eagerly, with a product and its update by one Triton kernel."""
+    if not next(base.parameters()).is_cuda:
+        raise Missing("its kernel runs on CUDA alone; elsewhere it would be `lorafx`")
+    _need("triton")
+    one_kernel = lorafx.passes.FuseLora(gemm="triton")
+    passes = (one_kernel if each.name == one_kernel.name else each for each in lorafx.passes.default)
+    return with_lorafx(case, base, pipeline=lorafx.Pipeline(*passes))
+
+
 def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
     """A plain model whose weights hold the update: for inference, what adapters should cost."""
     own = twin(base)
@@ -175,6 +185,7 @@ MAKERS: dict[str, Maker] = {
     "torchtune": with_torchtune,
     "lorafx-default": partial(with_lorafx, default=True),
     "lorafx": with_lorafx,
+    "lorafx-triton": with_triton,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds

@@ -6,7 +6,8 @@
     dA = s · (dy B)ᵀ z           dB = s · dyᵀ h
 
 Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. The update is accumulated
-into the base product's own buffer, and dx's second part into the first's: neither is written down by itself.
+into the base product's own buffer, and dx's second part into the first's: neither is written down by itself. With
+`gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import merging
+from .gemm_update import gemm_update, runs
 
 
 def reference(
@@ -31,14 +33,21 @@ def reference(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gemm: str,
     ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(x if z is None else z, lora_A)
-        return accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling), hidden
+        return updated(x, weight, bias, hidden, lora_B, scaling, gemm), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, z, lora_A, lora_B, ctx.scaling = inputs
+        x, weight, _, z, lora_A, lora_B, ctx.scaling, ctx.gemm = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, z, lora_A, lora_B, output[1])
 
@@ -46,10 +55,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """`d_hidden` is there in a second derivative alone: h is an output so that one can be taken."""
         x, weight, z, lora_A, lora_B, hidden = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = ctx.needs_input_grad
         dx = dz = d_weight = d_bias = d_A = d_B = None
         if dy is not None:
-            dx = dy @ weight if needs_x else None
             d_weight = rows(dy).t() @ rows(x) if needs_weight else None
             d_bias = rows(dy).sum(0) if needs_bias else None
             d_B = (rows(dy).t() @ rows(hidden)) * ctx.scaling if needs_B else None
@@ -58,14 +66,39 @@ class _LoraLinear(torch.autograd.Function):
         if d_hidden is not None:
             d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
             dz = d_hidden @ lora_A if needs_z else None
-            if needs_x and z is None:
-                dx = d_hidden @ lora_A if dx is None else accumulated(dx, d_hidden, lora_A, 1.0)
-        return dx, d_weight, d_bias, dz, d_A, d_B, None
+        if needs_x and dy is not None:
+            dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, ctx.gemm)
+        elif needs_x and d_hidden is not None and z is None:
+            dx = d_hidden @ lora_A
+        return dx, d_weight, d_bias, dz, d_A, d_B, None, None
 
 
 def rows(tensor: Tensor) -> Tensor:
     """A tensor as a matrix with the same last dimension."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def updated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float, gemm: str
+) -> Tensor:
+    """x Wᵀ + b + s · h Bᵀ"""
+    if by_kernel(gemm, x, weight, bias, hidden, lora_B):
+        return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
+    return accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor, gemm: str) -> Tensor:
+    """dy W + g A, or without g the first part."""
+    if g is None:
+        return dy @ weight
+    if by_kernel(gemm, dy, weight, g, lora_A):
+        return gemm_update(dy, weight, None, g, lora_A, 1.0)
+    return accumulated(dy @ weight, g, lora_A, 1.0)
+
+
+def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernel of `gemm_update` was chosen and can run."""
+    return gemm == "triton" and not by_reference() and runs(*tensors)
 
 
 def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -102,24 +135,25 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    gemm: str = "library",
     merge: bool = False,
 ) -> Tensor:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
 
-    With `merge` it is `merging` instead where that pays and z is x.
+    `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays and z is x.
     """
     if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
     if merge and z is None and merging.pays(x, [lora_A], [lora_B]):
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     run = _LoraLinear.apply if needs_backward(x, weight, bias, z, lora_A, lora_B) else _LoraLinear.forward
-    return run(x, weight, bias, z, lora_A, lora_B, scaling)[0]
+    return run(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling,"
-    " bool merge=False) -> Tensor"
+    ' str gemm="library", bool merge=False) -> Tensor'
 )
 # Composite: compilers, fake tensors and transforms see the products that it is made of, in both directions.
 _library.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")

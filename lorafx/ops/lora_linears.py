@@ -6,7 +6,8 @@
     dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ x           dBᵢ = sᵢ · dyᵢᵀ hᵢ
 
 So x is read once for all the small products, forward and backward, and dx has one buffer in which all products are
-summed up. Of the forward pass it keeps x and h.
+summed up. Of the forward pass it keeps x and h. With `gemm="triton"` each yᵢ is written once, and g A is added to the
+first of dx's products before that is written, by the kernel of `gemm_update`, where that runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import merging
-from .lora_linear import accumulated, by_reference, needs_backward, rows
+from .lora_linear import accumulated, by_reference, input_gradient, needs_backward, rows, updated
 from .lora_linear import reference as one
 
 Tensors = Sequence[Tensor]
@@ -38,19 +39,19 @@ class _LoraLinears(torch.autograd.Function):
     """Its tensors are x, then all weights, biases, As and Bs; h is an output, so that second derivatives are right."""
 
     @staticmethod
-    def forward(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
         hidden = F.linear(x, torch.cat(lora_As))
         parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
         outputs = [
-            accumulated(F.linear(x, weight, bias), part, lora_B.t(), scaling)
+            updated(x, weight, bias, part, lora_B, scaling, gemm)
             for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
         ]
         return *outputs, hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.scalings, *tensors = inputs
+        x, ctx.scalings, ctx.gemm, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, output[-1], *tensors)
 
@@ -59,7 +60,7 @@ class _LoraLinears(torch.autograd.Function):
         *dys, d_hidden = gradients
         x, hidden, *tensors = ctx.saved_tensors
         weights, _, lora_As, lora_Bs = _by_role(tensors, len(dys))
-        needs_x, _, *rest = ctx.needs_input_grad
+        needs_x, _, _, *rest = ctx.needs_input_grad
         needs_weights, needs_biases, needs_As, needs_Bs = _by_role(rest, len(dys))
         ranks = [lora_A.shape[0] for lora_A in lora_As]
         each = list(zip(dys, weights, lora_Bs, ctx.scalings, hidden.split(ranks, -1), ranks))
@@ -69,7 +70,8 @@ class _LoraLinears(torch.autograd.Function):
             for dy, _, lora_B, scaling, _, rank in each
         ]
         g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
-        dx = _sum_of_products([(dy, weight) for dy, weight, *_ in each], g, torch.cat(lora_As)) if needs_x else None
+        products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
+        dx = _sum_of_products(products, g, torch.cat(lora_As), ctx.gemm) if needs_x else None
         d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * len(dys)
         if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
             d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
@@ -79,7 +81,7 @@ class _LoraLinears(torch.autograd.Function):
             _gradient(dy, part, scaling) if needs else None
             for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
         ]
-        return dx, None, *d_weights, *d_biases, *d_As, *d_Bs
+        return dx, None, None, *d_weights, *d_biases, *d_As, *d_Bs
 
 
 def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
@@ -93,13 +95,13 @@ def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | No
     return product if scaling == 1.0 else product * scaling
 
 
-def _sum_of_products(products: list[tuple[Tensor | None, Tensor]], left: Tensor, right: Tensor) -> Tensor:
-    """Σ dyᵢ Wᵢ + left @ right, in one buffer."""
-    total = None
-    for dy, weight in (*products, (left, right)):
-        if dy is not None:
-            total = dy @ weight if total is None else accumulated(total, dy, weight, 1.0)
-    assert total is not None
+def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor, gemm: str) -> Tensor:
+    """Σ dyᵢ Wᵢ + g A, in one buffer."""
+    if not products:
+        return g @ lora_A
+    total = input_gradient(*products[0], g, lora_A, gemm)
+    for dy, weight in products[1:]:
+        total = accumulated(total, dy, weight, 1.0)
     return total
 
 
@@ -110,11 +112,12 @@ def lora_linears(
     lora_As: Tensors,
     lora_Bs: Tensors,
     scalings: Sequence[float],
+    gemm: str = "library",
     merge: bool = False,
 ) -> list[Tensor]:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
 
-    With `merge` it is `merging` instead where that pays.
+    `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays.
     """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
@@ -122,13 +125,13 @@ def lora_linears(
         return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     run = _LoraLinears.apply if needs_backward(x, *tensors) else _LoraLinears.forward
-    return list(run(x, tuple(scalings), *tensors)[:-1])
+    return list(run(x, tuple(scalings), gemm, *tensors)[:-1])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _library.define(
     "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
-    " bool merge=False) -> Tensor[]"
+    ' str gemm="library", bool merge=False) -> Tensor[]'
 )
 _library.impl("lora_linears", lora_linears, "CompositeImplicitAutograd")
 _library.impl("lora_linears", lora_linears, "FuncTorchBatchedDecomposition")
