@@ -4,9 +4,11 @@ import pytest
 import torch
 from graphs import Chain, adapted
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import lorafx
-from lorafx import lower
+from lorafx import lower, ops
+from lorafx.blocks import blocks_of
 from lorafx.errors import ConfigError
 from lorafx.lower import Backend
 
@@ -52,8 +54,7 @@ def test_compiled_training_equals_eager(backend):
 def test_auto_is_eager_without_cuda():
     lora = adapted(Chain())
     lora(torch.randn(5, 4))
-    program = next(iter(lora._lorafx.dispatcher))
-    assert program.run is program.gm
+    assert not lora._lorafx.dispatcher.lowering.pieces
 
 
 class Layer(nn.Module):
@@ -90,6 +91,20 @@ def times(lora):
 
 
 @pytest.mark.slow
+def test_an_eager_graph_calls_our_operators_as_functions():
+    """In the outer graph and in blocks; the graph that people look at keeps the operators."""
+    lora = deep(backend="eager")
+    x = torch.randn(5, 2, 4)
+    output = lora(x)
+    program = next(iter(lora._lorafx.dispatcher))
+    graphs = {run: [run, *blocks_of(run)] for run in (program.gm, program.run)}
+    targets = {run: {n.target for gm in parts for n in gm.graph.nodes} for run, parts in graphs.items()}
+    operator = torch.ops.lorafx.lora_linear.default
+    assert operator in targets[program.gm] and ops.lora_linear not in targets[program.gm]
+    assert ops.lora_linear in targets[program.run] and operator not in targets[program.run]
+    assert torch.equal(pytree.tree_leaves(program.gm(x))[0], output)
+
+
 def test_layers_share_a_compilation_and_keep_it():
     """Sizes, adapters of the same shapes and the values of weights compile nothing again.
 
