@@ -21,7 +21,10 @@ from .sizes import SHAPE_ONLY, AtSizes, DependsOnData
 
 aten = torch.ops.aten
 _COMPARED = {aten.lt, aten.le, aten.gt, aten.ge, aten.eq, aten.ne}
-_COMBINED = {aten.add, aten.sub, aten.rsub, aten.neg, aten.abs, aten.clamp, aten.minimum, aten.maximum, aten.where}
+_COMBINED = {
+    *(aten.add, aten.sub, aten.rsub, aten.neg, aten.abs, aten.diff),
+    *(aten.clamp, aten.minimum, aten.maximum, aten.where),
+}
 _MOVED = {
     *(aten.unsqueeze, aten.squeeze, aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.expand, aten.repeat),
     *(aten.transpose, aten.permute, aten.t, aten.slice, aten.select, aten.cat, aten.stack, aten.tril, aten.triu),
@@ -69,7 +72,7 @@ def _keeps_positions(node: Node, operands: list[Any], leaves: list[Any], value: 
     """Whether an operator on positions only adds or moves them, or compares them to one another and to integers."""
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     if packet is aten.index:
-        return _is_uniform(operands[0])  # wherever it is read
+        return _is_uniform(operands[0].diff(dim=-1))  # a constant, or positions again
     if any(type(leaf) is float for leaf in leaves) and packet is not aten.where:
         return False
     if packet in _COMPARED:

@@ -251,6 +251,15 @@ def test_language_models(name):
             torch.testing.assert_close(lora(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_embeddings_as_inputs(batch):
+    """With one sequence transformers looks for packed ones, in the differences of positions."""
+    lora = adapted(language_model("LlamaForCausalLM"))
+    for length in (9, 21):
+        x = torch.randn(batch, length, 32)
+        assert {kind(node) for node in attentions(lora.graph(inputs_embeds=x))} == {True}
+
+
 def test_padding_and_packing_stay():
     lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
     padded = torch.ones_like(ids)
