@@ -72,7 +72,8 @@ def _keeps_positions(node: Node, operands: list[Any], leaves: list[Any], value: 
     """Whether an operator on positions only adds or moves them, or compares them to one another and to integers."""
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     if packet is aten.index:
-        return _is_uniform(operands[0].diff(dim=-1))  # a constant, or positions again
+        source = operands[0]
+        return _is_uniform(source if source.dtype == torch.bool else source.diff(dim=-1))  # or positions again
     if any(type(leaf) is float for leaf in leaves) and packet is not aten.where:
         return False
     if packet in _COMPARED:
