@@ -25,7 +25,7 @@ from .model import AdaptedModel
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")
 HUB = tuple(field.name for field in dataclasses.fields(Source) if field.name != "place")
-LOAD = (*HUB, "weights_only", "backend", "pipeline")
+LOAD = (*HUB, "weights_only", "backend", "mode", "capture", "pipeline", "adapter_compute_dtype")
 
 
 class TaskType(StrEnum):

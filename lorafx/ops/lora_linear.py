@@ -118,7 +118,7 @@ def by_reference() -> bool:
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether somebody may ask for a gradient; if not, running the formulas as they are costs far less a call."""
+    """Whether somebody may ask for a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -146,8 +146,29 @@ def lora_linear(
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
     if merge and z is None and merging.pays(x, [lora_A], [lora_B]):
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
-    run = _LoraLinear.apply if needs_backward(x, weight, bias, z, lora_A, lora_B) else _LoraLinear.forward
-    return run(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
+    if needs_backward(x, weight, bias, z, lora_A, lora_B):
+        return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
+    return without_backward(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+
+
+def without_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gemm: str,
+) -> Tensor:
+    """The equation in as few calls as can be: on a single row, as in decoding, they are all that it costs."""
+    flat = rows(x)
+    hidden = F.linear(flat if z is None else rows(z), lora_A)
+    if by_kernel(gemm, x, weight, bias, hidden, lora_B):
+        y = updated(flat, weight, bias, hidden, lora_B, scaling, gemm)
+    else:
+        y = F.linear(flat, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module

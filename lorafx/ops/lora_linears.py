@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import merging
-from .lora_linear import accumulated, by_reference, input_gradient, needs_backward, rows, updated
+from .lora_linear import accumulated, by_reference, input_gradient, needs_backward, rows, updated, without_backward
 from .lora_linear import reference as one
 
 Tensors = Sequence[Tensor]
@@ -124,8 +124,10 @@ def lora_linears(
     if merge and merging.pays(x, lora_As, lora_Bs):
         return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
-    run = _LoraLinears.apply if needs_backward(x, *tensors) else _LoraLinears.forward
-    return list(run(x, tuple(scalings), gemm, *tensors)[:-1])
+    if needs_backward(x, *tensors):
+        return list(_LoraLinears.apply(x, tuple(scalings), gemm, *tensors)[:-1])
+    sites = zip(weights, biases, lora_As, lora_Bs, scalings)
+    return [without_backward(x, weight, bias, None, A, B, scaling, gemm) for weight, bias, A, B, scaling in sites]
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
