@@ -68,8 +68,13 @@ _waiting: weakref.WeakSet[_Later] = weakref.WeakSet()
 def settle(weight: Tensor) -> None:
     """Compute what waits and reads a weight that is about to be written to."""
     for later in list(_waiting):
-        if any(value is weight for value in later.inputs):
+        if any(isinstance(value, Tensor) and _share_memory(value, weight) for value in later.inputs):
             later.values()
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other, or what `detach` made of it."""
+    return a is b or (not isinstance(a, Deferred) and a.device == b.device and a.is_set_to(b))
 
 
 class _Later:

@@ -414,6 +414,15 @@ def test_logits_after_a_step_are_an_error():
     assert torch.equal(read, before)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_merging_computes_what_waits_first(detach):
+    lora, ids, before = waiting()
+    logits = lora(ids, ids)[1]
+    logits = logits.detach() if detach else logits
+    lora.merge_adapter()
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("ask", [lambda t: t.retain_grad(), lambda t: t.register_hook(print)])
 def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask):
     lora, ids, _ = waiting()

@@ -7,9 +7,9 @@ The last dimension is made of pairs (a, b): its two halves, or, interleaved, its
 
     dx = dy cos + turn'(dy sin)
 
-cos and sin of a pair may differ. Eagerly it goes by the pairs in two passes over memory, where the operators apart
-write down -b, the turned tensor and two products, and it keeps nothing but cos and sin. A compiler is given the
-equation, which it fuses itself.
+cos and sin of a pair may differ. Where a gradient is wanted eagerly it goes by the pairs, in two passes over memory
+where the operators apart write down -b, the turned tensor and two products, and keeps nothing but cos and sin.
+Everywhere else it is the equation: a compiler fuses that itself, and inference gives the bits that the model gives.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ class _Rotary(torch.autograd.Function):
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """As `reference`; vmap, forward-mode derivatives and gradients of cos and sin go by the reference itself."""
-    if by_reference() or not is_plain(x) or needs_backward(cos, sin):
-        return reference(x, cos, sin, interleaved)
-    run = _Rotary.apply if needs_backward(x) else _rotated
-    return run(x, cos, sin, interleaved)
+    own = needs_backward(x) and not needs_backward(cos, sin) and is_plain(x) and not by_reference()
+    return _Rotary.apply(x, cos, sin, interleaved) if own else reference(x, cos, sin, interleaved)
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
