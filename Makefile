@@ -13,7 +13,7 @@ demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained en
 test: $(READY)  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-fast: $(READY)  ## what answers in under two minutes
+test-fast: $(READY)  ## without the tests that are marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 models: $(READY)  ## docs/models.md, from a run of the zoo

@@ -58,6 +58,7 @@ def test_the_table_and_the_chart(smoke):
     assert (folder / "bench.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["smoke-bf16", "smoke-block", "smoke-decode", "smoke-static"])
 def test_every_kind_of_case_runs(case, tmp_path):
     code, record = bench(tmp_path, "--cases", case)
@@ -75,6 +76,7 @@ def test_compiled_contestants_run(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_who_fails_is_a_row_and_the_others_are_measured(tmp_path, monkeypatch):
     def out_of_memory(case, base):
         raise torch.OutOfMemoryError("tried to allocate too much")
@@ -109,6 +111,7 @@ def test_who_fails_in_the_middle_is_a_row_too(tmp_path, monkeypatch):
     assert len(rows_of(record)["peft"]["seconds"]) == 2
 
 
+@pytest.mark.slow
 def test_who_is_wrong_is_marked_and_the_command_fails(tmp_path, monkeypatch, capsys):
     def off(case, base):
         setup = contestants.with_lorafx(case, base)

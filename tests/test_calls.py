@@ -252,6 +252,7 @@ def test_the_callers_cache_is_filled(llama, static):
     torch.testing.assert_close(*logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_integer_that_means_something_else_as_a_symbol_stays_a_constant(llama):
     lora, plain = llama

@@ -26,6 +26,7 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
         assert part in printed
 
 
+@pytest.mark.slow
 def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "page"}

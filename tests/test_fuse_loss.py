@@ -564,6 +564,7 @@ def batch(rows=2, length=9):
     return {"input_ids": ids, "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     ours, theirs = against_peft(MODELS[name]())

@@ -333,6 +333,7 @@ def test_a_llama_trains_as_without_the_pass(dtype, autocast, checkpointing, exac
     assert found <= 2 * plain
 
 
+@pytest.mark.slow
 def test_inference_merges_prefill_and_not_single_tokens(merges):
     plain, lora = (llama(pipeline).eval() for pipeline in (lorafx.passes.default, MERGING))
     with torch.no_grad():

@@ -251,6 +251,7 @@ def test_language_models(name):
             torch.testing.assert_close(lora(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_embeddings_as_inputs(batch):
     """With one sequence transformers looks for packed ones, in the differences of positions."""
@@ -260,6 +261,7 @@ def test_embeddings_as_inputs(batch):
         assert {kind(node) for node in attentions(lora.graph(inputs_embeds=x))} == {True}
 
 
+@pytest.mark.slow
 def test_padding_and_packing_stay():
     lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
     padded = torch.ones_like(ids)
@@ -269,6 +271,7 @@ def test_padding_and_packing_stay():
         assert {kind(node) for node in attentions(lora.graph(input_ids=ids, **kwargs))} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool])
 def test_a_mask_of_ones_masks_nothing(dtype):
     lora, ids = adapted(language_model("LlamaForCausalLM")), torch.randint(1, 64, (2, 9))
