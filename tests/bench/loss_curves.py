@@ -50,7 +50,8 @@ Batch = dict[str, Tensor]
 Options = dict[str, Any]
 
 # Rounds where PEFT does outside autocast.
-ALIKE: Options = {"adapter_compute_dtype": "float32", "pipeline": lorafx.passes.default.without("fuse_loss", "restore_rotary")}
+AS_WRITTEN = lorafx.passes.default.without("fuse_loss", "restore_rotary")
+ALIKE: Options = {"adapter_compute_dtype": "float32", "pipeline": AS_WRITTEN}
 OURS: dict[str, Options] = {"lorafx": {}, "lorafx, compiled": {"backend": "inductor"}, "lorafx, rounding alike": ALIKE}
 # dtype of the base, what both libraries are told, and who of `OURS` runs; in float32 the defaults of both are the same
 SETTINGS: dict[str, tuple[torch.dtype, Options, tuple[str, ...]]] = {
