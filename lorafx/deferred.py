@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from . import ops  # noqa: F401, defines torch.ops.lorafx
 from .autocast import autocast_dtype
 from .errors import DeferredError
+from .ops.calls import by_reference, is_plain
 
 ASKED = "asked"  # in a head's meta: how often somebody asked
 NOT_FUSED = "not_fused"  # in the meta of a loss that needs its logits: why
@@ -32,13 +33,10 @@ def defer(head: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, weight: Te
     At once where somebody traces, or transforms the call.
     """
     given = (x, weight, *rest)
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or not _is_plain(given):
+    plain = all(is_plain(value) for value in given if isinstance(value, Tensor))
+    if torch.compiler.is_compiling() or by_reference() or not plain:
         return head(*given)
     return _Later(head, given).tensor((*x.shape[:-1], weight.shape[0]), dtype, x.device)
-
-
-def _is_plain(given: tuple[Any, ...]) -> bool:
-    return all(type(value) in (Tensor, nn.Parameter) for value in given if isinstance(value, Tensor))
 
 
 def is_deferral(node: Node) -> bool:
@@ -66,9 +64,10 @@ _waiting: weakref.WeakSet[_Later] = weakref.WeakSet()
 
 
 def settle(weight: Tensor) -> None:
-    """Compute what waits and reads a weight that is about to be written to."""
+    """Compute what waits and reads a weight that is about to be written to; what is too late for stays an error."""
     for later in list(_waiting):
-        if any(isinstance(value, Tensor) and _share_memory(value, weight) for value in later.inputs):
+        reads = any(isinstance(value, Tensor) and _share_memory(value, weight) for value in later.inputs)
+        if reads and not later.is_too_late():
             later.values()
 
 
@@ -105,10 +104,14 @@ class _Later:
             self.inputs = ()
         return self.value
 
+    def is_too_late(self) -> bool:
+        """Whether what this reads was written to since."""
+        return _states(self.inputs) != self.states
+
     def run(self, grad: bool) -> Tensor:
         if self.value is not None:
             return self.value.detach()
-        if _states(self.inputs) != self.states:
+        if self.is_too_late():
             raise DeferredError(
                 "these logits are computed when they are asked for, and the hidden state or the head's weights were "
                 "written to since the call; read them before that, or leave `fuse_loss` out of the pipeline"

@@ -28,7 +28,7 @@ _COMBINED = {
 _MOVED = {
     *(aten.unsqueeze, aten.squeeze, aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.expand, aten.repeat),
     *(aten.transpose, aten.permute, aten.t, aten.slice, aten.select, aten.cat, aten.stack, aten.tril, aten.triu),
-    *(aten.alias, aten.detach, aten.detach_, aten.clone, aten.contiguous, aten.lift_fresh_copy),
+    *(aten.alias, aten.detach, aten.clone, aten.contiguous, aten.lift_fresh_copy),
 }
 _CAST = {aten.to, aten._to_copy, aten.type_as}
 

@@ -29,10 +29,6 @@ SHAPE_ONLY = {
 }
 
 
-# `torch.tensor(…)` leaves it behind: in place, but nothing that the tensor holds changes.
-_DETACH = aten.detach_.default
-
-
 ONES = "ones"  # in an input's meta: whether it is known to be all ones
 
 
@@ -78,7 +74,7 @@ class AtSizes:
             constant = resolve(self.gm, str(node.target))
             if isinstance(constant, Tensor):
                 return constant.detach().cpu()
-        if not isinstance(node.target, OpOverload) or (must_stay(node, self.gm) and node.target is not _DETACH):
+        if not isinstance(node.target, OpOverload) or must_stay(node, self.gm):
             raise DependsOnData(f"{node.name} is no operator on sizes")
         like = node.target in SHAPE_ONLY
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._like(n.meta["val"]) if like else self(n))
@@ -105,9 +101,7 @@ def is_written_to(ran: AtSizes) -> bool:
 
 def _is_written_to(node: Node, gm: GraphModule) -> bool:
     views = [user for user in node.users if may_share(user) and user.args[:1] == (node,)]
-    return any(writes(user, gm) and user.target is not _DETACH for user in node.users) or any(
-        _is_written_to(view, gm) for view in views
-    )
+    return any(writes(user, gm) for user in node.users) or any(_is_written_to(view, gm) for view in views)
 
 
 def symbols_of(sizes: Sequence[Any]) -> list[Any]:
@@ -129,6 +123,6 @@ def _hints(shapes: Any) -> Mapping[Any, Any]:
 
 
 def apart(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
-    """Values of symbols: those in these sizes grow, whatever the others were when the graph was made."""
+    """Values of symbols: those in these sizes grow, and no others with them."""
     grown = {symbol: start + place for place, symbol in enumerate(symbols_of(sizes))}
     return lambda symbol: grown.get(symbol, others)

@@ -112,7 +112,7 @@ class FuseLoss(Pass):
         count = 0
         for node in gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
             way = _way_back(node, may_give=LAYERS not in gm.meta)
-            if isinstance(way, _Way) and any(other > way.nodes[-1] and writes(other, gm) for other in gm.graph.nodes):
+            if isinstance(way, _Way) and _is_written_after(way.nodes[-1], gm):
                 way = NoMatch(way.nodes[-1], "something is written in place after the head")
             if isinstance(way, NoMatch):
                 node.meta[NOT_FUSED] = str(way)
@@ -231,6 +231,11 @@ def _rows_between(way: _Way, node: Node) -> bool:
     """Whether there are views or slices, or a transpose, between the head and a node."""
     after = way.nodes[way.nodes.index(node) :]
     return any(other in way.rows or other.target is aten.transpose.int for other in after)
+
+
+def _is_written_after(head: Node, gm: GraphModule) -> bool:
+    """Whether anything is written to after the head has read its input, which would then be another."""
+    return any(node > head and writes(node, gm) for node in gm.graph.nodes)
 
 
 # --- the way forward -------------------------------------------------------------------------------------------------

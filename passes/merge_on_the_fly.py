@@ -18,11 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.ops.calls import is_plain
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import MADE_BY, Provenance, made_by, resolve, within_vmap
 
@@ -63,5 +63,5 @@ def _weights(node: Node) -> list[Node]:
 def _is_plain(weight: Node, gm: GraphModule) -> bool:
     """Whether a weight is numbers in memory, and not a tensor class with arithmetic of its own."""
     if weight.op == "get_attr":
-        return type(resolve(gm, str(weight.target))) in (Tensor, nn.Parameter)
+        return is_plain(resolve(gm, str(weight.target)))
     return not is_traceable_wrapper_subclass(weight.meta["val"])

@@ -152,9 +152,10 @@ def _rule(at: At, found: Match) -> Rule | None:
 
 
 def _rules_at(at: At, symbols: Callable[[object], int], mask: Node) -> set[Rule]:
+    """What a mask can be replaced by at these sizes. Raises `DependsOnData` if it is made in another way there."""
     ran = at(symbols)
     rules = _rules_for(ran(mask))
-    integers(ran)  # at larger sizes too there are no others than those that were tried
+    integers(ran)
     return rules
 
 

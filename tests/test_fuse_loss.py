@@ -423,6 +423,18 @@ def test_merging_computes_what_waits_first(detach):
     assert torch.equal(logits, before)
 
 
+def test_merging_leaves_what_is_too_late_for():
+    """As a training loop leaves it behind, whose last outputs are still there."""
+    lora, ids, _ = waiting()
+    logits = lora(ids, ids)[1]
+    with torch.no_grad():
+        lora.head.lora_B.default.weight.mul_(2)
+    lora.merge_adapter()
+    lora.unmerge_adapter()
+    with pytest.raises(DeferredError):
+        logits.sum()
+
+
 @pytest.mark.parametrize("ask", [lambda t: t.retain_grad(), lambda t: t.register_hook(print)])
 def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask):
     lora, ids, _ = waiting()
@@ -434,7 +446,7 @@ def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask):
 def test_detached_logits_keep_no_history(read):
     lora, ids, expected = waiting()
     loss, logits = lora(ids, ids)
-    graph = weakref.ref(loss.grad_fn)
+    graph = weakref.ref(logits.grad_fn)
     kept = logits.detach()
     assert not read or torch.equal(kept, expected)
     del loss, logits

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
 from ..autocast import autocast_dtype
+from .calls import rows
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -167,7 +168,7 @@ def gemm_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, update: Tensor, scaling: float
 ) -> Tensor:
     """As `reference`, of (…, k) and (…, r) too. Where the kernel does not run, by the library."""
-    flat = x.reshape(-1, x.shape[-1]), weight, bias, hidden.reshape(-1, hidden.shape[-1]), update
+    flat = rows(x), weight, bias, rows(hidden), update
     return torch.ops.lorafx.gemm_update.default(*flat, scaling).view(*x.shape[:-1], weight.shape[1])
 
 

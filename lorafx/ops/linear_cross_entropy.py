@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
+from .calls import by_reference, needs_backward, rows
 
 ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk, large enough for its products to be bound by arithmetic
 _TILE = 2**22  # elements of a chunk that are in float32 at a time
@@ -123,10 +123,10 @@ def linear_cross_entropy(
     A second derivative raises. Under autocast the products are in its dtype.
     """
     options = ignore_index, label_smoothing, softcap, scale
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if by_reference():
         return reference(x, weight, bias, hidden, lora_B, scaling, labels, reduction, *options)
     given = [_as_multiplied(tensor) for tensor in (x, weight, bias, hidden, lora_B)]
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in given]
+    needs = [needs_backward(tensor) for tensor in given]
     return _LinearCrossEntropy.apply(labels, reduction, scaling, (*options, needs), *given)
 
 
@@ -155,7 +155,7 @@ def _chunked(
 
     The gradients are of the mean if `divided`.
     """
-    given = _rows(x), weight, bias, None if hidden is None else _rows(hidden), lora_B
+    given = rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
@@ -163,8 +163,8 @@ def _chunked(
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
-    for rows in counted.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS):
-        total += _chunk(rows, given, scaling, labels[rows], options, needs, gradients)
+    for chosen in counted.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS):
+        total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
     return total, *shaped
@@ -176,10 +176,6 @@ def _require_classes(labels: Tensor, classes: int) -> None:
         raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _zeros(tensor: Tensor | None, need: bool, by_rows: bool) -> Tensor:
     """Where a gradient is put row by row, or, where chunks add up, at least in float32."""
     if tensor is None or not need:
@@ -189,7 +185,7 @@ def _zeros(tensor: Tensor | None, need: bool, by_rows: bool) -> Tensor:
 
 
 def _chunk(
-    rows: Tensor,
+    chosen: Tensor,
     given: tuple[Any, ...],
     scaling: float,
     labels: Tensor,
@@ -199,19 +195,19 @@ def _chunk(
 ) -> Tensor:
     """The sum over a chunk; its gradients are added to `gradients`."""
     x, weight, bias, hidden, lora_B = given
-    x, products = x[rows], F.linear(x[rows], weight, bias)
+    x, products = x[chosen], F.linear(x[chosen], weight, bias)
     if hidden is not None:
-        hidden = hidden[rows]
+        hidden = hidden[chosen]
         products.addmm_(hidden, lora_B.t(), alpha=scaling)
     total = _into_gradient(products, labels, *options, any(needs))
     if needs[0]:
-        gradients[0][rows] = products @ weight
+        gradients[0][chosen] = products @ weight
     if needs[1]:
         _add_product(gradients[1], products.t(), x, 1.0)
     if needs[2]:
         gradients[2] += products.sum(0, dtype=gradients[2].dtype)
     if needs[3]:
-        gradients[3][rows] = (products @ lora_B).mul_(scaling)
+        gradients[3][chosen] = (products @ lora_B).mul_(scaling)
     if needs[4]:
         _add_product(gradients[4], products.t(), hidden, scaling)
     return total

@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
 from . import merging
+from .calls import by_reference, needs_backward, rows
 from .gemm_update import gemm_update, runs
 
 
@@ -43,7 +43,7 @@ class _LoraLinear(torch.autograd.Function):
         gemm: str,
     ) -> tuple[Tensor, Tensor]:
         hidden = F.linear(x if z is None else z, lora_A)
-        return updated(x, weight, bias, hidden, lora_B, scaling, gemm), hidden
+        return shaped(updated(x, weight, bias, hidden, lora_B, scaling, gemm), x), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -73,18 +73,19 @@ class _LoraLinear(torch.autograd.Function):
         return dx, d_weight, d_bias, dz, d_A, d_B, None, None
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """A tensor as a matrix with the same last dimension."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def updated(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float, gemm: str
 ) -> Tensor:
-    """x Wᵀ + b + s · h Bᵀ"""
+    """x Wᵀ + b + s · h Bᵀ as a matrix, in as few calls as can be: on a single row they are all that it costs."""
+    x, hidden = rows(x), rows(hidden)
     if by_kernel(gemm, x, weight, bias, hidden, lora_B):
         return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
-    return accumulated(F.linear(x, weight, bias), hidden, lora_B.t(), scaling)
+    return F.linear(x, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
+
+
+def shaped(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix with the rows of x; no view for autograd, which lets nobody write to one that a function gives."""
+    return torch.ops.aten._unsafe_view(matrix, (*x.shape[:-1], matrix.shape[-1]))
 
 
 def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor, gemm: str) -> Tensor:
@@ -102,29 +103,11 @@ def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
 
 
 def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory.
-
-    It is no view for autograd, which would not let whoever is given it write to it.
-    """
+    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
     if own.is_contiguous() and not torch.is_grad_enabled():
         own.view(-1, own.shape[-1]).addmm_(rows(left), right, alpha=scaling)
-        return torch.ops.aten._unsafe_view(own, own.shape) if own._is_view() else own
-    return torch.ops.aten._unsafe_view(torch.addmm(rows(own), rows(left), right, alpha=scaling), own.shape)
-
-
-def by_reference() -> bool:
-    """Whether a vmap or a forward-mode derivative is under way, which want the operators themselves."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether somebody may ask for a gradient."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one of numbers in memory, and not what a compiler or a subclass puts in its place."""
-    return type(tensor) in (Tensor, nn.Parameter)
+        return own
+    return torch.addmm(rows(own), rows(left), right, alpha=scaling).view(own.shape)
 
 
 def lora_linear(
@@ -148,27 +131,8 @@ def lora_linear(
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
         return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
-    return without_backward(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
-
-
-def without_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    gemm: str,
-) -> Tensor:
-    """The equation in as few calls as can be: on a single row, as in decoding, they are all that it costs."""
-    flat = rows(x)
-    hidden = F.linear(flat if z is None else rows(z), lora_A)
-    if by_kernel(gemm, x, weight, bias, hidden, lora_B):
-        y = updated(flat, weight, bias, hidden, lora_B, scaling, gemm)
-    else:
-        y = F.linear(flat, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    hidden = F.linear(rows(x if z is None else z), lora_A)
+    return updated(x, weight, bias, hidden, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module

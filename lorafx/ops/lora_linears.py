@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import merging
-from .lora_linear import accumulated, by_reference, input_gradient, needs_backward, rows, updated, without_backward
+from .calls import by_reference, needs_backward, rows
+from .lora_linear import accumulated, input_gradient, lora_linear, shaped, updated
 from .lora_linear import reference as one
 
 Tensors = Sequence[Tensor]
@@ -44,7 +45,7 @@ class _LoraLinears(torch.autograd.Function):
         hidden = F.linear(x, torch.cat(lora_As))
         parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
         outputs = [
-            updated(x, weight, bias, part, lora_B, scaling, gemm)
+            shaped(updated(x, weight, bias, part, lora_B, scaling, gemm), x)
             for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
         ]
         return *outputs, hidden
@@ -127,7 +128,7 @@ def lora_linears(
     if needs_backward(x, *tensors):
         return list(_LoraLinears.apply(x, tuple(scalings), gemm, *tensors)[:-1])
     sites = zip(weights, biases, lora_As, lora_Bs, scalings)
-    return [without_backward(x, weight, bias, None, A, B, scaling, gemm) for weight, bias, A, B, scaling in sites]
+    return [lora_linear(x, weight, bias, None, A, B, scaling, gemm) for weight, bias, A, B, scaling in sites]
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module

@@ -26,7 +26,7 @@ done once for each element (adding, scaling) is not counted: that is 1 / r of wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,15 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import functional as F
 
+from .calls import needs_backward, rows
+
 # Flat, as autograd wants them: weight (out, in), bias (out) or None, A (r, in), B (out, r) of each site in turn.
 Flat = Sequence[Any]
 
 
 def pays(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> bool:
     """Whether W' takes fewer multiplications than h, for this x (…, in) and the gradients that will be asked for."""
-    needs_x, needs_A, needs_B = map(_any_trains, ([x], lora_As, lora_Bs))
+    needs_x, needs_A, needs_B = needs_backward(x), needs_backward(*lora_As), needs_backward(*lora_Bs)
     features_in, spent, saved_a_row = x.shape[-1], 0, 0
     for lora_A, lora_B in zip(lora_As, lora_Bs):
         rank, features_out = lora_A.shape[0], lora_B.shape[0]
@@ -54,10 +56,6 @@ def pays(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> boo
         return cheaper
     # A compiler gets a guard on the rows. Who only asks for shapes is to learn nothing about sizes from it.
     return TracingContext.try_get() is not None and guard_or_false(cheaper)
-
-
-def _any_trains(tensors: Iterable[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class _Merging(torch.autograd.Function):
@@ -130,8 +128,8 @@ def linears(
 ) -> list[Tensor]:
     """yᵢ (…, outᵢ) of x (…, in), by the formulas above; tensors as `lora_linears` has them, all of one dtype."""
     flat = [tensor for of_site in zip(weights, biases, lora_As, lora_Bs) for tensor in of_site]
-    run = _Merging.apply if _any_trains(t for t in (x, *flat) if t is not None) else _Merging.forward
-    outputs = run(x.reshape(-1, x.shape[-1]), tuple(scalings), *flat)
+    run = _Merging.apply if needs_backward(x, *flat) else _Merging.forward
+    outputs = run(rows(x), tuple(scalings), *flat)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 

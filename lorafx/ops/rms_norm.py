@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import by_reference, is_plain, needs_backward, rows
+from .calls import by_reference, is_plain, needs_backward, rows
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

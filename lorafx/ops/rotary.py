@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_linear import by_reference, is_plain, needs_backward
+from .calls import by_reference, is_plain, needs_backward
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

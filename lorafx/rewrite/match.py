@@ -94,7 +94,5 @@ def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Nod
 
 
 def _same_literal(a: Any, b: Any) -> bool:
-    """Equal, and 1 is not 1.0 or True; torch.fx's own lists are lists."""
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same_literal, a, b))
+    """Equal, and 1 is not 1.0 or True."""
     return type(a) is type(b) and a == b
