@@ -475,6 +475,17 @@ def test_a_hidden_state_that_is_written_to_is_not_one_to_wait_with():
     assert "written in place" in str(lora.explain())
 
 
+def test_a_mean_is_divided_before_it_is_rounded():
+    """As autograd does it. By seven: by a power of two it would be exact. To multiply by an identity is exact."""
+    x = torch.randn(7, 11).bfloat16().requires_grad_()
+    labels = torch.randint(0, 11, (7,))
+    fused(x, torch.eye(11).bfloat16(), None, None, None, 0.0, labels).backward()
+    exact = x.detach().double().requires_grad_()
+    F.cross_entropy(exact, labels).backward()
+    rounded_once = torch.finfo(torch.bfloat16).eps / 2 * exact.grad.abs()
+    assert ((x.grad.double() - exact.grad).abs() <= rounded_once * 1.001).all()
+
+
 @pytest.mark.parametrize("wrong", [-1, 11])
 def test_a_label_that_is_no_class_is_torchs_error(wrong):
     x, weight, *rest, labels = given()

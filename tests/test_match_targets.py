@@ -131,3 +131,19 @@ def test_reading_only_the_size_of_a_weight_is_no_read():
 
     lora = adapted(Sized(), target_modules=["second"])
     assert marks(run(lora, PREPARE, torch.randn(5, 4))) == [("aten.linear.default", "second")]
+
+
+def test_a_site_within_a_vmap_is_served_by_sites():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.vmap(self.inner)(x)
+
+    model, x = Mapped(), torch.randn(5, 2, 4)
+    lora = adapted(model)
+    plain = adapted(nn.ModuleDict({"inner": model.inner}))
+    torch.testing.assert_close(lora(x), plain["inner"](x))
+    assert "within a vmap" in str(lora.explain())

@@ -155,6 +155,8 @@ def test_ones_have_the_dtype_of_the_mask(use):
     full, padded = torch.ones(2, 7, dtype=torch.bool), torch.arange(7).expand(2, 7) < 5
     for mask in (padded, full):
         torch.testing.assert_close(lora(x, attention_mask=mask), model(x, attention_mask=mask))
+        (node,) = attentions(lora.graph(x, attention_mask=mask))
+        assert kind(node) == (False if mask is full else None)
 
 
 class Layered(nn.Module):
