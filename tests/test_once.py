@@ -17,7 +17,7 @@ from lorafx.blocks import block_calls, blocks_of
 from lorafx.caches import register_caches
 from lorafx.capture import trace_part
 from lorafx.errors import CaptureError
-from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks, OutlineBlocks
+from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks
 from lorafx.pipeline import Pipeline
 
 
@@ -275,23 +275,24 @@ def test_layers_with_a_common_weight_stay_inline():
     assert [path for _, _, path in block_calls(gm)] == ["layers.0", "layers.2", "layers.4"]
 
 
-class Tables(Stack):
-    """Layers that take turns in holding one of two tables, as they do with local and global positions."""
+class Turning(Layer):
+    """A layer that multiplies by one of two tables, as layers take turns with local and global positions."""
 
-    def __init__(self):
-        super().__init__()
-        tables = [nn.Module() for _ in range(2)]
-        for number, (table, layer) in enumerate(zip(tables * 3, self.layers)):
-            table.register_buffer("values", torch.full((4,), 1.0 + number % 2))
-            layer.table = table
-            layer.act = lambda number, x, table=table: x.relu() * table.values.sum()
+    def __init__(self, number, tables):
+        super().__init__(number)
+        self.table = tables[number % 2]
+
+    def forward(self, x, scale):
+        return super().forward(x, scale) * self.table.weight
 
 
 def test_a_buffer_that_some_layers_share_is_theirs():
-    model, x = Tables(), torch.randn(5, 4)
+    tables = [nn.Module() for _ in range(2)]
+    for number, table in enumerate(tables):
+        table.register_buffer("weight", torch.full((4,), 1.0 + 4 * number))
+    model, x = Stack(lambda number: Turning(number, tables)), torch.randn(5, 4)
     gm = trace_part(model, "", (x,), {}, once=True)
-    assert torch.equal(gm(x), model(x))
-    Pipeline(Canonicalize(), OutlineBlocks()).run(gm)
+    assert len(list(block_calls(gm))) == 5 and len(blocks_of(gm)) == 1
     assert torch.equal(gm(x), model(x))
 
 
