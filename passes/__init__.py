@@ -25,6 +25,7 @@ from .restore_norm import RestoreNorm
 from .restore_rotary import RestoreRotary
 from .share_input import ShareInput
 from .split_reads import SplitReads
+from .widen_products import WidenProducts
 
 default = Pipeline(
     Canonicalize(),
@@ -48,6 +49,7 @@ default = Pipeline(
     FuseLoss(),
     ShareInput(),
     FoldScaling(),
+    WidenProducts(),
     CheckpointBlocks(),
 )
 
@@ -75,5 +77,6 @@ __all__ = [
     "RestoreRotary",
     "ShareInput",
     "SplitReads",
+    "WidenProducts",
     "default",
 ]

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
 from .calls import by_reference, needs_backward, rows
+from .wide import pays, wide
 
 ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk, large enough for its products to be bound by arithmetic
 _TILE = 2**22  # elements of a chunk that are in float32 at a time
@@ -50,19 +51,15 @@ def reference(
 ) -> Tensor:
     """The equation. x is (…, in), `weight` (out, in), `hidden` (…, r), `lora_B` (out, r), `labels` (…) of int64.
 
-    Products are in the dtype of x, the rest in float32 (float64 for float64).
+    Products are in the dtype of x (or wide), the rest in float32 (float64 for float64).
     """
     logits = F.linear(x, weight, bias)
     if hidden is not None and lora_B is not None:
         logits = logits + scaling * F.linear(hidden, lora_B)
-    logits = _wide(logits).reshape(-1, weight.shape[0]) * scale
+    logits = wide(logits).reshape(-1, weight.shape[0]) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return torch.ops.aten.cross_entropy_loss(logits, labels.reshape(-1), None, reduction, ignore_index, label_smoothing)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -136,6 +133,7 @@ def _as_multiplied(tensor: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # products are in the dtype of what is given, or wide
 def _chunked(
     x: Tensor,
     weight: Tensor,
@@ -156,10 +154,12 @@ def _chunked(
     The gradients are of the mean if `divided`.
     """
     given = rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B
+    if pays(x):
+        given = tuple(map(wide, given))
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
-    total, labels = _wide(x.new_zeros(())), labels.reshape(-1)
+    total, labels = wide(x.new_zeros(())), labels.reshape(-1)
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
@@ -230,10 +230,10 @@ def _into_gradient(
     needed: bool,
 ) -> Tensor:
     """The sum over a chunk of (rows, out); where a gradient is needed, the products become it, times `weight`."""
-    classes, total = products.shape[1], _wide(products.new_zeros(()))
+    classes, total = products.shape[1], wide(products.new_zeros(()))
     rows = max(1, _TILE // classes)
     for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
-        logits = _wide(tile) if scale == 1.0 else _wide(tile) * scale
+        logits = wide(tile) if scale == 1.0 else wide(tile) * scale
         capped = None
         if softcap is not None:
             capped = torch.tanh(logits / softcap)

@@ -7,7 +7,8 @@
 
 Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. The update is accumulated
 into the base product's own buffer, and dx's second part into the first's: neither is written down by itself. With
-`gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that runs.
+`gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that runs. In half precision a CPU
+may be faster by way of float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from . import merging
 from .calls import by_reference, needs_backward, rows
 from .gemm_update import gemm_update, runs
+from .wide import widened
 
 
 def reference(
@@ -32,6 +34,7 @@ def reference(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
+    @widened
     def forward(
         x: Tensor,
         weight: Tensor,
@@ -54,23 +57,57 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """`d_hidden` is there in a second derivative alone: h is an output so that one can be taken."""
-        x, weight, z, lora_A, lora_B, hidden = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = ctx.needs_input_grad
-        dx = dz = d_weight = d_bias = d_A = d_B = None
-        if dy is not None:
-            d_weight = rows(dy).t() @ rows(x) if needs_weight else None
-            d_bias = rows(dy).sum(0) if needs_bias else None
-            d_B = (rows(dy).t() @ rows(hidden)) * ctx.scaling if needs_B else None
-            through = (dy @ lora_B) * ctx.scaling
-            d_hidden = through if d_hidden is None else d_hidden + through
-        if d_hidden is not None:
-            d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
-            dz = d_hidden @ lora_A if needs_z else None
-        if needs_x and dy is not None:
-            dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, ctx.gemm)
-        elif needs_x and d_hidden is not None and z is None:
-            dx = d_hidden @ lora_A
-        return dx, d_weight, d_bias, dz, d_A, d_B, None, None
+        gradients = _gradients(dy, d_hidden, ctx.needs_input_grad, ctx.scaling, ctx.gemm, *ctx.saved_tensors)
+        return *gradients, None, None
+
+
+@widened
+def _gradients(
+    dy: Tensor | None,
+    d_hidden: Tensor | None,
+    needs: tuple[bool, ...],
+    scaling: float,
+    gemm: str,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias, z, A and B, in this order: those that are needed."""
+    needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = needs
+    dx = dz = d_weight = d_bias = d_A = d_B = None
+    if dy is not None:
+        d_weight = rows(dy).t() @ rows(x) if needs_weight else None
+        d_bias = rows(dy).sum(0) if needs_bias else None
+        d_B = (rows(dy).t() @ rows(hidden)) * scaling if needs_B else None
+        through = (dy @ lora_B) * scaling
+        d_hidden = through if d_hidden is None else d_hidden + through
+    if d_hidden is not None:
+        d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
+        dz = d_hidden @ lora_A if needs_z else None
+    if needs_x and dy is not None:
+        dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, gemm)
+    elif needs_x and d_hidden is not None and z is None:
+        dx = d_hidden @ lora_A
+    return dx, d_weight, d_bias, dz, d_A, d_B
+
+
+@widened
+def inferred(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gemm: str,
+) -> Tensor:
+    """y as a matrix, where nothing is kept for a backward."""
+    hidden = F.linear(rows(x if z is None else z), lora_A)
+    return updated(x, weight, bias, hidden, lora_B, scaling, gemm)
 
 
 def updated(
@@ -131,8 +168,7 @@ def lora_linear(
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
         return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
-    hidden = F.linear(rows(x if z is None else z), lora_A)
-    return updated(x, weight, bias, hidden, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
+    return inferred(x, weight, bias, z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module

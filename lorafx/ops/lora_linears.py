@@ -7,7 +7,8 @@
 
 So x is read once for all the small products, forward and backward, and dx has one buffer in which all products are
 summed up. Of the forward pass it keeps x and h. With `gemm="triton"` each yᵢ is written once, and g A is added to the
-first of dx's products before that is written, by the kernel of `gemm_update`, where that runs.
+first of dx's products before that is written, by the kernel of `gemm_update`, where that runs. In half precision a CPU
+may be faster by way of float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from . import merging
 from .calls import by_reference, needs_backward, rows
 from .lora_linear import accumulated, input_gradient, lora_linear, shaped, updated
 from .lora_linear import reference as one
+from .wide import widened
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -40,6 +42,7 @@ class _LoraLinears(torch.autograd.Function):
     """Its tensors are x, then all weights, biases, As and Bs; h is an output, so that second derivatives are right."""
 
     @staticmethod
+    @widened
     def forward(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
         hidden = F.linear(x, torch.cat(lora_As))
@@ -58,31 +61,40 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *dys, d_hidden = gradients
-        x, hidden, *tensors = ctx.saved_tensors
-        weights, _, lora_As, lora_Bs = _by_role(tensors, len(dys))
-        needs_x, _, _, *rest = ctx.needs_input_grad
-        needs_weights, needs_biases, needs_As, needs_Bs = _by_role(rest, len(dys))
-        ranks = [lora_A.shape[0] for lora_A in lora_As]
-        each = list(zip(dys, weights, lora_Bs, ctx.scalings, hidden.split(ranks, -1), ranks))
+        found = _gradients(*gradients, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings, ctx.gemm)
+        return found[0], None, None, *found[1:]
 
-        through = [
-            x.new_zeros(*x.shape[:-1], rank) if dy is None else (dy @ lora_B) * scaling
-            for dy, _, lora_B, scaling, _, rank in each
-        ]
-        g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
-        products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
-        dx = _sum_of_products(products, g, torch.cat(lora_As), ctx.gemm) if needs_x else None
-        d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * len(dys)
-        if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
-            d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
-        d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
-        d_biases = [rows(dy).sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
-        d_Bs = [
-            _gradient(dy, part, scaling) if needs else None
-            for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
-        ]
-        return dx, None, None, *d_weights, *d_biases, *d_As, *d_Bs
+
+@widened
+def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
+    """Of x, then of all weights, biases, As and Bs: those that are needed.
+
+    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, what is needed, scalings and `gemm`.
+    """
+    *tensors, needs, scalings, gemm = given
+    count = len(scalings)
+    dys, (d_hidden, x, hidden), tensors = tensors[:count], tensors[count : count + 3], tensors[count + 3 :]
+    weights, _, lora_As, lora_Bs = _by_role(tensors, count)
+    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs[3:], count)
+    ranks = [lora_A.shape[0] for lora_A in lora_As]
+    each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
+
+    through = [
+        x.new_zeros(*x.shape[:-1], rank) if dy is None else (dy @ lora_B) * scaling
+        for dy, _, lora_B, scaling, _, rank in each
+    ]
+    g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
+    products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
+    dx = _sum_of_products(products, g, torch.cat(lora_As), gemm) if needs[0] else None
+    d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * count
+    if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
+        d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
+    d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
+    d_biases = [rows(dy).sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
+    d_Bs = [
+        _gradient(dy, part, scaling) if needs else None for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
+    ]
+    return dx, *d_weights, *d_biases, *d_As, *d_Bs
 
 
 def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:

@@ -7,7 +7,7 @@
 
 (RunLoRA, Cherniuk et al., 2023, arXiv 2312.03415.) Of the forward pass it keeps x alone: backward makes W' anew, and h.
 W' is rounded to the dtype of W, so y and dx miss of ΔW what is below half a step of W: up to 2⁻⁸ of W in bfloat16, 2⁻¹¹
-in float16. dA and dB are those of `lora_linear`.
+in float16; where `wide` multiplies in float32, of nothing. dA and dB are those of `lora_linear`.
 
 What one site multiplies beside the products with W, for T rows of x, k in features, n out features and rank r:
 
@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import functional as F
 
 from .calls import needs_backward, rows
+from .wide import widened
 
 # Flat, as autograd wants them: weight (out, in), bias (out) or None, A (r, in), B (out, r) of each site in turn.
 Flat = Sequence[Any]
@@ -62,6 +63,7 @@ class _Merging(torch.autograd.Function):
     """x is a matrix here, and so are the outputs."""
 
     @staticmethod
+    @widened
     def forward(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
         return tuple(
             F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
@@ -77,21 +79,28 @@ class _Merging(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """A site whose output nobody used has no dy and gets no gradients."""
-        x, *tensors = ctx.saved_tensors
-        needs_x, _, *needs = ctx.needs_input_grad
-        sites = zip(dys, ctx.scalings, _by_site(tensors), _by_site(needs))
-        used = [(dy, scaling, *of_site, needed) for dy, scaling, of_site, needed in sites if dy is not None]
-        d_As, hidden = _stacked(x, used)
-        dx, found = None, []
-        for (dy, scaling, weight, _, lora_A, lora_B, needed), d_A, part in zip(used, d_As, hidden):
-            if needs_x:  # scaled elsewhere than in forward, or a compiler would find them equal and keep the first
-                dx = _plus(dx, dy, torch.addmm(weight, lora_B * scaling, lora_A))
-            d_weight = dy.t() @ x if needed[0] else None
-            d_bias = dy.sum(0) if needed[1] else None
-            d_B = (dy.t() @ part) * scaling if needed[3] else None
-            found.append((d_weight, d_bias, d_A if needed[2] else None, d_B))
-        gradients = iter(found)
-        return dx, None, *(gradient for dy in dys for gradient in (_NONE if dy is None else next(gradients)))
+        dx, *gradients = _gradients(*dys, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings)
+        return dx, None, *gradients
+
+
+@widened
+def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
+    """Of x, then of each site's tensors. `given` are the dys, x and these tensors, what is needed, and scalings."""
+    *tensors, (needs_x, _, *needs), scalings = given
+    dys, x, tensors = tensors[: len(scalings)], tensors[len(scalings)], tensors[len(scalings) + 1 :]
+    sites = zip(dys, scalings, _by_site(tensors), _by_site(needs))
+    used = [(dy, scaling, *of_site, needed) for dy, scaling, of_site, needed in sites if dy is not None]
+    d_As, hidden = _stacked(x, used)
+    dx, found = None, []
+    for (dy, scaling, weight, _, lora_A, lora_B, needed), d_A, part in zip(used, d_As, hidden):
+        if needs_x:  # scaled elsewhere than in forward, or a compiler would find them equal and keep the first
+            dx = _plus(dx, dy, torch.addmm(weight, lora_B * scaling, lora_A))
+        d_weight = dy.t() @ x if needed[0] else None
+        d_bias = dy.sum(0) if needed[1] else None
+        d_B = (dy.t() @ part) * scaling if needed[3] else None
+        found.append((d_weight, d_bias, d_A if needed[2] else None, d_B))
+    gradients = iter(found)
+    return dx, *(gradient for dy in dys for gradient in (_NONE if dy is None else next(gradients)))
 
 
 _NONE = (None,) * 4

@@ -1,0 +1,54 @@
+"""linear: ATen's linear operator as it is, but in training with the products of `wide`, forward and backward.
+
+y = x Wᵀ + b            dx = dy W            dW = dyᵀ x            db = Σ dy, over rows
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .calls import by_reference, needs_backward, rows
+from .wide import pays, widened
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x and W as they are given: autograd would keep their wide copies."""
+
+    @staticmethod
+    @widened
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+@widened
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, ...]:
+    dx = dy @ weight if needs_x else None
+    d_weight = rows(dy).t() @ rows(x) if needs_weight else None
+    return dx, d_weight, rows(dy).sum(0) if needs_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in) times `weight` (out, in), transposed, plus `bias` (out)."""
+    if pays(x) and needs_backward(x, weight, bias) and not by_reference():
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+_library.impl("linear", linear, "CompositeImplicitAutograd")
+_library.impl("linear", linear, "FuncTorchBatchedDecomposition")
