@@ -164,7 +164,7 @@ def rewritten(model, x):
 
 
 def test_before_and_after():
-    gm, ours = rewritten(Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16())
+    _, ours = rewritten(Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16())
     assert ours == ["lorafx.linear.default", "lorafx.attention.default", "lorafx.linear.default"]
     assert not rewritten(Attending(), torch.randn(2, 6, 12))[1]
 

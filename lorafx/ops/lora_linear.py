@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import merging
-from .calls import by_reference, needs_backward, rows
+from .calls import by_reference, is_plain, needs_backward, rows
 from .gemm_update import gemm_update, runs
 from .wide import widened
 
@@ -94,20 +94,35 @@ def _gradients(
     return dx, d_weight, d_bias, dz, d_A, d_B
 
 
-@widened
 def inferred(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    z: Tensor | None,
+    z: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     gemm: str,
 ) -> Tensor:
-    """y as a matrix, where nothing is kept for a backward."""
-    hidden = F.linear(rows(x if z is None else z), lora_A)
-    return updated(x, weight, bias, hidden, lora_B, scaling, gemm)
+    """y where nothing is kept for a backward. x and z are what `matrix_or_row` gives, and y is of the same form."""
+    if x.ndim > 1:
+        return _inferred(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+    y = weight.mv(x) if bias is None else torch.addmv(bias, weight, x)
+    return y.addmv_(lora_B, lora_A.mv(z), alpha=scaling)
+
+
+@widened
+def _inferred(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gemm: str
+) -> Tensor:
+    return updated(x, weight, bias, F.linear(z, lora_A), lora_B, scaling, gemm)
+
+
+def matrix_or_row(tensor: Tensor, gemm: str) -> Tensor:
+    """The rows of a tensor, a single one as a vector: decoding is bound by calls, and those of a vector cost less."""
+    if gemm == "library" and is_plain(tensor) and tensor.numel() == tensor.shape[-1]:
+        return tensor.view(-1)
+    return rows(tensor)
 
 
 def updated(
@@ -168,7 +183,9 @@ def lora_linear(
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
         return _LoraLinear.apply(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
-    return inferred(x, weight, bias, z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
+    flat = matrix_or_row(x, gemm)
+    flat_z = flat if z is None else matrix_or_row(z, gemm)
+    return inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import merging
 from .calls import by_reference, needs_backward, rows
-from .lora_linear import accumulated, input_gradient, lora_linear, shaped, updated
+from .lora_linear import accumulated, inferred, input_gradient, matrix_or_row, shaped, updated
 from .lora_linear import reference as one
 from .wide import widened
 
@@ -139,8 +139,11 @@ def lora_linears(
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
         return list(_LoraLinears.apply(x, tuple(scalings), gemm, *tensors)[:-1])
-    sites = zip(weights, biases, lora_As, lora_Bs, scalings)
-    return [lora_linear(x, weight, bias, None, A, B, scaling, gemm) for weight, bias, A, B, scaling in sites]
+    flat, shape = matrix_or_row(x, gemm), x.shape[:-1]
+    return [
+        inferred(flat, weight, bias, flat, lora_A, lora_B, scaling, gemm).view(*shape, weight.shape[0])
+        for weight, bias, lora_A, lora_B, scaling in zip(weights, biases, lora_As, lora_Bs, scalings)
+    ]
 
 
 _library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
