@@ -96,7 +96,7 @@ def test_so_is_the_loss_of_a_head(dtype):
 def test_half_precision_alone_is_widened_and_few_rows_are_not():
     x, W = torch.randn(2, 3, 8), torch.randn(6, 8)
     assert wide.pays(x.bfloat16()) and wide.pays(x.half())
-    assert not any(map(wide.pays, (x, x.double(), x.bfloat16()[:, :2], x.bfloat16().to("meta"))))
+    assert not any(map(wide.pays, (x, x.double(), x.bfloat16()[:1], x.bfloat16().to("meta"))))
     few = x[:1].bfloat16().requires_grad_()
     assert torch.equal(linear(few, W.bfloat16()), F.linear(few, W.bfloat16()))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .calls import by_reference, is_plain, needs_backward
+from .calls import by_reference, needs_backward
 from .wide import pays, widened
 
 
@@ -37,8 +37,6 @@ def attention(
     given = query, key, value, attn_mask
     if not needs_backward(*given) or by_reference() or not pays(query):
         return attend(*given)
-    if not is_plain(query):  # a compiler decides itself what is kept
-        return widened(attend)(*given)
     return checkpoint(widened(attend), *given, use_reentrant=False, preserve_rng_state=dropout_p > 0)
 
 

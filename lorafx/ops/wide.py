@@ -5,7 +5,8 @@
 Without such instructions torch multiplies number by number. On two AVX2 cores, 1024 rows, 512 features in and out, in
 bfloat16: x Wᵀ takes 33 ms and dy W 430 ms, and by way of float32 either takes 4 ms with all conversions. Kernels for
 half precision add up in float32 too, so a product differs by the order of its sums alone; a formula of several products
-is rounded less often. The wide copies are alive as long as the formula runs.
+is rounded less often. The wide copies are alive as long as the formula runs. A compiler is given the products as they
+are: it would keep wide copies for backward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from .calls import is_plain
 
 _Formula = TypeVar("_Formula", bound=Callable[..., Any])
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -42,10 +45,12 @@ def widened(formula: _Formula) -> _Formula:
 
 def pays(x: Tensor) -> bool:
     """Whether products with the rows of x are faster in float32."""
-    if x.dtype not in _SUPPORTED or x.device.type != "cpu" or multiplies(x.dtype):
-        return False
-    rows = math.prod(x.shape[:-1])
-    return not isinstance(rows, int) or rows > _FEW  # where a compiler keeps sizes free, they are hardly that small
+    return is_slow(x) and is_plain(x) and math.prod(x.shape[:-1]) > _FEW
+
+
+def is_slow(x: Tensor) -> bool:
+    """Whether this machine has no instructions for products of x."""
+    return x.dtype in _SUPPORTED and x.device.type == "cpu" and not multiplies(x.dtype)
 
 
 @functools.cache
