@@ -56,7 +56,7 @@ def compile(
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` between passes.
         gradient_checkpointing: keep the inputs of layers for backward, recompute the rest; "offload": on the host.
-        activation_budget: of compiled graphs, from 0 (recompute all) to 1 (AOTAutograd's activation memory budget).
+        activation_budget: of compiled graphs, from 0 (recompute all) to 1 (keep all); None recomputes what is cheap.
         autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
         adapter_compute_dtype: of the adapters' products; None for the activations' dtype, whatever the parameters' is.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.

@@ -35,8 +35,9 @@ class Backend:
     """How graphs are compiled: by whom, in which of Inductor's modes, with which activation memory budget.
 
     `name` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
-    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`, `budget` AOTAutograd's, from 0
-    (recompute all) to 1. Raises `ConfigError` for what is none of these.
+    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`. `budget` is AOTAutograd's, from 0
+    (recompute all) to 1 (keep all that it would keep by itself); None is that without norms and activations. Raises
+    `ConfigError` for what is none of these.
     """
 
     name: str = "auto"
@@ -66,8 +67,8 @@ class Piece:
         self.title, self.compiled = title, 0
         self.reasons: list[str] = []
         self._backend = lookup_backend(compiler)
-        # What norms and activations give is recomputed where backward needs it: that is as cheap as reading it.
-        self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": False}
+        # What norms and activations give is recomputed where backward needs it, unless there is room for everything.
+        self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": backend.budget == 1}
         if backend.budget is not None:
             self._settings["activation_memory_budget"] = backend.budget
         mode = torch._inductor.list_mode_options(backend.mode, dynamic=True) if backend.mode else {}

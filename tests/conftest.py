@@ -1,6 +1,7 @@
 """Shared by all tests: quiet libraries, a fixed seed, a text form of graphs."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,3 +39,11 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A fused loss in chunks of 4 rows, 2 of them in float32 at a time."""
+    module = sys.modules["lorafx.ops.linear_cross_entropy"]  # the package has the function under this name
+    monkeypatch.setattr(module, "ROWS_ON_CPU", 4)
+    monkeypatch.setattr(module, "_TILE", 22)

@@ -23,12 +23,18 @@ def rows_of(record, case=0):
     return {row["contestant"]: row for row in record["cases"][case]["rows"]}
 
 
+def of_one_run(test):
+    """A test of what one run has written: all of them on one worker, so that it is one."""
+    return pytest.mark.slow(pytest.mark.xdist_group("one run of the bench")(test))
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora,fold_scaling")
 
 
+@of_one_run
 def test_contestants_agree_and_their_figures_are_recorded(smoke):
     _, code, record = smoke
     assert code == 0
@@ -41,6 +47,7 @@ def test_contestants_agree_and_their_figures_are_recorded(smoke):
     assert record["cases"][0]["reference"] == "PEFT in float64"
 
 
+@of_one_run
 def test_who_is_not_installed_is_a_row_that_says_so(smoke):
     folder, _, record = smoke
     for name in ("liger", "unsloth", "torchtune"):
@@ -50,6 +57,7 @@ def test_who_is_not_installed_is_a_row_that_says_so(smoke):
     assert "| liger | " in page and page.count("\n| ") == 2 + len(record["cases"][0]["rows"])
 
 
+@of_one_run
 def test_the_table_and_the_chart(smoke):
     folder, _, _ = smoke
     page = (folder / "bench.md").read_text()
@@ -90,6 +98,7 @@ def test_who_fails_is_a_row_and_the_others_are_measured(tmp_path, monkeypatch):
     assert "| peft | OutOfMemoryError: tried" in (tmp_path / "bench.md").read_text()
 
 
+@pytest.mark.slow
 def test_who_fails_in_the_middle_is_a_row_too(tmp_path, monkeypatch):
     class Tired(torch.nn.Module):
         def __init__(self, model):

@@ -116,9 +116,9 @@ def test_autocast_leaves_what_is_wide_as_it_is():
 def test_nothing_wide_is_kept_for_backward(function):
     given = [torch.randn(3, 11, 36), torch.randn(7, 36), torch.randn(7), torch.randn(4, 36), torch.randn(7, 4)]
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         function(*(tensor.bfloat16().requires_grad_() for tensor in given))
-    assert set(kept) <= {torch.bfloat16}
+    assert {tensor.dtype for tensor in kept if tensor.numel()} <= {torch.bfloat16}
 
 
 @pytest.mark.parametrize("seed", range(3))

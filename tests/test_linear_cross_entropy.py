@@ -1,0 +1,167 @@
+"""linear_cross_entropy: the equation, its gradients, and what chunks of rows must not change."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+
+fused = torch.ops.lorafx.linear_cross_entropy
+module = sys.modules["lorafx.ops.linear_cross_entropy"]  # the package has the function under this name
+
+
+def given(*, bias=True, lora=True, rows=(3, 5), dtype=torch.float64, ignored=3, width=4, classes=11):
+    torch.manual_seed(0)
+
+    def tensor(*sizes):
+        return torch.randn(*sizes, dtype=torch.float64).to(dtype).requires_grad_()
+
+    labels = torch.randint(0, classes, rows)
+    labels.view(-1)[:ignored] = -100
+    hidden, lora_B = (tensor(*rows, 2), tensor(classes, 2)) if lora else (None, None)
+    return tensor(*rows, width), tensor(classes, width), tensor(classes) if bias else None, hidden, lora_B, 1.7, labels
+
+
+def gradients(function, arguments, *options):
+    own = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    value = function(*arguments, *options)
+    return value.detach(), torch.autograd.grad(value * 1.3, own)
+
+
+OPTIONS = list(itertools.product([1, 2], [-100], [0.0, 0.2], [None, 2.0], [1.0, 0.3]))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_equation_and_all_gradients(small_chunks, lora, bias, options):
+    """float64; 12 of 15 rows in three chunks, products of sums over at most 15."""
+    arguments = given(lora=lora, bias=bias)
+    value, found = gradients(fused, arguments, *options)
+    expected, wanted = gradients(module.reference, arguments, *options)
+    assert abs(value - expected) <= 1e-13 * abs(expected)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert (gradient - reference).abs().max() <= 1e-13 * reference.abs().max()
+
+
+@pytest.mark.parametrize("rows, ignored", [((9,), 0), ((4,), 0), ((5,), 1), ((1,), 0), ((2, 3, 1), 2)])
+def test_any_number_of_rows(small_chunks, rows, ignored):
+    arguments = given(rows=rows, ignored=ignored)
+    value, found = gradients(fused, arguments)
+    expected, wanted = gradients(module.reference, arguments)
+    assert torch.allclose(value, expected, rtol=1e-13, atol=0)
+    assert all(torch.allclose(g, w, rtol=1e-12, atol=1e-13) for g, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("rows, ignored", [((0,), 0), ((5,), 5)])
+def test_no_row_counts(small_chunks, rows, ignored, reduction):
+    """As torch: the mean is nan, the sum is 0, gradients are 0."""
+    arguments = given(rows=rows, ignored=ignored)
+    value, found = gradients(fused, arguments, reduction)
+    expected, wanted = gradients(module.reference, arguments, reduction)
+    assert torch.equal(value, expected) or (value.isnan() and expected.isnan())
+    assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision(small_chunks, dtype):
+    """Products round once to the dtype, gradients twice (g, and the product of g): a few eps of the largest sum."""
+    arguments = given(dtype=dtype, rows=(6, 5), width=16)
+    exact = [
+        a.detach().double().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments
+    ]
+    value, found = gradients(fused, arguments, 1, -100, 0.1, 3.0, 0.5)
+    expected, wanted = gradients(module.reference, exact, 1, -100, 0.1, 3.0, 0.5)
+    eps = torch.finfo(dtype).eps
+    assert value.dtype == torch.float32
+    assert abs(value - expected) <= 4 * eps * abs(expected)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert gradient.dtype == dtype
+        assert (gradient - reference).abs().max() <= 8 * eps * reference.abs().max()
+
+
+def test_only_what_is_needed_is_computed(small_chunks):
+    x, weight, bias, *rest = given(lora=False)
+    frozen = weight.detach(), bias.detach()
+    needs = [True, False, False, False, False]
+    _, *found = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
+    assert [gradient.numel() for gradient in found] == [x.numel(), 0, 0, 0, 0]
+    with torch.no_grad():
+        assert not fused(x, weight, bias, *rest).requires_grad
+
+
+def test_backward_twice(small_chunks):
+    arguments = given()
+    loss = fused(*arguments)
+    first, second = (torch.autograd.grad(loss, arguments[0], retain_graph=True)[0] for _ in range(2))
+    third = torch.autograd.grad(loss, arguments[0], torch.tensor(3.0, dtype=torch.float64))[0]
+    assert torch.equal(first, second) and torch.allclose(third, 3 * first, rtol=1e-15)
+
+
+def test_a_second_derivative_is_refused(small_chunks):
+    arguments = given()
+    (gradient,) = torch.autograd.grad(fused(*arguments), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_transforms_go_by_the_reference(small_chunks):
+    arguments = given()
+    value, wanted = gradients(module.reference, arguments)
+    found = torch.func.grad(lambda x: fused(x, *arguments[1:]))(arguments[0].detach())
+    assert torch.allclose(found * 1.3, wanted[0], rtol=1e-12, atol=1e-14)
+    many = torch.vmap(lambda x: fused(x, *arguments[1:]))(torch.stack([arguments[0].detach()] * 2))
+    assert torch.allclose(many, value.expand(2), rtol=1e-12)
+
+
+def test_as_many_labels_as_rows(small_chunks):
+    *arguments, labels = given()
+    with pytest.raises(ValueError, match="14 labels for 15 rows"):
+        fused(*arguments, labels.view(-1)[:-1])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(small_chunks, backend):
+    """One graph for all numbers of rows, the operator a node of it; the same bits, for it runs as it is."""
+    torch._dynamo.reset()
+    run = torch.compile(lambda *a: fused(*a, 1, -100, 0.1, 3.0, 0.5), backend=backend, fullgraph=True, dynamic=True)
+    for rows in ((3, 5), (2, 7)):
+        arguments = given(rows=rows)
+        value, found = gradients(run, arguments)
+        expected, wanted = gradients(fused, arguments, 1, -100, 0.1, 3.0, 0.5)
+        assert torch.allclose(value, expected, rtol=1e-14)
+        assert all(torch.allclose(g, w, rtol=1e-13, atol=1e-15) for g, w in zip(found, wanted, strict=True))
+
+
+def test_under_autocast(small_chunks):
+    x, weight, bias, *rest, labels = given(dtype=torch.float32, lora=False)
+    low = [t.detach().bfloat16().requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused(x, weight, bias, *rest, labels)
+    assert loss.dtype == torch.float32 and torch.equal(loss, fused(*low, *rest, labels))
+    assert torch.autograd.grad(loss, weight)[0].dtype == torch.float32
+
+
+def test_a_mean_is_divided_before_it_is_rounded():
+    """As autograd does it. By seven: by a power of two it would be exact. To multiply by an identity is exact."""
+    x = torch.randn(7, 11).bfloat16().requires_grad_()
+    labels = torch.randint(0, 11, (7,))
+    fused(x, torch.eye(11).bfloat16(), None, None, None, 0.0, labels).backward()
+    exact = x.detach().double().requires_grad_()
+    F.cross_entropy(exact, labels).backward()
+    rounded_once = torch.finfo(torch.bfloat16).eps / 2 * exact.grad.abs()
+    assert ((x.grad.double() - exact.grad).abs() <= rounded_once * 1.001).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_a_label_that_is_no_class_is_torchs_error(wrong):
+    x, weight, *rest, labels = given()
+    labels[0, 0] = wrong
+    with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+        fused(x, weight, *rest, labels)
