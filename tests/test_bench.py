@@ -8,7 +8,7 @@ import torch
 
 from lorafx.__main__ import main
 from lorafx.bench import contestants
-from lorafx.bench.cases import CPU, CUDA, SMOKE, Bar
+from lorafx.bench.cases import COMPILED, CPU, CUDA, SMOKE, Bar
 from lorafx.bench.measure import peak
 from lorafx.bench.models import build, twin
 from lorafx.bench.record import Result, Row, ratios
@@ -80,7 +80,7 @@ def test_compiled_contestants_run(tmp_path):
     code, record = bench(tmp_path, "--cases", "smoke-compiled")
     assert code == 0
     assert {name: row["parity"] for name, row in rows_of(record).items() if name != "base"} == dict.fromkeys(
-        ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole", "lorafx-compiled"), True
+        COMPILED[1:], True
     )
 
 
