@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import lorafx
@@ -130,6 +131,19 @@ def test_attention_drops_the_same_numbers_in_backward(seed):
     (d_value,) = torch.autograd.grad(weights, value, torch.ones_like(weights))
     expected = weights.double().sum(-2, keepdim=True).mT.expand_as(d_value)
     assert (weights == 0).any() and torch.allclose(d_value.double(), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("function", OPERATORS)
+def test_a_compiler_is_given_the_products_as_they_are(function):
+    """It would keep wide copies for backward."""
+    x, W, b = (torch.randn(sizes).bfloat16() for sizes in ((3, 11, 36), (36, 36), (36,)))
+    A, B = torch.randn(4, 36).bfloat16(), torch.randn(36, 4).bfloat16()
+
+    def trained(x, W, b, A, B):
+        return torch.autograd.grad(function(x.requires_grad_(), W, b, A, B).sum(), x)
+
+    called = [str(node.target) for node in make_fx(trained, tracing_mode="fake")(x, W, b, A, B).graph.nodes]
+    assert len(called) > 7 and not any("_to_copy" in target for target in called), called
 
 
 def test_second_derivatives():

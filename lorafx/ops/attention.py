@@ -7,12 +7,12 @@ inference stays as it is.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .calls import by_reference, needs_backward
+from .library import composite
 from .wide import pays, widened
 
 
@@ -40,10 +40,8 @@ def attention(
     return checkpoint(widened(attend), *given, use_reentrant=False, preserve_rng_state=dropout_p > 0)
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define(
+composite(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0,"
-    " bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
+    " bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
+    attention,
 )
-_library.impl("attention", attention, "CompositeImplicitAutograd")
-_library.impl("attention", attention, "FuncTorchBatchedDecomposition")

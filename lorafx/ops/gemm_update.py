@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..autocast import autocast_dtype
 from .calls import rows
+from .library import LIBRARY
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -231,14 +232,13 @@ def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define(
+LIBRARY.define(
     "gemm_update(Tensor x, Tensor weight, Tensor? bias, Tensor hidden, Tensor update, float scaling) -> Tensor",
     tags=(torch.Tag.flexible_layout,),  # so that compilers copy nothing to give it other strides
 )
-_library.impl("gemm_update", _launched, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafx::gemm_update", _empty, lib=_library)
-torch.library.register_autograd("lorafx::gemm_update", _gradients, setup_context=_keep, lib=_library)
+LIBRARY.impl("gemm_update", _launched, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafx::gemm_update", _empty, lib=LIBRARY)
+torch.library.register_autograd("lorafx::gemm_update", _gradients, setup_context=_keep, lib=LIBRARY)
 
 
 @register_flop_formula(torch.ops.lorafx.gemm_update)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
+from .library import composite
 from .wide import pays, widened
 
 
@@ -48,7 +49,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
-_library.impl("linear", linear, "CompositeImplicitAutograd")
-_library.impl("linear", linear, "FuncTorchBatchedDecomposition")
+composite("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", linear)

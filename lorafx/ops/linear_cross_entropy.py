@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
 from .calls import by_reference, needs_backward, rows
+from .library import LIBRARY, composite
 from .wide import pays, wide
 
 ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk, large enough for its products to be bound by arithmetic
@@ -263,19 +264,17 @@ def _shapes(x: Tensor, weight: Tensor, bias: Any, hidden: Any, lora_B: Any, *opt
     return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *gradients
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? lora_B, float scaling, Tensor labels"
-_library.define(
+# Around an operator that compilers do not look into: they would unroll the chunks for one number of rows.
+composite(
     f"linear_cross_entropy({_HEAD}, int reduction=1, SymInt ignore_index=-100, float label_smoothing=0.0,"
-    " float? softcap=None, float scale=1.0) -> Tensor"
+    " float? softcap=None, float scale=1.0) -> Tensor",
+    linear_cross_entropy,
 )
-# Composite around an operator that compilers do not look into: they would unroll the chunks for one number of rows.
-_library.impl("linear_cross_entropy", linear_cross_entropy, "CompositeImplicitAutograd")
-_library.impl("linear_cross_entropy", linear_cross_entropy, "FuncTorchBatchedDecomposition")
-_library.define(
+LIBRARY.define(
     f"chunked_cross_entropy({_HEAD}, SymInt ignore_index, float label_smoothing, float? softcap, float scale,"
     " bool[] needs, bool divided) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),  # how many rows there are is up to the labels
 )
-_library.impl("chunked_cross_entropy", _chunked, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafx::chunked_cross_entropy", _shapes, lib=_library)
+LIBRARY.impl("chunked_cross_entropy", _chunked, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafx::chunked_cross_entropy", _shapes, lib=LIBRARY)

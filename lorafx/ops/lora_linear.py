@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from . import merging
 from .calls import by_reference, is_plain, needs_backward, rows
 from .gemm_update import gemm_update, runs
+from .library import composite
 from .wide import widened
 
 
@@ -188,11 +189,8 @@ def lora_linear(
     return inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define(
+composite(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling,"
-    ' str gemm="library", bool merge=False) -> Tensor'
+    ' str gemm="library", bool merge=False) -> Tensor',
+    lora_linear,
 )
-# Composite: compilers, fake tensors and transforms see the products that it is made of, in both directions.
-_library.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")
-_library.impl("lora_linear", lora_linear, "FuncTorchBatchedDecomposition")

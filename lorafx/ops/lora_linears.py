@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from . import merging
 from .calls import by_reference, needs_backward, rows
+from .library import composite
 from .lora_linear import accumulated, inferred, input_gradient, matrix_or_row, shaped, updated
 from .lora_linear import reference as one
 from .wide import widened
@@ -146,10 +147,8 @@ def lora_linears(
     ]
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define(
+composite(
     "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
-    ' str gemm="library", bool merge=False) -> Tensor[]'
+    ' str gemm="library", bool merge=False) -> Tensor[]',
+    lora_linears,
 )
-_library.impl("lora_linears", lora_linears, "CompositeImplicitAutograd")
-_library.impl("lora_linears", lora_linears, "FuncTorchBatchedDecomposition")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .calls import by_reference, is_plain, needs_backward, rows
+from .library import composite
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -54,7 +55,4 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps) if own else reference(x, weight, eps)
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
-_library.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
-_library.impl("rms_norm", rms_norm, "FuncTorchBatchedDecomposition")
+composite("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", rms_norm)

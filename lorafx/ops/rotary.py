@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .calls import by_reference, is_plain, needs_backward
+from .library import composite
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -65,7 +66,4 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     return _Rotary.apply(x, cos, sin, interleaved) if own else reference(x, cos, sin, interleaved)
 
 
-_library = torch.library.Library("lorafx", "FRAGMENT")  # lives as long as this module
-_library.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor")
-_library.impl("rotary", rotary, "CompositeImplicitAutograd")
-_library.impl("rotary", rotary, "FuncTorchBatchedDecomposition")
+composite("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor", rotary)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .calls import is_plain
 
@@ -38,7 +39,8 @@ def widened(formula: _Formula) -> _Formula:
         if not pays(first):
             return formula(*args)
         with torch.autocast("cpu", enabled=False):  # or it would make half precision of what is wide
-            return _rounded(formula(*map(wide, args)), first.dtype)
+            found = formula(*map(wide, args))
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(first.dtype), found)
 
     return cast(_Formula, run)
 
@@ -62,9 +64,3 @@ def multiplies(dtype: torch.dtype) -> bool:
 def wide(value: Any) -> Any:
     """A tensor in half precision in float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in _SUPPORTED else value
-
-
-def _rounded(found: Any, dtype: torch.dtype) -> Any:
-    if isinstance(found, Sequence):
-        return tuple(_rounded(each, dtype) for each in found)
-    return found if found is None else found.to(dtype)
