@@ -15,18 +15,16 @@ from .calls import by_reference, needs_backward, rows
 from .library import composite
 from .wide import pays, widened
 
+_product = widened(F.linear)
+
 
 class _Linear(torch.autograd.Function):
     """Keeps x and W as they are given: autograd would keep their wide copies."""
 
     @staticmethod
-    @widened
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

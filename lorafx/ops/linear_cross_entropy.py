@@ -31,8 +31,8 @@ from .calls import by_reference, needs_backward, rows
 from .library import LIBRARY, composite
 from .wide import pays, wide
 
-ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk, large enough for its products to be bound by arithmetic
-_TILE = 2**22  # elements of a chunk that are in float32 at a time
+ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk at least, so that its products are bound by arithmetic
+_TILE = 2**22  # logits: so many make a chunk where its rows are few, and so many of it are in float32 at a time
 _MEAN = 1  # as aten numbers reductions; the sum is 2
 
 
@@ -164,7 +164,7 @@ def _chunked(
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
-    for chosen in counted.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS):
+    for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _TILE // weight.shape[0])):
         total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
@@ -196,7 +196,8 @@ def _chunk(
 ) -> Tensor:
     """The sum over a chunk; its gradients are added to `gradients`."""
     x, weight, bias, hidden, lora_B = given
-    x, products = x[chosen], F.linear(x[chosen], weight, bias)
+    x = x[chosen]
+    products = F.linear(x, weight, bias)
     if hidden is not None:
         hidden = hidden[chosen]
         products.addmm_(hidden, lora_B.t(), alpha=scaling)
@@ -251,7 +252,7 @@ def _into_gradient(
         gradient.scatter_add_(1, label, gradient.new_full((), label_smoothing - 1).expand_as(label))
         if capped is not None:
             gradient *= 1 - capped.square_()
-        tile.copy_(gradient if scale * weight == 1.0 else gradient.mul_(scale * weight))
+        torch.mul(gradient, scale * weight, out=tile)
     return total
 
 

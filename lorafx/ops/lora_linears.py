@@ -43,27 +43,30 @@ class _LoraLinears(torch.autograd.Function):
     """Its tensors are x, then all weights, biases, As and Bs; h is an output, so that second derivatives are right."""
 
     @staticmethod
-    @widened
-    def forward(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
-        hidden = F.linear(x, torch.cat(lora_As))
-        parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
-        outputs = [
-            shaped(updated(x, weight, bias, part, lora_B, scaling, gemm), x)
-            for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
-        ]
-        return *outputs, hidden
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.scalings, ctx.gemm, *tensors = inputs
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, ctx.scalings, ctx.gemm, *tensors = args
+        *outputs, hidden = _outputs(*args)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, output[-1], *tensors)
+        ctx.save_for_backward(x, hidden, *tensors)
+        return *outputs, hidden
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         found = _gradients(*gradients, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings, ctx.gemm)
         return found[0], None, None, *found[1:]
+
+
+@widened
+def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The yᵢ, and h."""
+    weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
+    hidden = F.linear(x, torch.cat(lora_As))
+    parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
+    outputs = [
+        shaped(updated(x, weight, bias, part, lora_B, scaling, gemm), x)
+        for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
+    ]
+    return *outputs, hidden
 
 
 @widened

@@ -63,24 +63,25 @@ class _Merging(torch.autograd.Function):
     """x is a matrix here, and so are the outputs."""
 
     @staticmethod
-    @widened
-    def forward(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
-            for (weight, bias, lora_A, lora_B), scaling in zip(_by_site(tensors), scalings)
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.scalings, *tensors = inputs
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.scalings = scalings
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *tensors)
+        return _outputs(x, scalings, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """A site whose output nobody used has no dy and gets no gradients."""
         dx, *gradients = _gradients(*dys, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings)
         return dx, None, *gradients
+
+
+@widened
+def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
+        for (weight, bias, lora_A, lora_B), scaling in zip(_by_site(tensors), scalings)
+    )
 
 
 @widened
@@ -137,7 +138,7 @@ def linears(
 ) -> list[Tensor]:
     """yᵢ (…, outᵢ) of x (…, in), by the formulas above; tensors as `lora_linears` has them, all of one dtype."""
     flat = [tensor for of_site in zip(weights, biases, lora_As, lora_Bs) for tensor in of_site]
-    run = _Merging.apply if needs_backward(x, *flat) else _Merging.forward
+    run = _Merging.apply if needs_backward(x, *flat) else _outputs
     outputs = run(rows(x), tuple(scalings), *flat)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
