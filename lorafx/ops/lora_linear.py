@@ -5,8 +5,9 @@
     dx = dy W + s · (dy B) A     (the second part to dz where z is not x)
     dA = s · (dy B)ᵀ z           dB = s · dyᵀ h
 
-Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. The update is accumulated
-into the base product's own buffer, and dx's second part into the first's: neither is written down by itself. With
+Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. Of y, and of dx, the narrow
+product is written first and the wide one, which reads and writes far less for each multiplication, is added to it in
+the same memory: a pass less than the other way round, and nothing is written down by itself. With
 `gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that runs. In half precision a CPU
 may be faster by way of float32 (`wide`).
 """
@@ -134,11 +135,13 @@ def matrix_or_row(tensor: Tensor, gemm: str) -> Tensor:
 def updated(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float, gemm: str
 ) -> Tensor:
-    """x Wᵀ + b + s · h Bᵀ as a matrix, in as few calls as can be: on a single row they are all that it costs."""
+    """x Wᵀ + b + s · h Bᵀ as a matrix."""
     x, hidden = rows(x), rows(hidden)
     if by_kernel(gemm, x, weight, bias, hidden, lora_B):
         return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
-    return F.linear(x, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
+    if bias is None:
+        return (hidden @ lora_B.t()).addmm_(x, weight.t(), beta=scaling)
+    return torch.addmm(bias, hidden, lora_B.t(), alpha=scaling).addmm_(x, weight.t())
 
 
 def shaped(matrix: Tensor, x: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor,
         return dy @ weight
     if by_kernel(gemm, dy, weight, g, lora_A):
         return gemm_update(dy, weight, None, g, lora_A, 1.0)
-    return accumulated(dy @ weight, g, lora_A, 1.0)
+    return accumulated(g @ lora_A, dy, weight)
 
 
 def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
@@ -160,12 +163,12 @@ def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
     return gemm == "triton" and not by_reference() and runs(*tensors)
 
 
-def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """own + scaling · left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
+def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """own + left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
     if own.is_contiguous() and not torch.is_grad_enabled():
-        own.view(-1, own.shape[-1]).addmm_(rows(left), right, alpha=scaling)
+        own.view(-1, own.shape[-1]).addmm_(rows(left), right)
         return own
-    return torch.addmm(rows(own), rows(left), right, alpha=scaling).view(own.shape)
+    return torch.addmm(rows(own), rows(left), right).view(own.shape)
 
 
 def lora_linear(

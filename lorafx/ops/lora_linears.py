@@ -118,7 +118,7 @@ def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: T
         return g @ lora_A
     total = input_gradient(*products[0], g, lora_A, gemm)
     for dy, weight in products[1:]:
-        total = accumulated(total, dy, weight, 1.0)
+        total = accumulated(total, dy, weight)
     return total
 
 
