@@ -18,6 +18,7 @@ from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
+from .redraw_dropout import RedrawDropout
 from .restore_causal import RestoreCausal
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
@@ -48,6 +49,7 @@ default = Pipeline(
     FuseLora(),
     FuseLoss(),
     ShareInput(),
+    RedrawDropout(),
     FoldScaling(),
     WidenProducts(),
     CheckpointBlocks(),
@@ -70,6 +72,7 @@ __all__ = [
     "MergeAdapters",
     "MergeOnTheFly",
     "OutlineBlocks",
+    "RedrawDropout",
     "RestoreCausal",
     "RestoreGqa",
     "RestoreLinear",

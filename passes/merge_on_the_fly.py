@@ -56,7 +56,8 @@ def _weights(node: Node) -> list[Node]:
     if node.kwargs.get("merge") or node.op != "call_function":
         return []
     if node.target is _one:
-        return [node.args[1]] if node.args[3] is None else []  # type: ignore[list-item]
+        dropped = node.args[3] is not None or "dropout" in node.kwargs
+        return [] if dropped else [node.args[1]]  # type: ignore[list-item]
     return list(node.args[1]) if node.target is _several else []  # type: ignore[arg-type]
 
 
