@@ -10,6 +10,7 @@ from .elide_empty import ElideEmpty
 from .elide_slices import ElideSlices
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
+from .fuse_dropout import FuseDropout
 from .fuse_lora import FuseLora
 from .fuse_loss import FuseLoss
 from .inline_blocks import InlineBlocks
@@ -18,7 +19,6 @@ from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
-from .redraw_dropout import RedrawDropout
 from .restore_causal import RestoreCausal
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
@@ -49,7 +49,7 @@ default = Pipeline(
     FuseLora(),
     FuseLoss(),
     ShareInput(),
-    RedrawDropout(),
+    FuseDropout(),
     FoldScaling(),
     WidenProducts(),
     CheckpointBlocks(),
@@ -64,6 +64,7 @@ __all__ = [
     "ElideSlices",
     "FoldScaling",
     "FreezeBase",
+    "FuseDropout",
     "FuseLora",
     "FuseLoss",
     "InlineBlocks",
@@ -72,7 +73,6 @@ __all__ = [
     "MergeAdapters",
     "MergeOnTheFly",
     "OutlineBlocks",
-    "RedrawDropout",
     "RestoreCausal",
     "RestoreGqa",
     "RestoreLinear",

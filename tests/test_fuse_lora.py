@@ -135,7 +135,7 @@ def test_compiled_gradients_are_the_equations(backend):
 
 def test_a_model_with_dropout_trains_as_without_the_pass():
     gradients = []
-    kept = lorafx.passes.default.without("redraw_dropout")
+    kept = lorafx.passes.default.without("fuse_dropout")
     for passes in (kept, kept.without("fuse_lora")):
         torch.manual_seed(0)
         config = {"target_modules": "all-linear", "r": 2, "lora_dropout": 0.5, "init_lora_weights": False}

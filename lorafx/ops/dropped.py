@@ -1,44 +1,62 @@
-"""dropped: dropout by a seed. Which elements are left out is decided anew wherever it is asked, and never kept.
+"""dropped: the dropout before an adapter's A, of which backward needs neither the result nor, on a GPU, the mask.
 
-z = x m / q        m: 1 with probability q = 1 - p, by random numbers that the seed alone decides; 0 otherwise
+z = x m / (1 - p)        m: 1 with probability 1 - p, 0 otherwise
 
-torch's own dropout keeps m, and whoever multiplies z keeps z. On a CPU it also draws a number of 53 bits for each
-element, one after another; here four elements share one of 64 bits, and p is rounded to a multiple of 2⁻¹⁶ for that:
-16.7 ms become 4.4 for 1024 rows of 1376 on two cores. The seed comes from torch's default generator, so that
-`manual_seed`, and checkpointing with its random state, repeat it.
+Autograd keeps m, on a CPU in the dtype of x, and whoever multiplies z keeps z. Here z is made of x and m anew, and
+1 / (1 - p) is left to the update's scaling. On a GPU m is drawn anew too, from the state that the random numbers had
+(16 bytes). On a CPU drawing takes longer than all else about dropout, so m is kept, a byte an element. The numbers are
+those that torch's own dropout draws.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .calls import is_plain
 
-_STEPS = 2**16
+Redraw = Callable[[Tensor], Tensor]
 
 
-def can_drop(x: Tensor, p: float) -> bool:
-    """Whether to go by seeds: not under a compiler, nor where a CUDA graph would repeat one seed for ever."""
+def can_draw(x: Tensor, p: float) -> bool:
+    """Whether dropout may go this way: a compiler, or a CUDA graph under capture, gets torch's operator."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return is_plain(x) and (x.is_cpu or x.is_cuda) and 0 < round(p * _STEPS) < _STEPS
+    return is_plain(x) and (x.is_cpu or x.is_cuda) and 0 < p < 1
 
 
-def new_seed() -> int:
-    """The next seed of torch's default generator."""
-    return int(torch.randint(2**63 - 1, ()))
+def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:
+    """m, as booleans of the shape of x; and what draws it again from x, or None where it is to be kept."""
+    if not redraws(x):
+        return _mask(x, p), None
+    state = _generator(x).get_state()
+    return _mask(x, p), partial(_again, p, state)
 
 
-def kept(p: float) -> float:
-    """q."""
-    return 1 - round(p * _STEPS) / _STEPS
+def redraws(x: Tensor) -> bool:
+    """Whether to draw once more costs less than to keep a byte an element."""
+    return x.is_cuda
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """Where x is left out, as booleans of its shape."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    if x.is_cuda:  # where drawing is cheap, and memory is not
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - kept(p), generator=generator)
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (numbers.view(torch.int16)[: x.numel()] < round(p * _STEPS) - _STEPS // 2).view(x.shape)
+def _again(p: float, state: Tensor, x: Tensor) -> Tensor:
+    generator = _generator(x)
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        return _mask(x, p)
+    finally:
+        generator.set_state(now)
+
+
+def _generator(x: Tensor) -> torch.Generator:
+    return torch.cuda.default_generators[x.get_device()] if x.is_cuda else torch.default_generator
+
+
+@torch.no_grad()
+def _mask(x: Tensor, p: float) -> Tensor:
+    if x.is_cuda:
+        return torch.native_dropout(x, p, True)[1]
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)

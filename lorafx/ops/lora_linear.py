@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import merging
 from .calls import by_reference, is_plain, needs_backward, rows
-from .dropped import can_drop, dropped, kept, new_seed
+from .dropped import Redraw, can_draw, draw
 from .gemm_update import gemm_update, runs
 from .library import composite
 from .wide import widened
@@ -39,29 +39,28 @@ class _LoraLinear(torch.autograd.Function):
     """Without a `setup_context`, beside which torch inspects forward's signature at each call, for a tenth of a ms."""
 
     @staticmethod
-    def forward(ctx: Any, drop: tuple[float, int] | None, *args: Any) -> tuple[Tensor, Tensor]:
-        """With `drop`, a probability and a seed, z is x without what they leave out, and is not kept."""
+    def forward(ctx: Any, mask: Tensor | None, redraw: Redraw | None, *args: Any) -> tuple[Tensor, Tensor]:
+        """With a mask, kept or to be drawn again, z is what it leaves of x, and is not kept."""
         x, weight, _, z, lora_A, lora_B, ctx.scaling, ctx.gemm = args
         y, hidden = _outputs(*args)
-        ctx.drop = drop
+        ctx.redraw = redraw
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, None if drop else z, lora_A, lora_B, hidden)
+        ctx.save_for_backward(mask, x, weight, z if mask is None and redraw is None else None, lora_A, lora_B, hidden)
         return y, hidden
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """`d_hidden` is there in a second derivative alone: h is an output so that one can be taken."""
-        needs, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
-        if ctx.drop is None:
-            return None, *_gradients(dy, d_hidden, needs, ctx.scaling, ctx.gemm, *saved), None, None
-        x, weight, _, *rest = saved
-        out = dropped(x, *ctx.drop)
-        z, needs = torch.where(out, 0, x), (*needs[:3], needs[0], *needs[4:])
-        dx, d_weight, d_bias, dz, *others = _gradients(dy, d_hidden, needs, ctx.scaling, ctx.gemm, x, weight, z, *rest)
-        if dz is not None:
-            through = torch.where(out, 0, dz)
+        mask, x, weight, z, *rest = ctx.saved_tensors
+        needs, options = ctx.needs_input_grad[2:], (ctx.scaling, ctx.gemm)
+        mask = mask if ctx.redraw is None else ctx.redraw(x)
+        if mask is not None:
+            z, needs = torch.where(mask, x, 0), (*needs[:3], needs[0], *needs[4:])
+        dx, d_weight, d_bias, dz, d_A, d_B = _gradients(dy, d_hidden, needs, *options, x, weight, z, *rest)
+        if mask is not None and dz is not None:
+            through, dz = torch.where(mask, dz, 0), None
             dx = through if dx is None else dx + through
-        return None, dx, d_weight, d_bias, None, *others, None, None
+        return None, None, dx, d_weight, d_bias, dz, d_A, d_B, None, None
 
 
 @widened
@@ -198,20 +197,21 @@ def lora_linear(
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
 
     `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays and z is x. With
-    `dropout`, a probability, z is what dropout makes of x, and is not kept where `dropped` can make it anew.
+    `dropout`, a probability, z is what dropout makes of x, and `dropped` says what is kept of that.
     """
-    drop = None
-    if dropout and (by_reference() or not can_drop(x, dropout)):
+    mask = redraw = None
+    if dropout and (by_reference() or not can_draw(x, dropout)):
         z = F.dropout(x, dropout)
-    elif dropout:  # h is of what is left of x, and what that lacks in size is in s
-        drop, scaling = (dropout, new_seed()), scaling / kept(dropout)
-        z = torch.where(dropped(x, *drop), 0, x.detach())
+    elif dropout:
+        mask, redraw = draw(x, dropout)
+        z, scaling = torch.where(mask, x.detach(), 0), scaling / (1 - dropout)
     if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
     if merge and z is None and merging.pays(x, [lora_A], [lora_B]):
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
-        return _LoraLinear.apply(drop, x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
+        keep = mask if redraw is None else None
+        return _LoraLinear.apply(keep, redraw, x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
     flat = matrix_or_row(x, gemm)
     flat_z = flat if z is None else matrix_or_row(z, gemm)
     return inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
