@@ -51,16 +51,11 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, d_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """`d_hidden` is there in a second derivative alone: h is an output so that one can be taken."""
-        mask, x, weight, z, *rest = ctx.saved_tensors
-        needs, options = ctx.needs_input_grad[2:], (ctx.scaling, ctx.gemm)
+        mask, x, weight, z, lora_A, lora_B, hidden = ctx.saved_tensors
         mask = mask if ctx.redraw is None else ctx.redraw(x)
-        if mask is not None:
-            z, needs = torch.where(mask, x, 0), (*needs[:3], needs[0], *needs[4:])
-        dx, d_weight, d_bias, dz, d_A, d_B = _gradients(dy, d_hidden, needs, *options, x, weight, z, *rest)
-        if mask is not None and dz is not None:
-            through, dz = torch.where(mask, dz, 0), None
-            dx = through if dx is None else dx + through
-        return None, None, dx, d_weight, d_bias, dz, d_A, d_B, None, None
+        z = z if mask is None else torch.where(mask, x, 0)
+        given = dy, d_hidden, ctx.needs_input_grad[2:], ctx.scaling, ctx.gemm
+        return None, None, *_gradients(*given, x, weight, z, lora_A, lora_B, hidden, mask), None, None
 
 
 @widened
@@ -92,8 +87,9 @@ def _gradients(
     lora_A: Tensor,
     lora_B: Tensor,
     hidden: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias, z, A and B, in this order: those that are needed."""
+    """Of x, weight, bias, z, A and B, in this order: those that are needed. With a mask z is what it leaves of x."""
     needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = needs
     dx = dz = d_weight = d_bias = d_A = d_B = None
     if dy is not None:
@@ -105,7 +101,10 @@ def _gradients(
     if d_hidden is not None:
         d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
         dz = d_hidden @ lora_A if needs_z else None
-    if needs_x and dy is not None:
+    if needs_x and d_hidden is not None and mask is not None:
+        through = torch.where(mask, d_hidden @ lora_A, 0)
+        dx = through if dy is None else accumulated(through, dy, weight)
+    elif needs_x and dy is not None:
         dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, gemm)
     elif needs_x and d_hidden is not None and z is None:
         dx = d_hidden @ lora_A
