@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import lorafx
 from lorafx.ops import dropped
 from lorafx.ops.lora_linear import reference
-from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora
+from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora, MergeOnTheFly
+from lorafx.rewrite import ADAPTED_BY, SITE
 
 FUSED = (*INSERT, ElideCasts(), ElideDropout(), FuseLora())
 fused = torch.ops.lorafx.lora_linear
@@ -45,13 +46,22 @@ def equation(x, weight, bias, _, lora_A, lora_B, scaling, p=0.4):
 
 def test_before_and_after():
     lora, x = adapted(Chain(), target_modules=["second"], lora_dropout=0.5), torch.randn(5, 2, 4)
-    before, after = (text(run(lora, passes, x)) for passes in (FUSED, (*FUSED, FuseDropout())))
+    apart, joint = (run(lora, passes, x) for passes in (FUSED, (*FUSED, FuseDropout())))
+    before, after = text(apart), text(joint)
     read = "relu, second_weight, second_bias, {}, second_lora_a_default_weight, second_lora_b_default_weight, 3.0"
     assert before[-2:] == [
         "dropout = dropout(relu, 0.5, True)",
         f"lora_linear = lorafx.lora_linear({read.format('dropout')})",
     ]
     assert after == [*before[:-2], f"lora_linear_1 = lorafx.lora_linear({read.format('None')}, dropout=0.5)"]
+    marks = [next(iter(gm.graph.find_nodes(op="call_function", target=fused.default))).meta for gm in (apart, joint)]
+    assert marks[0][SITE] == marks[1][SITE] and marks[0][ADAPTED_BY] == marks[1][ADAPTED_BY]
+
+
+def test_it_is_not_merged_on_the_fly():
+    gm = run(adapted(Chain(), lora_dropout=0.5), (*FUSED, FuseDropout(), MergeOnTheFly()), torch.randn(5, 4))
+    found = list(gm.graph.find_nodes(op="call_function", target=fused.default))
+    assert [node.kwargs for node in found] == [{"dropout": 0.5}] * 2
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5), (0, 5)])
@@ -138,11 +148,9 @@ def test_compiled(backend):
     x = x.detach()[:1, :1].expand(4000, 1, 4)
     given = x, weight, bias, None, lora_A, lora_B, scaling
     y = torch.compile(lambda: fused(*given, dropout=0.25), backend=backend, fullgraph=True)()
-    expected, sizes = (
-        reference(*given)[0, 0],
-        reference(x.abs(), weight.abs() * 0, None, None, lora_A.abs(), lora_B.abs(), scaling),
-    )
-    assert ((y.mean(0)[0] - expected).abs() < 5 * sizes[0, 0] * (0.25 / 0.75 / 4000) ** 0.5).all()
+    expected = reference(*given)[0, 0]
+    size = reference(x.abs(), torch.zeros_like(weight), None, None, lora_A.abs(), lora_B.abs(), scaling)[0, 0]
+    assert ((y.mean(0)[0] - expected).abs() < 5 * size * (0.25 / 0.75 / 4000) ** 0.5).all()
     assert y.unique(dim=0).shape[0] > 4
     y.sum().backward()
     assert lora_A.grad.abs().max() > 0

@@ -58,6 +58,16 @@ def test_any_number_of_rows(small_chunks, rows, ignored):
     assert all(torch.allclose(g, w, rtol=1e-12, atol=1e-13) for g, w in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("rows, chunks", [(1, [4, 4, 4]), (6, [6, 6]), (100, [12])])
+def test_a_chunk_holds_as_many_logits_as_it_may_and_no_fewer_rows_than_it_must(small_chunks, monkeypatch, rows, chunks):
+    found, chunk = [], module._chunk
+    monkeypatch.setattr(module, "_chunk", lambda chosen, *rest: found.append(len(chosen)) or chunk(chosen, *rest))
+    arguments = given(rows=(12,), ignored=0)
+    monkeypatch.setattr(module, "_TILE", rows * arguments[1].shape[0])
+    gradients(fused, arguments)
+    assert found == chunks
+
+
 @pytest.mark.parametrize("reduction", [1, 2])
 @pytest.mark.parametrize("rows, ignored", [((0,), 0), ((5,), 5)])
 def test_no_row_counts(small_chunks, rows, ignored, reduction):

@@ -42,13 +42,9 @@ def redraws(x: Tensor) -> bool:
 
 
 def _again(p: float, state: Tensor, x: Tensor) -> Tensor:
-    generator = _generator(x)
-    now = generator.get_state()
-    generator.set_state(state)
-    try:
+    with torch.random.fork_rng([x.get_device()] if x.is_cuda else []):
+        _generator(x).set_state(state)
         return _mask(x, p)
-    finally:
-        generator.set_state(now)
 
 
 def _generator(x: Tensor) -> torch.Generator:

@@ -6,10 +6,10 @@
     g  = (softmax(l) - one-hot(label)) · k · (1 - (l / c)²)      the gradient of the sum with respect to the products
     dx = g W     dW = gᵀ x     db = Σ g     dh = s · g B     dB = s · gᵀ h
 
-Rows with ignored labels are left out first; the others go by in chunks of `ROWS`. A chunk's products are replaced in
-their own memory by g, a few rows at a time in float32, and what a gradient needs of g is added up before the next
-chunk: so the gradients are there when the forward pass ends, and backward scales them. It keeps what it gives: of a
-frozen head one tensor of the size of x. One chunk's products are the peak.
+Rows with ignored labels are left out first; the others go by in chunks of at least `ROWS`. A chunk's products are
+replaced in their own memory by g, a few rows at a time in float32, and what a gradient needs of g is added up before
+the next chunk: so the gradients are there when the forward pass ends, and backward scales them. It keeps what it gives:
+of a frozen head one tensor of the size of x. One chunk's products are the peak.
 
 The method is that of chunked losses in Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989); chunks are large enough for
 their products to be bound by arithmetic. torch 2.13's own `linear_cross_entropy` goes by chunks too; there it has no

@@ -5,11 +5,11 @@
     dx = dy W + s · (dy B) A     (the second part to dz where z is not x)
     dA = s · (dy B)ᵀ z           dB = s · dyᵀ h
 
-Of the forward pass it keeps x, z and h, where autograd keeps what each product was given. Of y, and of dx, the narrow
-product is written first and the wide one, which reads and writes far less for each multiplication, is added to it in
-the same memory: a pass less than the other way round, and nothing is written down by itself. With
-`gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that runs. In half precision a CPU
-may be faster by way of float32 (`wide`).
+Of the forward pass it keeps x, z (or what makes it of x again, see `dropped`) and h, where autograd keeps what each
+product was given. Of y, and of dx, the narrow product is written first and the wide one, which reads and writes far
+less for each multiplication, is added to it in the same memory: a pass less than the other way round, and nothing is
+written down by itself. With `gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that
+runs. In half precision a CPU may be faster by way of float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -123,16 +123,9 @@ def inferred(
 ) -> Tensor:
     """y where nothing is kept for a backward. x and z are what `matrix_or_row` gives, and y is of the same form."""
     if x.ndim > 1:
-        return _inferred(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+        return _outputs(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
     y = weight.mv(x) if bias is None else torch.addmv(bias, weight, x)
     return y.addmv_(lora_B, lora_A.mv(z), alpha=scaling)
-
-
-@widened
-def _inferred(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gemm: str
-) -> Tensor:
-    return updated(x, weight, bias, F.linear(z, lora_A), lora_B, scaling, gemm)
 
 
 def matrix_or_row(tensor: Tensor, gemm: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .emit import Provenance, emit
+from .emit import ADAPTED_BY, SITE, Provenance, emit
 from .match import Match, NoMatch, match
 
 
@@ -55,7 +55,7 @@ class Rule:
     def apply_everywhere(self, gm: GraphModule, made_by: str, mode: FakeTensorMode) -> int:
         """Rewrite every match, last first, once each: a rule whose output matches again stays finite.
 
-        New nodes keep the site and adapter of the node they replace.
+        New nodes keep the site and adapter of the node they replace, and the one that computes its result its marks.
         """
         count = 0
         for anchor in reversed(list(gm.graph.nodes)):
@@ -64,6 +64,9 @@ class Rule:
             found = self.find(anchor)
             if isinstance(found, Match):
                 before = anchor.meta.get("lorafx", Provenance(made_by))
-                self.apply(gm, found, Provenance(made_by, before.site, before.adapter), mode)
+                marks = {key: anchor.meta[key] for key in (SITE, ADAPTED_BY) if key in anchor.meta}
+                result, new = self.apply(gm, found, Provenance(made_by, before.site, before.adapter), mode)
+                if result in new:
+                    result.meta |= marks
                 count += 1
         return count
