@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import get_metrics_context
 from torch._functorch import config as partitioner
+from torch._inductor import config as inductor
 from torch.fx import Graph, GraphModule, Node
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from .deferred import heads, is_deferral
 from .direct import direct
 from .errors import ConfigError
+from .in_place import SumsInPlace
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
 
+POST_PASS = "post_grad_custom_post_pass"  # Inductor's name of a pass on ATen operators that runs after its own
 _SMALL = 3  # so few operators between two blocks run as they are
 
 
@@ -71,8 +74,7 @@ class Piece:
         self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": backend.budget == 1}
         if backend.budget is not None:
             self._settings["activation_memory_budget"] = backend.budget
-        mode = torch._inductor.list_mode_options(backend.mode, dynamic=True) if backend.mode else {}
-        self._options: dict[str, Any] = {"config_patches": mode} if mode else {}
+        self._options: dict[str, Any] = {"config_patches": _patches(backend.mode)} if compiler == "inductor" else {}
         self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
     def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
@@ -81,6 +83,12 @@ class Piece:
             self.reasons.append(_reason())
         with partitioner.patch(self._settings):
             return self._backend(gm, inputs, **options, **self._options)
+
+
+def _patches(mode: str | None) -> dict[str, Any]:
+    """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
+    settings: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic=True) if mode else {}
+    return {POST_PASS: getattr(inductor, POST_PASS) or SumsInPlace()} | settings
 
 
 def _reason() -> str:

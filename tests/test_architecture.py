@@ -34,6 +34,7 @@ LAYERS = [
         "settled",
         "offload",
         "deferred",
+        "in_place",
         "ops",
     },
     {"forms", "rewrite", "sites"},

@@ -162,7 +162,7 @@ def test_modes_are_inductors(monkeypatch):
     monkeypatch.setattr(lower, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm)
     lora = deep(backend="inductor", mode="reduce-overhead")
     lora(torch.randn(2, 5, 4))
-    assert asked and all(options["config_patches"] == {"triton.cudagraphs": True} for options in asked)
+    assert asked and all(options["config_patches"]["triton.cudagraphs"] for options in asked)
     with pytest.raises(ConfigError, match=r"'fast' is none of .*max-autotune"):
         deep(backend="auto", mode="fast")
     with pytest.raises(ConfigError, match="aot_eager"):

@@ -1,0 +1,52 @@
+"""in_place: a pass for Inductor, by which what is added to a product is added in the product's own memory.
+
+Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
+every dx of an adapted linear, which nobody needs where the addend is itself a product that is read but once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
+aten = torch.ops.aten
+_PRODUCTS = aten.mm.default, aten.addmm.default
+_VIEWS = aten.view.default, aten.reshape.default, aten._unsafe_view.default
+
+
+class SumsInPlace(CustomGraphPass):
+    """Runs after Inductor's own passes on ATen operators. Where products are tuned, their templates do the adding."""
+
+    def __call__(self, graph: Graph) -> None:
+        if config.max_autotune or config.max_autotune_gemm:
+            return
+        for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
+            addend, *factors = node.args
+            if addend not in factors and _is_spent(addend) and _alike(addend, node):
+                node.target = aten.addmm_.default
+                node.replace_all_uses_with(addend)  # what it returns would count as memory of its own
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,))
+
+
+def _is_spent(addend: Node) -> bool:
+    """Whether an addend is a product, or a view of one, of which nobody else reads anything."""
+    while addend.target in _VIEWS and _is_read_once(addend):
+        addend = addend.args[0]  # type: ignore[assignment]
+    return addend.target in _PRODUCTS and _is_read_once(addend)
+
+
+def _is_read_once(node: Node) -> bool:
+    """What was added in place before it is read is a part of it."""
+    return sum(user.target is not aten.addmm_.default for user in node.users) == 1
+
+
+def _alike(addend: Node, total: Node) -> bool:
+    """Whether a sum has its addend's shape, for every size; one of another shape would be expanded."""
+    return statically_known_true(sym_eq(addend.meta["val"].shape, total.meta["val"].shape))
