@@ -122,7 +122,7 @@ def test_it_keeps_its_input_and_one_small_product():
     frozen = [t.detach() if t.shape[-1] == 4 and t.ndim == 2 and t.shape[0] != 2 else t for t in tensors]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         function(*frozen)
-    assert [t.shape for t in kept if t.shape[:2] == (3, 5)] == [(3, 5, 4), (3, 5, 5)]
+    assert [t.shape for t in kept if len(t) == 15] == [(15, 4), (15, 5)]
 
 
 @pytest.mark.slow

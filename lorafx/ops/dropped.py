@@ -37,8 +37,8 @@ def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:
 
 
 def redraws(x: Tensor) -> bool:
-    """Whether to draw once more costs less than to keep a byte an element."""
-    return x.is_cuda
+    """Whether to draw once more, for x as a matrix, costs less than to keep a byte an element."""
+    return x.is_cuda and x.is_contiguous()
 
 
 def _again(p: float, state: Tensor, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def reference(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Without a `setup_context`, beside which torch inspects forward's signature at each call, for a tenth of a ms."""
+    """Of matrices. Without a `setup_context`, beside which torch inspects forward's signature at each call."""
 
     @staticmethod
     def forward(ctx: Any, mask: Tensor | None, redraw: Redraw | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _outputs(
 ) -> tuple[Tensor, Tensor]:
     """y and h."""
     hidden = F.linear(x if z is None else z, lora_A)
-    return shaped(updated(x, weight, bias, hidden, lora_B, scaling, gemm), x), hidden
+    return updated(x, weight, bias, hidden, lora_B, scaling, gemm), hidden
 
 
 @widened
@@ -93,13 +93,13 @@ def _gradients(
     needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = needs
     dx = dz = d_weight = d_bias = d_A = d_B = None
     if dy is not None:
-        d_weight = rows(dy).t() @ rows(x) if needs_weight else None
-        d_bias = rows(dy).sum(0) if needs_bias else None
-        d_B = (rows(dy).t() @ rows(hidden)) * scaling if needs_B else None
+        d_weight = dy.t() @ x if needs_weight else None
+        d_bias = dy.sum(0) if needs_bias else None
+        d_B = (dy.t() @ hidden) * scaling if needs_B else None
         through = (dy @ lora_B) * scaling
         d_hidden = through if d_hidden is None else d_hidden + through
     if d_hidden is not None:
-        d_A = rows(d_hidden).t() @ rows(x if z is None else z) if needs_A else None
+        d_A = d_hidden.t() @ (x if z is None else z) if needs_A else None
         dz = d_hidden @ lora_A if needs_z else None
     if needs_x and d_hidden is not None and mask is not None:
         through = torch.where(mask, d_hidden @ lora_A, 0)
@@ -138,18 +138,12 @@ def matrix_or_row(tensor: Tensor, gemm: str) -> Tensor:
 def updated(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float, gemm: str
 ) -> Tensor:
-    """x Wᵀ + b + s · h Bᵀ as a matrix."""
-    x, hidden = rows(x), rows(hidden)
+    """x Wᵀ + b + s · h Bᵀ of matrices."""
     if by_kernel(gemm, x, weight, bias, hidden, lora_B):
         return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
     if bias is None:
-        return (hidden @ lora_B.t()).addmm_(x, weight.t(), beta=scaling)
+        return F.linear(hidden, lora_B).addmm_(x, weight.t(), beta=scaling)
     return torch.addmm(bias, hidden, lora_B.t(), alpha=scaling).addmm_(x, weight.t())
-
-
-def shaped(matrix: Tensor, x: Tensor) -> Tensor:
-    """A matrix with the rows of x; no view for autograd, which lets nobody write to one that a function gives."""
-    return torch.ops.aten._unsafe_view.default(matrix, (*x.shape[:-1], matrix.shape[-1]))
 
 
 def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor, gemm: str) -> Tensor:
@@ -167,11 +161,8 @@ def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
 
 
 def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """own + left @ right, in the memory of `own`, which nobody else has, where it is a matrix in memory."""
-    if own.is_contiguous() and not torch.is_grad_enabled():
-        own.view(-1, own.shape[-1]).addmm_(rows(left), right)
-        return own
-    return torch.addmm(rows(own), rows(left), right).view(own.shape)
+    """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
+    return torch.addmm(own, left, right) if torch.is_grad_enabled() else own.addmm_(left, right)
 
 
 def lora_linear(
@@ -202,11 +193,14 @@ def lora_linear(
     if merge and z is None and merging.pays(x, [lora_A], [lora_B]):
         return merging.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
-        keep = mask if redraw is None else None
-        return _LoraLinear.apply(keep, redraw, x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
-    flat = matrix_or_row(x, gemm)
-    flat_z = flat if z is None else matrix_or_row(z, gemm)
-    return inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm).view(*x.shape[:-1], weight.shape[0])
+        keep = None if mask is None or redraw is not None else rows(mask)
+        flat_z = None if z is None else rows(z)
+        y = _LoraLinear.apply(keep, redraw, rows(x), weight, bias, flat_z, lora_A, lora_B, scaling, gemm)[0]
+    else:
+        flat = matrix_or_row(x, gemm)
+        flat_z = flat if z is None else matrix_or_row(z, gemm)
+        y = inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 composite(

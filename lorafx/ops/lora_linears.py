@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from . import merging
 from .calls import by_reference, needs_backward, rows
 from .library import composite
-from .lora_linear import accumulated, inferred, input_gradient, matrix_or_row, shaped, updated
+from .lora_linear import accumulated, inferred, input_gradient, matrix_or_row, updated
 from .lora_linear import reference as one
 from .wide import widened
 
@@ -40,7 +40,7 @@ def reference(
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Its tensors are x, then all weights, biases, As and Bs; h is an output, so that second derivatives are right."""
+    """Of matrices: x, then all weights, biases, As and Bs. h is an output, so that second derivatives are right."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -63,7 +63,7 @@ def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor
     hidden = F.linear(x, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
-        shaped(updated(x, weight, bias, part, lora_B, scaling, gemm), x)
+        updated(x, weight, bias, part, lora_B, scaling, gemm)
         for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
     ]
     return *outputs, hidden
@@ -84,17 +84,17 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
 
     through = [
-        x.new_zeros(*x.shape[:-1], rank) if dy is None else (dy @ lora_B) * scaling
+        x.new_zeros(x.shape[0], rank) if dy is None else (dy @ lora_B) * scaling
         for dy, _, lora_B, scaling, _, rank in each
     ]
     g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
     products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
     dx = _sum_of_products(products, g, torch.cat(lora_As), gemm) if needs[0] else None
-    d_As = (rows(g).t() @ rows(x)).split(ranks) if any(needs_As) else [None] * count
+    d_As = (g.t() @ x).split(ranks) if any(needs_As) else [None] * count
     if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
         d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
     d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
-    d_biases = [rows(dy).sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
+    d_biases = [dy.sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
     d_Bs = [
         _gradient(dy, part, scaling) if needs else None for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
     ]
@@ -108,7 +108,7 @@ def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
 def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:
     if dy is None:
         return None
-    product = rows(dy).t() @ rows(x)
+    product = dy.t() @ x
     return product if scaling == 1.0 else product * scaling
 
 
@@ -142,12 +142,12 @@ def lora_linears(
         return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
-        return list(_LoraLinears.apply(x, tuple(scalings), gemm, *tensors)[:-1])
-    flat, shape = matrix_or_row(x, gemm), x.shape[:-1]
-    return [
-        inferred(flat, weight, bias, flat, lora_A, lora_B, scaling, gemm).view(*shape, weight.shape[0])
-        for weight, bias, lora_A, lora_B, scaling in zip(weights, biases, lora_As, lora_Bs, scalings)
-    ]
+        outputs = _LoraLinears.apply(rows(x), tuple(scalings), gemm, *tensors)[:-1]
+    else:
+        flat = matrix_or_row(x, gemm)
+        each = zip(weights, biases, lora_As, lora_Bs, scalings)
+        outputs = tuple(inferred(flat, w, bias, flat, lora_A, lora_B, s, gemm) for w, bias, lora_A, lora_B, s in each)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 composite(
