@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     parser.addoption("--models-page", help="write what served each model of the zoo to this file")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist puts groups into names
 def pytest_collection_modifyitems(items):
     """Tests that share a model, and the graphs captured of it, run on one worker (`--dist loadgroup`)."""
     for item in items:
