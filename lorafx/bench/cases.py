@@ -137,7 +137,7 @@ _layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestan
 _graphs = ("merged-graphs", "lorafx-graphs")
 STEP_BARS = (Bar("lorafx-compiled", "peft-compiled*", 1 / 1.15), Bar("lorafx-compiled", "peft-default", 1 / 1.6))
 
-_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton"))
+_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton", "lorafx-tuned"))
 
 CUDA = (
     _variant(_linears, "8b-linear", part="linear"),

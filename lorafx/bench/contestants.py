@@ -188,6 +188,7 @@ MAKERS: dict[str, Maker] = {
     "lorafx-triton": with_triton,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-compiled-1.0": partial(with_lorafx, backend="inductor", activation_budget=1.0),
+    "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
