@@ -25,11 +25,10 @@ from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from .deferred import heads, is_deferral
 from .direct import direct
 from .errors import ConfigError
-from .in_place import SumsInPlace
+from .in_place import POST_PASS, SumsInPlace
 from .regions import Region, is_size, signature
 from .rooted import CAPTURED, copied
 
-POST_PASS = "post_grad_custom_post_pass"  # Inductor's name of a pass on ATen operators that runs after its own
 _SMALL = 3  # so few operators between two blocks run as they are
 
 

@@ -76,6 +76,15 @@ def test_it_is_the_equation_with_the_same_random_numbers(redraws, shape):
         torch.testing.assert_close(seeded(*given), equation(*given), rtol=1e-13, atol=1e-13)
 
 
+def test_what_lies_in_another_order_in_memory_is_dropped_as_it_was(redraws):
+    """x is kept as a matrix; drawn for that, the numbers would come in the matrix's order."""
+    x, *rest = arguments()
+    x = x.detach().transpose(0, 1).requires_grad_()
+    found, expected = (torch.autograd.grad(run(x, *rest).sin().sum(), [x, rest[3]]) for run in (seeded, equation))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_and_second_derivatives(redraws):
     given = arguments()
     assert torch.autograd.gradcheck(seeded, given, fast_mode=True)

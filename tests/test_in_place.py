@@ -6,8 +6,8 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.in_place import SumsInPlace
-from lorafx.lower import POST_PASS, Backend, Piece
+from lorafx.in_place import POST_PASS, SumsInPlace
+from lorafx.lower import Backend, Piece
 
 aten = torch.ops.aten
 N, K, R = 6, 4, 2
@@ -92,9 +92,10 @@ def test_what_is_read_once_is_written_to(function, mode):
     assert all(map(torch.equal, given, before))
 
 
-def test_products_that_are_tuned_add_by_themselves():
+@pytest.mark.parametrize("tuned", ["max_autotune", "max_autotune_gemm"])
+def test_products_that_are_tuned_add_by_themselves(tuned):
     gm = make_fx(an_update, tracing_mode="fake")(*matrices())
-    with config.patch(max_autotune_gemm=True):
+    with config.patch({tuned: True}):
         SumsInPlace()(gm.graph)
     assert not gm.graph.find_nodes(op="call_function", target=aten.addmm_.default)
 
@@ -109,11 +110,11 @@ def test_inductor_reads_what_was_added(function, monkeypatch):
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(config, "force_disable_caches", True)
     piece = Piece("", function, "inductor", Backend("inductor"))
-    for rows in (5, 7):
-        given = matrices(rows)
-        found, code = run_and_get_code(piece.run, *given)
-        torch.testing.assert_close(found, function(*given))
-        assert not code or "".join(code).count("aten.addmm_") == CASES[function]
+    given, others = matrices(), matrices(rows=7)
+    found, (code,) = run_and_get_code(piece.run, *given)
+    assert code.count("aten.addmm_") == CASES[function]
+    torch.testing.assert_close(found, function(*given))
+    torch.testing.assert_close(piece.run(*others), function(*others))
 
 
 def test_a_pass_that_somebody_set_stays():

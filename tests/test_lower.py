@@ -10,6 +10,7 @@ import lorafx
 from lorafx import lower, ops
 from lorafx.blocks import blocks_of
 from lorafx.errors import ConfigError
+from lorafx.in_place import POST_PASS, SumsInPlace
 from lorafx.lower import Backend
 
 eps = torch.finfo(torch.float32).eps
@@ -162,7 +163,10 @@ def test_modes_are_inductors(monkeypatch):
     monkeypatch.setattr(lower, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm)
     lora = deep(backend="inductor", mode="reduce-overhead")
     lora(torch.randn(2, 5, 4))
-    assert asked and all(options["config_patches"]["triton.cudagraphs"] for options in asked)
+    for options in asked:
+        *patches, (name, own) = sorted(options["config_patches"].items(), key=lambda item: item[0] == POST_PASS)
+        assert patches == [("triton.cudagraphs", True)] and name == POST_PASS and isinstance(own, SumsInPlace)
+    assert asked
     with pytest.raises(ConfigError, match=r"'fast' is none of .*max-autotune"):
         deep(backend="auto", mode="fast")
     with pytest.raises(ConfigError, match="aot_eager"):

@@ -4,8 +4,8 @@ z = x m / (1 - p)        m: 1 with probability 1 - p, 0 otherwise
 
 Autograd keeps m, on a CPU in the dtype of x, and whoever multiplies z keeps z. Here z is made of x and m anew, and
 1 / (1 - p) is left to the update's scaling. On a GPU m is drawn anew too, from the state that the random numbers had
-(16 bytes). On a CPU drawing takes longer than all else about dropout, so m is kept, a byte an element. The numbers are
-those that torch's own dropout draws.
+(16 bytes), unless x has another order in memory than the matrix that is kept of it. On a CPU drawing takes longer than
+all else about dropout, so m is kept, a byte an element. The numbers are those that torch's own dropout draws.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def can_draw(x: Tensor, p: float) -> bool:
 
 def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:
     """m, as booleans of the shape of x; and what draws it again from x, or None where it is to be kept."""
-    if not redraws(x):
+    if not (redraws(x) and x.is_contiguous()):
         return _mask(x, p), None
     state = _generator(x).get_state()
     return _mask(x, p), partial(_again, p, state)
 
 
 def redraws(x: Tensor) -> bool:
-    """Whether to draw once more, for x as a matrix, costs less than to keep a byte an element."""
-    return x.is_cuda and x.is_contiguous()
+    """Whether to draw once more costs less than to keep a byte an element."""
+    return x.is_cuda
 
 
 def _again(p: float, state: Tensor, x: Tensor) -> Tensor:
