@@ -161,7 +161,8 @@ def write(
     tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
     config = _config_values(adapter, base_name, auto_mapping)
     files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        # Sorted by option, as in PEFT's files; yet of a `rank_pattern` the first that matches counts, so it keeps its order.
+        CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
     target = Path(folder)

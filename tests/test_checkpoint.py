@@ -178,6 +178,7 @@ def test_what_is_saved_while_merged_is_what_is_saved_unmerged(tmp_path: Path) ->
         {},
         {"bias": "all", "lora_bias": True},
         {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"rank_pattern": {"self_attn.q_proj": 1, "q_proj": 2}, "alpha_pattern": {"mlp.down_proj": 5, "down_proj": 7}},
         {"target_modules": ["embed_tokens", "lm_head"], "modules_to_save": None},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
     ],

@@ -26,7 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*shares its weight")
 
 
 def examples(count):
-    """Run a property on this many examples, the same ones each time. A failing one is printed as a recipe."""
+    """Run a property on this many examples, which depend on the code that is imported alone, not on chance.
+
+    A failing one is printed as a recipe.
+    """
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
 
