@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from . import ops
 from .blocks import blocks_of
 from .rewrite import resolve
-from .rooted import copied
+from .rooted import by_leaves
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     getattr(torch.ops.lorafx, name).default: getattr(ops, name) for name in ops.__all__
@@ -27,8 +27,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 
 def direct(gm: GraphModule) -> GraphModule:
-    """A graph over the same tree that calls the functions; the given one stays as it is."""
-    other = copied(gm, gm)
+    """A graph over the same tree, called with leaves, that calls the functions; the given one stays as it is."""
+    other = by_leaves(gm)
     for each in (other, *blocks_of(other)):
         for node in each.graph.nodes:
             node.target = _FUNCTIONS.get(node.target, node.target)

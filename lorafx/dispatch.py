@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import warnings
@@ -21,9 +20,9 @@ from .errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorEr
 from .filled import fill
 from .key import (
     COUNTER,
+    Call,
     CallKey,
     changed_counters,
-    flat,
     full_masks,
     images,
     is_counter,
@@ -111,23 +110,23 @@ class Dispatcher:
         mode = BySites.running(tree)
         if mode is not None:
             return self._step_into(mode, path, args, kwargs)
-        kwargs = settled(tree, path, kwargs)
-        key = self._key(tree, context, path, args, kwargs)
+        call = Call.of(args, settled(tree, path, kwargs))
+        key = self._key(tree, context, path, call)
         kept = tuple(self.programs.of(key))
         for program in kept:
             try:
-                result = self._run(program, tree, args, kwargs)
+                result = self._run(program, tree, context, call)
             except GuardFailed:
                 continue
             program.hits += 1
             return result
-        program = self._new(tree, context, key, args, kwargs, len(kept))
+        program = self._new(tree, context, key, call, len(kept))
         try:
-            return self._run(program, tree, args, kwargs)
+            return self._run(program, tree, context, call)
         except GuardFailed as error:
             reason = f"the graph captured from this very call does not accept it: {error}"
-            self._step_down(program, tree, context, CaptureError(reason))
-            return self._run(program, tree, args, kwargs)
+            self._step_down(program, CaptureError(reason))
+            return self._run(program, tree, context, call)
         except BaseException:
             if program.gm is None:  # the call is one that the model itself refuses
                 self.programs.forget(program)
@@ -136,15 +135,13 @@ class Dispatcher:
 
     def program(self, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """What serves a call of the whole model, without running it."""
-        kwargs = settled(tree, "", kwargs)
-        key = self._key(tree, context, "", args, kwargs)
+        call = Call.of(args, settled(tree, "", kwargs))
+        key = self._key(tree, context, "", call)
         kept = self.programs.of(key)
-        return kept[-1] if kept else self._new(tree, context, key, args, kwargs, 0)
+        return kept[-1] if kept else self._new(tree, context, key, call, 0)
 
-    def _key(
-        self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> CallKey:
-        leaves, spec = flat(args, kwargs)
+    def _key(self, tree: nn.Module, context: Context, path: str, call: Call) -> CallKey:
+        args, kwargs, leaves, spec = call
         layout, attributes = self.layout.number(tree)
         if self.generation != self.layout.generation:
             require_whole(tree, context)
@@ -158,63 +155,50 @@ class Dispatcher:
         key = CallKey(path, spec, keys, *modes(), layout, adapters, context.merged, attributes, full_masks(kwargs))
         return _by_any(key) if self.sited and _by_any(key) in self.sited else key
 
-    def _run(self, program: Program, tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if program.gm is None:
-            result = program.run(*args, **kwargs)
+    def _run(self, program: Program, tree: nn.Module, context: Context, call: Call) -> Any:
+        gm, lowered = program.gm, program.lowered
+        if gm is None or lowered is None:
+            result = self._by_sites(tree, context, program.key.part, call)
             self._warn_of(program)
             return result
         with _capturing:  # torch.export changes how modules are called, in all threads: wait until it is done
-            for gm in {program.gm, program.run}:
-                if isinstance(gm, GraphModule):
-                    refresh(gm, tree)
-        result = _guarded(program.run, args, kwargs)
-        if not program.gm.meta[FILLS]:
-            return result
-        output, filled = result
-        return fill(output, filled, args, kwargs)
+            refresh(gm, tree)
+            refresh(lowered.graph, tree)
+        leaves, made = _guarded(lowered.run, call.leaves), lowered.output
+        return fill(leaves, made, call.args, call.kwargs) if gm.meta[FILLS] else made.unflatten(leaves)
 
     # --- a new kind of call ------------------------------------------------------------------------------------------
 
-    def _new(
-        self, tree: nn.Module, context: Context, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], tried: int
-    ) -> Program:
+    def _new(self, tree: nn.Module, context: Context, key: CallKey, call: Call, tried: int) -> Program:
         """Make and keep what serves a call: its graph, or the model by sites where that cannot be."""
         with _capturing:
             kept = self.programs.of(key)
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
-            return self._make(tree, context, key, args, kwargs)
+            return self._make(tree, context, key, call)
 
-    def _make(
-        self, tree: nn.Module, context: Context, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Program:
+    def _make(self, tree: nn.Module, context: Context, key: CallKey, call: Call) -> Program:
         part = tree.get_submodule(key.part)
-        names = leaf_names(argument_names(part.forward, args), args, kwargs)
-        self._free_counters(tree, key, names, args, kwargs)
-        key = self._key(tree, context, key.part, args, kwargs)
-        call = describe_call(part, args, kwargs)
-        program = Program(
-            title=f"{key.part}({call})" if key.part else call,
-            key=key,
-            names=names,
-            why="",
-            run=functools.partial(self._by_sites, tree, context, key.part),
-        )
+        names = leaf_names(argument_names(part.forward, call.args), call.args, call.kwargs)
+        self._free_counters(tree, key, names, call)
+        key = self._key(tree, context, key.part, call)
+        title = describe_call(part, call.args, call.kwargs)
+        program = Program(f"{key.part}({title})" if key.part else title, key, names, why="")
         program.why, changing = self.misses.explain(program, self)
         program.reason = self._reason_against_a_graph(key) or (changing if self.capture != "graph" else "")
         if program.reason and self.capture == "graph":
             raise CaptureError(f"{type(part).__name__} is not served by a graph: {program.reason}")
         if not program.reason:
             try:
-                self._capture(program, tree, context, args, kwargs)
+                self._capture(program, tree, context, call)
             except UncoveredOperatorError:
                 raise
             except CaptureError as error:
-                self._step_down(program, tree, context, error)
+                self._step_down(program, error)
         if program.gm is None and not self._may_settle(program):
             self.sited.add(_by_any(key))
         # The key as it is now: a model may settle something in its config the first time it runs.
-        self.programs.keep(self._key(tree, context, key.part, args, kwargs), program)
+        self.programs.keep(self._key(tree, context, key.part, call), program)
         return program
 
     def _may_settle(self, program: Program) -> bool:
@@ -235,10 +219,9 @@ class Dispatcher:
         many = len(self.programs.of(key)) >= SIZES and self.capture != "graph"
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 
-    def _capture(
-        self, program: Program, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _capture(self, program: Program, tree: nn.Module, context: Context, call: Call) -> None:
         """Capture, rewrite, lower. What differs in adapters alone is captured once."""
+        args, kwargs = call.args, call.kwargs
         with collecting_later():
             start = time.perf_counter()
             bare = program.key._replace(adapters=(), merged=frozenset(), full=())
@@ -253,11 +236,9 @@ class Dispatcher:
                 node.meta[ONES] = name in program.key.full
             program.seconds = time.perf_counter() - start
             program.steps = self.pipeline.run(gm, replace(context, trained=trained_paths(tree)), self.observers)
-            program.gm, program.run = gm, self.lowering.lower(gm)
+            program.gm, program.lowered = gm, self.lowering.lower(gm)
 
-    def _free_counters(
-        self, tree: nn.Module, key: CallKey, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _free_counters(self, tree: nn.Module, key: CallKey, names: tuple[str, ...], call: Call) -> None:
         """Stop specialising on integers that change from one call to the next: what caches count, numbers of tokens."""
         place = key.part, key.structure
         lengths = {i for i, name in enumerate(names) if is_length(name) and is_counter(key.leaves[i])}
@@ -265,30 +246,27 @@ class Dispatcher:
         changed -= self.constants.get(place, frozenset())
         if self.capture == "sites" or not (lengths or changed):
             return
-        if changed and not self._may_be_any(tree, key.part, changed | lengths, args, kwargs):
+        if changed and not self._may_be_any(tree, key.part, changed | lengths, call):
             self.constants[place] = self.constants.get(place, frozenset()) | changed
             changed = frozenset()
         self.counters[place] = self.counters.get(place, frozenset()) | changed | lengths
 
-    def _may_be_any(
-        self, tree: nn.Module, path: str, free: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _may_be_any(self, tree: nn.Module, path: str, free: frozenset[int], call: Call) -> bool:
         """Whether the model computes the same with integers as with symbols for them, and not `isinstance(n, int)`."""
         try:
-            graphs = [trace_part(tree, path, args, kwargs, which, unroll=False).graph for which in (free, ())]
+            graphs = [trace_part(tree, path, call.args, call.kwargs, f, unroll=False).graph for f in (free, ())]
         except CaptureError:
             return False
         symbolic, plain = ([n.target for n in g.nodes if isinstance(n.target, torch._ops.OpOverload)] for g in graphs)
         sizes = {torch.ops.aten.sym_size.int}
         return [op for op in symbolic if op not in sizes] == [op for op in plain if op not in sizes]
 
-    def _step_down(self, program: Program, tree: nn.Module, context: Context, error: CaptureError) -> None:
+    def _step_down(self, program: Program, error: CaptureError) -> None:
         """Serve a call by sites from now on, because of `error`; the first time, say so."""
         if self.capture == "graph":
             raise error
         program.gm, program.reason, program.failed = None, str(error), True
         program.changes = isinstance(error.__cause__, Changed)
-        program.run = functools.partial(self._by_sites, tree, context, program.key.part)
 
     def _warn_of(self, program: Program) -> None:
         if program.failed and not self.warned:
@@ -300,11 +278,11 @@ class Dispatcher:
 
     # --- by sites ----------------------------------------------------------------------------------------------------
 
-    def _by_sites(self, tree: nn.Module, context: Context, path: str, *args: Any, **kwargs: Any) -> Any:
+    def _by_sites(self, tree: nn.Module, context: Context, path: str, call: Call) -> Any:
         """Run the model's own Python, each read of an adapted tensor as a graph of its own."""
         mode = BySites(tree, context, self.layout.number(tree).layout, path, self._operate)
         with mode.active():
-            return own_forward(tree, path)(*args, **kwargs)
+            return own_forward(tree, path)(*call.args, **call.kwargs)
 
     def _step_into(self, mode: BySites, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a part's own Python; where that reads an adapted tensor in an odd way, the part as a graph of its own."""
@@ -326,14 +304,14 @@ class Dispatcher:
         """Run one operator that reads an adapted tensor."""
         for gm in self.operators.of(key):
             try:
-                return _guarded(gm, tuple(inputs), {})
+                return _guarded(gm, inputs)
             except GuardFailed:
                 continue
         with _capturing:
             gm, context = capture()
             self.pipeline.run(gm, replace(context, trained=trained_paths(gm)), self.observers)
             self.operators.keep(key, gm)
-        return _guarded(gm, tuple(inputs), {})
+        return _guarded(gm, inputs)
 
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
@@ -362,9 +340,9 @@ def _by_any(key: CallKey) -> CallKey:
     return key._replace(attributes=ANY)
 
 
-def _guarded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _guarded(run: Callable[..., Any], inputs: list[Any]) -> Any:
     try:
-        return run(*args, **kwargs)
+        return run(*inputs)
     except AssertionError as error:
         if str(error).startswith("Guard failed"):  # the first thing a graph does, before it computes anything
             raise GuardFailed(str(error)) from error

@@ -7,7 +7,7 @@ returned one of these, the caller gets his own back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,13 +59,17 @@ def _holds(output: Any, ids: Mapping[int, str]) -> bool:
     return any(id(value) in ids for value in pytree.tree_leaves(output, is_leaf=lambda value: id(value) in ids))
 
 
-def fill(output: Any, filled: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Put what a graph has filled into the caller's arguments; returns the output with those that were returned."""
+def fill(leaves: Sequence[Any], spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Put what a graph has filled into the caller's arguments; returns the output with those that were returned.
+
+    `leaves` and `spec` are what the graph gives, flat: the output and the filled containers by name.
+    """
     own = given(args, kwargs)
+    marks = {_GIVEN + name: value for name, value in own.items()}
+    output, filled = spec.unflatten([marks.get(leaf, leaf) if type(leaf) is str else leaf for leaf in leaves])
     for name, value in filled.items():
         pour(own[name], value)
-    marks = {_GIVEN + name: value for name, value in own.items()}
-    return pytree.tree_map(lambda leaf: marks.get(leaf, leaf) if isinstance(leaf, str) else leaf, output)
+    return output
 
 
 def pour(old: Any, new: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The call key: what a captured graph was specialised on, and in what two calls differ."""
+"""A call, its key (what a captured graph was specialised on), and in what two calls differ."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from .autocast import autocast_dtype
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
 Leaf = tuple[Any, ...]
 COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
+
+
+class Call(NamedTuple):
+    """The arguments of a call, and the same taken apart once: its leaves, and their structure."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    structure: Hashable
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Without a pytree's pains where all arguments are leaves already."""
+        leaves = [*args, *kwargs.values()]
+        if _LEAVES.issuperset(map(type, leaves)):
+            return cls(args, kwargs, leaves, (len(args), *kwargs))
+        return cls(args, kwargs, *pytree.tree_flatten((args, kwargs)))
+
+
+_LEAVES = frozenset({Tensor, bool, int, float, str, nn.Parameter})
 
 
 class CallKey(NamedTuple):
@@ -98,17 +118,6 @@ def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
 def _devices() -> tuple[str, ...]:
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu", accelerator.type) if accelerator else ("cpu",)
-
-
-def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
-    """A call's leaves and structure; without a pytree's pains where all arguments are leaves already."""
-    leaves = [*args, *kwargs.values()]
-    if _LEAVES.issuperset(map(type, leaves)):
-        return leaves, (len(args), *kwargs)
-    return pytree.tree_flatten((args, kwargs))
-
-
-_LEAVES = frozenset({Tensor, bool, int, float, str, nn.Parameter})
 
 
 def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch._dynamo.utils import get_metrics_context
 from torch._functorch import config as partitioner
 from torch._inductor import config as inductor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from .deferred import heads, is_deferral
@@ -27,7 +28,7 @@ from .direct import direct
 from .errors import ConfigError
 from .in_place import POST_PASS, SumsInPlace
 from .regions import Region, is_size, signature
-from .rooted import CAPTURED, copied
+from .rooted import CAPTURED, by_leaves
 
 _SMALL = 3  # so few operators between two blocks run as they are
 
@@ -96,6 +97,14 @@ def _reason() -> str:
     return " ".join(str(reason).split())
 
 
+class Lowered(NamedTuple):
+    """What serves calls of a graph, from a call's leaves to its output's, and how these make the output."""
+
+    graph: GraphModule  # over the same tree
+    run: Callable[..., Any]  # the graph itself, or a compiled form of it
+    output: pytree.TreeSpec
+
+
 class Lowering:
     """What compiles graphs for one adapted model, and the pieces it has compiled. Sizes stay dynamic."""
 
@@ -103,19 +112,23 @@ class Lowering:
         self.backend = backend
         self.pieces: dict[Hashable, Piece] = {}
 
-    def lower(self, gm: GraphModule) -> Callable[..., Any]:
-        """The callable that serves calls of `gm`."""
-        compiler = self.backend.on(gm)
+    def lower(self, gm: GraphModule) -> Lowered:
+        """What serves calls of `gm`."""
+        compiler, output = self.backend.on(gm), gm._out_spec
+        assert output is not None, "torch.export says how a call's leaves make its output"
         if compiler == "eager":
-            return direct(gm)
-        if not blocks_of(gm) and not heads(gm):
-            whole = self.pieces[id(gm)] = Piece("whole graph", gm, compiler, self.backend)
-            return whole.run
-        return self._in_pieces(gm, compiler)
+            graph = direct(gm)
+        elif blocks_of(gm) or heads(gm):
+            graph = self._in_pieces(gm, compiler)
+        else:
+            graph = by_leaves(gm)
+            whole = self.pieces[id(graph)] = Piece("whole graph", graph, compiler, self.backend)
+            return Lowered(graph, whole.run, output)
+        return Lowered(graph, graph, output)
 
     def _in_pieces(self, gm: GraphModule, compiler: str) -> GraphModule:
         """The outer graph with compiled pieces in it; it reads parameters from the same tree."""
-        outer = copied(gm, gm)
+        outer = by_leaves(gm)
         graph, pieces = outer.graph, outer.get_submodule(CAPTURED)
         for block in blocks_of(gm):
             title = f"{len(block.meta[LAYERS])} layers, {block.meta[LAYERS][0]} first"

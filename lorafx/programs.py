@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from .deferred import describe_loss
 from .key import COUNTER, CallKey
+from .lower import Lowered
 from .report import Step
 
 
@@ -22,8 +23,8 @@ class Program:
     key: CallKey
     names: tuple[str, ...]
     why: str
-    run: Callable[..., Any]
     gm: GraphModule | None = None
+    lowered: Lowered | None = None
     reason: str = ""
     steps: tuple[Step, ...] = ()
     seconds: float = 0.0

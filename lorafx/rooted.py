@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from .blocks import LAYERS
@@ -71,6 +72,14 @@ def _copied_block(child: nn.Module | None, tree: nn.Module) -> nn.Module | None:
     block = copied(child, tree.get_submodule(child.meta[LAYERS][0]))
     block.meta[LAYERS] = list(child.meta[LAYERS])
     return block
+
+
+def by_leaves(gm: GraphModule) -> GraphModule:
+    """A copy that is called with a call's leaves and gives its output's: whoever calls it has taken the call apart."""
+    other = copied(gm, gm)
+    other.graph.set_codegen(CodeGen())
+    other.recompile()
+    return other
 
 
 def copied_graph(graph: Graph) -> Graph:

@@ -98,11 +98,11 @@ def test_an_eager_graph_calls_our_operators_as_functions():
     x = torch.randn(5, 2, 4)
     output = lora(x)
     program = next(iter(lora._lorafx.dispatcher))
-    graphs = {run: [run, *blocks_of(run)] for run in (program.gm, program.run)}
+    graphs = {run: [run, *blocks_of(run)] for run in (program.gm, program.lowered.graph)}
     targets = {run: {n.target for gm in parts for n in gm.graph.nodes} for run, parts in graphs.items()}
     operator = torch.ops.lorafx.lora_linear.default
     assert operator in targets[program.gm] and ops.lora_linear not in targets[program.gm]
-    assert ops.lora_linear in targets[program.run] and operator not in targets[program.run]
+    assert ops.lora_linear in targets[program.lowered.graph] and operator not in targets[program.lowered.graph]
     assert torch.equal(pytree.tree_leaves(program.gm(x))[0], output)
 
 
