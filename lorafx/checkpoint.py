@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +160,9 @@ def write(
     """
     tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
     tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
-    config = _config_values(adapter, base_name, auto_mapping)
+    config = _config_values(root, adapter, base_name, auto_mapping)
     files = {
-        # Sorted by option, as in PEFT's files; yet of a `rank_pattern` the first that matches counts, so it keeps its order.
+        # Sorted by option alone: of a `rank_pattern` the first that matches counts.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
@@ -241,11 +242,13 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _config_values(adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None) -> dict[str, Any]:
+def _config_values(
+    root: nn.Module, adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None
+) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = isinstance(adapter.config.target_modules, str) and adapter.config.target_modules.lower() == "all-linear"
     if expanded or adapter.config.target_modules is None:
-        values["target_modules"] = sorted(site.name for site in adapter.selection)
+        values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
     values["fan_in_fan_out"] = any(site.form.name == "addmm" for site in adapter.selection)
     values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
@@ -253,6 +256,15 @@ def _config_values(adapter: Adapter, base_name: str | None, auto_mapping: Mappin
     if values["task_type"] is None and values["auto_mapping"] is None:
         values["auto_mapping"] = auto_mapping
     return values
+
+
+def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+    """The config's values that select these sites: their names, or a pattern where other modules' names end in one."""
+    others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
+    if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):
+        return {"target_modules": sites}
+    # PEFT refuses layers beside a pattern, and it needs none: the names say which.
+    return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
 
 
 def _card(values: Mapping[str, Any]) -> str:

@@ -194,6 +194,29 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, settings: dict[str,
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+class Ending(nn.Module):
+    """(n) ids -> (n, 4), by a linear layer and an embedding; the name of the one ends in that of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 4)
+        self.inner = nn.ModuleDict({"proj": nn.Embedding(11, 6), "proj2": nn.Linear(6, 6)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.proj(self.inner["proj2"](self.inner["proj"](ids)))
+
+
+def test_all_linear_comes_back_though_another_name_ends_like_a_sites(tmp_path: Path) -> None:
+    base, ids = Ending(), torch.arange(5)
+    lora = lorafx.compile(base, {"target_modules": "all-linear", "init_lora_weights": False}, random_state=1)
+    lora.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["target_modules"] == r"inner\.proj2|proj"
+    assert_same_tensors(adapter_tensors(load(tmp_path, base)), adapter_tensors(lora))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(tmp_path / WEIGHTS))
+    torch.testing.assert_close(theirs(ids), lora(ids))
+
+
 def test_an_adapter_may_come_back_under_another_name(saved: Path) -> None:
     lora = load(saved, adapter_name="other")
     assert lora.active_adapter == "other"
