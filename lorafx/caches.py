@@ -33,6 +33,12 @@ def register_caches(model: nn.Module) -> None:
             )
 
 
+def is_cache(value: Any) -> bool:
+    """Whether pytrees look into an object as into a cache: at its attributes, whose names are in its structure."""
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    return node is not None and node.flatten_fn is _flatten
+
+
 def is_length(name: str) -> bool:
     """Whether a leaf of a call, by its name, is how many tokens a layer of a cache has seen."""
     return name.rpartition(".")[2].startswith("cumulative_length")

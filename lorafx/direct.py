@@ -1,9 +1,9 @@
-"""Direct: a graph that runs eagerly calls lorafx's operators as the Python functions they are, and reads tensors once.
+"""Direct: a graph that runs eagerly calls operators as the functions that they are, and reads tensors once.
 
 As `torch.ops.lorafx.…` each call goes through torch's dispatcher and back, which on a CPU takes as long as a small
-product does; and `self.model.layers.0.self_attn.q_proj.weight` asks seven modules one after another, by functions of
-theirs that look into three dicts each. Compilers and whoever reads the graph want both as they are; this is for what
-runs it.
+product does; as `torch.ops.aten.…` it is matched with its schema first, where `torch.add` reads its arguments in C; and
+`self.model.layers.0.self_attn.q_proj.weight` asks seven modules one after another, by functions of theirs that look
+into three dicts each. Compilers and whoever reads the graph want all of it as it is; this is for what runs it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,26 @@ from .blocks import blocks_of
 from .rewrite import resolve
 from .rooted import by_leaves
 
+aten = torch.ops.aten
+_TORCHS = (  # what decoders are made of, as far as torch's function of that name takes the operator's arguments
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.rsqrt.default),
+    *(aten.cos.default, aten.sin.default, aten.silu.default, aten.gelu.default, aten.softmax.int, aten.where.self),
+    *(aten.cat.default, aten.view.default, aten.reshape.default, aten.expand.default, aten.contiguous.default),
+    *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.select.int),
+    *(aten.linear.default, aten.matmul.default, aten.embedding.default, aten.layer_norm.default),
+    aten.scaled_dot_product_attention.default,
+)
+
+
+def _function(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """torch's own function for an ATen operator, which is written in C."""
+    name = op._schema.name.removeprefix("aten::")
+    return next(getattr(home, name) for home in (torch, torch._C._nn, Tensor) if hasattr(home, name))
+
+
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    getattr(torch.ops.lorafx, name).default: getattr(ops, name) for name in ops.__all__
+    **{getattr(torch.ops.lorafx, name).default: getattr(ops, name) for name in ops.__all__},
+    **{op: _function(op) for op in _TORCHS},
 }
 
 

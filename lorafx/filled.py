@@ -7,11 +7,14 @@ returned one of these, the caller gets his own back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .caches import is_cache
 
 _GIVEN = "lorafx: the argument "
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -66,10 +69,34 @@ def fill(leaves: Sequence[Any], spec: pytree.TreeSpec, args: tuple[Any, ...], kw
     """
     own = given(args, kwargs)
     marks = {_GIVEN + name: value for name, value in own.items()}
-    output, filled = spec.unflatten([marks.get(leaf, leaf) if type(leaf) is str else leaf for leaf in leaves])
-    for name, value in filled.items():
-        pour(own[name], value)
-    return output
+    rest = iter([marks.get(leaf, leaf) if type(leaf) is str else leaf for leaf in leaves])
+    output, filled = spec.children()
+    result = _made(output, rest)
+    for name, container in zip(filled.context, filled.children()):
+        _pour_leaves(own[name], container, rest)
+    return result
+
+
+def _made(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    return spec.unflatten(list(islice(leaves, spec.num_leaves)))
+
+
+def _pour_leaves(old: Any, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """`pour(old, new)` where `new` is made of the next leaves; caches, filled at each token, are not made first."""
+    if spec.is_leaf():
+        return next(leaves)
+    if type(old) is not spec.type or not (type(old) is list or is_cache(old)):
+        return pour(old, _made(spec, leaves))
+    if isinstance(old, list):
+        old[:] = [_pour_leaves(item, child, leaves) for item, child in zip(chain(old, repeat(None)), spec.children())]
+        return old
+    (names, fixed), attributes = spec.context, vars(old)
+    new = {name: _pour_leaves(attributes.get(name), child, leaves) for name, child in zip(names, spec.children())}
+    new.update(fixed)
+    for name in attributes.keys() - new.keys():
+        del attributes[name]
+    attributes.update(new)
+    return old
 
 
 def pour(old: Any, new: Any) -> Any:

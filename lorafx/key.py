@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autocast import autocast_dtype
@@ -27,14 +28,24 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Without a pytree's pains where all arguments are leaves already."""
-        leaves = [*args, *kwargs.values()]
-        if _LEAVES.issuperset(map(type, leaves)):
-            return cls(args, kwargs, leaves, (len(args), *kwargs))
-        return cls(args, kwargs, *pytree.tree_flatten((args, kwargs)))
+        """Its leaves are a pytree's; its structure is compared and hashed in C, where a pytree's is in Python."""
+        leaves: list[Any] = []
+        structure = tuple([_take_apart(value, leaves) for value in (*args, *kwargs.values())])
+        return cls(args, kwargs, leaves, (len(args), tuple(kwargs), structure))
 
 
-_LEAVES = frozenset({Tensor, bool, int, float, str, nn.Parameter})
+def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
+    """Add a value's leaves, in a pytree's order; returns its structure, which is None where it is a leaf itself."""
+    kind = type(value)
+    node = pytree.SUPPORTED_NODES.get(kind)
+    if node is None and pytree.is_namedtuple_instance(value):
+        node = pytree.SUPPORTED_NODES[namedtuple]  # type: ignore[index]  # what all of them are registered by
+    if node is None:
+        leaves.append(value)
+        return None
+    children, context = node.flatten_fn(value)
+    fixed = tuple(context) if isinstance(context, list) else context
+    return kind, fixed, tuple([_take_apart(child, leaves) for child in children])
 
 
 class CallKey(NamedTuple):
@@ -84,8 +95,8 @@ def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
     `sizes` are the tensor's last sizes where a graph is specialised on them.
     """
     if isinstance(leaf, Tensor):
-        shape = leaf.shape[: leaf.ndim - len(sizes)]
-        coarse = tuple([min(size, 2) for size in shape]) + sizes
+        shape = leaf.shape[: -len(sizes)] if sizes else leaf.shape
+        coarse = (*[2 if size > 1 else size for size in shape], *sizes)
         return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, coarse
     try:
         hash(leaf)

@@ -52,10 +52,11 @@ class Kept(OrderedDict[Hashable, list[Any]]):
 
     def of(self, key: Hashable) -> Sequence[Any]:
         """What is kept for a key, which counts as used now."""
-        if key not in self:
+        kept = self.get(key)
+        if kept is None:
             return ()
         self.move_to_end(key)
-        return self[key]
+        return kept
 
     def keep(self, key: Hashable, served_by: Any) -> None:
         """Keep one more."""

@@ -97,15 +97,15 @@ class Watch:
             if len(self._seen) > _STATES:  # a model that counts its calls is in a new one each time
                 del self._states[self._seen.popitem(last=False)[1]]
         self._number = self._seen[key]
-        containers = {id(c): c for value in values for c in _containers(value)}
-        self._containers = [(container, _items(container)) for container in containers.values()]
+        containers = list({id(c): c for value in values for c in _containers(value)}.values())
+        self._views = [*containers, *(c.values() for c in containers if isinstance(c, dict))]
+        self._sizes, self._items = list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def _filled(self) -> bool:
         """Whether something was put into a container, or taken out."""
-        return any(
-            len(now := _items(container)) != len(before) or not all(map(is_, now, before))
-            for container, before in self._containers
-        )
+        if list(map(len, self._views)) != self._sizes:
+            return True
+        return not all(map(is_, chain.from_iterable(self._views), self._items))
 
     def changes(self, new: int, old: int) -> Iterator[str]:
         """Names of the attributes in which two states differ, as far as both are remembered."""
@@ -158,7 +158,3 @@ def _containers(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     if isinstance(value, (list, tuple, dict)) and depth:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _containers(item, depth - 1)
-
-
-def _items(container: Any) -> list[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import lorafx
-from lorafx.direct import direct, reader
+from lorafx.direct import _FUNCTIONS, _TORCHS, direct, reader
 from lorafx.ops import lora_linear
 from lorafx.ops.lora_linear import reference
 
@@ -57,8 +57,46 @@ def test_it_computes_the_same_and_leaves_the_graph_as_it_is(layers):
     runs = direct(gm)
     assert torch.equal(*runs(x), gm(x)) and gm.code == before
     assert lora_linear in targets(runs) and torch.ops.lorafx.lora_linear.default in targets(gm)
+    assert torch.mul in targets(runs) and torch.ops.aten.mul.Tensor in targets(gm)
     read = [node.target for node in runs.graph.find_nodes(op="get_attr")]
     assert not any(path.endswith(("weight", "shift")) for path in read) and "scale" in read, "the root's own"
+
+
+ARGUMENTS = {  # as captured graphs give them, x being (2, 3, 4)
+    "add.Tensor": lambda x: ((x, x), {"alpha": 2}),
+    "sub.Tensor": lambda x: ((x, 1.5), {"alpha": 2}),
+    "mul.Tensor": lambda x: ((x, 3), {}),
+    "div.Tensor": lambda x: ((x, 2), {}),
+    "softmax.int": lambda x: ((x, -1, torch.float64), {}),
+    "where.self": lambda x: ((x > 0, x, -x), {}),
+    "gelu.default": lambda x: ((x,), {"approximate": "tanh"}),
+    "cat.default": lambda x: (([x, x], -1), {}),
+    "view.default": lambda x: ((x, [6, -1]), {}),
+    "reshape.default": lambda x: ((x, [-1]), {}),
+    "expand.default": lambda x: ((x[:1], [5, -1, 4]), {}),
+    "contiguous.default": lambda x: ((x.mT,), {"memory_format": torch.contiguous_format}),
+    "transpose.int": lambda x: ((x, 1, 2), {}),
+    "permute.default": lambda x: ((x, [2, 0, 1]), {}),
+    "unsqueeze.default": lambda x: ((x, -2), {}),
+    "squeeze.dim": lambda x: ((x[:1], 0), {}),
+    "select.int": lambda x: ((x, 1, -1), {}),
+    "linear.default": lambda x: ((x, x[0], x[0, :, 0]), {}),
+    "matmul.default": lambda x: ((x, x.mT), {}),
+    "embedding.default": lambda x: ((x[0], torch.tensor([[0, 2]]), 1), {}),
+    "layer_norm.default": lambda x: ((x, [4], x[0, 0], None, 1e-6, False), {}),
+    "scaled_dot_product_attention.default": lambda x: (
+        (x[None], x[None], x[None], torch.ones(3, 3).tril() > 0),
+        {"scale": 0.3, "enable_gqa": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("op", _TORCHS, ids=str)
+def test_torchs_own_function_takes_what_the_operator_takes(op):
+    given = ARGUMENTS.get(str(op).removeprefix("aten."), lambda x: ((x,), {}))
+    args, kwargs = given(torch.randn(2, 3, 4).abs())
+    found, expected = _FUNCTIONS[op](*args, **kwargs), op(*args, **kwargs)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
 
 
 def test_it_reads_what_the_tree_has_at_that_moment():

@@ -1,0 +1,48 @@
+"""What a graph has filled goes into the caller's own containers, whatever they hold more or less than before."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import DynamicCache
+
+from lorafx.caches import register_caches
+from lorafx.filled import fill
+
+register_caches(nn.Module())
+
+
+def cache(layers, length=3):
+    made = DynamicCache()
+    for layer in range(layers):
+        made.update(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4), layer)
+    return made
+
+
+def filled(output, containers, **own):
+    """What `fill` gives where a graph gives this output and containers, to a caller with these of his own."""
+    leaves, spec = pytree.tree_flatten((output, containers))
+    return fill(leaves, spec, (), own)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 2), (1, 3), (3, 1)])
+def test_a_cache_keeps_its_objects_and_gets_the_contents(before, after):
+    own, new = cache(before), cache(after, length=5)
+    kept = list(own.layers)
+    for layer in kept:
+        layer.surplus = torch.ones(1)
+    output = filled(("lorafx: the argument past", torch.zeros(1)), {"past": new}, past=own)
+    assert output[0] is own and len(own.layers) == after
+    for mine, given in zip(own.layers, new.layers):
+        assert mine.keys is given.keys and mine.values is given.values and vars(mine).keys() == vars(given).keys()
+    assert all(mine is old for mine, old in zip(own.layers, kept))
+
+
+def test_containers_within_are_the_callers_too():
+    inner, own = {"kept": 1, "gone": 2}, [cache(1), "text"]
+    notes = {"inner": inner, "list": own}
+    new = {"inner": {"kept": 3, "added": 4}, "list": [cache(1), 5, (6, [7])]}
+    output = filled({"loss": 0, "notes": "lorafx: the argument notes"}, {"notes": new}, notes=notes)
+    assert output == {"loss": 0, "notes": notes} and output["notes"] is notes
+    assert notes["inner"] is inner == {"kept": 3, "added": 4}
+    assert notes["list"] is own and own[1:] == [5, (6, [7])] and own[0].layers[0].keys is new["list"][0].layers[0].keys
