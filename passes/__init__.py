@@ -20,6 +20,7 @@ from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
+from .restore_gate import RestoreGate
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
 from .restore_norm import RestoreNorm
@@ -74,6 +75,7 @@ __all__ = [
     "MergeOnTheFly",
     "OutlineBlocks",
     "RestoreCausal",
+    "RestoreGate",
     "RestoreGqa",
     "RestoreLinear",
     "RestoreNorm",
