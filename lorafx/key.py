@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,27 @@ def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
         leaves.append(value)
         return None
     children, context = node.flatten_fn(value)
-    fixed = tuple(context) if isinstance(context, list) else context
-    return kind, fixed, tuple([_take_apart(child, leaves) for child in children])
+    return kind, _hashable(context), tuple([_take_apart(child, leaves) for child in children])
+
+
+def _hashable(context: Any) -> Hashable:
+    if isinstance(context, list):
+        context = tuple(context)
+    try:
+        hash(context)
+    except TypeError:
+        return _Compared(context)
+    return context
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What cannot be hashed, by its equality alone."""
+
+    value: Any
+
+    def __hash__(self) -> int:
+        return 0
 
 
 class CallKey(NamedTuple):

@@ -1,6 +1,6 @@
 """A call taken apart: as a pytree takes it apart, with structures that are equal where a pytree's are."""
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 
 import torch
 from hypothesis import given
@@ -25,6 +25,7 @@ def containers(inner):
         st.lists(inner, max_size=3).map(tuple),
         pairs,
         pairs.map(OrderedDict),
+        pairs.map(lambda values: defaultdict(list, values)),
         st.builds(Pair, inner, inner),
     )
 
@@ -55,3 +56,6 @@ def test_caches_and_models_outputs_are_taken_apart_too():
     assert taken.structure == Call.of(args, {"past": cache(length=5), "other": 1}).structure
     assert taken.structure != Call.of(args, {"past": cache(layers=3), "other": None}).structure
     assert taken.structure != Call.of(args, {"other": None, "past": cache()}).structure
+    odd = cache()
+    odd.seen = {"a set": bytearray()}, {1}  # cannot be hashed
+    hash(Call.of((), {"past": odd}).structure)
