@@ -7,7 +7,7 @@ from collections.abc import Container
 import torch
 from torch.fx import GraphModule, Node
 
-from .rewrite import resolve
+from .rewrite import Match, resolve
 
 aten = torch.ops.aten
 # They update running statistics, which their schemas do not say.
@@ -47,6 +47,17 @@ def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
         body = resolve(gm, str(argument.target))
         return isinstance(body, GraphModule) and any(writes(node, body) for node in body.graph.nodes)
     return argument.op == "placeholder" and not isinstance(argument.meta.get("val"), (torch.Tensor, torch.SymInt, int))
+
+
+def interrupted(found: Match) -> bool:
+    """Whether something is written to between a match's first node and its last, in whose place all inputs are read."""
+    node, gm = min(found.nodes), found.anchor.graph.owning_module
+    assert gm is not None, "a graph that is rewritten belongs to a module"
+    while node is not found.anchor:
+        if node not in found.nodes and writes(node, gm):
+            return True
+        node = node.next
+    return False
 
 
 def writes_to_what_it_is_given(gm: GraphModule) -> bool:

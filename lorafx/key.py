@@ -38,9 +38,9 @@ class Call(NamedTuple):
 def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
     """Add a value's leaves, in a pytree's order; returns its structure, which is None where it is a leaf itself."""
     kind = type(value)
-    node = pytree.SUPPORTED_NODES.get(kind)
-    if node is None and pytree.is_namedtuple_instance(value):
-        node = pytree.SUPPORTED_NODES[namedtuple]  # type: ignore[index]  # what all of them are registered by
+    # Named tuples are registered as one, whatever is registered of their class.
+    named = issubclass(kind, tuple) and kind is not tuple and pytree.is_namedtuple_instance(value)
+    node = pytree.SUPPORTED_NODES.get(namedtuple if named else kind)  # type: ignore[arg-type]
     if node is None:
         leaves.append(value)
         return None

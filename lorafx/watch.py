@@ -98,7 +98,7 @@ class Watch:
                 del self._states[self._seen.popitem(last=False)[1]]
         self._number = self._seen[key]
         containers = list({id(c): c for value in values for c in _containers(value)}.values())
-        self._views = [*containers, *(c.values() for c in containers if isinstance(c, dict))]
+        self._views = [*containers, *(dict.values(c) for c in containers if isinstance(c, dict))]
         self._sizes, self._items = list(map(len, self._views)), list(chain.from_iterable(self._views))
 
     def _filled(self) -> bool:

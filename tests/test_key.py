@@ -15,6 +15,9 @@ from lorafx.key import Call
 register_caches(torch.nn.Module())
 Pair = namedtuple("Pair", "left right")
 names = st.sampled_from("abc")
+pytree.register_pytree_node(  # which pytrees do not look at, of a named tuple
+    Pair, lambda pair: ([pair.right, pair.left], None), lambda children, _: Pair(*reversed(children))
+)
 leaf = st.sampled_from([torch.zeros(2), torch.ones(1), None, 1, 2.5, True, "text", torch.float16])
 
 

@@ -57,8 +57,18 @@ def test_it_is_one_line(name, swapped):
         lambda gate, up: F.silu(gate) * up.double(),
         lambda gate, up: (s := F.silu(gate)) * up + s,
         lambda gate, up: F.relu(gate) * up,
+        lambda gate, up: (F.silu(own := gate * 1), own.add_(1))[0] * up,
+        lambda gate, up: (up.t().contiguous().t() * F.silu(gate)).t().reshape(-1),
     ],
-    ids=["another shape", "a number", "another dtype", "read twice", "another activation"],
+    ids=[
+        "another shape",
+        "a number",
+        "another dtype",
+        "read twice",
+        "another function",
+        "written to",
+        "other places",
+    ],
 )
 def test_others_stay(combine):
     model, x = Gated(combine), torch.randn(3, 8)
@@ -109,6 +119,16 @@ def test_it_keeps_its_inputs_alone_and_writes_to_none(activation):
     assert len(kept_where_the_gate_is_fixed(gate, up, activation)) == 1
     first, second = (torch.autograd.grad(y, (gate, up), dy, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, before, (gate, up, dy)))
+
+
+@pytest.mark.parametrize("dependent", [lambda gate: gate, torch.sin])
+def test_derivatives_of_a_gate_that_what_passes_is_made_of(dependent):
+    gate = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    found, expected = (run(gate, dependent(gate), "silu").sum() for run in (fused, reference))
+    for _ in range(3):
+        (found,), (expected,) = (torch.autograd.grad(y, gate, create_graph=True) for y in (found, expected))
+        torch.testing.assert_close(found, expected)
+        found, expected = found.sum(), expected.sum()
 
 
 def test_compiled_it_is_left_to_the_compiler():

@@ -72,10 +72,19 @@ def test_in_half_precision_it_rounds_where_the_model_does():
     assert torch.equal(gm(x), model(x))
 
 
+class WrittenTo(nn.Module):
+    """(…, 6) -> (…, 6), of an x that is another when it is divided."""
+
+    def forward(self, x):
+        x = x * 1
+        factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x.add_(1) * factor
+
+
 @pytest.mark.parametrize(
     ("model", "dtype"),
-    [(Norm(dim=1), torch.float32), (Norm(wide=False), torch.bfloat16)],
-    ids=["other axis", "computed in bfloat16"],
+    [(WrittenTo(), torch.float32), (Norm(dim=1), torch.float32), (Norm(wide=False), torch.bfloat16)],
+    ids=["written to", "other axis", "computed in bfloat16"],
 )
 def test_others_stay(model, dtype):
     model, x = model.to(dtype), torch.randn(2, 6, 6, dtype=dtype)

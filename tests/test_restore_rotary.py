@@ -32,6 +32,12 @@ def by_halves_of_another_axis(x):
     return torch.cat((-x[..., half:, :], x[..., :half, :]), dim=-2)
 
 
+def by_halves_before_a_write(x):
+    turned = by_halves(x)
+    x.add_(1)
+    return turned
+
+
 class Embedded(nn.Module):
     """(batch, 32), which is (batch, 4, 8), times angles: (4, 8), or (5, 1, 4, 8) for a result of another shape."""
 
@@ -41,9 +47,10 @@ class Embedded(nn.Module):
         self.register_buffer("angles", torch.randn(shape))
 
     def forward(self, x):
-        x = x.unflatten(-1, (4, 8))
+        x = x.unflatten(-1, (4, 8)) * 1
         cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(self.dtype or x.dtype)
-        return x * cos + self.turn(x) * sin
+        turned = self.turn(x)
+        return x * cos + turned * sin
 
 
 def restored(model, x):
@@ -69,10 +76,11 @@ def test_it_is_one_line(turn, interleaved):
     [
         Embedded(by_unequal_parts),
         Embedded(by_halves_of_another_axis),
+        Embedded(by_halves_before_a_write),
         Embedded(by_halves, torch.float64),
         Embedded(by_halves, shape=(5, 1, 4, 8)),
     ],
-    ids=["unequal parts", "another axis", "two dtypes", "another shape"],
+    ids=["unequal parts", "another axis", "written to", "two dtypes", "another shape"],
 )
 def test_others_stay(model):
     x = torch.randn(3, 32)

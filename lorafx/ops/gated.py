@@ -59,6 +59,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _by_autograd(gate: Tensor, up: Tensor, activation: str, dy: Tensor, needs: Sequence[bool]) -> tuple[Any, ...]:
+    gate, up = gate.view_as(gate), up.view_as(up)  # one may be made of the other: what leads there is not this one's
     wanted = [tensor for tensor, needed in zip((gate, up), needs) if needed]
     found = iter(torch.autograd.grad(reference(gate, up, activation), wanted, dy, create_graph=True))
     return *(next(found) if needed else None for needed in needs[:2]), None
