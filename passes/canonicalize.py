@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from lorafx.effects import ASSERTIONS, drop_dead
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Rule, fake_mode_of
+from lorafx.rewrite import Rule
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.target in ASSERTIONS:
                 gm.graph.erase_node(node)
-        CONSTANT.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        CONSTANT.apply_everywhere(gm, self.name)
         drop_dead(gm)
         _sink_attributes(gm.graph)
         return before - len(gm.graph.nodes)

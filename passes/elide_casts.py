@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap
 
 aten = torch.ops.aten
 
@@ -51,4 +51,4 @@ class ElideCasts(Pass):
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return sum(rule.apply_everywhere(gm, self.name, fake_mode_of(gm)) for rule in RULES)
+        return sum(rule.apply_everywhere(gm, self.name) for rule in RULES)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import Match, Rule
 
 
 def dropout(x, p, training):
@@ -37,4 +37,4 @@ class ElideDropout(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        return RULE.apply_everywhere(gm, self.name)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx.effects import drop_dead, may_share, writes
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap
 
 aten = torch.ops.aten
 
@@ -50,6 +50,6 @@ class ElideEmpty(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         if any(writes(node, gm) for node in gm.graph.nodes):
             return 0
-        count = RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        count = RULE.apply_everywhere(gm, self.name)
         drop_dead(gm)
         return count

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap
 
 aten = torch.ops.aten
 
@@ -43,4 +43,4 @@ class ElideSlices(Pass):
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        return RULE.apply_everywhere(gm, self.name)

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap
 
 
 def apart(x, weight, bias, p, lora_A, lora_B, scaling, gemm):
@@ -42,4 +42,4 @@ class FuseDropout(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        return RULE.apply_everywhere(gm, self.name)

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import Match, Rule
 
 aten = torch.ops.aten
 
@@ -48,4 +48,4 @@ class RestoreGqa(Pass):
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        return RULE.apply_everywhere(gm, self.name, fake_mode_of(gm))
+        return RULE.apply_everywhere(gm, self.name)

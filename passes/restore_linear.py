@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of
+from lorafx.rewrite import Match, Rule
 
 aten = torch.ops.aten
 
@@ -75,5 +75,4 @@ class RestoreLinear(Pass):
     establishes = frozenset({"linear"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        mode = fake_mode_of(gm)
-        return sum(rule.apply_everywhere(gm, self.name, mode) for rule in RULES)
+        return sum(rule.apply_everywhere(gm, self.name) for rule in RULES)

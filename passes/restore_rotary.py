@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.effects import interrupted
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, fake_mode_of, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap
 
 aten = torch.ops.aten
 
@@ -78,5 +78,4 @@ class RestoreRotary(Pass):
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        mode = fake_mode_of(gm)
-        return sum(rule.apply_everywhere(gm, self.name, mode) for rule in RULES)
+        return sum(rule.apply_everywhere(gm, self.name) for rule in RULES)

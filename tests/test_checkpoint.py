@@ -206,11 +206,37 @@ class Ending(nn.Module):
         return self.proj(self.inner["proj2"](self.inner["proj"](ids)))
 
 
-def test_all_linear_comes_back_though_another_name_ends_like_a_sites(tmp_path: Path) -> None:
-    base, ids = Ending(), torch.arange(5)
-    lora = lorafx.compile(base, {"target_modules": "all-linear", "init_lora_weights": False}, random_state=1)
+class Layered(nn.Module):
+    """(n) ids -> (n, 4), by an embedding and two linear layers, whose numbered names end the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = self.numbered(nn.Linear(6, 6), nn.Linear(6, 4))
+        self.first = nn.ModuleDict({"model": self.numbered(nn.Embedding(11, 6))})
+
+    @staticmethod
+    def numbered(*layers: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"proj": layer}) for layer in layers)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.first["model"]["layers"][0]["proj"](ids)  # type: ignore[index]
+        for layer in self.model["layers"]:  # type: ignore[union-attr]
+            hidden = layer["proj"](hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("base", "layers", "written"),
+    [(Ending(), None, r"inner\.proj2|proj"), (Layered(), [0], r"model\.layers\.0\.proj")],
+    ids=["any layer", "one layer"],
+)
+def test_all_linear_comes_back_though_another_name_ends_like_a_sites(
+    tmp_path: Path, base: nn.Module, layers: list[int] | None, written: str
+) -> None:
+    ids, config = torch.arange(5), {"target_modules": "all-linear", "layers_to_transform": layers}
+    lora = lorafx.compile(base, config | {"init_lora_weights": False}, random_state=1)
     lora.save_pretrained(tmp_path)
-    assert config_of(tmp_path)["target_modules"] == r"inner\.proj2|proj"
+    assert config_of(tmp_path)["target_modules"] == written and config_of(tmp_path)["layers_to_transform"] is None
     assert_same_tensors(adapter_tensors(load(tmp_path, base)), adapter_tensors(lora))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert set(peft.get_peft_model_state_dict(theirs)) == set(load_file(tmp_path / WEIGHTS))

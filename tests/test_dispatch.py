@@ -148,3 +148,24 @@ def test_constants_are_told_apart(value):
     lora, x = adapted(Echo()), torch.randn(5, 4)
     assert lora(x, option=value)[1] == value and lora(x)[1] is None and lora(x, option=value)[1] == value
     assert len(lora.explain().calls) == 2
+
+
+class Listing(dict):
+    """A dict whose values come as a list, as they were when asked for."""
+
+    def values(self):
+        return list(super().values())
+
+
+@pytest.mark.parametrize("kind", [dict, Listing])
+def test_a_setting_within_a_container_is_no_constant(kind):
+    class Scaled(Chain):
+        def forward(self, x):
+            return super().forward(x) * self.settings["scale"]
+
+    base = Scaled()
+    base.settings = kind(scale=1.0)
+    lora, x = adapted(base), torch.randn(5, 4)
+    once = lora(x)
+    lora.settings["scale"] = 3.0
+    torch.testing.assert_close(lora(x), once * 3)

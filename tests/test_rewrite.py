@@ -5,7 +5,7 @@ from torch import nn
 from torch.fx import Graph
 
 import lorafx
-from lorafx.rewrite import Match, NoMatch, Provenance, Rule, fake_mode_of, made_by, match
+from lorafx.rewrite import Match, NoMatch, Provenance, Rule, made_by, match
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def test_a_rule_rewrites_and_its_reverse_restores():
     gm, x, y = graph(), torch.randn(5, 4), torch.randn(5, 4)
     expected, before = gm(x, y), [node.target for node in gm.graph.nodes]
     rule = Rule(silu, fused)
-    assert rule.apply_everywhere(gm, "test", fake_mode_of(gm)) == 1
+    assert rule.apply_everywhere(gm, "test") == 1
     gm.recompile()
     made = [node for node in gm.graph.nodes if made_by(node)]
     assert [node.target for node in made] == [aten.silu.default]
@@ -85,7 +85,7 @@ def test_a_rule_rewrites_and_its_reverse_restores():
     assert made[0].meta["val"].shape == products(gm)[0].meta["val"].shape
     assert "torch.sigmoid(x) * x" in made[0].meta["stack_trace"]
     torch.testing.assert_close(gm(x, y), expected)
-    assert rule.reversed().apply_everywhere(gm, "test", fake_mode_of(gm)) == 1
+    assert rule.reversed().apply_everywhere(gm, "test") == 1
     assert [node.target for node in gm.graph.nodes] == before
 
 
@@ -94,7 +94,7 @@ def test_a_check_refuses_with_its_reason():
     gm = graph()
     refused = rule.find(products(gm)[0])
     assert isinstance(refused, NoMatch) and refused.reason == "not today"
-    assert rule.apply_everywhere(gm, "test", fake_mode_of(gm)) == 0
+    assert rule.apply_everywhere(gm, "test") == 0
 
 
 def test_a_rule_whose_output_matches_again_runs_once_a_match():
@@ -105,7 +105,7 @@ def test_a_rule_whose_output_matches_again_runs_once_a_match():
         return aten.relu.default(aten.relu.default(x))
 
     gm = lorafx.trace(nn.Sequential(nn.ReLU(), nn.ReLU()), torch.randn(5, 4))
-    assert Rule(relu, twice).apply_everywhere(gm, "test", fake_mode_of(gm)) == 2
+    assert Rule(relu, twice).apply_everywhere(gm, "test") == 2
     assert len(gm.graph.find_nodes(op="call_function", target=aten.relu.default)) == 4
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .emit import ADAPTED_BY, SITE, Provenance, emit
+from .emit import ADAPTED_BY, SITE, Provenance, emit, fake_mode_of
 from .match import Match, NoMatch, match
 
 
@@ -52,12 +52,12 @@ class Rule:
         """Rewrite one match. Returns the node that computes the result now, and all new nodes."""
         return emit(gm, found, self.replacement, fresh or {}, provenance, mode)
 
-    def apply_everywhere(self, gm: GraphModule, made_by: str, mode: FakeTensorMode) -> int:
+    def apply_everywhere(self, gm: GraphModule, made_by: str) -> int:
         """Rewrite every match, last first, once each: a rule whose output matches again stays finite.
 
         New nodes keep the site and adapter of the node they replace, and the one that computes its result its marks.
         """
-        count = 0
+        count, mode = 0, fake_mode_of(gm)
         for anchor in reversed(list(gm.graph.nodes)):
             if anchor._erased:
                 continue
