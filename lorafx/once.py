@@ -37,10 +37,11 @@ from torch.utils._mode_utils import no_dispatch
 
 from .answers import Known, New, Result, depends_on_data, described, description, mapped
 from .blocks import repeated_modules
-from .effects import reaches_out, writes
+from .effects import reaches_out
 from .hidden import Hidden
 from .key import modes
 from .regions import is_size
+from .rewrite import writes
 
 
 class _Layer(HigherOrderOperator):

@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from .effects import may_share, must_stay, writes
-from .rewrite import resolve
+from .effects import may_share, must_stay
+from .rewrite import resolve, writes
 from .rooted import CAPTURED
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lorafx.effects import drop_dead, may_share, writes
+from lorafx.effects import drop_dead, may_share
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, within_vmap
+from lorafx.rewrite import Match, Rule, within_vmap, writes
 
 aten = torch.ops.aten
 

@@ -24,7 +24,6 @@ from torch.fx import Graph, GraphModule, Node
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.blocks import LAYERS
 from lorafx.deferred import NOT_FUSED, defer
-from lorafx.effects import writes
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import (
     ADAPTED_BY,
@@ -39,6 +38,7 @@ from lorafx.rewrite import (
     fake_mode_of,
     match,
     within_vmap,
+    writes,
 )
 from lorafx.rooted import CAPTURED
 

@@ -17,7 +17,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.effects import interrupted
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Rule, within_vmap
 
@@ -67,8 +66,6 @@ def _alike(found: Match) -> str | None:
     gate, up = found.bindings["gate"], found.bindings["up"]
     if within_vmap(gate):
         return "it is within a vmap"
-    if interrupted(found):
-        return "something is written to between activation and product"
     gate, up = gate.meta["val"], up.meta["val"] if isinstance(up, Node) else None
     if not isinstance(up, torch.Tensor) or up.dtype != gate.dtype or _places(up) != _places(gate):
         return "what it is multiplied by is of another shape or dtype, or lies otherwise in memory"

@@ -15,7 +15,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.effects import interrupted
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Rule, within_vmap
 
@@ -47,8 +46,6 @@ def _in_full_precision(found: Match) -> str | None:
     x, eps = found.bindings["x"], found.bindings["eps"]
     if within_vmap(x):
         return "it is within a vmap"
-    if interrupted(found):
-        return "something is written to meanwhile"
     if x.meta["val"].dtype not in (torch.float32, torch.float64):
         return f"the operator would be more exact than what is computed in {x.meta['val'].dtype}"
     if not isinstance(eps, (int, float)):
@@ -57,8 +54,6 @@ def _in_full_precision(found: Match) -> str | None:
 
 
 def _by_place(found: Match) -> str | None:
-    if interrupted(found):
-        return "something is written to meanwhile"
     x, weight = found.bindings["x"].meta["val"], found.bindings["weight"]
     weight = weight.meta["val"] if isinstance(weight, Node) else None
     if not isinstance(weight, torch.Tensor) or weight.dtype != x.dtype or (*weight.shape,) != (x.shape[-1],):

@@ -17,7 +17,6 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.effects import interrupted
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import Match, Rule, within_vmap
 
@@ -57,8 +56,6 @@ def _of_pairs(found: Match) -> str | None:
     width = x.shape[-1]
     if within_vmap(bound["x"]):
         return "it is within a vmap"
-    if interrupted(found):
-        return "something is written to meanwhile"
     if bound["dim"] != x.ndim - 1 or bound["start"] not in (0, None) or bound["end"] not in (width, maxsize, None):
         return "its pairs are not those of the last dimension"
     if not isinstance(width, int) or width % 2 or bound.get("half", width // 2) * 2 != width:

@@ -19,9 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.effects import writes
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, made_by, within_vmap
+from lorafx.rewrite import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, made_by, within_vmap, writes
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 _GEMM = 7  # its place among the arguments, where it is not the default

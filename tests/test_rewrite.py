@@ -97,6 +97,26 @@ def test_a_check_refuses_with_its_reason():
     assert rule.apply_everywhere(gm, "test") == 0
 
 
+def test_what_is_written_to_between_a_patterns_lines_keeps_it():
+    class Written(nn.Module):
+        def forward(self, x, y):
+            x, gate = x * 1, torch.sigmoid(x)
+            x.add_(y)
+            return gate * y
+
+    def gated(x, y):
+        return aten.mul.Tensor(aten.sigmoid.default(x), y)
+
+    def one(x, y):
+        return aten.special_xlogy.default(x, y)
+
+    gm = lorafx.trace(Written(), torch.randn(5, 4), torch.randn(5, 4))
+    refused = Rule(gated, one).find(products(gm)[-1])
+    assert isinstance(refused, NoMatch) and "written to" in refused.reason
+    gm.graph.erase_node(next(node for node in gm.graph.nodes if node.target is aten.add_.Tensor))
+    assert isinstance(Rule(gated, one).find(products(gm)[-1]), Match)
+
+
 def test_a_rule_whose_output_matches_again_runs_once_a_match():
     def relu(x):
         return aten.relu.default(x)

@@ -16,6 +16,7 @@ from .emit import (
 )
 from .match import Match, NoMatch, match
 from .rule import Rule
+from .writes import writes
 
 __all__ = [
     "ADAPTED_BY",
@@ -34,4 +35,5 @@ __all__ = [
     "match",
     "resolve",
     "within_vmap",
+    "writes",
 ]

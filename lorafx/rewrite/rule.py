@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .emit import ADAPTED_BY, SITE, Provenance, emit, fake_mode_of
 from .match import Match, NoMatch, match
+from .writes import interrupted
 
 
 def always(found: Match) -> str | None:
@@ -20,7 +21,7 @@ def always(found: Match) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` becomes `replacement` wherever `check` finds no reason against it.
+    """`pattern` becomes `replacement` wherever `check` finds no reason against it, and nothing is written to meanwhile.
 
     Both are plain functions over `torch.ops.aten` that share argument names; a name that occurs only in the
     replacement is made fresh at each match. `check` returns the reason to refuse a match, or None.
@@ -39,6 +40,8 @@ class Rule:
         found = match(self.pattern, anchor)
         if isinstance(found, Match) and (reason := self.check(found)):
             return NoMatch(anchor, reason)
+        if isinstance(found, Match) and interrupted(found):
+            return NoMatch(anchor, "something is written to between its first line and its last")
         return found
 
     def apply(

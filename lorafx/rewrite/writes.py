@@ -1,0 +1,39 @@
+"""Which nodes write into tensors, so that what is computed before them is not what is computed after."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .emit import resolve
+from .match import Match
+
+# They update running statistics, which their schemas do not say.
+_NORMS = ("batch_norm", "instance_norm")
+
+
+def writes(node: Node, gm: torch.nn.Module) -> bool:
+    """Whether a node writes into a tensor, itself or in the graphs that it runs."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return any(_body_writes(argument, gm) for argument in node.args if isinstance(argument, Node))
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and (schema.is_mutable or any(norm in schema.name for norm in _NORMS)))
+
+
+def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
+    """Whether an argument is a graph that writes; one that cannot be looked into may."""
+    if argument.op == "get_attr":
+        body = resolve(gm, str(argument.target))
+        return isinstance(body, GraphModule) and any(writes(node, body) for node in body.graph.nodes)
+    return argument.op == "placeholder" and not isinstance(argument.meta.get("val"), (torch.Tensor, torch.SymInt, int))
+
+
+def interrupted(found: Match) -> bool:
+    """Whether something is written to between a match's first node and its last, in whose place all inputs are read."""
+    node, gm = min(found.nodes), found.anchor.graph.owning_module
+    assert gm is not None, "a graph that is rewritten belongs to a module"
+    while node is not found.anchor:
+        if node not in found.nodes and writes(node, gm):
+            return True
+        node = node.next
+    return False
