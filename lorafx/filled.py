@@ -7,8 +7,10 @@ returned one of these, the caller gets his own back.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -101,10 +103,14 @@ def _pour_leaves(old: Any, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
 
 def pour(old: Any, new: Any) -> Any:
     """Give `old` the contents of `new` and return it; where it cannot hold them, return `new`."""
-    if type(old) is not type(new) or isinstance(old, (Tensor, *_PLAIN, tuple)):
+    if type(old) is not type(new) or isinstance(old, (Tensor, *_PLAIN)):
         return new
-    if isinstance(old, list):
-        old[:] = [pour(*pair) for pair in zip(old, new)] + new[len(old) :]
+    if isinstance(old, tuple):
+        return _poured_tuple(old, new)
+    if isinstance(old, (list, deque)):
+        items = list(map(pour, old, new)) + list(new)[len(old) :]
+        old.clear()
+        old.extend(items)
     elif isinstance(old, dict):
         _pour_items(old, old.items(), new.items())
     elif type(old) in pytree.SUPPORTED_NODES and hasattr(old, "__dict__"):
@@ -112,6 +118,14 @@ def pour(old: Any, new: Any) -> Any:
     else:
         return new
     return old
+
+
+def _poured_tuple(old: Any, new: Any) -> Any:
+    """A tuple cannot be filled, but what it holds can: `old` if that was all, or else one with what is new."""
+    items = list(map(pour, old, new)) + list(new)[len(old) :]
+    if len(items) == len(old) and all(map(is_, items, old)):
+        return old
+    return pytree.tree_structure(new, is_leaf=lambda value: value is not new).unflatten(items)
 
 
 def _pour_items(into: Any, old: Iterable[tuple[Any, Any]], new: Iterable[tuple[Any, Any]]) -> None:

@@ -99,7 +99,7 @@ CPU = (
     _variant(_train, "dropout-fp32", dropout=0.05, bars=()),
     _variant(_train, "checkpointing-fp32", checkpointing=True, bars=()),
     _variant(_train, "linear-fp32", part="linear", bars=()),
-    _variant(_train, "linears-fp32", part="linears", bars=EAGER_BARS[1:]),
+    _variant(_train, "linears-fp32", part="linears", bars=()),
     _variant(_train, "block-fp32", part="block", bars=()),
     Case(
         "vocabulary-32k",
