@@ -48,3 +48,12 @@ def small_chunks(monkeypatch):
     module = sys.modules["lorafx.ops.linear_cross_entropy"]  # the package has the function under this name
     monkeypatch.setattr(module, "ROWS_ON_CPU", 4)
     monkeypatch.setattr(module, "_TILE", 22)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a good adapter."""
+    from checkpoints import adapted
+
+    adapted().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
