@@ -67,7 +67,7 @@ class Layout:
         if len(owned) != len(self._owned) or not all(map(is_, owned, self._owned)):
             self._owned, self._tensors, self._number = owned, [t for t in owned if t is not None], -1
             self.sharded = any(map(_is_sharded, self._tensors))
-        now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors[::16])), self.watch.modes
+        now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors)), self.watch.modes
         if now != self._last or self._number < 0:
             self._last = now
             shapes = tuple(tensor.shape for tensor in self._tensors)

@@ -142,7 +142,7 @@ class Ledger:
         """Extra bytes kept for each merged parameter, and its own bytes."""
         return {
             path: (
-                entry.residual.nbytes + _copied(path, entry.sources),
+                entry.residual.nbytes + _copied(root.get_parameter(path), entry.sources),
                 _bytes(root.get_parameter(path)),
             )
             for path, entry in self.entries.items()
@@ -181,12 +181,12 @@ def _transition(
         return None
     if weight.is_meta:
         raise MergeError(f"{path} is on the meta device and has no values to merge into")
-    change = _total(root, path, sources, weight)
+    change = _total(root, sources, weight)
     merged = (original.to(change.dtype) + change).to(weight.dtype)
     if safe and not merged.isfinite().all():
         raise MergeError(f"merging would leave values in {path} that are not finite; no weight was changed")
     residual = Residual.of(original, _guess(merged, change))
-    if residual.nbytes + _copied(path, sources) >= _bytes(original):  # then a plain copy is cheaper, and stands alone
+    if residual.nbytes + _copied(weight, sources) >= _bytes(original):  # then a plain copy is cheaper, and stands alone
         residual, sources = Residual.copy(original), tuple(replace(source, copies=None) for source in sources)
     new = Entry(sources, residual, fingerprint(original), fingerprint(merged), weight.dtype, weight.device)
     _write(weight, merged)
@@ -201,7 +201,7 @@ def _original(root: nn.Module, path: str, entry: Entry | None) -> Tensor:
     if entry.residual.whole is not None:
         return entry.residual.whole.reshape(weight.shape)
     there = weight.to(entry.device)
-    restored = entry.residual.restore(_guess(there, _total(root, path, entry.sources, there)))
+    restored = entry.residual.restore(_guess(there, _total(root, entry.sources, there)))
     if fingerprint(restored) != entry.original:
         raise MergeError(
             f"{path} could not be restored exactly: its ΔW comes out differently now than when it was merged on "
@@ -237,17 +237,21 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Paramete
         yield root.get_parameter(path)
 
 
-def _total(root: nn.Module, path: str, sources: Sequence[Source], weight: Tensor) -> Tensor:
+def _total(root: nn.Module, sources: Sequence[Source], weight: Tensor) -> Tensor:
     """Σ ΔW of the sources for one parameter, rounded once to the dtype that the sum with W is taken in."""
-    parameter = "weight" if path.endswith("weight") else "bias"
-    total = sum(source.delta(root, weight.device)[parameter] for source in sources)
+    total = sum(source.delta(root, weight.device)[_kind(weight)] for source in sources)
     assert isinstance(total, Tensor)
     return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _copied(path: str, sources: Sequence[Source]) -> int:
+def _kind(parameter: Tensor) -> str:
+    """Which of a site's parameters this is. Its name does not say: it may be one that somebody else has given it."""
+    return "weight" if parameter.ndim > 1 else "bias"
+
+
+def _copied(parameter: Tensor, sources: Sequence[Source]) -> int:
     """Bytes of the factors' copies, counted with the weight they were made for and not again with its bias."""
-    return sum(source.nbytes for source in sources if path.endswith("weight"))
+    return sum(source.nbytes for source in sources if _kind(parameter) == "weight")
 
 
 def _guess(merged: Tensor, change: Tensor) -> Tensor:

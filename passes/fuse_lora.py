@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.autocast import autocast_dtype
@@ -46,6 +46,8 @@ def _one_dtype(found: Match) -> str | None:
     values = [found.bindings[name].meta["val"] for name in ("x", "weight", "lora_A", "lora_B")]
     dtypes = {value.dtype for value in values} | {found.anchor.meta["val"].dtype}
     product = autocast_dtype(values[0].device.type)
+    if isinstance(found.bindings["scaling"], Node):
+        return "what the update is multiplied by is no number"
     if len(dtypes) == 1 and product in (None, *dtypes):
         return None
     return f"one operator needs one dtype, not {', '.join(sorted(map(str, dtypes)))}" + (

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.adapter import Adapter
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
 from lorafx.forms import CONVOLUTIONS, FORMS
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
@@ -60,7 +60,7 @@ class InsertAdapters(Pass):
 
     def _insert(self, gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
         """Insert one adapter at one node; returns the node that is the base operator now."""
-        found, rule = next((m, rule) for rule in rules(site, adapter) if isinstance(m := rule.find(node), Match))
+        found, rule = _insertion(node, site, adapter)
         where = Provenance(self.name, site.name, adapter.name)
         fresh = _fresh(gm, site, adapter, node, self._dtype(found))
         if not _reads_own_bias(gm, found, site):
@@ -78,10 +78,20 @@ class InsertAdapters(Pass):
         return getattr(torch, self.compute_dtype) if self.compute_dtype else found.bindings["x"].meta["val"].dtype
 
 
+def _insertion(node: Node, site: Site, adapter: Adapter) -> tuple[Match, Rule]:
+    for rule in rules(site, adapter):
+        if isinstance(found := rule.find(node), Match):
+            return found, rule
+    raise UncoveredOperatorError(
+        f"site {site.name}: its weight is read by {node.target}, in which no adapter of its shape acts "
+        f"[{user_line(node)}]. Exclude the module (`exclude_modules`)."
+    )
+
+
 def rules(site: Site, adapter: Adapter) -> list[Rule]:
-    """The insertion at a site, one rule for each way its weight may be read: a tied one in any form of its shape."""
+    """The insertion at a site, one rule for each way its weight may be read: a matrix in any form of one."""
     dims = len(site.weight_shape)
-    readable = [form for form in FORMS if form == site.form or (site.tied and dims == 2 and form not in CONVOLUTIONS)]
+    readable = [form for form in FORMS if form == site.form or (dims == 2 and form not in CONVOLUTIONS)]
     patterns = dict.fromkeys(pattern for form in readable for pattern in form.patterns)
     return [Rule(pattern, adapter.kind.equation(site, pattern), _reads_weight) for pattern in patterns]
 

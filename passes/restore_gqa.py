@@ -31,9 +31,10 @@ def shared(q, k, v, dropout, causal, scale):
 def _repeats_heads(found: Match) -> str | None:
     heads = found.bindings["q"].meta["val"].shape[1]
     for name in ("k", "v"):
-        shape = found.bindings[name].meta["val"].shape
-        _, own, times, _, _ = found.bindings[f"{name}_expanded"]
-        if len(shape) != 4 or own not in (-1, shape[1]) or own * times != heads:
+        shape, expanded = found.bindings[name].meta["val"].shape, found.bindings[f"{name}_expanded"]
+        if len(shape) != 4 or expanded[1] not in (-1, shape[1]) or not isinstance(expanded[2], int):
+            return f"{name} is repeated in another way"
+        if shape[1] * expanded[2] != heads:
             return f"{name} is repeated in another way"
     return None
 

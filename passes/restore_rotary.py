@@ -14,7 +14,7 @@ from sys import maxsize
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.pipeline import Context, Pass
@@ -52,6 +52,8 @@ def by_places(x, cos, sin):
 
 def _of_pairs(found: Match) -> str | None:
     bound = found.bindings
+    if not isinstance(bound["cos"], Node) or not isinstance(bound["sin"], Node):
+        return "cosine and sine are no tensors"
     x, cos, sin, result = (node.meta["val"] for node in (bound["x"], bound["cos"], bound["sin"], found.anchor))
     width = x.shape[-1]
     if within_vmap(bound["x"]):

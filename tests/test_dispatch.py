@@ -8,6 +8,7 @@ from graphs import Chain, adapted
 from torch import nn
 
 import lorafx
+from lorafx.layout import Layout
 
 
 class Options(Chain):
@@ -169,3 +170,12 @@ def test_a_setting_within_a_container_is_no_constant(kind):
     once = lora(x)
     lora.settings["scale"] = 3.0
     torch.testing.assert_close(lora(x), once * 3)
+
+
+def test_a_module_on_another_device_is_another_layout():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
+    layout, seen = Layout(), set()
+    for moved in range(9):
+        seen.add(layout.number(model).layout)
+        model[moved].to("meta")
+    assert len(seen) == 9

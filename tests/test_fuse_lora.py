@@ -185,3 +185,24 @@ def test_a_base_weight_that_trains_gets_its_gradient():
     assert None not in gradients[0].values()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-12, atol=1e-12)
+
+
+class Bottleneck(torch.nn.Module):
+    """A base model's own update, scaled by a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.target = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+        self.down, self.up = torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(2, 6, bias=False)
+        self.gamma = torch.nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        return self.target(self.wide(x) + self.up(self.down(x)) * self.gamma)
+
+
+def test_an_update_that_a_tensor_scales_stays():
+    lora, x = adapted(Bottleneck(), target_modules=["target"]), torch.randn(5, 4)
+    gm = run(lora, (*PLAIN, FuseLora()), x)
+    assert len(gm.graph.find_nodes(op="call_function", target=fused.default)) == 1
+    expected = run(lora, PLAIN, x)(x)
+    torch.testing.assert_close(gm(x), expected)

@@ -8,6 +8,7 @@ from graphs import INSERT, PREPARE, Chain, adapted, context, run, text
 from test_match_targets import EveryForm, Tied
 from torch import nn
 
+import lorafx
 from lorafx.errors import AdapterError, ConfigError
 from lorafx.passes import InsertAdapters
 from lorafx.rewrite import made_by
@@ -109,6 +110,27 @@ def test_a_tied_weight_changes_for_all_its_readers(target):
     lora = adapted(model, target_modules=[target])
     inserted = run(lora, INSERT, ids)(ids)
     lora.merge_adapter()
+    torch.testing.assert_close(inserted, model(ids), rtol=1e-13, atol=1e-13)
+
+
+class ReadAgain(nn.Module):
+    """An embedding that is the output head too, by a function: no module is tied to it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 4), head
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)), self.embed.weight)
+
+
+@pytest.mark.parametrize("head", [nn.functional.linear, lambda x, w: x @ w.t()])
+def test_a_weight_that_a_function_reads_again_changes_there_too(head):
+    model, ids = ReadAgain(head).double(), torch.randint(0, 11, (2, 6))
+    lora = lorafx.compile(model, {"target_modules": ["embed"], "init_lora_weights": False, "r": 2})
+    before, inserted = model(ids), lora(ids)
+    lora.merge_adapter()
+    assert not torch.allclose(inserted, before)
     torch.testing.assert_close(inserted, model(ids), rtol=1e-13, atol=1e-13)
 
 

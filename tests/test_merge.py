@@ -383,3 +383,26 @@ def test_a_trained_bias_takes_the_adapters_bias_and_gives_it_back(tmp_path):
     files = [(tmp_path / part / "adapter_model.safetensors").read_bytes() for part in ("", "again")]
     assert files[0] == files[1]
     torch.testing.assert_close(lora.merge_and_unload()(x), before, rtol=1e-13, atol=1e-13)
+
+
+class Table(nn.Module):
+    """A weight whose first name is not a module's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+        self.embed = nn.Embedding(9, 4)
+        self.embed.weight = self.table
+
+    def forward(self, ids):
+        return self.embed(ids)
+
+
+def test_a_weight_by_another_name_is_merged():
+    model, ids = Table(), torch.arange(9)
+    lora = adapted(model, target_modules=["embed"])
+    before, expected = bits(model), lora(ids)
+    lora.merge_adapter()
+    torch.testing.assert_close(model(ids), expected)
+    lora.unmerge_adapter()
+    assert bits(model) == before

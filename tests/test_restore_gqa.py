@@ -19,6 +19,11 @@ def repeat(x, times):
     return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
 
 
+def repeat_all_the_rest(x, times):
+    """The same, with -1 for the sizes that stay."""
+    return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+
+
 def tile(x, times):
     """Heads in another order: not the grouping that the operator means."""
     batch, heads, length, width = x.shape
@@ -46,10 +51,11 @@ class Grouped(nn.Module):
     [
         (Grouped(repeat), True),
         (Grouped(repeat, causal=False), True),
+        (Grouped(repeat_all_the_rest), True),
         (Grouped(repeat, causal=False, masked=True), False),
         (Grouped(tile), False),
     ],
-    ids=["causal", "of all", "masked", "tiled"],
+    ids=["causal", "of all", "by -1", "masked", "tiled"],
 )
 def test_repeated_heads_are_shared(model, restored):
     gm = trace(model, torch.randn(2, 5, 12))
@@ -63,3 +69,18 @@ def test_repeated_heads_are_shared(model, restored):
     torch.testing.assert_close(*outputs)
     for found, expected in zip(*gradients):
         torch.testing.assert_close(found, expected)
+
+
+class Stretched(nn.Module):
+    """(2, length, 4) -> the same, each key and value three times over, of one sequence."""
+
+    def forward(self, x):
+        keys = x[:, :, None].expand(2, x.shape[1], 3, 4).reshape(2, -1, 4)
+        return F.scaled_dot_product_attention(x, keys, keys)
+
+
+def test_keys_of_other_dimensions_stay():
+    model, x = Stretched(), torch.randn(2, 5, 4)
+    gm = trace(model, x)
+    Pipeline(Canonicalize(), RestoreGqa()).run(gm)
+    torch.testing.assert_close(gm(x), model(x))

@@ -165,3 +165,15 @@ def test_compiled_it_is_left_to_the_compiler():
     torch.testing.assert_close(found, reference(x, weight, eps))
     for f, e in zip(*(torch.autograd.grad(y.sin().sum(), (x, weight)) for y in (found, reference(x, weight, eps)))):
         torch.testing.assert_close(f, e)
+
+
+def test_autocast_changes_nothing_as_it_changes_no_norm_by_hand():
+    """CPU autocast runs inner products in bfloat16, and powers, means and roots in float32."""
+    x, weight, _ = arguments(True, torch.float32, (64, 512))
+    dy, found = torch.randn(64, 512), []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = fused(x, weight, 1e-5)
+            found.append((y, *torch.autograd.grad(y, (x, weight), dy)))
+    for outside, inside in zip(*found):
+        assert torch.equal(outside, inside)

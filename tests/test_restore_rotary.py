@@ -71,6 +71,11 @@ def test_it_is_one_line(turn, interleaved):
     torch.testing.assert_close(found, expected)
 
 
+class OfNumbers(nn.Module):
+    def forward(self, x):
+        return x * 0.8 + by_halves(x) * 0.6
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -79,8 +84,9 @@ def test_it_is_one_line(turn, interleaved):
         Embedded(by_halves_before_a_write),
         Embedded(by_halves, torch.float64),
         Embedded(by_halves, shape=(5, 1, 4, 8)),
+        OfNumbers(),
     ],
-    ids=["unequal parts", "another axis", "written to", "two dtypes", "another shape"],
+    ids=["unequal parts", "another axis", "written to", "two dtypes", "another shape", "numbers"],
 )
 def test_others_stay(model):
     x = torch.randn(3, 32)

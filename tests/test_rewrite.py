@@ -64,6 +64,19 @@ def test_a_value_used_outside_is_not_taken_away():
     assert match(silu, products(gm)[0]).reason == "its result is used outside the pattern"
 
 
+def test_what_a_pattern_covers_is_not_also_given_to_it():
+    class Squared(nn.Module):
+        def forward(self, x):
+            gate = torch.sigmoid(x)
+            return gate * gate
+
+    def gated(x, y):
+        return aten.mul.Tensor(aten.sigmoid.default(x), y)
+
+    refused = match(gated, products(lorafx.trace(Squared(), torch.randn(5, 4)))[0])
+    assert isinstance(refused, NoMatch) and "part of the pattern" in refused.reason
+
+
 def test_arguments_left_at_their_default_are_bound():
     def linear(x, weight, bias):
         return aten.linear.default(x, weight, bias)

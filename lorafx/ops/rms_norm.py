@@ -24,10 +24,16 @@ def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+@torch.autocast("cpu", enabled=False)  # which runs these in half precision, and no other way to write a norm
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each row with the other's."""
+    return torch.linalg.vecdot(a, b)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        r = torch.linalg.vecdot(x, x).unsqueeze_(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = _dots(x, x).unsqueeze_(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         ctx.eps = eps
         y = x * r
@@ -42,7 +48,7 @@ class _RmsNorm(torch.autograd.Function):
         dx = d_weight = None
         if needs_x:
             g = dy if weight is None else dy * weight
-            mean = torch.linalg.vecdot(g, x).unsqueeze(-1) / x.shape[-1]
+            mean = _dots(g, x).unsqueeze(-1) / x.shape[-1]
             dx = torch.addcmul(g * r, x, mean * r.pow(3), value=-1)
         if needs_weight:
             d_weight = rows(dy * x * r).sum(0)

@@ -144,6 +144,7 @@ def _take_place(graph: Graph, found: Match, result: Node) -> None:
     pending = list(found.nodes)
     while pending:  # users before what they use
         unused = [node for node in pending if not node.users]
+        assert unused, "what a match covers is used by nobody else"
         for node in unused:
             graph.erase_node(node)
         pending = [node for node in pending if node not in unused]

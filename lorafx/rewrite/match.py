@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ..errors import user_line
 
@@ -57,8 +58,8 @@ def arguments(node: Node) -> Iterator[Any]:
 def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
     """Find `pattern` with its result at `anchor`.
 
-    A name that occurs twice must stand for the same value; a node that the pattern covers, other than the anchor, may
-    have no user outside the pattern.
+    A name that occurs twice must stand for the same value, and none for a node that the pattern covers; of these, only
+    the anchor may have users outside the pattern.
     """
     output = trace_function(pattern).output_node().args[0]
     bindings: dict[str, Any] = {}
@@ -69,6 +70,10 @@ def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
     for node in covered:
         if node is not anchor and not set(node.users) <= set(covered):
             return NoMatch(node, "its result is used outside the pattern")
+    given: list[Node] = []
+    map_arg(tuple(bindings.values()), given.append)
+    if inner := next((node for node in given if node in covered), None):
+        return NoMatch(inner, "it would be a part of the pattern, and what that is given")
     return Match(anchor, tuple(covered), bindings)
 
 
