@@ -151,9 +151,7 @@ def _trained_biases(root: nn.Module, config: LoraConfig, selection: Selection) -
     if config.bias == "lora_only":
         return [site.bias for site in selection if site.has_bias and site.form.bias == "bias"]
     if config.bias == "all":
-        attached = ("lora_A", "lora_B", SAVED, TRAINED_BIAS)
-        paths = [path.split(".") for path, _ in root.named_parameters()]
-        return [".".join(atoms) for atoms in paths if atoms[-1] == "bias" and not set(attached) & set(atoms)]
+        return [path for path, _ in root.named_parameters() if path.rpartition(".")[2] == "bias"]
     return []
 
 

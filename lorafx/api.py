@@ -65,7 +65,7 @@ def compile(
     Raises:
         ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or nothing adaptable, matches.
         PipelineError: passes in an impossible order. CaptureError: `example_inputs` cannot be captured.
-        The model is as it was in each case.
+        AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
     adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
@@ -104,9 +104,10 @@ def load(
     For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` overrides the
     folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`. `weights_only=True` also takes an old `adapter_model.bin`, read through torch's restricted
-    unpickler.
+    unpickler. The other options are those of `compile`.
 
-    Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit; the model is as it was.
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, and `AdapterError` or
+    `PipelineError` as `compile` does; the model is as it was.
     """
     chosen = _pipeline(pipeline, adapter_compute_dtype=adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)

@@ -246,7 +246,7 @@ def _config_values(
     root: nn.Module, adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     values = adapter.config.to_dict()
-    expanded = isinstance(adapter.config.target_modules, str) and adapter.config.target_modules.lower() == "all-linear"
+    expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
         values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True

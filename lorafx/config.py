@@ -51,7 +51,7 @@ class LoraConfig:
     inference_mode: bool = False
     auto_mapping: Mapping[str, Any] | None = None
     peft_version: str | None = None
-    # not implemented yet: any value but the default is refused by `unsupported`
+    # not implemented yet: what asks for one of them is refused by `unsupported`
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: Any = None
@@ -93,6 +93,11 @@ class LoraConfig:
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             asked["init_lora_weights"] = self.init_lora_weights
         return asked
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer but the output head is asked for."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @classmethod
     def of(cls, config: LoraConfig | Mapping[str, Any] | Any) -> LoraConfig:
@@ -230,7 +235,7 @@ def _check_layers(config: LoraConfig) -> None:
     indices = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
     plain_ints = all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
     _require(plain_ints, "layers_to_transform", layers, "an int, a list of ints or None")
-    if indices and isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
+    if indices and isinstance(config.target_modules, str) and not config.all_linear:
         raise ConfigError("`layers_to_transform` needs `target_modules` as a list; a regex can name the layers itself")
     if config.layers_pattern and not indices:
         raise ConfigError("`layers_pattern` says where the layers are; `layers_to_transform` must say which")

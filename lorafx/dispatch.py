@@ -262,7 +262,7 @@ class Dispatcher:
         return [op for op in symbolic if op not in sizes] == [op for op in plain if op not in sizes]
 
     def _step_down(self, program: Program, error: CaptureError) -> None:
-        """Serve a call by sites from now on, because of `error`; the first time, say so."""
+        """Serve a call by sites from now on, because of `error`."""
         if self.capture == "graph":
             raise error
         program.gm, program.reason, program.failed = None, str(error), True

@@ -78,10 +78,6 @@ class Selection(Sequence[Site]):
         """The sites of both, each once."""
         return Selection(self.sites + tuple(site for site in other if site.name not in self.by_name))
 
-    def counts(self) -> Counter[str]:
-        """How many sites end in each last name: `q_proj` 32, `v_proj` 32."""
-        return Counter(site.name.rpartition(".")[2] for site in self.sites)
-
     def __str__(self) -> str:
         rows = [
             (site.name, site.form.name, site.in_features, site.out_features, ", ".join(site.tied))
@@ -154,7 +150,7 @@ def _is_suffix(suffix: str, name: str) -> bool:
 def _matcher(model: nn.Module, config: LoraConfig):  # type: ignore[no-untyped-def]
     targets = targets_of(model, config)
     saved = wanted_saved_names(config)
-    all_linear = _all_linear(model, config) if isinstance(targets, str) and targets.lower() == "all-linear" else None
+    all_linear = _all_linear(model, config) if config.all_linear else None
 
     def matches(name: str) -> bool:
         if _named(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):

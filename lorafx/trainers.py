@@ -23,7 +23,7 @@ from .errors import AdapterError
 
 # What a saved adapter says of its origin or start. Two adapters that differ in nothing else compute the same.
 _ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
-_START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config", "runtime_config"}
+_START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config"}
 _NAMES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lorafx.autocast import autocast_dtype
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, made_by
+from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, first_match, made_by
 
 aten = torch.ops.aten
 
@@ -70,15 +70,11 @@ class FoldScaling(Pass):
             maker = made_by(node)
             if maker is None or not maker.adapter or node._erased:
                 continue
-            rule, found = _first(node)
-            if rule is not None and isinstance(found, Match):
+            if applies := first_match((MATRIX, PRODUCT, SUM), node):
+                rule, found = applies
                 rule.apply(gm, found, Provenance(self.name, maker.site, maker.adapter), mode, _sizes(found))
                 count += 1
         return count
-
-
-def _first(node: Node) -> tuple[Rule | None, object]:
-    return next(((rule, m) for rule in (MATRIX, PRODUCT, SUM) if isinstance(m := rule.find(node), Match)), (None, None))
 
 
 def _sizes(found: Match) -> dict[str, int]:

@@ -19,7 +19,7 @@ from lorafx.autocast import autocast_dtype
 from lorafx.errors import ConfigError
 from lorafx.ops.gemm_update import GEMMS
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Match, Provenance, Rule, fake_mode_of, made_by
+from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
 
 aten = torch.ops.aten
 
@@ -77,11 +77,11 @@ class FuseLora(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         mode, count = fake_mode_of(gm), 0
         for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-            rule, found = next(((rule, m) for rule in RULES if isinstance(m := rule.find(node), Match)), (None, None))
-            if rule is None or found is None:
+            applies = first_match(RULES, node)
+            if applies is None:
                 continue
-            maker, base = made_by(node) or Provenance(self.name), node.args[0]
-            marks = {key: base.meta[key] for key in (SITE, ADAPTED_BY) if key in base.meta}  # type: ignore[union-attr]
+            rule, found = applies
+            maker, marks = made_by(node) or Provenance(self.name), marks_of(node.args[0])  # type: ignore[arg-type]
             where = Provenance(self.name, maker.site, maker.adapter)
             fused_node, _ = rule.apply(gm, found, where, mode, {"gemm": self.gemm})
             fused_node.meta |= marks

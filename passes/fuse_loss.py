@@ -26,7 +26,6 @@ from lorafx.blocks import LAYERS
 from lorafx.deferred import NOT_FUSED, defer
 from lorafx.pipeline import Context, Pass
 from lorafx.rewrite import (
-    ADAPTED_BY,
     INHERITED,
     MADE_BY,
     SITE,
@@ -36,6 +35,7 @@ from lorafx.rewrite import (
     Rule,
     describe,
     fake_mode_of,
+    marks_of,
     match,
     within_vmap,
     writes,
@@ -244,7 +244,7 @@ def _is_written_after(head: Node, gm: GraphModule) -> bool:
 def _fuse(gm: GraphModule, way: _Way, name: str) -> None:
     anchor, head, bound, mode = way.nodes[0], way.nodes[-1], way.bindings, fake_mode_of(gm)
     where = Provenance(name, head.meta[SITE].name if SITE in head.meta else "")
-    marks = {key: head.meta[key] for key in (SITE, ADAPTED_BY) if key in head.meta}
+    marks = marks_of(head)
 
     def add(target: Any, *args: Any) -> Node:
         node = gm.graph.call_function(target, args)

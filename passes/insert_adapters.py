@@ -19,7 +19,7 @@ from lorafx.adapter import Adapter
 from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
 from lorafx.forms import CONVOLUTIONS, FORMS
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of
+from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of, first_match
 from lorafx.sites import Site
 from lorafx.tree import find_tensor, tensor_at
 
@@ -60,11 +60,9 @@ class InsertAdapters(Pass):
 
     def _insert(self, gm: GraphModule, node: Node, site: Site, adapter: Adapter, mode: FakeTensorMode) -> Node:
         """Insert one adapter at one node; returns the node that is the base operator now."""
-        found, rule = _insertion(node, site, adapter)
+        rule, found = _insertion(node, site, adapter)
         where = Provenance(self.name, site.name, adapter.name)
-        fresh = _fresh(gm, site, adapter, node, self._dtype(found))
-        if not _reads_own_bias(gm, found, site):
-            fresh["lora_bias"] = None
+        fresh = _fresh(gm, site, adapter, node, self._dtype(found), _reads_own_bias(gm, found, site))
         _, new = rule.apply(gm, found, where, mode, fresh)
         base = next(n for n in new if _is_base(rule, n, found.bindings["weight"]))
         base.meta[SITE] = site
@@ -78,10 +76,9 @@ class InsertAdapters(Pass):
         return getattr(torch, self.compute_dtype) if self.compute_dtype else found.bindings["x"].meta["val"].dtype
 
 
-def _insertion(node: Node, site: Site, adapter: Adapter) -> tuple[Match, Rule]:
-    for rule in rules(site, adapter):
-        if isinstance(found := rule.find(node), Match):
-            return found, rule
+def _insertion(node: Node, site: Site, adapter: Adapter) -> tuple[Rule, Match]:
+    if applies := first_match(rules(site, adapter), node):
+        return applies
     raise UncoveredOperatorError(
         f"site {site.name}: its weight is read by {node.target}, in which no adapter of its shape acts "
         f"[{user_line(node)}]. Exclude the module (`exclude_modules`)."
@@ -113,10 +110,16 @@ def _reads_own_bias(gm: GraphModule, found: Match, site: Site) -> bool:
     return read is find_tensor(gm, site.bias)
 
 
-def _fresh(gm: GraphModule, site: Site, adapter: Adapter, node: Node, dtype: torch.dtype | None) -> dict[str, Any]:
+def _fresh(
+    gm: GraphModule, site: Site, adapter: Adapter, node: Node, dtype: torch.dtype | None, own_bias: bool
+) -> dict[str, Any]:
+    """What the names of an equation stand for; a twin that has a bias of its own is not given the adapter's."""
     paths = adapter.tensors[site.name]
     names = adapter.kind.names(site, adapter.config)
-    tensors = {name: suffix and Attribute(paths[suffix], dtype) for name, suffix in names.items()}
+    tensors = {
+        name: Attribute(paths[suffix], dtype) if suffix and (own_bias or not suffix.endswith("bias")) else None
+        for name, suffix in names.items()
+    }
     return {
         **tensors,
         **adapter.kind.scalars(site, adapter.config),

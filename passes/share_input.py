@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, made_by, within_vmap, writes
+from lorafx.rewrite import Provenance, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 _GEMM = 7  # its place among the arguments, where it is not the default
@@ -53,7 +53,7 @@ class ShareInput(Pass):
                 made = made_by(node) or maker
                 part = gm.graph.call_function(operator.getitem, (joint, place))
                 describe(part, node, Provenance(self.name, made.site, made.adapter), gm, mode)
-                part.meta |= {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
+                part.meta |= marks_of(node)
                 node.replace_all_uses_with(part)
         for node in group:
             gm.graph.erase_node(node)

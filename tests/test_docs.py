@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import zoo
 
+from lorafx.bench import cases
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,7 +20,8 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
     exec(compile("\n".join(blocks(ROOT / "docs/writing-a-pass.md")), "writing-a-pass.md", "exec"), namespace)
     printed = capsys.readouterr().out
     for part in (
-        "add.Tensor",
+        "mul = mul.Tensor(linear_3, 2.0)",
+        "add = add.Tensor(linear_4, mul)",
         "expected aten.add.Tensor, found aten.relu.default",
         "clamp_updates{limit=0.01}",
         "clamp_updates requires `adapters`, which insert_adapters establishes only later",
@@ -45,6 +48,15 @@ def test_the_architecture_page_names_every_module_and_pass():
     for file in (ROOT / "lorafx").glob("*.py"):
         if file.stem not in ("__init__", "api", "model", "autocast"):
             assert file.name in page, file.name
+
+
+def test_the_page_about_performance_has_a_row_for_each_bar():
+    page = (ROOT / "docs/performance.md").read_text()
+    for case in (*cases.CPU, *cases.CUDA):
+        for bar in case.bars:
+            assert f"| {case.name} | {bar.contestant} / {bar.reference}, {bar.of} | {bar.limit:.2f} |" in page
+    listed = re.findall(r"^\| ([\w-]+) \| [\w*-]+ / [\w*-]+, (?:time|peak) \|", page, flags=re.MULTILINE)
+    assert len(listed) == sum(len(case.bars) for case in (*cases.CPU, *cases.CUDA))
 
 
 def test_links_lead_somewhere():

@@ -130,9 +130,8 @@ def test_a_lazy_module_must_run_first():
         names(nn.Sequential(nn.LazyLinear(3)), target_modules=["0"])
 
 
-def test_the_selection_counts_prints_and_joins(llama):
+def test_the_selection_prints_and_joins(llama):
     sites = select(llama, lorafx.LoraConfig(target_modules=["q_proj", "up_proj"]))
-    assert sites.counts() == {"q_proj": 2, "up_proj": 2}
     assert "model.layers.0.self_attn.q_proj" in sites and sites[0] in sites
     assert len(sites[:3]) == 3 and len(sites | sites) == 4
     for part in ("4 sites", "model.layers.1.mlp.up_proj", "linear", "56"):

@@ -24,7 +24,7 @@ from ..report import table
 from .cases import SMOKE, Case, of_device
 from .contestants import MAKERS, Maker, of_case, without
 from .record import Result, environment, write_json
-from .report import draw, markdown
+from .report import BARS, bars, draw, markdown
 from .run import run as run_case
 
 
@@ -59,6 +59,8 @@ def main(asked: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     torch._dynamo.config.recompile_limit = 64  # nobody is to fall back to eager unseen
     results = _run(plans, MAKERS | extra, asked)
+    if judged := bars(results):
+        print(table(f"Bars; all else is in {asked.out}", BARS, judged))
     off = [f"{r.case.name}: {row.contestant}" for r in results for row in r.rows if row.parity is False]
     if off:
         print(f"bench: outputs or gradients off by more than rounding: {', '.join(off)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from .contestants import WITHOUT
 from .record import Result, Row, ratios
 
 MIB = 2**20
+BARS = ("case", "ratio", "measured", "at most", "held")
 
 
 def markdown(results: list[Result], where: dict[str, Any]) -> str:
@@ -18,20 +19,25 @@ def markdown(results: list[Result], where: dict[str, Any]) -> str:
     for result in results:
         about = f"{result.case}. Compared with {result.reference}. Load average {result.load:.1f}."
         parts += [f"### {result.case.name}", about, _rows(result)]
-    judged = [(result, bar, result.judged(bar)) for result in results for bar in result.case.bars]
-    if judged:
-        rows = [
-            (
-                result.case.name,
-                f"{bar.contestant} / {bar.reference}, {bar.of}",
-                "unmeasured" if ratio is None else f"{ratio:.3f}",
-                f"{bar.limit:.3f}",
-                "" if ratio is None else "yes" if ratio <= bar.limit else "no",
-            )
-            for result, bar, ratio in judged
-        ]
-        parts += ["### Bars", _table(("case", "ratio", "measured", "at most", "held"), rows)]
+    if judged := bars(results):
+        parts += ["### Bars", _table(BARS, judged)]
     return "\n\n".join(parts) + "\n"
+
+
+def bars(results: list[Result]) -> list[tuple[str, ...]]:
+    """A row a bar, with the columns `BARS`."""
+    return [
+        (
+            result.case.name,
+            f"{bar.contestant} / {bar.reference}, {bar.of}",
+            "unmeasured" if ratio is None else f"{ratio:.3f}",
+            f"{bar.limit:.3f}",
+            "" if ratio is None else "yes" if ratio <= bar.limit else "no",
+        )
+        for result in results
+        for bar in result.case.bars
+        for ratio in (result.judged(bar),)
+    ]
 
 
 def _rows(result: Result) -> str:

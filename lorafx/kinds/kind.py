@@ -21,6 +21,14 @@ class Kind(Protocol):
         """Raise `ConfigError` if the config cannot be served at this site."""
         ...
 
+    def rank(self, site: Site, config: LoraConfig) -> int:
+        """The rank of a site's update."""
+        ...
+
+    def scaling(self, site: Site, config: LoraConfig) -> float:
+        """What a site's update is multiplied by."""
+        ...
+
     def shapes(self, site: Site, config: LoraConfig) -> dict[str, tuple[int, ...]]:
         """Shape of each adapter tensor of a site, by the suffix that PEFT's files give it."""
         ...

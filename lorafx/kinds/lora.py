@@ -182,7 +182,7 @@ class Lora:
 
     def names(self, site: Site, config: LoraConfig) -> dict[str, str | None]:
         if site.form == EMBEDDING:
-            return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+            return {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": None}
         bias = "lora_B.bias" if config.lora_bias else None
         return {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": bias}
 

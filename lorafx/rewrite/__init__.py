@@ -11,11 +11,12 @@ from .emit import (
     fake_mode_of,
     fake_value,
     made_by,
+    marks_of,
     resolve,
     within_vmap,
 )
 from .match import Match, NoMatch, match
-from .rule import Rule
+from .rule import Rule, first_match
 from .writes import writes
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "describe",
     "fake_mode_of",
     "fake_value",
+    "first_match",
     "made_by",
+    "marks_of",
     "match",
     "resolve",
     "within_vmap",

@@ -43,6 +43,11 @@ def made_by(node: Node) -> Provenance | None:
     return node.meta.get(MADE_BY)
 
 
+def marks_of(node: Node) -> dict[str, Any]:
+    """The site that a node reads and the adapters inserted there, to be handed on to what takes its place."""
+    return {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
+
+
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     """The fake tensor mode the graph was captured in, or a new one for a graph that carries no values."""
     values = [node.meta["val"] for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .emit import ADAPTED_BY, SITE, Provenance, emit, fake_mode_of
+from .emit import Provenance, emit, fake_mode_of, marks_of
+from .emit import made_by as maker_of
 from .match import Match, NoMatch, match
 from .writes import interrupted
 
@@ -66,10 +67,17 @@ class Rule:
                 continue
             found = self.find(anchor)
             if isinstance(found, Match):
-                before = anchor.meta.get("lorafx", Provenance(made_by))
-                marks = {key: anchor.meta[key] for key in (SITE, ADAPTED_BY) if key in anchor.meta}
+                before, marks = maker_of(anchor) or Provenance(made_by), marks_of(anchor)
                 result, new = self.apply(gm, found, Provenance(made_by, before.site, before.adapter), mode)
                 if result in new:
                     result.meta |= marks
                 count += 1
         return count
+
+
+def first_match(rules: Iterable[Rule], anchor: Node) -> tuple[Rule, Match] | None:
+    """The first rule that applies at a node, and its match."""
+    for rule in rules:
+        if isinstance(found := rule.find(anchor), Match):
+            return rule, found
+    return None
