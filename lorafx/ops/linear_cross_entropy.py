@@ -31,7 +31,7 @@ from .calls import by_reference, needs_backward, rows
 from .library import LIBRARY, composite
 from .wide import pays, wide
 
-ROWS, ROWS_ON_CPU = 1024, 256  # of a chunk at least, so that its products are bound by arithmetic
+ROWS, ROWS_ON_CPU = 1024, 512  # of a chunk at least, so that its products are bound by arithmetic
 _TILE = 2**22  # logits: so many make a chunk where its rows are few, and so many of it are in float32 at a time
 _MEAN = 1  # as aten numbers reductions; the sum is 2
 
