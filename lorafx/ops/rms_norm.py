@@ -48,8 +48,11 @@ class _RmsNorm(torch.autograd.Function):
         dx = d_weight = None
         if needs_x:
             g = dy if weight is None else dy * weight
-            mean = _dots(g, x).unsqueeze(-1) / x.shape[-1]
-            dx = torch.addcmul(g * r, x, mean * r.pow(3), value=-1)
+            slope = _dots(g, x).unsqueeze(-1) * r.pow(3) / -x.shape[-1]
+            if weight is None or torch.is_grad_enabled():
+                dx = torch.addcmul(g * r, x, slope)
+            else:  # in the memory of g
+                dx = g.mul_(r).addcmul_(x, slope)
         if needs_weight:
             d_weight = rows(dy * x * r).sum(0)
         return dx, d_weight, None
