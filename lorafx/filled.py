@@ -105,8 +105,8 @@ def pour(old: Any, new: Any) -> Any:
     """Give `old` the contents of `new` and return it; where it cannot hold them, return `new`."""
     if type(old) is not type(new) or isinstance(old, (Tensor, *_PLAIN)):
         return new
-    if isinstance(old, tuple):
-        return _poured_tuple(old, new)
+    if isinstance(old, tuple):  # a `torch.Size` is one value
+        return new if pytree.tree_is_leaf(old) else _poured_tuple(old, new)
     if isinstance(old, (list, deque)):
         items = list(map(pour, old, new)) + list(new)[len(old) :]
         old.clear()

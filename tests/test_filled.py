@@ -59,14 +59,15 @@ class Pair(NamedTuple):
 
 def test_what_a_tuple_or_a_deque_holds_is_filled():
     inner, own = [1], deque([5, 6], maxlen=3)
-    notes = {"tuple": (inner, "kept"), "pair": Pair(kept := [2], 3), "last": own, "longer": (4,)}
+    notes = {"tuple": (inner, "kept"), "pair": Pair(kept := [2], 3), "last": own, "longer": (4,), "of": torch.Size([2])}
     before = notes["tuple"]
     new = {"tuple": ([1, 2], "kept"), "pair": Pair([2, 3], 4), "last": deque([6, 7, 8], maxlen=3), "longer": (4, [5])}
+    new["of"] = torch.Size([300])
     filled({"loss": 0}, {"notes": new}, notes=notes)
     assert notes["tuple"] is before and inner == [1, 2]
     assert type(notes["pair"]) is Pair and notes["pair"].first is kept == [2, 3] and notes["pair"].second == 4
     assert notes["last"] is own and list(own) == [6, 7, 8]
-    assert notes["longer"] == (4, [5])
+    assert notes["longer"] == (4, [5]) and notes["of"] == torch.Size([300])
 
 
 class Remembers(nn.Module):
