@@ -239,19 +239,19 @@ def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Paramete
 
 def _total(root: nn.Module, sources: Sequence[Source], weight: Tensor) -> Tensor:
     """Σ ΔW of the sources for one parameter, rounded once to the dtype that the sum with W is taken in."""
-    total = sum(source.delta(root, weight.device)[_kind(weight)] for source in sources)
+    total = sum(source.delta(root, weight.device)[_role(weight)] for source in sources)
     assert isinstance(total, Tensor)
     return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _kind(parameter: Tensor) -> str:
+def _role(parameter: Tensor) -> str:
     """Which of a site's parameters this is. Its name does not say: it may be one that somebody else has given it."""
     return "weight" if parameter.ndim > 1 else "bias"
 
 
 def _copied(parameter: Tensor, sources: Sequence[Source]) -> int:
     """Bytes of the factors' copies, counted with the weight they were made for and not again with its bias."""
-    return sum(source.nbytes for source in sources if _kind(parameter) == "weight")
+    return sum(source.nbytes for source in sources if _role(parameter) == "weight")
 
 
 def _guess(merged: Tensor, change: Tensor) -> Tensor:

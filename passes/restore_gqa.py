@@ -32,9 +32,8 @@ def _repeats_heads(found: Match) -> str | None:
     heads = found.bindings["q"].meta["val"].shape[1]
     for name in ("k", "v"):
         shape, expanded = found.bindings[name].meta["val"].shape, found.bindings[f"{name}_expanded"]
-        if len(shape) != 4 or expanded[1] not in (-1, shape[1]) or not isinstance(expanded[2], int):
-            return f"{name} is repeated in another way"
-        if shape[1] * expanded[2] != heads:
+        repeats = len(shape) == 4 and expanded[1] in (-1, shape[1]) and isinstance(expanded[2], int)
+        if not repeats or shape[1] * expanded[2] != heads:
             return f"{name} is repeated in another way"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -177,3 +179,23 @@ def test_autocast_changes_nothing_as_it_changes_no_norm_by_hand():
             found.append((y, *torch.autograd.grad(y, (x, weight), dy)))
     for outside, inside in zip(*found):
         assert torch.equal(outside, inside)
+
+
+def test_each_thread_keeps_its_own_autocast(monkeypatch):
+    """One that leaves a norm while another is within it, too."""
+    within, plain = threading.Barrier(2, timeout=30), torch.linalg.vecdot
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda a, b: (within.wait(), plain(a, b))[1])
+    x, weight, _ = arguments(True, torch.float32)
+    after = {}
+
+    def run(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            fused(x, weight, 1e-5)
+            after[autocast] = torch.is_autocast_enabled("cpu")
+
+    threads = [threading.Thread(target=run, args=(autocast,)) for autocast in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert after == {True: True, False: False}

@@ -134,7 +134,6 @@ def _as_multiplied(tensor: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # products are in the dtype of what is given, or wide
 def _chunked(
     x: Tensor,
     weight: Tensor,
@@ -164,8 +163,9 @@ def _chunked(
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
-    for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _TILE // weight.shape[0])):
-        total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
+    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or wide
+        for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _TILE // weight.shape[0])):
+            total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
     return total, *shaped

@@ -24,10 +24,10 @@ def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-@torch.autocast("cpu", enabled=False)  # which runs these in half precision, and no other way to write a norm
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each row with the other's."""
-    return torch.linalg.vecdot(a, b)
+    """The inner product of each row with the other's; autocast would round these, and no other way to write a norm."""
+    with torch.autocast("cpu", enabled=False):  # as a decorator it would be one object for all threads, and mix them up
+        return torch.linalg.vecdot(a, b)
 
 
 class _RmsNorm(torch.autograd.Function):
