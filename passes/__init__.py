@@ -4,6 +4,7 @@ from lorafx.pipeline import Pipeline
 
 from .canonicalize import Canonicalize
 from .checkpoint_blocks import CheckpointBlocks
+from .choose_kernels import ChooseKernels
 from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
 from .elide_empty import ElideEmpty
@@ -27,7 +28,6 @@ from .restore_norm import RestoreNorm
 from .restore_rotary import RestoreRotary
 from .share_input import ShareInput
 from .split_reads import SplitReads
-from .widen_products import WidenProducts
 
 default = Pipeline(
     Canonicalize(),
@@ -52,13 +52,14 @@ default = Pipeline(
     ShareInput(),
     FuseDropout(),
     FoldScaling(),
-    WidenProducts(),
+    ChooseKernels(),
     CheckpointBlocks(),
 )
 
 __all__ = [
     "Canonicalize",
     "CheckpointBlocks",
+    "ChooseKernels",
     "ElideCasts",
     "ElideDropout",
     "ElideEmpty",
@@ -82,6 +83,5 @@ __all__ = [
     "RestoreRotary",
     "ShareInput",
     "SplitReads",
-    "WidenProducts",
     "default",
 ]

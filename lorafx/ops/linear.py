@@ -1,4 +1,4 @@
-"""linear: ATen's linear operator as it is, but in training with the products of `wide`, forward and backward.
+"""linear: ATen's linear operator as it is, but in training with the products of `products` and `wide`, both ways.
 
 y = x Wᵀ + b            dx = dy W            dW = dyᵀ x            db = Σ dy, over rows
 """
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
 from .library import composite
+from .products import linear as product
+from .products import matmul, onednn_pays, over_rows
 from .wide import pays, widened
 
-_product = widened(F.linear)
+_output = widened(product)
 
 
 class _Linear(torch.autograd.Function):
@@ -24,7 +26,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _output(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -35,14 +37,14 @@ class _Linear(torch.autograd.Function):
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, ...]:
-    dx = dy @ weight if needs_x else None
-    d_weight = rows(dy).t() @ rows(x) if needs_weight else None
+    dx = matmul(dy, weight) if needs_x else None
+    d_weight = over_rows(rows(dy), rows(x)) if needs_weight else None
     return dx, d_weight, rows(dy).sum(0) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, in) times `weight` (out, in), transposed, plus `bias` (out)."""
-    if pays(x) and needs_backward(x, weight, bias) and not by_reference():
+    if (pays(x) or onednn_pays(x, weight)) and needs_backward(x, weight, bias) and not by_reference():
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

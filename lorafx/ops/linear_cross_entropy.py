@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from ..autocast import autocast_dtype
 from .calls import by_reference, needs_backward, rows
 from .library import LIBRARY, composite
+from .products import linear, matmul, onednn_pays, over_rows
 from .wide import pays, wide
 
 ROWS, ROWS_ON_CPU = 1024, 512  # of a chunk at least, so that its products are bound by arithmetic
@@ -197,29 +198,29 @@ def _chunk(
     """The sum over a chunk; its gradients are added to `gradients`."""
     x, weight, bias, hidden, lora_B = given
     x = x[chosen]
-    products = F.linear(x, weight, bias)
+    products = linear(x, weight, bias)
     if hidden is not None:
         hidden = hidden[chosen]
         products.addmm_(hidden, lora_B.t(), alpha=scaling)
     total = _into_gradient(products, labels, *options, any(needs))
     if needs[0]:
-        gradients[0][chosen] = products @ weight
+        gradients[0][chosen] = matmul(products, weight)
     if needs[1]:
-        _add_product(gradients[1], products.t(), x, 1.0)
+        _add_over_rows(gradients[1], products, x, 1.0)
     if needs[2]:
         gradients[2] += products.sum(0, dtype=gradients[2].dtype)
     if needs[3]:
-        gradients[3][chosen] = (products @ lora_B).mul_(scaling)
+        gradients[3][chosen] = matmul(products, lora_B).mul_(scaling)
     if needs[4]:
-        _add_product(gradients[4], products.t(), hidden, scaling)
+        _add_over_rows(gradients[4], products, hidden, scaling)
     return total
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, alpha=scaling)
+def _add_over_rows(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    if total.dtype == left.dtype and not onednn_pays(right.t(), left.t()):
+        total.addmm_(left.t(), right, alpha=scaling)
     else:
-        total.add_(left @ right, alpha=scaling)
+        total.add_(over_rows(left, right), alpha=scaling)
 
 
 def _into_gradient(

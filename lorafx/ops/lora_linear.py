@@ -25,6 +25,7 @@ from .calls import by_reference, is_plain, needs_backward, rows
 from .dropped import Redraw, can_draw, draw
 from .gemm_update import gemm_update, runs
 from .library import composite
+from .products import accumulated, linear, matmul, onednn_pays, over_rows
 from .wide import widened
 
 
@@ -70,7 +71,7 @@ def _outputs(
     gemm: str,
 ) -> tuple[Tensor, Tensor]:
     """y and h."""
-    hidden = F.linear(x if z is None else z, lora_A)
+    hidden = linear(x if z is None else z, lora_A)
     return updated(x, weight, bias, hidden, lora_B, scaling, gemm), hidden
 
 
@@ -93,21 +94,21 @@ def _gradients(
     needs_x, needs_weight, needs_bias, needs_z, needs_A, needs_B, *_ = needs
     dx = dz = d_weight = d_bias = d_A = d_B = None
     if dy is not None:
-        d_weight = dy.t() @ x if needs_weight else None
+        d_weight = over_rows(dy, x) if needs_weight else None
         d_bias = dy.sum(0) if needs_bias else None
-        d_B = (dy.t() @ hidden) * scaling if needs_B else None
-        through = (dy @ lora_B) * scaling
+        d_B = over_rows(dy, hidden) * scaling if needs_B else None
+        through = matmul(dy, lora_B) * scaling
         d_hidden = through if d_hidden is None else d_hidden + through
     if d_hidden is not None:
-        d_A = d_hidden.t() @ (x if z is None else z) if needs_A else None
-        dz = d_hidden @ lora_A if needs_z else None
+        d_A = over_rows(d_hidden, x if z is None else z) if needs_A else None
+        dz = matmul(d_hidden, lora_A) if needs_z else None
     if needs_x and d_hidden is not None and mask is not None:
-        through = torch.where(mask, d_hidden @ lora_A, 0)
+        through = torch.where(mask, matmul(d_hidden, lora_A), 0)
         dx = through if dy is None else accumulated(through, dy, weight)
     elif needs_x and dy is not None:
         dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, gemm)
     elif needs_x and d_hidden is not None and z is None:
-        dx = d_hidden @ lora_A
+        dx = matmul(d_hidden, lora_A)
     return dx, d_weight, d_bias, dz, d_A, d_B
 
 
@@ -141,6 +142,8 @@ def updated(
     """x Wᵀ + b + s · h Bᵀ of matrices."""
     if by_kernel(gemm, x, weight, bias, hidden, lora_B):
         return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
+    if onednn_pays(x, weight):  # it gives new memory, and what is narrow is added to that
+        return linear(x, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
     if bias is None:
         return F.linear(hidden, lora_B).addmm_(x, weight.t(), beta=scaling)
     return torch.addmm(bias, hidden, lora_B.t(), alpha=scaling).addmm_(x, weight.t())
@@ -149,20 +152,17 @@ def updated(
 def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor, gemm: str) -> Tensor:
     """dy W + g A, or without g the first part."""
     if g is None:
-        return dy @ weight
+        return matmul(dy, weight)
     if by_kernel(gemm, dy, weight, g, lora_A):
         return gemm_update(dy, weight, None, g, lora_A, 1.0)
+    if onednn_pays(dy, weight.t()) and not torch.is_grad_enabled():
+        return matmul(dy, weight).addmm_(g, lora_A)
     return accumulated(g @ lora_A, dy, weight)
 
 
 def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
     """Whether the kernel of `gemm_update` was chosen and can run."""
     return gemm == "triton" and not by_reference() and runs(*tensors)
-
-
-def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
-    return torch.addmm(own, left, right) if torch.is_grad_enabled() else own.addmm_(left, right)
 
 
 def lora_linear(

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import merging
 from .calls import by_reference, needs_backward, rows
 from .library import composite
-from .lora_linear import accumulated, inferred, input_gradient, matrix_or_row, updated
+from .lora_linear import inferred, input_gradient, matrix_or_row, updated
 from .lora_linear import reference as one
+from .products import accumulated, linear, matmul, over_rows
 from .wide import widened
 
 Tensors = Sequence[Tensor]
@@ -60,7 +60,7 @@ class _LoraLinears(torch.autograd.Function):
 def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The yᵢ, and h."""
     weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
-    hidden = F.linear(x, torch.cat(lora_As))
+    hidden = linear(x, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
         updated(x, weight, bias, part, lora_B, scaling, gemm)
@@ -84,13 +84,13 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
 
     through = [
-        x.new_zeros(x.shape[0], rank) if dy is None else (dy @ lora_B) * scaling
+        x.new_zeros(x.shape[0], rank) if dy is None else matmul(dy, lora_B) * scaling
         for dy, _, lora_B, scaling, _, rank in each
     ]
     g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
     products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
     dx = _sum_of_products(products, g, torch.cat(lora_As), gemm) if needs[0] else None
-    d_As = (g.t() @ x).split(ranks) if any(needs_As) else [None] * count
+    d_As = over_rows(g, x).split(ranks) if any(needs_As) else [None] * count
     if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
         d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
     d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
@@ -108,14 +108,14 @@ def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
 def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:
     if dy is None:
         return None
-    product = dy.t() @ x
+    product = over_rows(dy, x)
     return product if scaling == 1.0 else product * scaling
 
 
 def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor, gemm: str) -> Tensor:
     """Σ dyᵢ Wᵢ + g A, in one buffer."""
     if not products:
-        return g @ lora_A
+        return matmul(g, lora_A)
     total = input_gradient(*products[0], g, lora_A, gemm)
     for dy, weight in products[1:]:
         total = accumulated(total, dy, weight)

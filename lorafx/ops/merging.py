@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.nn import functional as F
 
 from .calls import needs_backward, rows
+from .products import accumulated, linear, matmul, over_rows
 from .wide import widened
 
 # Flat, as autograd wants them: weight (out, in), bias (out) or None, A (r, in), B (out, r) of each site in turn.
@@ -79,7 +79,7 @@ class _Merging(torch.autograd.Function):
 @widened
 def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
     return tuple(
-        F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
+        linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
         for (weight, bias, lora_A, lora_B), scaling in zip(_by_site(tensors), scalings)
     )
 
@@ -95,10 +95,11 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     dx, found = None, []
     for (dy, scaling, weight, _, lora_A, lora_B, needed), d_A, part in zip(used, d_As, hidden):
         if needs_x:  # scaled elsewhere than in forward, or a compiler would find them equal and keep the first
-            dx = _plus(dx, dy, torch.addmm(weight, lora_B * scaling, lora_A))
-        d_weight = dy.t() @ x if needed[0] else None
+            merged = torch.addmm(weight, lora_B * scaling, lora_A)
+            dx = matmul(dy, merged) if dx is None else accumulated(dx, dy, merged)
+        d_weight = over_rows(dy, x) if needed[0] else None
         d_bias = dy.sum(0) if needed[1] else None
-        d_B = (dy.t() @ part) * scaling if needed[3] else None
+        d_B = over_rows(dy, part) * scaling if needed[3] else None
         found.append((d_weight, d_bias, d_A if needed[2] else None, d_B))
     gradients = iter(found)
     return dx, *(gradient for dy in dys for gradient in (_NONE if dy is None else next(gradients)))
@@ -107,25 +108,18 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
 _NONE = (None,) * 4
 
 
-def _stacked(x: Tensor, used: list[tuple[Any, ...]]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+def _stacked(x: Tensor, used: list[tuple[Any, ...]]) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
     """The dAᵢ and hᵢ of sites, if one needs them: x is read once for all of either."""
     lora_As = [lora_A for *_, lora_A, _, _ in used]
     ranks, nothing = [lora_A.shape[0] for lora_A in lora_As], [None] * len(used)
     d_As: Sequence[Tensor | None] = nothing
-    hidden: Sequence[Tensor | None] = nothing
+    hidden: Sequence[Any] = nothing
     if any(needed[2] for *_, needed in used):
-        through = [(dy @ lora_B) * scaling for dy, scaling, *_, lora_B, _ in used]
-        d_As = (torch.cat(through, -1).t() @ x).split(ranks)
+        through = [matmul(dy, lora_B) * scaling for dy, scaling, *_, lora_B, _ in used]
+        d_As = over_rows(torch.cat(through, -1), x).split(ranks)
     if any(needed[3] for *_, needed in used):
-        hidden = F.linear(x, torch.cat(lora_As)).split(ranks, -1)
+        hidden = linear(x, torch.cat(lora_As)).split(ranks, -1)
     return d_As, hidden
-
-
-def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in the memory of `total` unless that is kept for a second derivative."""
-    if total is None:
-        return left @ right
-    return torch.addmm(total, left, right) if torch.is_grad_enabled() else total.addmm_(left, right)
 
 
 def linears(

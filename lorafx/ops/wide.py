@@ -50,9 +50,14 @@ def pays(x: Tensor) -> bool:
     return is_slow(x) and is_plain(x) and math.prod(x.shape[:-1]) > _FEW
 
 
+def is_half(x: Tensor) -> bool:
+    """Whether x is of a half-precision dtype."""
+    return x.dtype in _SUPPORTED
+
+
 def is_slow(x: Tensor) -> bool:
     """Whether this machine has no instructions for products of x."""
-    return x.dtype in _SUPPORTED and x.device.type == "cpu" and not multiplies(x.dtype)
+    return is_half(x) and x.is_cpu and not multiplies(x.dtype)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ Batch = dict[str, Tensor]
 Options = dict[str, Any]
 
 # Rounds where PEFT does outside autocast.
-AS_WRITTEN = lorafx.passes.default.without("fuse_loss", "restore_rotary", "widen_products")
+AS_WRITTEN = lorafx.passes.default.without("fuse_loss", "restore_rotary", "choose_kernels")
 ALIKE: Options = {"adapter_compute_dtype": "float32", "pipeline": AS_WRITTEN}
 OURS: dict[str, Options] = {"lorafx": {}, "lorafx, compiled": {"backend": "inductor"}, "lorafx, rounding alike": ALIKE}
 # dtype of the base, what both libraries are told, and who of `OURS` runs; in float32 the defaults of both are the same

@@ -1,0 +1,77 @@
+"""products: of matrices, by whichever of torch's libraries multiplies faster here.
+
+    linear(x, W, b) = x Wᵀ + b        matmul(X, Y) = X Y        over_rows(X, Y) = Xᵀ Y
+
+torch gives products in float32 to MKL, which uses AVX-512 on Intel's processors alone. oneDNN, which torch has for half
+precision, uses it on others too: on two cores of an AMD EPYC (1024, 512) by (512, 512) takes 2.6 ms by the one and 1.2
+by the other. With AVX2 they are equally fast. The two add up in different orders. Autograd knows no derivative of what
+oneDNN gives, so it is for formulas of an autograd function, and for where nothing is kept for backward.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .calls import is_plain, needs_backward
+from .wide import is_half
+
+_LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
+
+
+def onednn_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies x (…, in) by `weight` (out, in) faster than the library that torch would ask."""
+    return (
+        mkl_leaves_avx512()
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and is_plain(x)
+        and is_plain(weight)
+        and x.numel() * weight.shape[0] >= _LEAST
+        and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
+    )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return onednn_pays(x, weight) or (x.is_cpu and is_half(x) and is_plain(x))
+
+
+@functools.cache
+def mkl_leaves_avx512() -> bool:
+    """Whether this processor has AVX-512 and MKL does not use it."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("avx512_f")) and "intel" not in processor["cpu_name"].lower()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in) by `weight` (out, in), transposed, plus `bias` (out)."""
+    if onednn_pays(x, weight) and not needs_backward(x, weight, bias):
+        bias = None if bias is None else bias.contiguous()  # of which it does not ask for strides
+        return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left (…, k) by right (k, n)."""
+    if onednn_pays(left, right.t()):
+        return linear(left, right.t())
+    return left @ right
+
+
+def over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of left (T, m) and right (T, n): rows' outer products, added up."""
+    if left.shape[1] > right.shape[1] and _by_onednn(right.t(), left.t()):
+        return matmul(right.t(), left).t()  # a quarter faster there
+    return matmul(left.t(), right)
+
+
+def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
+    if torch.is_grad_enabled():
+        return torch.addmm(own, left, right)
+    return own.add_(matmul(left, right)) if onednn_pays(left, right.t()) else own.addmm_(left, right)
