@@ -19,10 +19,12 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.utils import get_metrics_context
 from torch._functorch import config as partitioner
 from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .blocks import LAYERS, blocks_of, is_block_call, is_of_block
+from .by_onednn import ProductsByOnednn
 from .deferred import heads, is_deferral
 from .direct import direct
 from .errors import ConfigError
@@ -88,7 +90,20 @@ class Piece:
 def _patches(mode: str | None) -> dict[str, Any]:
     """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
     settings: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic=True) if mode else {}
-    return {POST_PASS: getattr(inductor, POST_PASS) or SumsInPlace()} | settings
+    return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | settings
+
+
+class OurPasses(CustomGraphPass):
+    """What runs after Inductor's own passes on ATen operators."""
+
+    _passes = ProductsByOnednn(), SumsInPlace()
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        return [each.uuid() for each in self._passes]
 
 
 def _reason() -> str:

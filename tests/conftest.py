@@ -47,7 +47,8 @@ def small_chunks(monkeypatch):
     """A fused loss in chunks of 4 rows, 2 of them in float32 at a time."""
     module = sys.modules["lorafx.ops.linear_cross_entropy"]  # the package has the function under this name
     monkeypatch.setattr(module, "ROWS_ON_CPU", 4)
-    monkeypatch.setattr(module, "_TILE", 22)
+    monkeypatch.setattr(module, "_CHUNK", 22)
+    monkeypatch.setattr(module, "_TILE_ON_CPU", 22)
 
 
 @pytest.fixture

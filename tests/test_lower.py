@@ -10,8 +10,8 @@ import lorafx
 from lorafx import lower, ops
 from lorafx.blocks import blocks_of
 from lorafx.errors import ConfigError
-from lorafx.in_place import POST_PASS, SumsInPlace
-from lorafx.lower import Backend
+from lorafx.in_place import POST_PASS
+from lorafx.lower import Backend, OurPasses
 
 eps = torch.finfo(torch.float32).eps
 
@@ -165,7 +165,7 @@ def test_modes_are_inductors(monkeypatch):
     lora(torch.randn(2, 5, 4))
     for options in asked:
         *patches, (name, own) = sorted(options["config_patches"].items(), key=lambda item: item[0] == POST_PASS)
-        assert patches == [("triton.cudagraphs", True)] and name == POST_PASS and isinstance(own, SumsInPlace)
+        assert patches == [("triton.cudagraphs", True)] and name == POST_PASS and isinstance(own, OurPasses)
     assert asked
     with pytest.raises(ConfigError, match=r"'fast' is none of .*max-autotune"):
         deep(backend="auto", mode="fast")

@@ -13,7 +13,7 @@ from torch import nn
 
 from .cases import Case
 from .contestants import Maker, Missing, first_line, with_peft
-from .measure import Outcome, Runner, differences, peak, runner, seconds
+from .measure import Outcome, Runner, differences, keep_freed_memory, peak, runner, seconds
 from .models import Batch, batch_of, build
 from .record import Result, Row
 
@@ -29,6 +29,7 @@ Tell = Callable[[str], object]
 def run(case: Case, names: list[str], makers: dict[str, Maker], device: str, rounds: int, tell: Tell) -> Result:
     """Everybody's row in one case."""
     torch._dynamo.reset()
+    keep_freed_memory()
     base = build(case, device)
     batch = batch_of(case, base)
     tell("reference")

@@ -33,7 +33,8 @@ from .products import linear, matmul, onednn_pays, over_rows
 from .wide import pays, wide
 
 ROWS, ROWS_ON_CPU = 1024, 512  # of a chunk at least, so that its products are bound by arithmetic
-_TILE = 2**22  # logits: so many make a chunk where its rows are few, and so many of it are in float32 at a time
+_CHUNK = 2**22  # logits, that make a chunk where so many rows are fewer
+_TILE, _TILE_ON_CPU = 2**22, 2**19  # of a chunk's logits so many are worked on at a time; on a GPU calls would show
 _MEAN = 1  # as aten numbers reductions; the sum is 2
 
 
@@ -165,7 +166,7 @@ def _chunked(
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
     with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or wide
-        for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _TILE // weight.shape[0])):
+        for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _CHUNK // weight.shape[0])):
             total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
@@ -234,7 +235,7 @@ def _into_gradient(
 ) -> Tensor:
     """The sum over a chunk of (rows, out); where a gradient is needed, the products become it, times `weight`."""
     classes, total = products.shape[1], wide(products.new_zeros(()))
-    rows = max(1, _TILE // classes)
+    rows = max(1, (_TILE_ON_CPU if products.is_cpu else _TILE) // classes)
     for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
         logits = wide(tile) if scale == 1.0 else wide(tile) * scale
         capped = None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .calls import is_plain, needs_backward
 from .wide import is_half
 
-_LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
+LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
 
 
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
@@ -30,7 +30,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and is_plain(x)
         and is_plain(weight)
-        and x.numel() * weight.shape[0] >= _LEAST
+        and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
     )
 
@@ -52,6 +52,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, in) by `weight` (out, in), transposed, plus `bias` (out)."""
     if onednn_pays(x, weight) and not needs_backward(x, weight, bias):
         bias = None if bias is None else bias.contiguous()  # of which it does not ask for strides
+        # A matrix and its transpose are equally fast; for one with gaps between its rows it has no fast way at all.
+        weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
         return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
