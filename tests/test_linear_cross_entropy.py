@@ -63,7 +63,7 @@ def test_a_chunk_holds_as_many_logits_as_it_may_and_no_fewer_rows_than_it_must(s
     found, chunk = [], module._chunk
     monkeypatch.setattr(module, "_chunk", lambda chosen, *rest: found.append(len(chosen)) or chunk(chosen, *rest))
     arguments = given(rows=(12,), ignored=0)
-    monkeypatch.setattr(module, "_TILE", rows * arguments[1].shape[0])
+    monkeypatch.setattr(module, "_CHUNK", rows * arguments[1].shape[0])
     gradients(fused, arguments)
     assert found == chunks
 
