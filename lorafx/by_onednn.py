@@ -12,12 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 from .ops import products
-from .ops.library import LIBRARY
 
 aten = torch.ops.aten
 
@@ -65,18 +63,3 @@ def _called(graph: Graph, target: Any, args: tuple[Any, ...], like: Any) -> Node
     node = graph.call_function(target, args)
     node.meta = dict(like.meta)
     return node
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.is_contiguous():
-        return products.matmul(left, right)
-    return products.over_rows(left.t(), right).contiguous()
-
-
-def _empty(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
-
-
-LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.flexible_layout,))
-LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)

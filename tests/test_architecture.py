@@ -37,7 +37,7 @@ LAYERS = [
         "in_place",
         "ops",
     },
-    {"forms", "rewrite", "sites"},
+    {"forms", "rewrite", "sites", "by_onednn"},
     {"rooted", "regions", "effects"},
     {"outline", "once", "sizes", "direct"},
     {"positions"},

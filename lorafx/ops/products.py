@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import is_plain, needs_backward
+from .library import LIBRARY
 from .wide import is_half
 
 LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
@@ -45,7 +46,7 @@ def mkl_leaves_avx512() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     processor = torch.cpu.get_capabilities()
-    return bool(processor.get("avx512_f")) and "intel" not in processor["cpu_name"].lower()
+    return bool(processor.get("avx512_f")) and "intel" not in processor.get("cpu_name", "").lower()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,3 +78,19 @@ def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return torch.addmm(own, left, right)
     return own.add_(matmul(left, right)) if onednn_pays(left, right.t()) else own.addmm_(left, right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_contiguous():
+        return matmul(left, right)
+    return over_rows(left.t(), right).contiguous()
+
+
+def _empty(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+# left @ right of matrices for compiled graphs, which do not look into it; without a derivative.
+LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.flexible_layout,))
+LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)
