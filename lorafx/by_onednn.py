@@ -1,4 +1,4 @@
-"""by_onednn: a pass for Inductor, by which float32 is multiplied on a CPU as eager graphs of lorafx have it multiplied.
+"""by_onednn: a pass for Inductor, by which products in float32 on a CPU are those of `ops/products.py`.
 
 mm(X, Y)                 ->  lorafx.product(X, Y)
 β · addend + α · X Y     ->  β · addend + α · lorafx.product(X, Y)      which Inductor adds up where it is read
@@ -32,7 +32,7 @@ class ProductsByOnednn(CustomGraphPass):
                     _write(graph, node)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,)), products.mkl_leaves_avx512()
+        return get_hash_for_files((__file__, products.__file__)), products.mkl_leaves_avx512()
 
 
 def _pays(left: Node, right: Node) -> bool:
@@ -42,16 +42,18 @@ def _pays(left: Node, right: Node) -> bool:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    """Of a size that depends on data there is none."""
+    return (size.node.hint or 0) if isinstance(size, torch.SymInt) else size
 
 
 def _write(graph: Graph, node: Node) -> None:
     *addend, left, right = node.args
     with graph.inserting_before(node):
         total = _called(graph, torch.ops.lorafx.product.default, (left, right), node)
-        if addend:
-            alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
-            total = total if alpha == 1 else _called(graph, aten.mul.Tensor, (total, alpha), node)
+        alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
+        if alpha != 1:
+            total = _called(graph, aten.mul.Tensor, (total, alpha), node)
+        if addend and beta != 0:  # or nothing of the addend is read
             scaled = addend[0] if beta == 1 else _called(graph, aten.mul.Tensor, (addend[0], beta), addend[0])
             total = _called(graph, aten.add.Tensor, (total, scaled), node)
     node.replace_all_uses_with(total)

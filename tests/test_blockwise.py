@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorafx.ops import attention, blockwise, wide
 from lorafx.ops.blockwise import pays
@@ -78,7 +79,7 @@ def test_a_query_sees_no_later_key(machine):
     given, _, options = some(SHAPES[1], torch.bfloat16)
     query, key, value = (each.requires_grad_() for each in given)
     other_key, other_value = key.detach().clone(), value.detach().clone()
-    other_key[:, :, -1] += 1
+    other_key[:, :, -1] = torch.nan
     other_value[:, :, -1] += 1
     one, other = attention(query, key, value, **options), attention(query, other_key, other_value, **options)
     assert torch.equal(one[:, :, :-1], other[:, :, :-1]) and not torch.equal(one[:, :, -1], other[:, :, -1])
@@ -91,6 +92,42 @@ def test_some_of_the_gradients(machine):
         some_given = [each.detach().clone().requires_grad_(place == number) for number, each in enumerate(given)]
         (gradient,) = torch.autograd.grad(attention(*some_given, **options), some_given[place], dy)
         assert torch.equal(gradient, all_of_them[place + 1])
+        again = torch.autograd.grad(attention(*some_given, **options), some_given[place], dy, create_graph=True)
+        torch.testing.assert_close(again[0], gradient, rtol=2**-5, atol=2**-5)
+
+
+def test_gradients_in_batches(machine):
+    given, dy, options = some(SHAPES[1], torch.bfloat16)
+    dys, given = torch.stack((dy, 2 * dy)), [each.requires_grad_() for each in given]
+    output = attention(*given, **options)
+    found = torch.autograd.grad(output, given, dys, retain_graph=True, is_grads_batched=True)
+    for each, of_dy in zip(found, torch.autograd.grad(output, given, dy), strict=True):
+        torch.testing.assert_close(each, torch.stack((of_dy, 2 * of_dy)), rtol=2**-5, atol=2**-5)
+
+
+def test_float16_is_large_enough(monkeypatch):
+    """Where Σ dSᵢᵀ Qᵢ is too large for it and scale · Σ dSᵢᵀ Qᵢ is not."""
+    monkeypatch.setattr(wide, "multiplies", lambda dtype: True)
+    query, key, value, dy = (torch.randn(1, 2, 256, 128) for _ in range(4))
+    given = [(4 * query).half(), (key / 4).half(), value.half()]
+    dy = (12000 * dy).clamp(-60000, 60000).half()
+    for found in outcome(attention, given, dy, {"is_causal": False}):
+        assert found.isfinite().all()
+
+
+def test_many_keys_make_small_blocks():
+    query, key = torch.randn(2, 8, 512, 32), torch.randn(2, 8, 8192, 32)
+    ((first, last, seen), *_) = blockwise._blocks(query, key, False)
+    assert first == 0 and 0 < last < 128 and 2 * 8 * last * seen <= 2**23
+
+
+def test_what_it_gives_may_be_written_to(machine):
+    given, _, options = some(SHAPES[0], torch.bfloat16)
+    output = attention(*(each.requires_grad_() for each in given), **options)
+    doubled = torch.autograd.grad(output.mul_(2).sum(), given)
+    once = torch.autograd.grad(attention(*given, **options).sum(), given)
+    for found, expected in zip(doubled, once, strict=True):
+        torch.testing.assert_close(found, 2 * expected, rtol=2**-6, atol=2**-6)
 
 
 @shapes
@@ -133,6 +170,11 @@ def test_what_is_left_to_torch(monkeypatch):
     for given, options in ways:
         given = [each.detach().clone().requires_grad_() for each in given]
         assert torch.equal(attention(*given, **options), F.scaled_dot_product_attention(*given, **options))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert not pays(query, key, value, False, False)
+    with torch.autocast("cpu", torch.float16):
+        assert not pays(query, key, value, False, False)
+    assert pays(query, key, value, False, False)
     assert not pays(*(torch.randn(1, 2, 768, 8).bfloat16() for _ in range(3)), True, False)
     assert not pays(*(each.to("meta") for each in (query, key, value)), True, False)
 
@@ -145,4 +187,5 @@ def test_inference_keeps_the_bits_of_torch(machine):
 def test_where_half_precision_is_slow_length_does_not_matter(monkeypatch):
     monkeypatch.setattr(wide, "multiplies", lambda dtype: False)
     assert pays(*(torch.randn(1, 2, 2000, 8).bfloat16() for _ in range(3)), True, False)
-    assert [last - first for first, last, _ in blockwise._blocks(2000, 2000, True)][:2] == [128, 128]
+    query = torch.randn(1, 2, 2000, 8)
+    assert [last - first for first, last, _ in blockwise._blocks(query, query, True)][:2] == [128, 128]

@@ -53,6 +53,10 @@ def a_bias(x, w, h, b, bias):
     return torch.addmm(bias, x, w)
 
 
+def over_nothing(x, w, h, b, bias):
+    return torch.addmm(torch.full_like(bias, torch.nan), x, w, beta=0, alpha=2)
+
+
 def a_sum_of_two(x, w, h, b, bias):
     return torch.addmm(torch.addmm(h @ b, x, w), x, w * 2)
 
@@ -73,6 +77,7 @@ CASES = {
     narrow_over_rows: 0,
     an_update: 1,
     a_bias: 1,
+    over_nothing: 1,
     a_sum_of_two: 2,
     in_double: 0,
     a_small_one: 0,

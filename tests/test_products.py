@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorafx
 from lorafx.capture import trace
@@ -101,6 +102,8 @@ def test_this_processor(monkeypatch):
     assert not leaves()
     processor |= {"avx512_f": True, "cpu_name": "Intel(R) Xeon(R) Platinum 8488C"}
     assert not leaves()
+    processor["cpu_name"] = ""
+    assert not leaves()
     processor["cpu_name"] = "AMD EPYC"
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert not leaves()
@@ -191,6 +194,47 @@ def test_a_compiler_is_given_what_it_knows(function):
 
     called = [str(node.target) for node in make_fx(trained, tracing_mode="fake")(*some()).graph.nodes]
     assert len(called) > 6 and not any("mkldnn" in target for target in called), called
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, N), (T, N)], ids=str)
+def test_a_bias_that_is_broadcast(shape):
+    x, W, b = torch.randn(T, K), torch.randn(N, K), torch.randn(shape)
+
+    def trained(function, dtype):
+        given = [each.to(dtype).requires_grad_() for each in (x, W, b)]
+        output = function(*given)
+        return output, *torch.autograd.grad(output.sin().sum(), given)
+
+    for ours, exact in zip(trained(linear, torch.float32), trained(F.linear, torch.float64), strict=True):
+        assert ours.shape == exact.shape
+        near(ours, exact, 4 * (T * N))
+    with torch.no_grad():
+        assert torch.equal(products.linear(x, W, b), F.linear(x, W, b))
+
+
+def test_a_frozen_layer_keeps_its_weight_alone():
+    x, W = torch.randn(T, K, requires_grad=True), torch.randn(N, K)
+    for trained in (x, W):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            linear(x.detach().requires_grad_(trained is x), W.detach().requires_grad_(trained is W))
+        assert [each.shape for each in kept] == [W.shape if trained is x else x.shape]
+
+
+def test_who_has_said_otherwise():
+    x, W = torch.randn(T, K), torch.randn(N, K)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products.onednn_pays(x, W)
+    assert not products.onednn_pays(x, W.to_sparse_csr()) and not products.onednn_pays(x, W[0])
+    assert "mkldnn" not in str(torch.jit.trace(lambda x: products.linear(x, W), (x,), check_trace=False).graph)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        products.linear(x[:, 1:], W)
+
+
+def test_multiplications_are_counted():
+    with FlopCounterMode(display=False) as counted:
+        products.linear(torch.randn(2, T, K), torch.randn(N, K))
+    assert counted.get_total_flops() == 2 * 2 * T * K * N
 
 
 class Small(nn.Module):

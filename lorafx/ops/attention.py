@@ -1,8 +1,8 @@
 """attention: ATen's scaled dot product attention as it is, but in training in half precision on a CPU by faster ways.
 
-That is by blocks of queries (`blockwise`), where there is neither mask nor dropout and sequences are not long. Else it
-is torch's kernel, in float32 (`wide`) where this machine has no instructions for half precision; forward is then run
-again for backward, so that nothing wide is kept. Inference stays as it is.
+That is by blocks of queries (`blockwise`), where there is neither mask nor dropout, and queries are few or half
+precision is slow. Else it is torch's kernel, in float32 (`wide`) where half precision is slow; then forward runs again
+for backward, so that nothing wide is kept. Inference stays as it is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def attention(
     if not needs_backward(*given) or by_reference():
         return attend(*given)
     if attn_mask is None and not dropout_p and blockwise.pays(query, key, value, is_causal, enable_gqa):
-        return blockwise.Attention.apply(
-            query, key, value, is_causal, query.shape[3] ** -0.5 if scale is None else scale
-        )
+        factor = query.shape[3] ** -0.5 if scale is None else scale
+        return blockwise.Attention.apply(query, key, value, is_causal, factor).transpose(1, 2)
     if pays(query):
         return checkpoint(widened(attend), *given, use_reentrant=False, preserve_rng_state=dropout_p > 0)
     return attend(*given)

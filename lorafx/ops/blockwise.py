@@ -4,8 +4,8 @@
 
     dPᵢ = dOᵢ Vᵀ     dSᵢ = Pᵢ ∘ (dPᵢ - Σ Pᵢ ∘ dPᵢ)     dQᵢ = scale · dSᵢ K     dK += scale · dSᵢᵀ Qᵢ     dV += Pᵢᵀ dOᵢ
 
-It keeps Q, K and V, and makes Pᵢ again for backward. As in torch's own kernel, scores, dPᵢ and sums over blocks are in
-float32, and Pᵢ and dSᵢ are rounded to be multiplied, except where half precision is multiplied in float32 (`wide`).
+It keeps Q, K and V, and makes Pᵢ again for backward. As in torch's own kernel scores, dPᵢ and sums over blocks are in
+float32; what else is multiplied, and each product, is rounded, except where half precision is slow (`wide`).
 That kernel goes by 32 or 64 queries of one head at a time, too few for fast products; for long sequences it takes more.
 Query heads that share keys and values are rows of one block, so that nothing is repeated for them.
 """
@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .calls import is_plain
+from ..autocast import autocast_dtype
+from .calls import by_reference, is_plain
 from .wide import is_half, is_slow, wide
 
 _SHORT = 768  # queries, from which on torch's blocks are large enough
-_FEW = 2**16  # scores, below which calls are what takes time
-_LEAST, _MOST = 64, 128  # queries in a block
+_FEW, _MANY = 2**16, 2**23  # scores: in all, below which calls are what takes time; and in a block at most
+_LEAST, _MOST = 64, 128  # queries in a block, as far as `_MANY` allows
 
 
 def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:
@@ -37,17 +36,20 @@ def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa:
     return (
         query.dtype == key.dtype == value.dtype
         and is_half(query)
+        and autocast_dtype("cpu") in (None, query.dtype)
         and (queries < _SHORT or is_slow(query))
-        and batch * heads * queries * keys >= _FEW
+        and batch * heads * queries * keys * features >= _FEW
         and keys == (queries if is_causal else keys)
         and key.shape == (batch, shared, keys, features)
         and value.shape[:3] == key.shape[:3]
         and heads % shared == 0
+        and torch.backends.cuda.flash_sdp_enabled()  # which are for CPUs too: somebody has asked for one kernel
+        and torch.backends.cuda.math_sdp_enabled()
     )
 
 
 class Attention(torch.autograd.Function):
-    """Of tensors for which it `pays`."""
+    """Of tensors for which it `pays`; gives (batch, n, heads, …), in which heads are joined without a copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
@@ -58,55 +60,71 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        run = _by_autograd if torch.is_grad_enabled() else _gradients
+        dy, needs = dy.transpose(1, 2), ctx.needs_input_grad[:3]
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # of `is_grads_batched`
+        run = _by_autograd if torch.is_grad_enabled() or by_reference() or batched else _gradients
         with torch.autocast("cpu", enabled=False):
-            return *run(dy, *ctx.saved_tensors, *ctx.options), None, None
+            return *run(dy, *ctx.saved_tensors, *ctx.options, needs), None, None  # type: ignore[call-arg]
 
 
 def _output(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
     batch, heads, queries, _ = query.shape
-    output = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)  # as who joins heads wants it
+    output = query.new_empty(batch, queries, heads, value.shape[3])
     keys, values = wide(key.flatten(0, 1)) * scale, _multiplied(value.flatten(0, 1))
-    by_keys, to = _by_keys(query, key), _by_keys(output, key)
-    for first, last, seen in _blocks(queries, key.shape[2], is_causal):
+    by_keys, to = _by_keys(query, key), _by_keys(output.transpose(1, 2), key)
+    for first, last, seen in _blocks(query, key, is_causal):
         weights = _weights(wide(_block(by_keys, first, last)), keys[:, :seen], first, is_causal)
         _put(to, first, last, torch.bmm(weights.to(values.dtype), values[:, :seen]))
     return output
 
 
 def _gradients(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    d_query = torch.empty_like(query)
-    by_keys, dy_by_keys, to = (_by_keys(each, key) for each in (query, dy, d_query))
+    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Of those that are needed. Scaled before they are multiplied: in float16 a product may be too large by itself."""
+    needs_query, needs_key, needs_value = needs
     keys, values = wide(key.flatten(0, 1)) * scale, wide(value.flatten(0, 1))
-    multiplied_keys = keys.to(_multiplied(key).dtype)
-    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-    for first, last, seen in _blocks(query.shape[2], key.shape[2], is_causal):
+    rounded_keys, dtype = keys.to(_multiplied(key).dtype), _multiplied(key).dtype
+    d_query, d_keys, d_values = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+    by_keys, dy_by_keys, to = (_by_keys(each, key) for each in (query, dy, d_query))
+    for first, last, seen in _blocks(query, key, is_causal):
         queries, d_block = _block(by_keys, first, last), _block(dy_by_keys, first, last)
         weights = _weights(wide(queries), keys[:, :seen], first, is_causal)
+        if needs_value:
+            _add_product(d_values[:, :seen], weights.to(dtype).mT, _multiplied(d_block))
+        if not (needs_query or needs_key):
+            continue
         d_weights = torch.bmm(wide(d_block), values[:, :seen].mT)
-        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        weights, d_scores = weights.to(multiplied_keys.dtype), d_scores.to(multiplied_keys.dtype)
-        _put(to, first, last, torch.bmm(d_scores, multiplied_keys[:, :seen]))
-        _add_product(d_values[:, :seen], weights.mT, _multiplied(d_block))
-        _add_product(d_keys[:, :seen], d_scores.mT, _multiplied(queries))
-    return d_query, (d_keys * scale).to(key.dtype).view_as(key), d_values.to(value.dtype).view_as(value)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(dtype)
+        if needs_query:
+            _put(to, first, last, torch.bmm(d_scores, rounded_keys[:, :seen]))
+        if needs_key:
+            _add_product(d_keys[:, :seen], d_scores.mT, _multiplied(queries) * scale)
+    return (
+        d_query if needs_query else None,
+        d_keys.to(key.dtype).view_as(key) if needs_key else None,
+        d_values.to(value.dtype).view_as(value) if needs_value else None,
+    )
 
 
 def _by_autograd(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    """The gradients by formulas that have derivatives themselves."""
-    with sdpa_kernel(SDPBackend.MATH):
-        shared = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=shared)
-    return torch.autograd.grad(output, (query, key, value), dy, create_graph=True, allow_unused=True)
+    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients by formulas that have derivatives themselves, and batching rules."""
+    shared = query.shape[1] != key.shape[1]
+    with torch.enable_grad():
+        output, _ = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, None, 0.0, is_causal, None, scale=scale, enable_gqa=shared
+        )
+    wanted = [each for each, needed in zip((query, key, value), needs) if needed]
+    found = iter(torch.autograd.grad(output, wanted, dy, create_graph=torch.is_grad_enabled()))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
-def _blocks(queries: int, keys: int, is_causal: bool) -> Iterator[tuple[int, int, int]]:
+def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[int, int, int]]:
     """The first query of each block, the one after its last, and how many keys it sees."""
-    size = min(max(_LEAST, -(-queries // 8)), _MOST)
+    batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+    size = min(max(_LEAST, -(-queries // 8)), _MOST, max(1, _MANY // (batch * heads * keys)))
     for first in range(0, queries, size):
         last = min(first + size, queries)
         yield first, last, last if is_causal else keys
@@ -132,7 +150,8 @@ def _weights(queries: Tensor, keys: Tensor, first: int, is_causal: bool) -> Tens
     scores = torch.bmm(queries, keys.mT)
     if is_causal:
         size = keys.shape[1] - first
-        scores.unflatten(1, (-1, size))[..., first:] += torch.full((size, size), -torch.inf).triu_(1)
+        later = torch.ones(size, size, dtype=torch.bool).triu_(1)
+        scores.unflatten(1, (-1, size))[..., first:].masked_fill_(later, -torch.inf)
     return torch.softmax(scores, -1)
 
 

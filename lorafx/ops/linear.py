@@ -13,19 +13,20 @@ from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
 from .library import composite
+from .products import is_plain_bias, matmul, onednn_pays, over_rows
 from .products import linear as product
-from .products import matmul, onednn_pays, over_rows
 from .wide import pays, widened
 
 _output = widened(product)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x and W as they are given: autograd would keep their wide copies."""
+    """Keeps what it needs of x and W as they are given: autograd would keep their wide copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return _output(x, weight, bias)
 
     @staticmethod
@@ -35,16 +36,17 @@ class _Linear(torch.autograd.Function):
 
 @widened
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, ...]:
-    dx = matmul(dy, weight) if needs_x else None
-    d_weight = over_rows(rows(dy), rows(x)) if needs_weight else None
+    dx = None if weight is None else matmul(dy, weight)
+    d_weight = None if x is None else over_rows(rows(dy), rows(x))
     return dx, d_weight, rows(dy).sum(0) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, in) times `weight` (out, in), transposed, plus `bias` (out)."""
-    if (pays(x) or onednn_pays(x, weight)) and needs_backward(x, weight, bias) and not by_reference():
+    faster = (pays(x) or onednn_pays(x, weight)) and is_plain_bias(bias, weight)
+    if faster and needs_backward(x, weight, bias) and not by_reference():
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

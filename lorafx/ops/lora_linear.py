@@ -8,8 +8,9 @@
 Of the forward pass it keeps x, z (or what makes it of x again, see `dropped`) and h, where autograd keeps what each
 product was given. Of y, and of dx, the narrow product is written first and the wide one, which reads and writes far
 less for each multiplication, is added to it in the same memory: a pass less than the other way round, and nothing is
-written down by itself. With `gemm="triton"` y and dx are each written once, by the kernel of `gemm_update`, where that
-runs. In half precision a CPU may be faster by way of float32 (`wide`).
+written down by itself. It is the other way round by oneDNN (`products`), which adds to nothing. With `gemm="triton"` y
+and dx are each written once, by the kernel of `gemm_update`, where that runs. In half precision a CPU may be faster by
+way of float32 (`wide`).
 """
 
 from __future__ import annotations

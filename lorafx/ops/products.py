@@ -11,10 +11,13 @@ oneDNN gives, so it is for formulas of an autograd function, and for where nothi
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .calls import is_plain, needs_backward
 from .library import LIBRARY
@@ -31,9 +34,19 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and is_plain(x)
         and is_plain(weight)
+        and x.layout == weight.layout == torch.strided
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
         and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
+        and torch._C._get_mkldnn_enabled()
+        and not torch.jit.is_tracing()
     )
+
+
+def is_plain_bias(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether a bias is one number for each of `weight`'s rows, as nearly all are, or none; torch broadcasts others."""
+    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -46,12 +59,13 @@ def mkl_leaves_avx512() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     processor = torch.cpu.get_capabilities()
-    return bool(processor.get("avx512_f")) and "intel" not in processor.get("cpu_name", "").lower()
+    name = processor.get("cpu_name", "")
+    return bool(processor.get("avx512_f") and name) and "intel" not in name.lower()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, in) by `weight` (out, in), transposed, plus `bias` (out)."""
-    if onednn_pays(x, weight) and not needs_backward(x, weight, bias):
+    if onednn_pays(x, weight) and is_plain_bias(bias, weight) and not needs_backward(x, weight, bias):
         bias = None if bias is None else bias.contiguous()  # of which it does not ask for strides
         # A matrix and its transpose are equally fast; for one with gaps between its rows it has no fast way at all.
         weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
@@ -90,7 +104,18 @@ def _empty(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _product_flops(left: Any, right: Any, **_: Any) -> int:
+    return 2 * math.prod(left) * right[1]
+
+
 # left @ right of matrices for compiled graphs, which do not look into it; without a derivative.
 LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.flexible_layout,))
 LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)
+register_flop_formula(torch.ops.lorafx.product)(_product_flops)
+if torch.ops.mkldnn._linear_pointwise not in flop_registry:  # or a counter would find that nothing is multiplied
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
