@@ -38,10 +38,12 @@ def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa:
         and is_half(query)
         and autocast_dtype("cpu") in (None, query.dtype)
         and (queries < _SHORT or is_slow(query))
-        and batch * heads * queries * keys * features >= _FEW
+        and batch * heads * queries * keys >= _FEW
+        and features > 0
         and keys == (queries if is_causal else keys)
         and key.shape == (batch, shared, keys, features)
         and value.shape[:3] == key.shape[:3]
+        and shared > 0
         and heads % shared == 0
         and torch.backends.cuda.flash_sdp_enabled()  # which are for CPUs too: somebody has asked for one kernel
         and torch.backends.cuda.math_sdp_enabled()

@@ -30,6 +30,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies x (…, in) by `weight` (out, in) faster than the library that torch would ask."""
     return (
         mkl_leaves_avx512()
+        and not torch.jit.is_tracing()
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and is_plain(x)
@@ -40,7 +41,6 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
         and torch._C._get_mkldnn_enabled()
-        and not torch.jit.is_tracing()
     )
 
 
