@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operators import ADAPTED, of_linear, of_lora_linear, of_lora_linears, of_merging
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import lorafx
 from lorafx.capture import trace
-from lorafx.ops import attention, linear, linear_cross_entropy, lora_linear, lora_linears, merging, products, wide
+from lorafx.ops import attention, linear, linear_cross_entropy, products, wide
 from lorafx.passes import Canonicalize, ChooseKernels
 from lorafx.pipeline import Pipeline
 
@@ -28,33 +29,12 @@ def numbers(*sizes, scale=1.0):
     return (scale * torch.randn(*sizes)).bfloat16().to(torch.float16)  # numbers that both dtypes hold
 
 
-def of_lora_linear(x, W, b, A, B):
-    return lora_linear(x, W, b, None, A, B, 1.7)
-
-
-def of_two_values(x, W, b, A, B):
-    return lora_linear(x, W, b, x.flip(0), A, B, 1.7)
-
-
-def of_lora_linears(x, W, b, A, B):
-    one, two = lora_linears(x, [W, W[:5]], [b, None], [A, A[:2]], [B, B[:5, :2]], [1.7, 0.5])
-    return torch.cat((one, two), -1)
-
-
-def of_merging(x, W, b, A, B):
-    return merging.linears(x, [W], [b], [A], [B], [1.7])[0]
-
-
-def of_linear(x, W, b, A, B):
-    return linear(x, W, b)
-
-
 def of_attention(x, W, b, A, B):
     heads = x.view(3, 11, 4, 9).transpose(1, 2)
     return attention(heads, heads.flip(2), heads.flip(1), is_causal=True)
 
 
-OPERATORS = [of_lora_linear, of_two_values, of_lora_linears, of_merging, of_linear, of_attention]
+OPERATORS = [*ADAPTED, of_linear, of_attention]
 
 
 def outcome(function, given):

@@ -72,7 +72,7 @@ class Attention(torch.autograd.Function):
 def _output(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[3])
-    keys, values = wide(key.flatten(0, 1)) * scale, _multiplied(value.flatten(0, 1))
+    keys, values = wide(key.flatten(0, 1)) * scale, value.flatten(0, 1).to(_multiplied_in(value))
     by_keys, to = _by_keys(query, key), _by_keys(output.transpose(1, 2), key)
     for first, last, seen in _blocks(query, key, is_causal):
         weights = _weights(wide(_block(by_keys, first, last)), keys[:, :seen], first, is_causal)
@@ -86,14 +86,15 @@ def _gradients(
     """Of those that are needed. Scaled before they are multiplied: in float16 a product may be too large by itself."""
     needs_query, needs_key, needs_value = needs
     keys, values = wide(key.flatten(0, 1)) * scale, wide(value.flatten(0, 1))
-    rounded_keys, dtype = keys.to(_multiplied(key).dtype), _multiplied(key).dtype
+    dtype = _multiplied_in(key)
+    rounded_keys = keys.to(dtype)
     d_query, d_keys, d_values = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
     by_keys, dy_by_keys, to = (_by_keys(each, key) for each in (query, dy, d_query))
     for first, last, seen in _blocks(query, key, is_causal):
         queries, d_block = _block(by_keys, first, last), _block(dy_by_keys, first, last)
         weights = _weights(wide(queries), keys[:, :seen], first, is_causal)
         if needs_value:
-            _add_product(d_values[:, :seen], weights.to(dtype).mT, _multiplied(d_block))
+            _add_product(d_values[:, :seen], weights.to(dtype).mT, d_block.to(dtype))
         if not (needs_query or needs_key):
             continue
         d_weights = torch.bmm(wide(d_block), values[:, :seen].mT)
@@ -101,7 +102,7 @@ def _gradients(
         if needs_query:
             _put(to, first, last, torch.bmm(d_scores, rounded_keys[:, :seen]))
         if needs_key:
-            _add_product(d_keys[:, :seen], d_scores.mT, _multiplied(queries) * scale)
+            _add_product(d_keys[:, :seen], d_scores.mT, queries.to(dtype) * scale)
     return (
         d_query if needs_query else None,
         d_keys.to(key.dtype).view_as(key) if needs_key else None,
@@ -157,9 +158,9 @@ def _weights(queries: Tensor, keys: Tensor, first: int, is_causal: bool) -> Tens
     return torch.softmax(scores, -1)
 
 
-def _multiplied(tensor: Tensor) -> Tensor:
-    """In the dtype in which this machine multiplies fast."""
-    return wide(tensor) if is_slow(tensor) else tensor
+def _multiplied_in(tensor: Tensor) -> torch.dtype:
+    """The dtype in which this machine multiplies what a tensor holds."""
+    return torch.float32 if is_slow(tensor) else tensor.dtype
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -117,5 +117,6 @@ LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.f
 LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)
 register_flop_formula(torch.ops.lorafx.product)(_product_flops)
-if torch.ops.mkldnn._linear_pointwise not in flop_registry:  # or a counter would find that nothing is multiplied
+# Or a counter would find that nothing is multiplied; some builds of torch have no oneDNN.
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

@@ -63,7 +63,7 @@ def is_slow(x: Tensor) -> bool:
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a half-precision dtype fast, as oneDNN sees it."""
-    return bool(getattr(torch.ops.mkldnn, _SUPPORTED[dtype])())
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _SUPPORTED[dtype])())
 
 
 def wide(value: Any) -> Any:
