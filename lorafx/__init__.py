@@ -1,8 +1,10 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.config import LoraConfig
+from .adapters.selection import Selection, Site
 from .api import compile, load
-from .capture import trace
+from .capture.export import trace
 from .compat import (
     FastLanguageModel,
     PeftConfig,
@@ -16,11 +18,9 @@ from .compat import (
     TaskType,
     get_peft_model,
 )
-from .config import LoraConfig
-from .model import AdaptedModel
-from .pipeline import Context, Pass, Pipeline
-from .report import diff
-from .sites import Selection, Site
+from .graph.printing import diff
+from .model.adapted_model import AdaptedModel
+from .pipeline.pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, passes  # type: ignore[attr-defined]
-from .adapter import plan
-from .config import LoraConfig
-from .dispatch import Dispatcher
+from . import passes  # type: ignore[attr-defined]
+from .adapters.adapter import plan
+from .adapters.config import LoraConfig
 from .errors import AdapterError, ConfigError
-from .lower import Backend
-from .model import AdaptedModel, adapt, copy_into
-from .pipeline import Observer, Pass, Pipeline
-from .tree import mirrored
+from .files import checkpoint  # type: ignore[attr-defined]
+from .lowering.lower import Backend
+from .model.adapted_model import AdaptedModel, adapt, copy_into
+from .pipeline.pipeline import Observer, Pass, Pipeline
+from .serving.dispatcher import Dispatcher
+from .tree.mirror import mirrored
 
 Passes = Pipeline | Iterable[Pass] | str
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint
+from .adapters.config import LoraConfig
 from .api import compile, load
-from .config import LoraConfig
 from .errors import ConfigError
-from .hub import Source
-from .model import AdaptedModel
+from .files import checkpoint
+from .files.hub import Source
+from .model.adapted_model import AdaptedModel
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule
 
-from lorafx.effects import ASSERTIONS, drop_dead
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Rule
+from lorafx.graph import Rule
+from lorafx.graph.effects import ASSERTIONS, drop_dead
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

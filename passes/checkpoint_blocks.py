@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lorafx.blocks import (
+from lorafx.graph import MADE_BY, Provenance
+from lorafx.graph.blocks import (
     asks_for_checkpointing,
     block_calls,
     call_block,
@@ -22,9 +23,8 @@ from lorafx.blocks import (
     is_block_call,
     offload_block,
 )
-from lorafx.effects import writes_to_what_it_is_given
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import MADE_BY, Provenance
+from lorafx.graph.effects import writes_to_what_it_is_given
+from lorafx.pipeline.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ linear(x, W, b)                               ->  lorafx.linear(x, W, b)
 scaled_dot_product_attention(Q, K, V, …)      ->  lorafx.attention(Q, K, V, …)
 
 On a CPU, for what no other operator of lorafx has taken in: linear operators in half precision that the machine has no
-instructions for (`lorafx/ops/wide.py`), those in float32 where MKL does not use what it has (`lorafx/ops/products.py`),
+instructions for (`ops/cpu/wide.py`), those in float32 where MKL does not use what it has (`ops/cpu/products.py`),
 and attention in half precision (`lorafx/ops/attention.py`). In inference they run as ATen's, and compilers see ATen's.
 Graphs of other machines and devices stay as they are.
 """
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lorafx.ops import products
-from lorafx.ops.wide import is_half, is_slow
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import within_vmap
+from lorafx.graph import within_vmap
+from lorafx.ops.cpu import products
+from lorafx.ops.cpu.wide import is_half, is_slow
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule
+from lorafx.graph import Match, Rule
+from lorafx.pipeline.pipeline import Context, Pass
 
 
 def dropout(x, p, training):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lorafx.effects import drop_dead, may_share
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, within_vmap, writes
+from lorafx.graph import Match, Rule, within_vmap, writes
+from lorafx.graph.effects import drop_dead, may_share
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

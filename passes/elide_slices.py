@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, within_vmap
+from lorafx.graph import Match, Rule, within_vmap
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
-from lorafx.autocast import autocast_dtype
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, first_match, made_by
+from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by
+from lorafx.ops.modes import autocast_dtype
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

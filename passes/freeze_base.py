@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from lorafx.pipeline import Context, Pass
-from lorafx.rooted import CAPTURED
-from lorafx.tree import trained_paths
+from lorafx.graph.modules import CAPTURED
+from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.tree.attached import trained_paths
 
 
 @dataclass(frozen=True)

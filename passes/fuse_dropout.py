@@ -15,8 +15,8 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, within_vmap
+from lorafx.graph import Match, Rule, within_vmap
+from lorafx.pipeline.pipeline import Context, Pass
 
 
 def apart(x, weight, bias, p, lora_A, lora_B, scaling, gemm):

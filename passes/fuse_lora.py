@@ -15,11 +15,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.autocast import autocast_dtype
 from lorafx.errors import ConfigError
+from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
 from lorafx.ops.gemm_update import GEMMS
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
+from lorafx.ops.modes import autocast_dtype
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
 where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
 
-How the operator goes by chunks is in `lorafx/ops/linear_cross_entropy.py`, and what waits in `lorafx/deferred.py`. The
+How the operator goes by chunks is in `ops/linear_cross_entropy.py`, and what waits in `ops/deferred.py`. The
 head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a soft
 cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first; in the loss its products are the
 library's, whatever its `gemm` is. A loss that stays as it is has the reason in its meta.
@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.blocks import LAYERS
-from lorafx.deferred import NOT_FUSED, defer
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import (
+from lorafx.graph import (
     INHERITED,
     MADE_BY,
     SITE,
@@ -40,7 +37,10 @@ from lorafx.rewrite import (
     within_vmap,
     writes,
 )
-from lorafx.rooted import CAPTURED
+from lorafx.graph.blocks import LAYERS
+from lorafx.graph.modules import CAPTURED
+from lorafx.ops.deferred import NOT_FUSED, defer
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 _NONE, _MEAN, _SUM = range(3)  # as aten numbers reductions

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from lorafx.blocks import block_calls
-from lorafx.outline import inline_call, list_layers
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Provenance
+from lorafx.graph import Provenance
+from lorafx.graph.blocks import block_calls
+from lorafx.graph.outline import inline_call, list_layers
+from lorafx.pipeline.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """insert_adapters: the adapter's equation takes the place of the base operator, at every site.
 
-The pattern is a site form's (`lorafx.forms`), the replacement is the kind's equation on the same argument names
-(`lorafx.kinds`); the names that only the equation has become reads of the adapter's tensors, and numbers. The inverse
-is `merge_adapters`.
+The pattern is a site form's (`adapters/readings.py`), the replacement is the kind's equation on the same argument names
+(`adapters/kinds/`); the names that only the equation has become reads of the adapter's tensors, and numbers. The
+inverse is `merge_adapters`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from lorafx.adapter import Adapter
+from lorafx.adapters.adapter import Adapter
+from lorafx.adapters.readings import CONVOLUTIONS, FORMS
+from lorafx.adapters.selection import Site
 from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
-from lorafx.forms import CONVOLUTIONS, FORMS
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of, first_match
-from lorafx.sites import Site
-from lorafx.tree import find_tensor, tensor_at
+from lorafx.graph import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, describe, fake_mode_of, first_match
+from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.tree.lookup import find_tensor, tensor_at
 
 
 @dataclass(frozen=True)

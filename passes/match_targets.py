@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from lorafx.adapters.readings import FORMS
+from lorafx.adapters.selection import Site
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
-from lorafx.forms import FORMS
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import SITE, Match, match, resolve, within_vmap
-from lorafx.sites import Site
+from lorafx.graph import SITE, Match, match, resolve, within_vmap
+from lorafx.pipeline.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """merge_adapters: the inverse of insert_adapters, for adapters whose ΔW lies in the base weights already.
 
 The rule is the insertion's, run backwards: the kind's equation becomes the base operator again, because
-x (W + ΔW)ᵀ = x Wᵀ + update. `lorafx.merge` writes W + ΔW into the weights.
+x (W + ΔW)ᵀ = x Wᵀ + update. `lorafx.merging.ledger` writes W + ΔW into the weights.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from lorafx.adapter import Adapter
+from lorafx.adapters.adapter import Adapter
 from lorafx.errors import VerifyError, user_line
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
+from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
+from lorafx.pipeline.pipeline import Context, Pass
 
 from .insert_adapters import rules
 

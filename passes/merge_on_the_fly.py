@@ -4,7 +4,7 @@ lora_linear(x, W, b, None, A, B, s)     ->  lora_linear(x, W, b, None, A, B, s, 
 lora_linears(x, [W, …], …, [s, …])      ->  lora_linears(x, [W, …], …, [s, …], merge=True)
 
 The operator chooses in each call, by the number of rows of x: for k in and n out features it merges above n k / (n + k)
-rows in inference, and above 2 n k / (n + k) in training. `lorafx/ops/merging.py` has the count.
+rows in inference, and above 2 n k / (n + k) in training. `lorafx/ops/merged_linears.py` has the count.
 
 It is not in the default pipeline because W + ΔW is rounded to the weight's dtype. In float32 that is an error like any
 other; in half precision ΔW, which is small beside W, loses what is below half a step of W: up to 2⁻⁸ of W in bfloat16,
@@ -22,9 +22,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
+from lorafx.graph import MADE_BY, Provenance, made_by, resolve, within_vmap
 from lorafx.ops.calls import is_plain
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import MADE_BY, Provenance, made_by, resolve, within_vmap
+from lorafx.pipeline.pipeline import Context, Pass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 

@@ -5,7 +5,7 @@ sdpa(q, k, v, tril(ones))  ->  sdpa(q, k, v, is_causal=True)        sdpa(q, k, v
 Models make their masks of comparisons of positions, in many ways, so a mask is not recognised by its operators: it is
 computed, at small sizes and at sizes around every integer that its operators mention (where a sliding window begins to
 show). Masks that depend on data (padding, packed sequences, static caches), windows, and masks that do more with
-positions than to add and compare them (`lorafx/positions.py`) stay.
+positions than to add and compare them (`lorafx/graph/masks/positions.py`) stay.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lorafx.blocks import LAYERS, block_calls, blocks_of
-from lorafx.effects import drop_dead
-from lorafx.outline import keep_block, list_layers, run_instead
-from lorafx.pipeline import Context, Pass
-from lorafx.positions import integers
-from lorafx.rewrite import Match, Provenance, Rule, fake_mode_of
-from lorafx.rooted import copied
-from lorafx.sizes import AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
+from lorafx.graph import Match, Provenance, Rule, fake_mode_of
+from lorafx.graph.blocks import LAYERS, block_calls, blocks_of
+from lorafx.graph.effects import drop_dead
+from lorafx.graph.masks.positions import integers
+from lorafx.graph.masks.sizes import AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
+from lorafx.graph.modules import copied
+from lorafx.graph.outline import keep_block, list_layers, run_instead
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 LARGEST = 2**13  # no mask of more rows is computed

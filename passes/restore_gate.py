@@ -17,8 +17,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule, within_vmap
+from lorafx.graph import Match, Rule, within_vmap
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

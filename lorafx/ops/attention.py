@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import blockwise
 from .calls import by_reference, needs_backward
+from .cpu import blockwise
+from .cpu.wide import pays, widened
 from .library import composite
-from .wide import pays, widened
 
 
 def attention(

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
-from ..autocast import autocast_dtype
 from .calls import rows
 from .library import LIBRARY
+from .modes import autocast_dtype
 
 if TYPE_CHECKING:
     import triton.language as tl

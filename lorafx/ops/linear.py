@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
+from .cpu.products import is_plain_bias, matmul, onednn_pays, over_rows
+from .cpu.products import linear as product
+from .cpu.wide import pays, widened
 from .library import composite
-from .products import is_plain_bias, matmul, onednn_pays, over_rows
-from .products import linear as product
-from .wide import pays, widened
 
 _output = widened(product)
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autocast import autocast_dtype
 from .calls import by_reference, needs_backward, rows
+from .cpu.products import linear, matmul, onednn_pays, over_rows
+from .cpu.wide import pays, wide
 from .library import LIBRARY, composite
-from .products import linear, matmul, onednn_pays, over_rows
-from .wide import pays, wide
+from .modes import autocast_dtype
 
 ROWS, ROWS_ON_CPU = 1024, 512  # of a chunk at least, so that its products are bound by arithmetic
 _CHUNK = 2**22  # logits, that make a chunk where so many rows are fewer

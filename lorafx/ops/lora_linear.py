@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import merging
+from . import merged_linears as merging
 from .calls import by_reference, is_plain, needs_backward, rows
+from .cpu.products import accumulated, linear, matmul, onednn_pays, over_rows
+from .cpu.wide import widened
 from .dropped import Redraw, can_draw, draw
 from .gemm_update import gemm_update, runs
 from .library import composite
-from .products import accumulated, linear, matmul, onednn_pays, over_rows
-from .wide import widened
 
 
 def reference(

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import merging
+from . import merged_linears as merging
 from .calls import by_reference, needs_backward, rows
+from .cpu.products import accumulated, linear, matmul, over_rows
+from .cpu.wide import widened
 from .library import composite
 from .lora_linear import inferred, input_gradient, matrix_or_row, updated
 from .lora_linear import reference as one
-from .products import accumulated, linear, matmul, over_rows
-from .wide import widened
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .. import api
-from ..config import LoraConfig
-from ..forms import CONV1D, EMBEDDING, LINEAR, form_of
-from ..model import AdaptedModel
-from ..sites import Site
-from ..tree import find_tensor, tensor_at
+from ..adapters.config import LoraConfig
+from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, form_of
+from ..adapters.selection import Site
+from ..model.adapted_model import AdaptedModel
+from ..tree.lookup import find_tensor, tensor_at
 from .checks import Call
 from .models import RandomModel, models
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import api
-from ..model import AdaptedModel
-from ..tree import tensor_at
+from ..model.adapted_model import AdaptedModel
+from ..tree.lookup import tensor_at
 
 Call = Callable[[nn.Module], Any]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import lorafx
-from lorafx.report import table
+from lorafx.tables import table
 
 LIMITS = {"capture": (4, 2.0), "rewriting": (8, 1.5)}
 

@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 
 import lorafx
-from lorafx.report import table
+from lorafx.tables import table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTESTANTS = ("peft", "peft by layer", "lorafx", "lorafx whole")

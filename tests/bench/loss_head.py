@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorafx
-from lorafx.report import table
+from lorafx.tables import table
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = {"r": 16, "lora_alpha": 32, "target_modules": TARGETS}

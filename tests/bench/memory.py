@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 
 import lorafx
-from lorafx.report import table
+from lorafx.tables import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHRINK, TOKENS, PARTITIONED = 8, (2, 64), "aot_eager_decomp_partition"

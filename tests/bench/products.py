@@ -32,7 +32,7 @@ from torch.utils.benchmark import Timer
 
 from lorafx.ops.gemm_update import runs
 from lorafx.ops.lora_linear import input_gradient, updated
-from lorafx.report import table
+from lorafx.tables import table
 
 RANK, SCALING = 16, 2.0
 Ways = dict[str, Callable[[], Tensor]]

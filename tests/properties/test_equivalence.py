@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lorafx
-from lorafx import merge, testing
-from lorafx.kinds import Lora
+from lorafx import testing
+from lorafx.adapters.kinds import Lora
+from lorafx.graph import resolve
+from lorafx.merging import ledger as merge
+from lorafx.merging.residual import Residual
 from lorafx.passes import Canonicalize, InsertAdapters, MatchTargets, MergeAdapters
 from lorafx.passes.insert_adapters import rules
-from lorafx.pipeline import Context, Pass, Pipeline
-from lorafx.residual import Residual
-from lorafx.rewrite import resolve
+from lorafx.pipeline.pipeline import Context, Pass, Pipeline
 
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float32, *HALF)

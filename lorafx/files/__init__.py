@@ -1,0 +1,4 @@
+"""Files: adapters in PEFT's format, in a folder or on the Hub.
+
+`checkpoint` reads, checks and writes adapters, `folder` replaces a folder's files at once, `hub` fetches and uploads.
+"""

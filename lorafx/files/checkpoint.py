@@ -1,0 +1,276 @@
+"""Adapters to and from PEFT's files: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+
+A key is `base_model.model.`, the module's path and the suffix its kind names (`.lora_A.weight`), without the adapter's
+name. Reading checks everything before anything is touched; writing leaves the old folder or the new one, never a mix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, plan
+from ..adapters.config import LoraConfig
+from ..errors import CheckpointError, ConfigError
+from ..tree.lookup import tensor_at
+from .folder import replace_folder
+from .hub import Source
+
+CONFIG, CARD = "adapter_config.json", "README.md"
+WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+# The version of PEFT whose format is written, for PEFT's own checks of age.
+FORMAT = "0.21.2"
+# What a file's tensor must be: its shape, and whether it holds floats.
+Expected = tuple[tuple[int, ...], bool]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter as its files have it: its config, and tensors by PEFT's key."""
+
+    folder: Path
+    config: LoraConfig
+    tensors: Mapping[str, Tensor]
+
+
+def keys(adapter: Adapter) -> dict[str, str]:
+    """PEFT's key of each of the adapter's tensors, to the tensor's path."""
+    named = {
+        f"{_key(adapter, site)}.{suffix}": path
+        for site, by_suffix in adapter.tensors.items()
+        for suffix, path in by_suffix.items()
+    }
+    return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _key(adapter: Adapter, path: str) -> str:
+    """PEFT's key of what is at `path`: PEFT wraps adapted modules, and what they own is in their `base_layer`."""
+    atoms = path.split(".")
+    key = atoms[:1]
+    for depth, atom in enumerate(atoms[1:], 1):
+        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapter.selection.by_name else [atom]
+    return PREFIX + ".".join(key)
+
+
+def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: Any) -> Checkpoint:
+    """Read an adapter from a folder, or from the repository of that id on the Hub.
+
+    `hub` is `subfolder`, and for a repository `revision`, `token`, `cache_dir`, `force_download` and
+    `local_files_only`; only the adapter's own files are fetched. `weights_only=True` also takes an old
+    `adapter_model.bin`, through torch's restricted unpickler. Raises `CheckpointError` naming the file and the key for
+    whatever is missing, unreadable, of the wrong type or NaN.
+    """
+    folder = Source(os.fspath(source), **hub).folder((CONFIG,), (WEIGHTS, OLD_WEIGHTS))
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder, weights_only)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointError(f"{_weights_file(folder)}: {key} holds values that are not finite")
+    return Checkpoint(folder, config, tensors)
+
+
+def read_config(source: str | os.PathLike[str], **hub: Any) -> LoraConfig:
+    """Read an adapter's config alone; arguments and errors are those of `read`."""
+    return _read_config(Source(os.fspath(source), **hub).folder((CONFIG,)) / CONFIG)
+
+
+def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Module) -> dict[str, Tensor]:
+    """Compare a file with what a model's adapter is made of; returns the tensors that go to the base instead.
+
+    Those are embedding weights that were saved along (`save_embedding_layers`). Raises `CheckpointError` for a missing
+    or unexpected key, a shape or rank that differs, or integers where there must be floats and the other way round.
+    """
+    file = _weights_file(checkpoint.folder)
+    missing = [key for key in expected if key not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"{file} lacks {len(missing)} keys that the config asks for, such as {missing[0]}")
+    extra = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in expected}
+    embeddings = {path: tensor for key, tensor in extra.items() if (path := _embedding_path(key, base))}
+    unexpected = [key for key in extra if not _embedding_path(key, base) and not _is_stray(key)]
+    if unexpected:
+        raise CheckpointError(f"{file} has {len(unexpected)} keys that no site of the model takes: {unexpected[0]}")
+    for key, (shape, floating) in expected.items():
+        _require_like(f"{file}: {key}", checkpoint.tensors[key], shape, floating)
+    for path, tensor in embeddings.items():
+        hint = "; call `resize_token_embeddings` on the base model first"
+        _require_like(f"{file}: the saved {path}", tensor, tuple(tensor_at(base, path).shape), True, hint)
+    return embeddings
+
+
+def _require_like(what: str, found: Tensor, shape: tuple[int, ...], floating: bool, hint: str = "") -> None:
+    if tuple(found.shape) != shape:
+        raise CheckpointError(f"{what} is {tuple(found.shape)}, and the model needs {shape}{hint}")
+    if found.is_floating_point() != floating:
+        needed = "floating point" if floating else "integers"
+        raise CheckpointError(f"{what} is {found.dtype}, and the model needs {needed}")
+
+
+def _is_stray(key: str) -> bool:
+    """A tensor that PEFT writes twice: with `bias="all"`, the biases of a saved module under its wrapper's names."""
+    return ".modules_to_save." in key or ".original_module." in key
+
+
+def fit(
+    root: nn.Module, name: str, found: Checkpoint, is_trainable: bool
+) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
+    """Match a file with a model, touching nothing: the adapter, its values by path, embedding weights by path.
+
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
+    """
+    try:
+        adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
+    except ConfigError as error:
+        raise type(error)(f"{found.folder / CONFIG}: {error}") from error
+    expected: dict[str, Expected] = {
+        adapter.tensors[site.name][suffix]: (shape, True)
+        for site in adapter.selection
+        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
+    }
+    for base, path in adapter.replaced.items():
+        tensor = tensor_at(root, base)
+        expected[path] = tuple(tensor.shape), tensor.is_floating_point()
+    named = keys(adapter)
+    embeddings = check(found, {key: expected[path] for key, path in named.items()}, root)
+    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
+
+
+def write(
+    root: nn.Module,
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    base_weights: Mapping[str, Tensor],
+    base_name: str | None,
+    auto_mapping: Mapping[str, Any] | None,
+    values: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter to a folder, replacing one that is there atomically.
+
+    `base_weights` are base tensors to save along, by path (embeddings); `values` takes precedence over the tree.
+    """
+    tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
+    tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
+    config = _config_values(root, adapter, base_name, auto_mapping)
+    files = {
+        # Sorted by option alone: of a `rank_pattern` the first that matches counts.
+        CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+    }
+    target = Path(folder)
+    if adapter.name == "default" and not (target / CARD).exists():
+        files[CARD] = _card(config).encode()
+    try:
+        replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
+    except OSError as error:
+        raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
+
+
+def _read_config(file: Path) -> LoraConfig:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; is {file.parent} an adapter's folder?") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
+    try:
+        return LoraConfig.from_dict(values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _weights_file(folder: Path) -> Path:
+    old = folder / OLD_WEIGHTS
+    return old if old.exists() and not (folder / WEIGHTS).exists() else folder / WEIGHTS
+
+
+def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
+    file = _weights_file(folder)
+    if file.name == OLD_WEIGHTS and not weights_only:
+        raise CheckpointError(
+            f"{file} is a pickle, which can run code when read; pass weights_only=True to read it through torch's "
+            "restricted unpickler, then save it again as safetensors"
+        )
+    try:
+        loaded = load_file(file) if file.name == WEIGHTS else torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except Exception as error:  # whatever a damaged file makes the two readers raise
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    wrong = next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: {wrong} is no tensor")
+    return loaded
+
+
+def _embedding_path(key: str, base: nn.Module) -> str | None:
+    """Path of the embedding weight that a key means, or None if it means no such thing."""
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return path if path in embedding_weights(base) else None
+
+
+def embedding_weights(base: nn.Module) -> tuple[str, ...]:
+    """Paths of the input and output embeddings' weights and biases, for models that say which they are."""
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(base, getter)() for getter in getters if hasattr(base, getter)]
+    return tuple(
+        f"{name}.{last}"
+        for name, module in base.named_modules(remove_duplicate=False)
+        if any(module is layer for layer in layers)
+        for last in module._parameters
+        if module._parameters[last] is not None
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor that safetensors takes: whole, contiguous, on the CPU, sharing memory with no other."""
+    if hasattr(tensor, "full_tensor"):  # sharded over processes, which all have to ask for it
+        tensor = tensor.full_tensor()  # type: ignore[operator]
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _config_values(
+    root: nn.Module, adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    values = adapter.config.to_dict()
+    expanded = adapter.config.all_linear
+    if expanded or adapter.config.target_modules is None:
+        values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
+    values["inference_mode"] = True
+    values["fan_in_fan_out"] = any(site.form.name == "addmm" for site in adapter.selection)
+    values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
+    values["peft_version"] = values["peft_version"] or FORMAT
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        values["auto_mapping"] = auto_mapping
+    return values
+
+
+def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+    """The config's values that select these sites: their names, or a pattern where other modules' names end in one."""
+    others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
+    if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):
+        return {"target_modules": sites}
+    # PEFT refuses layers beside a pattern, and it needs none: the names say which.
+    return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _card(values: Mapping[str, Any]) -> str:
+    base = values["base_model_name_or_path"]
+    data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
+    text = f"---\n{data.to_yaml()}\n---\n\n# LoRA adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
+    load = '`lorafx.load(model, "this/folder")` or `peft.PeftModel.from_pretrained(model, "this/folder")`.\n'
+    rank = f"\nRank {values['r']}, alpha {values['lora_alpha']}, base model {base or 'not recorded'}.\n"
+    return str(ModelCard(text + load + rank))

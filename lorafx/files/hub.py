@@ -1,0 +1,122 @@
+"""Adapters on the Hugging Face Hub: fetch the files of one, put a folder there. All traffic is `huggingface_hub`'s."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import huggingface_hub
+from huggingface_hub import CommitInfo, errors
+
+from ..errors import CheckpointError
+
+# What an error of huggingface_hub means to the caller; the first that fits speaks.
+_MEANINGS: tuple[tuple[type[Exception], str], ...] = (
+    (errors.HFValidationError, "that is no id of a repository on the Hub either"),
+    (errors.GatedRepoError, "the repository is gated; ask for access on its page, then pass `token` or log in"),
+    (errors.RevisionNotFoundError, "the repository has no such revision"),
+    (errors.RepositoryNotFoundError, "there is no such repository, or it is private and needs a `token`"),
+    (errors.OfflineModeIsEnabled, "the Hub cannot be used, HF_HUB_OFFLINE is set"),
+    (errors.LocalEntryNotFoundError, "it is not in the cache, and the Hub is switched off or out of reach"),
+    (errors.RemoteEntryNotFoundError, "the repository has no such file"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is: a folder on this machine, or the id of a repository on the Hub.
+
+    `subfolder` is a folder in either. The other fields are `huggingface_hub`'s and mean nothing to a local folder.
+    """
+
+    place: str
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+    def folder(self, *wanted: Sequence[str]) -> Path:
+        """The adapter's folder; from a repository only `wanted` is fetched, of each group the first file there is.
+
+        All files are of one commit. Raises `CheckpointError`; a local folder's files are left to whoever reads them.
+        """
+        if Path(self.place).is_dir():
+            return Path(self.place) / (self.subfolder or "")
+        revision = self.revision
+        for names in wanted:
+            file = self._first(names, revision)
+            revision = file.parents[len(PurePosixPath(self.subfolder or "").parts)].name  # …/snapshots/<commit>/…
+        return file.parent
+
+    def _first(self, names: Sequence[str], revision: str | None) -> Path:
+        what = f"{self.place} is no folder here, and of the repository {self._named} {' or '.join(names)} cannot be had"
+        with _explained(what):
+            missing: list[errors.EntryNotFoundError] = []
+            for name in names:
+                # Out of reach for one name is out of reach for the next: that one may only come from the cache.
+                offline = any(isinstance(error, errors.LocalEntryNotFoundError) for error in missing)
+                try:
+                    return self._file(name, revision, self.local_files_only or offline)
+                except errors.EntryNotFoundError as error:
+                    missing.append(error)
+            raise missing[0]
+
+    def _file(self, name: str, revision: str | None, local_files_only: bool) -> Path:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                self.place,
+                name,
+                subfolder=self.subfolder,
+                revision=revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                force_download=self.force_download,
+                local_files_only=local_files_only,
+            )
+        )
+
+    @property
+    def _named(self) -> str:
+        at = f", revision {self.revision}" if self.revision else ""
+        return f"{self.place}{at}{f', subfolder {self.subfolder}' if self.subfolder else ''}:"
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    keep: Sequence[str] = (),
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **commit: str | bool | None,
+) -> CommitInfo:
+    """Put a folder's files into a repository, making it and the branch `revision` if need be; returns the commit.
+
+    Files named in `keep` are left alone where the repository has them. Raises `CheckpointError`.
+    """
+    with _explained(f"{repo_id} cannot be written"):
+        repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            huggingface_hub.create_branch(repo, branch=revision, token=token, exist_ok=True)
+        there = [f for f in keep if huggingface_hub.file_exists(repo, f, revision=revision, token=token)]
+        return huggingface_hub.upload_folder(  # type: ignore[call-overload]
+            repo_id=repo, folder_path=folder, token=token, revision=revision, ignore_patterns=there, **commit
+        )
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong on the way to the Hub into one `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:  # huggingface_hub's, its HTTP client's, the system's
+        meaning = next((meaning for kind, meaning in _MEANINGS if isinstance(error, kind)), None)
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+        details = cause or error
+        reason = str(details).strip().splitlines() or [type(details).__name__]
+        raise CheckpointError(f"{what}: {meaning or type(error).__name__} ({reason[0]})") from error

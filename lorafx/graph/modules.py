@@ -1,0 +1,108 @@
+"""Graph modules over a live tree: they read its parameters where they are, and own nothing but what only they have."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from ..tree.lookup import find_tensor
+from . import resolve
+from .blocks import LAYERS
+
+CAPTURED = "captured"
+PLAIN = "plain"  # in a graph module's meta: which of the root's plain attributes it reads
+
+
+def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
+    """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
+
+    The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
+    """
+    private = nn.Module()
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and not node.users:  # torch.export reads all there is
+            exported.graph.erase_node(node)
+            continue
+        if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
+            continue
+        atom = str(node.target).replace(".", "_")
+        value = resolve(exported, str(node.target))
+        if isinstance(value, nn.Module):
+            private.add_module(atom, value)
+        elif isinstance(value, Tensor):
+            private.register_buffer(atom, value, persistent=False)
+        else:
+            setattr(private, atom, value)
+        node.target = f"{CAPTURED}.{atom}"
+    return over(exported.graph, tree, private)
+
+
+def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
+    """A GraphModule that runs `graph` with the modules and tensors of `tree`, sharing them and copying nothing."""
+    gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
+    gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
+    gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
+    gm.training = tree.training
+    targets = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    gm.meta[PLAIN] = [name for name in targets if isinstance(vars(tree).get(name), Tensor)]
+    refresh(gm, tree)
+    gm.graph = graph
+    return gm
+
+
+def copied(gm: GraphModule, tree: nn.Module) -> GraphModule:
+    """A graph over the same tree that can be rewritten while the first stays as it is."""
+    private = copy.copy(gm.get_submodule(CAPTURED))
+    private.__dict__["_modules"] = {name: _copied_block(child, tree) for name, child in private._modules.items()}
+    other = over(copied_graph(gm.graph), tree, private)
+    other.meta = {**gm.meta, **other.meta}
+    return other
+
+
+def _copied_block(child: nn.Module | None, tree: nn.Module) -> nn.Module | None:
+    if not (isinstance(child, GraphModule) and LAYERS in child.meta):
+        return child
+    block = copied(child, tree.get_submodule(child.meta[LAYERS][0]))
+    block.meta[LAYERS] = list(child.meta[LAYERS])
+    return block
+
+
+def by_leaves(gm: GraphModule) -> GraphModule:
+    """A copy that is called with a call's leaves and gives its output's: whoever calls it has taken the call apart."""
+    other = copied(gm, gm)
+    other.graph.set_codegen(CodeGen())
+    other.recompile()
+    return other
+
+
+def copied_graph(graph: Graph) -> Graph:
+    """The same nodes with the same metadata, called the same way."""
+    other = Graph()
+    other.output(other.graph_copy(graph, {}))
+    other.set_codegen(graph._codegen)
+    return other
+
+
+def accepts(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a graph's guards let a call of its kind pass."""
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), pytree.tree_leaves((args, kwargs))))
+    try:
+        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}._guards_fn"):
+            gm.get_submodule(str(node.target))(*(values[argument] for argument in node.args))
+    except AssertionError:
+        return False
+    return True
+
+
+def refresh(gm: GraphModule, tree: nn.Module) -> None:
+    """See children (and tensors that are plain attributes) that the tree has replaced since."""
+    for name, child in tree._modules.items():
+        if name != CAPTURED and gm._modules.get(name) is not child:
+            gm._modules[name] = child
+    for name in gm.meta[PLAIN]:
+        gm.__dict__[name] = vars(tree)[name]

@@ -1,0 +1,179 @@
+"""Outlining: a region of a graph becomes a block, and a call of a block becomes its operators again."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from . import INHERITED, MADE_BY, Provenance
+from .blocks import LAYERS, block_calls, call_block
+from .modules import CAPTURED, over
+from .regions import Region, signature
+
+Stack = dict[str, tuple[str, type]]
+
+
+def block_of(gm: GraphModule, region: Region) -> GraphModule:
+    """The graph of a region by itself, over its own module, kept below the outer graph's `captured`."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in region.inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta.get("val")
+    for node in region.nodes:
+        for read in node.all_input_nodes:
+            if read in region.own and read not in copies:
+                copies[read] = graph.get_attr(region.own[read])
+                copies[read].meta = dict(read.meta)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta["nn_module_stack"] = _relative(node.meta.get("nn_module_stack"), region.path)
+    graph.output(tuple(copies[node] for node in region.outputs))
+    return keep_block(gm, over(graph, gm.get_submodule(region.path), nn.Module()))
+
+
+def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
+    """Keep a block, which no layer runs yet, below the outer graph's `captured` under a name of its own."""
+    captured = gm.get_submodule(CAPTURED)
+    number = next(n for n in range(len(captured._modules) + 1) if f"block_{n}" not in captured._modules)
+    block.meta |= {LAYERS: [], "name": f"block_{number}"}
+    captured.add_module(block.meta["name"], block)
+    return block
+
+
+def replace_region(gm: GraphModule, region: Region, block: GraphModule, made_by: Provenance | None = None) -> None:
+    """Put a call of the block where the region was; the block's operators are the region's, in the same order."""
+    theirs = dict(zip(_operators(block.graph), region.nodes, strict=True))
+    inputs = dict(zip(_inputs_by_use(block.graph), region.inputs, strict=True))
+    results = block.graph.output_node().args[0]
+    given = [inputs[node] for node in block.graph.find_nodes(op="placeholder")]
+    parts = insert_call(gm, region.nodes[-1], block, region.path, given, made_by)
+    inside = set(region.nodes)
+    for result, part in zip(results, parts):  # type: ignore[arg-type]
+        theirs[result].replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
+    for part in parts:
+        if not part.users:
+            gm.graph.erase_node(part)
+    for node in reversed(region.nodes):
+        gm.graph.erase_node(node)
+    for read in region.own:
+        if not read.users:
+            gm.graph.erase_node(read)
+
+
+def signature_of(block: GraphModule) -> Hashable:
+    """What `Region.signature` is of the regions that a block can stand for; None if it has inputs that it ignores."""
+    inputs = _inputs_by_use(block.graph)
+    if len(inputs) < len(block.graph.find_nodes(op="placeholder")):
+        return None
+    own = {node: ("own", str(node.target)) for node in block.graph.find_nodes(op="get_attr")}
+    return signature(inputs, _operators(block.graph), own)
+
+
+def want(gm: GraphModule, block: GraphModule, numbers: Iterable[int]) -> None:
+    """Let a block give the results of the operators of these numbers too."""
+    operators, output = _operators(block.graph), block.graph.output_node()
+    results = dict.fromkeys((*output.args[0], *(operators[number] for number in numbers)))  # type: ignore[misc]
+    output.args = (tuple(results),)
+    for call, other, _ in block_calls(gm):
+        if other is block:
+            call.meta["val"] = tuple(result.meta.get("val") for result in results)
+
+
+def _operators(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def _inputs_by_use(graph: Graph) -> list[Node]:
+    reads = (read for node in _operators(graph) for read in node.all_input_nodes if read.op == "placeholder")
+    return list(dict.fromkeys(reads))
+
+
+def insert_call(
+    gm: GraphModule, after: Node, block: GraphModule, layer: str, inputs: Iterable[Any], made_by: Provenance | None
+) -> list[Node]:
+    """Write a call of a block into a graph, and a node for each of its outputs, which are returned."""
+    graph = gm.graph
+    inherited = {key: after.meta[key] for key in INHERITED if key in after.meta}
+    values = tuple(node.meta.get("val") for node in block.graph.output_node().args[0])  # type: ignore[union-attr]
+
+    def described(node: Node, val: object) -> Node:
+        node.meta = inherited | ({MADE_BY: made_by} if made_by else {}) | {"val": val}
+        return node
+
+    with graph.inserting_after(after):
+        spot = described(graph.get_attr(f"{CAPTURED}.{block.meta['name']}"), block)
+    with graph.inserting_after(spot):
+        module = described(graph.get_attr(layer), gm.get_submodule(layer))
+    with graph.inserting_after(module):
+        before = call = described(graph.call_function(call_block, (spot, module, *inputs)), values)
+    parts = []
+    for number, value in enumerate(values):
+        with graph.inserting_after(before):
+            before = described(graph.call_function(operator.getitem, (call, number)), value)
+        parts.append(before)
+    return parts
+
+
+def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, made_by: Provenance | None = None) -> None:
+    """Put a block's operators, on the tensors of the layer, where a call of it was."""
+    graph, inputs = gm.graph, list(call.args[2:])
+    copies: dict[Node, Node] = dict(zip(block.graph.find_nodes(op="placeholder"), inputs))  # type: ignore[arg-type]
+    with graph.inserting_before(call):
+        for node in block.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.op == "get_attr":
+                copies[node].target = f"{layer}.{node.target}"
+            if made_by:
+                copies[node].meta.setdefault(MADE_BY, made_by)
+            copies[node].meta["nn_module_stack"] = _below(node.meta.get("nn_module_stack"), layer)
+    reads = [read for read in call.args[:2] if isinstance(read, Node)]
+    results = block.graph.output_node().args[0]
+    for part in list(call.users):
+        assert part.target is operator.getitem
+        part.replace_all_uses_with(copies[results[part.args[1]]])  # type: ignore[index, call-overload]
+        graph.erase_node(part)
+    graph.erase_node(call)
+    for read in reads:
+        if not read.users:
+            graph.erase_node(read)
+
+
+def run_instead(call: Node, block: GraphModule) -> None:
+    """Let a layer run another block than it does."""
+    spot = call.args[0]
+    assert isinstance(spot, Node) and len(spot.users) == 1
+    spot.target, spot.meta = f"{CAPTURED}.{block.meta['name']}", spot.meta | {"val": block}
+
+
+def list_layers(gm: GraphModule) -> None:
+    """Note at each block which layers run it, in order, and forget the blocks that none does."""
+    captured = gm.get_submodule(CAPTURED)
+    layers: dict[GraphModule, dict[str, None]] = {}
+    for _, block, layer in block_calls(gm):
+        layers.setdefault(block, {})[layer] = None
+    for name, child in list(captured._modules.items()):
+        if isinstance(child, GraphModule) and LAYERS in child.meta:
+            child.meta[LAYERS] = list(layers.get(child, ()))
+            if child not in layers:
+                del captured._modules[name]
+
+
+def _relative(stack: Stack | None, path: str) -> Stack:
+    """Where a node comes from, seen from the module at `path`."""
+    within = ((key, *place) for key, place in (stack or {}).items())
+    return {
+        key: (where.partition("@")[0].removeprefix(path).lstrip("."), cls)
+        for key, where, cls in within
+        if f"{where.partition('@')[0]}.".startswith(f"{path}.")
+    }
+
+
+def _below(stack: Stack | None, layer: str) -> Stack:
+    """Where a node comes from, seen from the root."""
+    return {key: (f"{layer}.{path}".rstrip("."), cls) for key, (path, cls) in (stack or {}).items()}

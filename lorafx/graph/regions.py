@@ -1,0 +1,146 @@
+"""Regions: the parts of a graph that are calls of sibling modules, found by where nodes come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..tree.lookup import find_tensor
+from .blocks import asks_for_checkpointing, is_of_block
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of one call of the module at `path`, in order; reads of the module's own tensors are not among them."""
+
+    path: str
+    nodes: tuple[Node, ...]
+    wanted: frozenset[Node] = frozenset()  # outputs whether or not they are used outside
+
+    @cached_property
+    def own(self) -> dict[Node, str]:
+        """The reads of the module's own tensors, and the tensors' names in it."""
+        reads = (n for node in self.nodes for n in node.all_input_nodes if n.op == "get_attr")
+        within = f"{self.path}."
+        return {n: str(n.target).removeprefix(within) for n in reads if str(n.target).startswith(within)}
+
+    @cached_property
+    def inputs(self) -> tuple[Node, ...]:
+        """What the nodes use from outside, in the order of first use."""
+        inside = {*self.nodes, *self.own}
+        return tuple(dict.fromkeys(n for node in self.nodes for n in node.all_input_nodes if n not in inside))
+
+    @cached_property
+    def outputs(self) -> tuple[Node, ...]:
+        """The nodes that are used outside."""
+        inside = set(self.nodes)
+        return tuple(n for n in self.nodes if n in self.wanted or any(user not in inside for user in n.users))
+
+    def signature(self) -> Hashable:
+        """Equal for regions that compute the same from their inputs and their module's tensors."""
+        return signature(self.inputs, self.nodes, {node: ("own", name) for node, name in self.own.items()})
+
+
+def signature(inputs: Iterable[Node], nodes: Iterable[Node], named: Mapping[Node, Hashable] | None = None) -> Hashable:
+    """Equal for nodes that compute the same from their inputs, and from others that are `named`, by whatever name."""
+    numbers: dict[Node, Any] = {**(named or {}), **{node: ("input", i) for i, node in enumerate(inputs)}}
+    given = tuple((number, _value(node)) for node, number in numbers.items())
+    nodes = [node for node in nodes if node not in numbers]
+    numbers |= {node: ("node", i) for i, node in enumerate(nodes)}
+    called = [
+        (
+            n.op,
+            n.target if n.op == "call_function" else "",
+            _literal(n.args, numbers),
+            _literal(n.kwargs, numbers),
+            _value(n),
+        )
+        for n in nodes
+    ]
+    return tuple(called), given
+
+
+def _literal(value: Any, numbers: dict[Node, Any]) -> str:
+    return repr(map_arg(value, lambda node: numbers[node]))
+
+
+def _value(node: Node) -> Any:
+    return _described(node.meta.get("val"))
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(map(str, value.shape)), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    return str(value)
+
+
+def families(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:
+    """The outermost groups of sibling calls of which some compute the same; where none do, what is inside them.
+
+    Siblings that ask for checkpointing are a group in any case, and so are those of which one computes what is `known`.
+    """
+    order = [n for n in gm.graph.nodes if n.op == "call_function" and not is_size(n) and not is_of_block(n)]
+    yield from _families(gm, order, {node: i for i, node in enumerate(order)}, 0, known)
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node computes a size, or something of sizes, and no tensor."""
+    return isinstance(node.meta.get("val"), _NUMBERS) and node.op == "call_function"
+
+
+def _families(
+    gm: GraphModule, nodes: Sequence[Node], position: dict[Node, int], depth: int, known: Collection[Hashable]
+) -> Iterator[list[Region]]:
+    parents: dict[str, dict[str, list[Node]]] = {}
+    for node in nodes:
+        paths = _numbered(node)
+        if len(paths) > depth:
+            parent = paths[depth].partition("@")[0].rpartition(".")[0]
+            parents.setdefault(parent, {}).setdefault(paths[depth], []).append(node)
+    for members in parents.values():
+        calls = [
+            Region(call.partition("@")[0], found) for call, every in members.items() for found in _runs(every, position)
+        ]
+        whole = all(_is_whole(gm, region, position) for region in calls)
+        asked = any(asks_for_checkpointing(gm.get_submodule(region.path)) for region in calls)
+        signatures = {region.signature() for region in calls} if whole else set()
+        if whole and (asked or len(signatures) < len(calls) or not signatures.isdisjoint(known)):
+            yield calls
+        else:
+            for region in calls:
+                yield from _families(gm, region.nodes, position, depth + 1, known)
+
+
+def _numbered(node: Node) -> list[str]:
+    """The calls that a node is part of, outermost first, as far as their modules are numbered among siblings."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, _ in stack.values() if path.partition("@")[0].rpartition(".")[2].isdigit()]
+
+
+def _runs(nodes: list[Node], position: dict[Node, int]) -> list[tuple[Node, ...]]:
+    """The nodes of a module, call by call: where it is called again, as many follow later."""
+    runs: list[list[Node]] = []
+    for node in nodes:
+        if not runs or position[node] != position[runs[-1][-1]] + 1:
+            runs.append([])
+        runs[-1].append(node)
+    return list(map(tuple, runs)) if len(set(map(len, runs))) == 1 else [tuple(nodes)]
+
+
+def _is_whole(gm: GraphModule, region: Region, position: dict[Node, int]) -> bool:
+    """Whether a region is more than an operator, nothing else runs in its midst, and its weights are its module's."""
+    first, last = position[region.nodes[0]], position[region.nodes[-1]]
+    foreign = (node for node in region.inputs if node.op == "get_attr")
+    borrowed = any(isinstance(find_tensor(gm, str(node.target)), torch.nn.Parameter) for node in foreign)
+    return len(region.nodes) > 2 and last - first + 1 == len(region.nodes) and not borrowed

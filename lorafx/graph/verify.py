@@ -1,0 +1,210 @@
+"""The invariants of a graph, each a small named check; a pipeline runs all of them before and after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..errors import VerifyError, user_line
+from . import ADAPTED_BY, fake_mode_of, fake_value, made_by, resolve
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What later checks compare a graph with: its nodes, its interface, the tensors it reads."""
+
+    nodes: dict[Node, tuple[Any, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def snapshot(gm: GraphModule) -> Snapshot:
+    """Record a graph as it stands."""
+    nodes = {node: (node.op, node.target, node.args, node.kwargs) for node in gm.graph.nodes}
+    reads = {str(node.target): resolve(gm, str(node.target)) for node in nodes if node.op == "get_attr"}
+    tensors = {path: value for path, value in reads.items() if isinstance(value, Tensor)}
+    return Snapshot(nodes, _inputs(gm), _outputs(gm), tensors)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a check sees: the graph now, the snapshot before the pass (None at the start), what `verify` is given."""
+
+    gm: GraphModule
+    before: Snapshot | None
+    adapters: Sequence[Adapter]
+    facts: frozenset[str]
+    trained: frozenset[str]
+
+
+def verify(
+    gm: GraphModule,
+    before: Snapshot | None,
+    adapters: Sequence[Adapter],
+    facts: frozenset[str],
+    trained: frozenset[str] = frozenset(),
+) -> None:
+    """Run every check; raise `VerifyError` with the first failure, naming the check.
+
+    `trained` are paths of base parameters that train because the user wants them to.
+    """
+    state = State(gm, before, adapters, facts, trained)
+    for check in CHECKS:
+        failure = check(state)
+        if failure:
+            raise VerifyError(f"{check.__name__}: {failure}")
+
+
+def well_formed(state: State) -> str | None:
+    """The graph passes torch.fx's own lint, and every attribute it reads exists."""
+    for node in state.gm.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            try:
+                resolve(state.gm, str(node.target))
+            except AttributeError:
+                return f"{node.name} reads {node.target}, which does not exist [{user_line(node)}]"
+    try:
+        state.gm.graph.lint()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def no_orphans(state: State) -> str | None:
+    """No adapter tensor is read for nothing."""
+    own = {path for adapter in state.adapters for path in adapter.paths}
+    for node in state.gm.graph.nodes:
+        if node.op == "get_attr" and node.target in own and not node.users:
+            return f"{node.target} is read and never used"
+    return None
+
+
+def same_interface(state: State) -> str | None:
+    """Inputs and output structure are what they were."""
+    if state.before is None:
+        return None
+    if _inputs(state.gm) != state.before.inputs:
+        return f"inputs were {state.before.inputs} and are {_inputs(state.gm)}"
+    before, now = state.before.outputs, _outputs(state.gm)
+    if not _agree(before, now):
+        return f"outputs were {_signature(before)} and are {_signature(now)}"
+    return None
+
+
+def true_values(state: State) -> str | None:
+    """Shapes and dtypes recomputed on fake tensors agree with what new and changed nodes claim."""
+    if state.before is None:
+        return None
+    mode = fake_mode_of(state.gm)
+    for node in state.gm.graph.nodes:
+        if node.op not in ("call_function", "get_attr") or not _changed(node, state.before):
+            continue
+        if "val" not in node.meta:
+            return f"{node.name} has no value in its meta{_place(node)}"
+        if not isinstance(node.target, (str, torch._ops.OpOverload)):
+            continue
+        try:
+            value = fake_value(node, state.gm, mode)
+        except Exception as error:
+            return f"{node.format_node()} cannot be computed: {error}{_place(node)}"
+        if not _agree(value, node.meta["val"]):
+            claimed = _signature(node.meta["val"])
+            return f"{node.format_node()} gives {_signature(value)} and claims {claimed}{_place(node)}"
+    return None
+
+
+def only_adapters_train(state: State) -> str | None:
+    """Once the base is frozen, what the graph reads and trains belongs to an active adapter."""
+    if "frozen" not in state.facts:
+        return None
+    own = state.trained.union(*(adapter.paths for adapter in state.adapters))
+    for node in state.gm.graph.nodes:
+        tensor = resolve(state.gm, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(tensor, Tensor) and tensor.requires_grad and node.target not in own:
+            return f"{node.target} is trainable and belongs to no active adapter"
+    return None
+
+
+def one_adapter_of_a_name(state: State) -> str | None:
+    """An adapter is inserted at most once where a graph reads a site's weight."""
+    for node in state.gm.graph.nodes:
+        names = node.meta.get(ADAPTED_BY, ())
+        if len(set(names)) < len(names):
+            return f"{node.name} is adapted by {', '.join(names)}{_place(node)}"
+    return None
+
+
+def provenance(state: State) -> str | None:
+    """Every new node says which pass made it."""
+    if state.before is None:
+        return None
+    for node in state.gm.graph.nodes:
+        if node not in state.before.nodes and made_by(node) is None:
+            return f"{node.format_node()} does not say who made it (emit it through a rule, or set its meta)"
+    return None
+
+
+CHECKS: tuple[Callable[[State], str | None], ...] = (
+    well_formed,
+    provenance,
+    same_interface,
+    true_values,
+    no_orphans,
+    one_adapter_of_a_name,
+    only_adapters_train,
+)
+
+
+def _inputs(gm: GraphModule) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in gm.graph.nodes if node.op == "placeholder")
+
+
+def _outputs(gm: GraphModule) -> tuple[Any, ...]:
+    return tuple(node.meta.get("val") for node in gm.graph.output_node().all_input_nodes)
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Whether two values have the same structure, shapes, dtypes and devices."""
+    if a is b:
+        return True
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = (a.dtype, a.device, a.ndim) == (b.dtype, b.device, b.ndim)
+        return same and all(map(_same_size, a.shape, b.shape))
+    return _signature(a) == _signature(b)
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equal as expressions; or one is a constant, because torch has settled a size on the way, and the other has it."""
+    if str(a) == str(b):
+        return True
+    constant, symbolic = (a, b) if isinstance(a, int) else (b, a)
+    return isinstance(constant, int) and isinstance(symbolic, torch.SymInt) and symbolic.node.hint == constant
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(str(size) for size in value.shape), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    return "int" if isinstance(value, torch.SymInt) else type(value).__name__  # a size that has become a constant
+
+
+def _changed(node: Node, before: Snapshot) -> bool:
+    return before.nodes.get(node) != (node.op, node.target, node.args, node.kwargs)
+
+
+def _place(node: Node) -> str:
+    maker = made_by(node)
+    at = f" at site {maker.site}" if maker and maker.site else ""
+    return f"{at} [{user_line(node)}]"

@@ -1,0 +1,379 @@
+"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs to serve calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from ..adapters.config import LoraConfig
+from ..adapters.selection import Selection
+from ..capture.caches import register_caches
+from ..errors import AdapterError, CaptureError
+from ..files import checkpoint
+from ..graph.blocks import repeated_modules
+from ..graph.modules import refresh
+from ..merging.ledger import Ledger
+from ..pipeline.pipeline import Context
+from ..serving.dispatcher import Dispatcher
+from ..tree.attached import set_trainable
+from ..tree.lookup import find_tensor, tensor_at
+from ..tree.mirror import MIRRORED_AS, STATE, mirrored
+from .report import Call, Explanation, Report
+from .saving import Saving
+from .state import State
+from .trainers import Trainable, name_self, require_same, with_model
+
+
+class PartCall:
+    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own.
+
+    `replaced` has the forward that the module itself, and not its class, had before.
+    """
+
+    lorafx = True
+
+    def __init__(self, tree: AdaptedModel, path: str):
+        self.tree, self.path = tree, path
+        self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tree._serve(self.path, args, kwargs)
+
+
+class AdaptedModel(Trainable, Saving):
+    """A base model with adapters, called exactly like the base model and an instance of its class.
+
+    Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
+    the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
+    shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Calling the class makes a plain model of the base's class, as `sequential[:2]` does. See `compile`."""
+        return getattr(cls, MIRRORED_AS)(*args, **kwargs)
+
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serve("", args, kwargs)
+
+    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
+        """The rewritten graph that serves this call; captured now if no kept graph does.
+
+        Raises `CaptureError` when the call cannot be captured as a whole.
+        """
+        program = self._lorafx.dispatcher.program(self, self._lorafx.context, args, kwargs)
+        if program.gm is None:
+            raise CaptureError(f"this call is served by sites, there is no graph of the whole: {program.reason}")
+        refresh(program.gm, self)
+        return program.gm
+
+    def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._lorafx.dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Selection:
+        """The sites of the active adapters, as a table when printed."""
+        return Context(tuple(self._lorafx.adapters[name] for name in self._lorafx.active)).selection
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order: modules that repeat, each with its own parameters and adapters (for `fully_shard`)."""
+        return repeated_modules(self)
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The config of each adapter, by name."""
+        return {name: adapter.config for name, adapter in self._lorafx.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return list(self._lorafx.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names if there are several."""
+        return self._lorafx.active[0] if len(self._lorafx.active) == 1 else list(self._lorafx.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weights, in order."""
+        return list(self._lorafx.ledger.names)
+
+    def get_base_model(self) -> nn.Module:
+        """This model itself: as in PEFT, the base model that is given back computes with the adapters.
+
+        The object that was compiled stays free of them; it is what `unload` returns.
+        """
+        return self
+
+    def report(self) -> Report:
+        """What each pass did to each kept graph, and what merging holds; prints as tables."""
+        graphs = {
+            f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
+            for number, program in enumerate(p for p in self._lorafx.dispatcher if p.gm is not None)
+        }
+        return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
+
+    def explain(self) -> Explanation:
+        """What serves each kind of call so far: a graph or the model by sites, why, how often; prints as a table."""
+        dispatcher = self._lorafx.dispatcher
+        calls = [
+            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
+            for p in dispatcher
+        ]
+        operators = sum(map(len, dispatcher.operators.values()))
+        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in dispatcher.lowering.pieces.values())
+        return Explanation(tuple(calls), operators, dispatcher.programs.dropped, compiled)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""
+        counts = [(name, p.numel(), p.requires_grad) for name, p in self.named_parameters()]
+        total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
+        return sum(number for _, number, trainable in counts if trainable), total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (getattr(type(self), MIRRORED_AS),), self.__dict__
+
+    def __repr__(self) -> str:
+        state = self._lorafx
+        adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
+        return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: LoraConfig | Mapping[str, Any] | Any, *, random_state: int | None = None
+    ) -> None:
+        """Add a new adapter; `set_adapter` makes it active.
+
+        Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
+        """
+        self._install(plan(mirrored(self), adapter_name, LoraConfig.of(peft_config)), random_state=random_state)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        weights_only: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`.
+
+        An adapter of that name that is there already takes the file's values, in place: its parameters stay the same
+        objects, as a trainer that resumes needs. Raises `AdapterError` if it differs in more than values, or is merged.
+        """
+        found = checkpoint.read(model_id, weights_only=weights_only, **hub)
+        adapter, values, embeddings = checkpoint.fit(mirrored(self), adapter_name, found, is_trainable)
+        if adapter_name in self._lorafx.adapters:
+            require_same(self._adapter(adapter_name), adapter, self._lorafx.ledger.names)
+            copy_into(self, values)
+        else:
+            self._install(adapter, values=values)
+        copy_into(self, embeddings)
+        if not is_trainable:
+            self.eval()
+
+    def _install(self, adapter: Adapter, **how: Any) -> None:
+        state = self._lorafx
+        if adapter.name in state.adapters:
+            raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        build(self, adapter, autocast_adapter_dtype=state.autocast_adapter_dtype, **how)
+        state.adapters[adapter.name] = adapter
+        for path in _parts(adapter):
+            part = self.get_submodule(path)
+            if not isinstance(vars(part).get("forward"), PartCall):
+                part.__dict__["forward"] = PartCall(self, path)
+        self._set_trainable()
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make these adapters, and no others, active and (unless in inference mode) trainable.
+
+        A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown name, or for adapters
+        that both replace one tensor (a bias, a saved module).
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        adapters = [self._adapter(name) for name in names]
+        replaced = [base for adapter in adapters for base in adapter.replaced]
+        twice = next((base for base in replaced if replaced.count(base) > 1), None)
+        if twice:
+            raise AdapterError(f"{' and '.join(names)} cannot be active together: each has its own {twice}")
+        if self._lorafx.ledger.names:
+            warnings.warn("the model was merged; it is unmerged before the active adapters change")
+            self.unmerge_adapter()
+        self._lorafx.active = names
+        self._set_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; refused while it is merged. Another one becomes active in its place."""
+        adapter, state = self._adapter(adapter_name), self._lorafx
+        if adapter_name in state.ledger.names:
+            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
+        remove(self, adapter)
+        del state.adapters[adapter_name]
+        state.dispatcher.clear()
+        if adapter_name in state.active:
+            rest = tuple(name for name in state.active if name != adapter_name)
+            state.active = rest or tuple(state.adapters)[:1]
+        self._set_trainable()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
+        state = self._lorafx
+        active, merged = state.active, state.ledger.names
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.unmerge_adapter()
+        state.active = ()
+        self._set_trainable()
+        try:
+            yield
+        finally:
+            state.active = active
+            if merged:
+                self.merge_adapter(list(merged))
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._lorafx.adapters:
+            raise AdapterError(f"there is no adapter {name!r}; there are {list(self._lorafx.adapters)}")
+        return self._lorafx.adapters[name]
+
+    def _set_trainable(self) -> None:
+        state = self._lorafx
+        set_trainable(self, trainable_paths(self, [state.adapters[name] for name in state.active]))
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
+        """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
+
+        ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
+        Raises `MergeError`, with every weight as it was, when any site cannot be merged.
+        """
+        names = self._lorafx.active if adapter_names is None else tuple(adapter_names)
+        adapters = [self._adapter(name) for name in dict.fromkeys(names) if name not in self._lorafx.ledger.names]
+        if not adapters:
+            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
+            return
+        acting = (*self._lorafx.context.adapters, *adapters)
+        replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
+        self._lorafx.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
+        self._lorafx.ledger.unmerge(self)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
+    ) -> nn.Module:
+        """Merge for good and return the base model object, a plain model again.
+
+        Biases and modules that the adapters trained as a whole take the base's place. Raises `MergeError` as
+        `merge_adapter` does.
+        """
+        names = list(self._lorafx.active if adapter_names is None else adapter_names)
+        new = [name for name in names if name not in self._lorafx.ledger.names]
+        if new:
+            self.merge_adapter(new, safe_merge, progressbar)
+        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
+            _keep_replaced(self, self._adapter(name))
+        self._lorafx.ledger = Ledger()
+        return self._leave()
+
+    def unload(self) -> nn.Module:
+        """Return the base model object as it was before any adapter."""
+        self.unmerge_adapter()
+        return self._leave()
+
+    def _leave(self) -> nn.Module:
+        """Drop the adapters and give the base its `requires_grad` flags back."""
+        state = self._lorafx
+        for adapter in state.adapters.values():
+            remove(self, adapter)
+        state.adapters, state.active = {}, ()
+        state.dispatcher.clear()
+        for path, flag in state.base_requires_grad.items():
+            parameter = find_tensor(state.base, path)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(flag)
+        return state.base
+
+
+def _parts(adapter: Adapter) -> Iterator[str]:
+    """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
+    owners = [site.name for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
+    paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
+    yield from sorted(path for path in paths if path)
+
+
+def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
+    """Give the base the adapter's own copies; a tied tensor is untied rather than changed for its other readers."""
+    for base, path in adapter.replaced.items():
+        owner, _, last = base.rpartition(".")
+        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(copy.detach().clone())
+        else:
+            module._buffers[last] = copy.detach().clone()
+
+
+def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write tensors into the tree, in place."""
+    with torch.no_grad():
+        for path, value in values.items():
+            tensor_at(tree, path).copy_(value)
+
+
+def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
+    """An AdaptedModel over `base` with no adapter yet."""
+    register_caches(base)
+    tree = mirrored(base)
+    tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
+    flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
+    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
+    if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
+        tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
+    name_self(tree)
+    return tree  # type: ignore[return-value]
+
+
+def _empty(base: type[nn.Module]) -> AdaptedModel:
+    """An AdaptedModel that a copy or an unpickled state is put into."""
+    return object.__new__(_class_for(base))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
+    """AdaptedModel as a subclass of a model's class, under the same name: libraries look models up by it."""
+
+    @functools.wraps(base.forward)
+    def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        return self._serve("", args, kwargs)
+
+    names = {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
+    if isinstance(getattr(base, "base_model", None), property):
+        names["base_model"] = with_model(base.base_model)  # type: ignore[attr-defined]
+    return type(base.__name__, (AdaptedModel, base), names)

@@ -1,0 +1,67 @@
+"""What an adapted model says of itself, as values that print as tables: `report()` and `explain()`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ..pipeline.step import Step
+from ..tables import table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the pipeline did to each captured graph, and what merging holds. Prints as tables."""
+
+    graphs: dict[str, tuple[Step, ...]] = field(default_factory=dict)
+    sites: int = 0
+    merged: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        columns = ("pass", "rewrites", "sites", "nodes before", "nodes after", "parameters added", "ms")
+        parts = [f"{self.sites} sites, {len(self.graphs)} graphs"]
+        for title, steps in self.graphs.items():
+            parts.append(table(title, columns, [dataclasses.astuple(step) for step in steps]))
+        if self.merged:
+            totals = tuple(map(sum, zip(*self.merged.values())))
+            shares = [
+                (name, kept, size, f"{100 * kept / size:.1f} %")
+                for name, (kept, size) in [*self.merged.items(), ("in all", totals)]
+            ]
+            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share"), shares))
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given; and how its loss is computed."""
+
+    title: str
+    served_by: str
+    hits: int
+    capture_seconds: float
+    why: str
+    reason: str = ""
+    loss: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves each kind of call, the longest unused first. Prints as a table.
+
+    `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that had to make room.
+    `compiled` lists the pieces that were compiled, how many times each was, and torch's reasons for doing it again.
+    """
+
+    calls: tuple[Call, ...] = ()
+    operators: int = 0
+    dropped: int = 0
+    compiled: tuple[tuple[str, int, str], ...] = ()
+
+    def __str__(self) -> str:
+        columns = ("call", "served by", "hits", "capture s", "captured because of", "loss")
+        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why, c.loss) for c in self.calls]
+        reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
+        counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
+        pieces = [table("compiled pieces", ("piece", "times", "again because"), self.compiled)] if self.compiled else []
+        return "\n".join([table(counts, columns, rows), *reasons, *pieces])

@@ -1,0 +1,31 @@
+"""State: what an adapted model is besides a module tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..merging.ledger import Ledger
+from ..pipeline.pipeline import Context
+from ..serving.dispatcher import Dispatcher
+
+
+@dataclass
+class State:
+    """The base, the dispatcher of calls, the adapters, which of them are active, and what is merged."""
+
+    base: nn.Module
+    dispatcher: Dispatcher
+    autocast_adapter_dtype: bool
+    base_requires_grad: dict[str, bool]
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def context(self) -> Context:
+        """The adapters that act, merged ones innermost: they are part of W."""
+        names = dict.fromkeys((*self.ledger.names, *self.active))
+        return Context(tuple(self.adapters[name] for name in names), frozenset(self.ledger.names))

@@ -1,0 +1,134 @@
+"""What trainers ask of a model with adapters. They know PEFT's classes, so an adapted model answers as one of those.
+
+transformers, trl and accelerate ask `isinstance(model, peft.PeftModel)` before they save, resume, load the best
+checkpoint or look for a reference model. `isinstance` looks at an object's type and then at its `__class__`, which
+here is the type with `PeftModel` added at the end of its method resolution order. The type itself has nothing of
+PEFT's: no method is inherited. Nor is peft imported: whoever asks has done that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..errors import AdapterError
+from ..files.checkpoint import CARD
+
+# What a saved adapter says of its origin or start. Two adapters that differ in nothing else compute the same.
+_ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
+_START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config"}
+_NAMES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+
+
+class SeenAsPeft(nn.Module):
+    """What makes an adapted model pass for one of PEFT's, where a trainer asks."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        peft = getattr(sys.modules.get("peft"), "PeftModel", None)
+        return type(self) if peft is None else _seen_as(type(self), peft)  # type: ignore[arg-type]
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+
+class _Also(type):
+    """The metaclass of a class that claims one more base, without the order that inheriting from it would ask for."""
+
+    def mro(cls) -> list[type]:
+        """The ordinary order; then the claimed base and its own bases."""
+        order = super().mro()
+        claimed = next((vars(each)["claims"] for each in order if "claims" in vars(each)), object)
+        rest = [base for base in claimed.__mro__ if base not in order]
+        return [*order[:-1], *rest, object]
+
+
+@functools.cache
+def _seen_as(cls: type, peft: type) -> type:
+    if issubclass(cls, peft):
+        return cls
+    metaclass = type("Also", (_Also, type(cls)), {}) if type(cls) is not type else _Also
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "claims": peft}
+    return metaclass(cls.__name__, (cls,), names)
+
+
+class Trainable(SeenAsPeft):
+    """What else trainers call on PEFT's models."""
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Say in a folder's model card that it holds an adapter."""
+        file = Path(output_dir) / CARD
+        card = ModelCard.load(file) if file.exists() else ModelCard("---\nbase_model: null\n---\n")
+        data: Any = card.data
+        data.library_name = "peft"
+        data.base_model = getattr(getattr(self, "config", None), "name_or_path", None) or data.base_model
+        card.save(file)
+
+
+class Inner:
+    """A model's inner model, which also knows the `model` it is part of: PEFT's users ask for `base_model.model`."""
+
+    def __init__(self, inner: nn.Module, model: nn.Module):
+        vars(self).update(inner=inner, model=model)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.inner or vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(self.inner)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+
+def with_model(base_model: property) -> property:
+    """transformers' property `base_model`, so that `base_model.model` is the adapted model, as it is in PEFT."""
+
+    def inner_of(tree: nn.Module) -> Any:
+        inner = base_model.__get__(tree)
+        return inner if inner is tree else Inner(inner, tree)
+
+    return property(inner_of)
+
+
+def name_self(tree: nn.Module) -> None:
+    """Give a model that is its own `base_model` (T5's do) the attribute `model`, for `base_model.model`."""
+    if getattr(tree, "base_model", None) is tree and not hasattr(tree, "model"):
+        tree.__dict__["model"] = tree
+
+
+def require_same(known: Adapter, found: Adapter, merged: Iterable[str]) -> None:
+    """Raise `AdapterError` unless an adapter's file can give its values to one of that name that is there already."""
+    if known.name in merged:
+        raise AdapterError(f"{known.name!r} is merged; unmerge it before loading other values into it")
+    ignored = _ORIGIN | _START | _NAMES
+    old, new = ({k: v for k, v in a.config.to_dict().items() if k not in ignored} for a in (known, found))
+    differ = [key for key in old if old[key] != new.get(key)]
+    if known.tensors != found.tensors or known.replaced != found.replaced:
+        differ.append("the modules it adapts")
+    if differ:
+        raise AdapterError(
+            f"there is an adapter {known.name!r} already, which differs from the one to load in {', '.join(differ)}; "
+            "delete it or choose another name"
+        )

@@ -1,0 +1,1 @@
+"""For CPUs: products and attention by the fastest of what torch has on this processor."""

@@ -1,0 +1,122 @@
+"""products: of matrices, by whichever of torch's libraries multiplies faster here.
+
+    linear(x, W, b) = x Wᵀ + b        matmul(X, Y) = X Y        over_rows(X, Y) = Xᵀ Y
+
+torch gives products in float32 to MKL, which uses AVX-512 on Intel's processors alone. oneDNN, which torch has for half
+precision, uses it on others too: on two cores of an AMD EPYC (1024, 512) by (512, 512) takes 2.6 ms by the one and 1.2
+by the other. With AVX2 they are equally fast. The two add up in different orders. Autograd knows no derivative of what
+oneDNN gives, so it is for formulas of an autograd function, and for where nothing is kept for backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from ..calls import is_plain, needs_backward
+from ..library import LIBRARY
+from .wide import is_half
+
+LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
+
+
+def onednn_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies x (…, in) by `weight` (out, in) faster than the library that torch would ask."""
+    return (
+        mkl_leaves_avx512()
+        and not torch.jit.is_tracing()
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and is_plain(x)
+        and is_plain(weight)
+        and x.layout == weight.layout == torch.strided
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() * weight.shape[0] >= LEAST
+        and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def is_plain_bias(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether a bias is one number for each of `weight`'s rows, as nearly all are, or none; torch broadcasts others."""
+    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return onednn_pays(x, weight) or (x.is_cpu and is_half(x) and is_plain(x))
+
+
+@functools.cache
+def mkl_leaves_avx512() -> bool:
+    """Whether this processor has AVX-512 and MKL does not use it."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    processor = torch.cpu.get_capabilities()
+    name = processor.get("cpu_name", "")
+    return bool(processor.get("avx512_f") and name) and "intel" not in name.lower()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in) by `weight` (out, in), transposed, plus `bias` (out)."""
+    if onednn_pays(x, weight) and is_plain_bias(bias, weight) and not needs_backward(x, weight, bias):
+        bias = None if bias is None else bias.contiguous()  # of which it does not ask for strides
+        # A matrix and its transpose are equally fast; for one with gaps between its rows it has no fast way at all.
+        weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+        return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left (…, k) by right (k, n)."""
+    if onednn_pays(left, right.t()):
+        return linear(left, right.t())
+    return left @ right
+
+
+def over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of left (T, m) and right (T, n): rows' outer products, added up."""
+    if left.shape[1] > right.shape[1] and _by_onednn(right.t(), left.t()):
+        return matmul(right.t(), left).t()  # a quarter faster there
+    return matmul(left.t(), right)
+
+
+def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
+    if torch.is_grad_enabled():
+        return torch.addmm(own, left, right)
+    return own.add_(matmul(left, right)) if onednn_pays(left, right.t()) else own.addmm_(left, right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_contiguous():
+        return matmul(left, right)
+    return over_rows(left.t(), right).contiguous()
+
+
+def _empty(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _product_flops(left: Any, right: Any, **_: Any) -> int:
+    return 2 * math.prod(left) * right[1]
+
+
+# left @ right of matrices for compiled graphs, which do not look into it; without a derivative.
+LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.flexible_layout,))
+LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)
+register_flop_formula(torch.ops.lorafx.product)(_product_flops)
+# Or a counter would find that nothing is multiplied; some builds of torch have no oneDNN.
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

@@ -1,0 +1,26 @@
+"""The modes that a call runs in: autocast, gradients, inference."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast runs matrix products in on this device now; None where it is off or unknown."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
+    """The gradient mode, inference mode, and autocast's dtype on each kind of device there is."""
+    dtypes = tuple([autocast_dtype(device) for device in _devices()])
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu", accelerator.type) if accelerator else ("cpu",)

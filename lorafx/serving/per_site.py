@@ -1,0 +1,159 @@
+"""By sites: where a call cannot be one graph, the model's own Python runs and each site is a graph by itself.
+
+A torch function that gets an adapted tensor is captured, rewritten by the same pipeline and kept, like a call of the
+whole model; every other function runs as it is. So an adapter acts wherever its weight is read, in whatever module,
+and a read that no site form covers is the same error here as there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..capture.export import plain_operators, trace_operator
+from ..errors import CaptureError
+from ..ops.modes import modes
+from ..pipeline.pipeline import Context
+from ..tree.lookup import tensor_at
+from .call_key import leaf_key
+
+_running = threading.local()
+
+
+class BySites(TorchFunctionMode):
+    """While active, torch functions that read what the adapters act on run as rewritten graphs.
+
+    `serve(key, inputs, capture)` runs the graph that is kept for a key; where there is none, `capture()` gives one to
+    rewrite, and the adapters that concern it.
+    """
+
+    def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, serve: Callable[..., Any]):
+        super().__init__()
+        self.tree, self.context, self.layout, self.serve = tree, context, layout, serve
+        self.parts, self.paused = [part], False
+        weights = [site.weight for adapter in context.adapters for site in adapter.selection]
+        replaced = [base for adapter in context.adapters for base in adapter.replaced]
+        self.weights = {id(tensor_at(tree, path)): path for path in weights}
+        self.replaced = {id(tensor_at(tree, path)): path for path in replaced}
+        self.owned: dict[str, list[tuple[dict[int, str], str]]] = {
+            path.rpartition(".")[0]: [] for path in (*weights, *replaced)
+        }
+        for known, paths in ((self.weights, weights), (self.replaced, replaced)):
+            for path in paths:
+                self.owned[path.rpartition(".")[0]].append((known, path))
+        self.acting = tuple(adapter.name for adapter in context.adapters), context.merged
+
+    @staticmethod
+    def running(tree: nn.Module) -> BySites | None:
+        """The mode that runs `tree`'s own Python in this thread now."""
+        mode = getattr(_running, "mode", None)
+        return mode if mode is not None and mode.tree is tree else None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[BySites]:
+        """Run the tree's own Python inside."""
+        outer = getattr(_running, "mode", None)
+        _running.mode = self
+        try:
+            with plain_operators(), self:
+                yield self
+        finally:
+            _running.mode = outer
+
+    @contextlib.contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """Remember that a module's forward runs, and which tensors it has meanwhile: FSDP puts whole ones in place."""
+        self.parts.append(part)
+        for known, path in self.owned.get(part, ()):
+            known[id(tensor_at(self.tree, path))] = path
+        try:
+            yield
+        finally:
+            self.parts.pop()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run something as though the mode were not active."""
+        _running.mode, self.paused = None, True
+        try:
+            yield
+        finally:
+            _running.mode, self.paused = self, False
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or not any(self._acts_on(value) for value in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        if _is_method(func):  # of a weight: its shape, its dtype …
+            result = func(*args, **kwargs)
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)) or result is args[0]:
+                return result
+        return self._through_a_graph(func, args, kwargs)
+
+    def _acts_on(self, value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(self._acts_on, value))
+        return id(value) in self.weights or id(value) in self.replaced
+
+    def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        paths = self._paths(leaves)
+        keys = tuple(path or leaf_key(leaf) for path, leaf in zip(paths, leaves))
+        key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
+        inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
+
+        def capture() -> Any:
+            context, owners = self._concerned(leaves, paths)
+            try:
+                return trace_operator(self.tree, self.parts[-1], func, leaves, spec, paths, owners), context
+            except CaptureError:
+                with self.suspended():
+                    func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
+                raise
+
+        return self.serve(key, inputs, capture)
+
+    def _paths(self, leaves: list[Any]) -> list[str | None]:
+        """Where in the tree the tensors among a call's leaves are: adapted ones, and the running module's own."""
+        part = self.parts[-1]
+        module = self.tree.get_submodule(part)
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        own = {id(tensor): f"{part}.{name}".lstrip(".") for name, tensor in tensors if tensor is not None}
+        return [own.get(id(x)) or self.weights.get(id(x)) or self.replaced.get(id(x)) for x in leaves]
+
+    def _concerned(self, leaves: list[Any], paths: list[str | None]) -> tuple[Context, set[str]]:
+        """The adapters as far as they act on these leaves, and the modules to find everything in."""
+        weights = {self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights}
+        tensors = {id(leaf) for leaf in leaves}
+        replaced = {base for a in self.context.adapters for base in a.replaced if self._replaces(base, tensors)}
+        every = tuple(a.only(self._names(a, tensors), replaced) for a in self.context.adapters)
+        adapters = tuple(a for a in every if a.selection or a.replaced)
+        owners = {path.rpartition(".")[0] for path in (*filter(None, paths), *weights)}
+        context = Context(adapters, self.context.merged & {a.name for a in adapters})
+        return context, owners.union(*(a.owners for a in adapters))
+
+    def _names(self, adapter: Any, tensors: set[int]) -> list[str]:
+        """What an adapter calls the weights among these tensors: two may know a tied one by different names."""
+        return [site.weight for site in adapter.selection if id(tensor_at(self.tree, site.weight)) in tensors]
+
+    def _replaces(self, base: str, tensors: set[int]) -> bool:
+        """Whether the copy of a base tensor acts here: a tied tensor is replaced in the module that owns the name."""
+        tensor, owner = tensor_at(self.tree, base), base.rpartition(".")[0]
+        if id(tensor) not in tensors:
+            return False
+        elsewhere = any(
+            module is not self.tree.get_submodule(owner) and any(p is tensor for p in module._parameters.values())
+            for module in self.tree.modules()
+        )
+        return not elsewhere or self.parts[-1] == owner
+
+
+def _is_method(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__get__" or getattr(Tensor, name, None) is func

@@ -1,0 +1,32 @@
+"""Tables as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A plain-text table; numbers are set to the right."""
+    cells = [[_text(value) for value in row] for row in rows]
+    drawn = Table()
+    for index, column in enumerate(columns):
+        numeric = all(_is_number(row[index]) for row in cells)
+        drawn.add_column(column, justify="right" if cells and numeric else "left", no_wrap=True)
+    for row in cells:
+        drawn.add_row(*row)
+    console = Console(width=10_000, no_color=True)
+    with console.capture() as captured:
+        console.print(drawn, markup=False)
+    return "\n".join([title, *(line.rstrip() for line in captured.get().splitlines())])
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").removesuffix(" %").isdigit()

@@ -1,0 +1,103 @@
+"""Attached: what adapters hang into a module tree, told apart from what is the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from .lookup import find_tensor
+
+ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
+
+
+def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
+    """Hang a parameter at `path`; modules that are missing on the way are made, and remembered as attached."""
+    *parents, last = path.split(".")
+    owner = root
+    for atom in parents:
+        if atom not in owner._modules:
+            owner.add_module(atom, nn.Module().train(owner.training))
+            owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
+        owner = owner.get_submodule(atom)
+    owner.register_parameter(last, tensor)
+
+
+def detach(root: nn.Module, paths: Iterable[str]) -> None:
+    """Take parameters away again, and the modules that `attach` made for them once they are empty.
+
+    Those that went with a module that somebody took away are passed over.
+    """
+    for path in paths:
+        if find_tensor(root, path) is None:
+            continue
+        owners = [root]
+        *parents, last = path.split(".")
+        for atom in parents:
+            owners.append(owners[-1].get_submodule(atom))
+        del owners[-1]._parameters[last]
+        for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
+            if atom in vars(owner).get(ATTACHED, ()) and not child._modules and not child._parameters:
+                del owner._modules[atom]
+                owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
+
+
+def own_children(module: nn.Module) -> list[nn.Module]:
+    """The children of a module without those that adapters hung there."""
+    attached = vars(module).get(ATTACHED, ())
+    return [child for name, child in module._modules.items() if child is not None and name not in attached]
+
+
+def own_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a tree, each once, without those that adapters hung there."""
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            pending.extend(own_children(module))
+
+
+def has_copies_among_children(module: nn.Module) -> bool:
+    """Whether an adapter keeps copies below a module that has other children: a container that is saved as a whole."""
+    return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
+
+
+def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
+    """A bare tree with only these modules of `root`, live and under their own paths."""
+    owners = sorted(set(owners), key=lambda path: path.count("."))
+    if "" in owners:
+        return root
+    bare = nn.Module().train(root.training)
+    for path in owners:
+        inner = bare
+        *parents, last = path.split(".")
+        for atom in parents:
+            if atom not in inner._modules:
+                inner.add_module(atom, nn.Module().train(root.training))
+            inner = inner.get_submodule(atom)
+        inner._modules.setdefault(last, root.get_submodule(path))
+    return bare
+
+
+def trained_paths(root: nn.Module) -> frozenset[str]:
+    """Paths of the parameters of the base itself that are trained."""
+    own = {id(module) for module in own_modules(root)}
+    return frozenset(
+        f"{path}.{name}".lstrip(".")
+        for path, module in root.named_modules(remove_duplicate=False)
+        if id(module) in own
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    )
+
+
+def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
+    """Let exactly the parameters at these paths be trained."""
+    wanted = {id(find_tensor(root, path)) for path in trainable}
+    for parameter in root.parameters():
+        flag = id(parameter) in wanted
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)

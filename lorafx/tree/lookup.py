@@ -1,0 +1,30 @@
+"""Lookup: tensors of a module tree by their dotted paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def find_tensor(root: nn.Module, path: str) -> Tensor | None:
+    """The tensor at a dotted path, or None."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom, None)
+        if value is None:
+            return None
+    return value if isinstance(value, Tensor) else None
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path that is known to have one."""
+    found = find_tensor(root, path)
+    assert found is not None, path
+    return found
+
+
+def first_name(root: nn.Module, path: str) -> str:
+    """The first of the names that a parameter goes by."""
+    parameter = root.get_parameter(path)
+    return next(name for name, other in root.named_parameters() if other is parameter)

@@ -1,0 +1,118 @@
+"""One tree of owners: a mirror of the base model's modules that shares every parameter and buffer.
+
+A mirror module is of the same class and has the same attributes as its original; its `_parameters` and `_buffers`
+are the original's own dicts, so a tensor replaced in one is replaced in both, while its `_modules` dict is its own:
+adapters can hang below it and the original never sees them.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .attached import ATTACHED
+
+_OWN_DICTS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# On an adapted tree: its state. On its class: the base model's class.
+STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
+
+
+def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A mirror of `model` and all modules below it, without what `attach` hung there."""
+    memo = {} if memo is None else memo
+    if id(model) in memo:
+        return memo[id(model)]
+    copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
+    copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
+    forward = vars(model).get("forward")
+    if getattr(forward, "lorafx", False) or STATE in vars(model):  # how an adapted tree serves a call of this module
+        copy.__dict__.pop("forward", None)
+        copy.__dict__.update(getattr(forward, "replaced", {}))
+    attached = vars(model).get(ATTACHED, ())
+    copy.__dict__["_modules"] = {
+        name: child if child is None else mirror(child, memo)
+        for name, child in model._modules.items()
+        if name not in attached
+    }
+    for name in _OWN_DICTS:
+        if name in vars(model):
+            copy.__dict__[name] = vars(model)[name].copy()
+    return copy
+
+
+def rebind(memo: dict[int, nn.Module]) -> None:
+    """Point what mirrored modules hold outside `_modules` at the mirrors: bound methods, modules, lists of them."""
+    for copy in memo.values():
+        for key, value in vars(copy).items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                copy.__dict__[key] = _redirected(value, memo)
+
+
+def without_hooks(module: nn.Module) -> None:
+    """Forget the hooks of a mirror itself: whoever calls its original runs them."""
+    for name in _OWN_DICTS:
+        vars(module).get(name, {}).clear()
+
+
+def _redirected(value: Any, memo: dict[int, nn.Module]) -> Any:
+    if isinstance(value, MethodType) and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if type(value) in (list, tuple) and any(isinstance(item, (nn.Module, MethodType)) for item in value):
+        return type(value)(_redirected(item, memo) for item in value)
+    if type(value) is dict and any(isinstance(item, (nn.Module, MethodType)) for item in value.values()):
+        return {key: _redirected(item, memo) for key, item in value.items()}
+    return value
+
+
+def mirrored(model: nn.Module) -> nn.Module:
+    """A complete mirror of `model`, ready to be called or adapted."""
+    memo: dict[int, nn.Module] = {}
+    copy = mirror(model, memo)
+    rebind(memo)
+    return copy
+
+
+def isolated(copy: nn.Module) -> nn.Module:
+    """A complete mirror after its modules got containers of their own: nothing put into one is seen by the original.
+
+    While a mirror is captured, its parameters are stand-ins, and the original may be running in another thread.
+    """
+    memo: dict[int, Any] = {}
+    for module in copy.modules():
+        module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
+        for name, tensor in module._parameters.items():
+            if tensor is not None and not isinstance(
+                tensor, nn.Parameter
+            ):  # what torch.func.functional_call puts there
+                module._parameters[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return copy
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of plain containers, whatever else they hold; one that is found twice is one copy."""
+    if type(value) not in (list, dict, set) or id(value) in memo:
+        return memo.get(id(value), value)
+    own = memo[id(value)] = type(value)()
+    if isinstance(own, dict):
+        own.update({key: _copied(item, memo) for key, item in value.items()})
+    elif isinstance(own, list):
+        own.extend(_copied(item, memo) for item in value)
+    else:
+        own.update(value)
+    return own

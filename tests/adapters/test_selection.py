@@ -1,0 +1,169 @@
+"""The selection: which weights a config picks, and what is said when it picks none."""
+
+import warnings
+
+import pytest
+import torch
+from graphs import Chain
+from modules import tiny_llama
+from torch import nn
+
+import lorafx
+from lorafx.adapters.selection import select
+from lorafx.errors import ConfigError, SelectionError
+
+
+def names(model, **config) -> list[str]:
+    return [site.name for site in select(model, lorafx.LoraConfig(**config))]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama()
+
+
+def test_suffixes_match_whole_names_only(llama):
+    assert names(llama, target_modules=["q_proj"]) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert names(llama, target_modules=["0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(SelectionError):
+        names(llama, target_modules=["proj"])
+
+
+def test_a_string_is_a_regex_for_the_whole_name(llama):
+    assert names(llama, target_modules=r".*\.1\..*[qv]_proj") == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+
+
+def test_all_linear_leaves_the_head_out(llama):
+    found = names(llama, target_modules="all-linear")
+    assert len(found) == 14 and "lm_head" not in found and "model.embed_tokens" not in found
+
+
+def test_the_default_is_the_architectures(llama):
+    assert {name.rpartition(".")[2] for name in names(llama)} == {"q_proj", "v_proj"}
+    with pytest.raises(ConfigError, match="no default is known for 'Chain'"):
+        names(Chain())
+
+
+def test_layers_and_exclusions_narrow(llama):
+    chosen = {"target_modules": ["q_proj", "v_proj"]}
+    assert len(names(llama, **chosen, layers_to_transform=1)) == 2
+    assert len(names(llama, **chosen, layers_to_transform=[0, 1], layers_pattern="layers")) == 4
+    with pytest.raises(SelectionError):
+        names(llama, **chosen, layers_to_transform=[0], layers_pattern=["blocks"])
+    assert len(names(llama, **chosen, exclude_modules=["v_proj"])) == 2
+    assert len(names(llama, **chosen, exclude_modules=r".*\.0\..*")) == 2
+    assert len(names(llama, **chosen, modules_to_save=["1.self_attn.v_proj"])) == 3
+
+
+def test_ranks_and_alphas_by_pattern(llama):
+    config = {
+        "target_modules": ["q_proj", "v_proj"],
+        "r": 8,
+        "lora_alpha": 16,
+        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v_proj": 5},
+        "alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 6},
+    }
+    lora = lorafx.compile(llama, config)
+    shape = {name: tuple(p.shape) for name, p in lora.named_parameters() if "lora_A" in name}
+    assert [shape[f"model.layers.{i}.self_attn.{m}_proj.lora_A.default.weight"][0] for m in "qv" for i in (0, 1)] == [
+        3,
+        8,
+        5,
+        5,
+    ]
+    adapter = lora._lorafx.adapters["default"]
+    scales = [adapter.kind.scalars(site, adapter.config)["scaling"] for site in lora.sites]
+    assert scales == [6 / 3, 16 / 5, 6 / 8, 16 / 5]
+
+
+def test_features_are_those_of_the_operator():
+    class Forms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Embedding(11, 5), nn.Conv2d(4, 6, (3, 2), groups=2)
+
+    sites = select(Forms(), lorafx.LoraConfig(target_modules=["a", "b", "c"]))
+    assert [(s.in_features, s.out_features) for s in sites] == [(4, 6), (11, 5), (4, 6)]
+
+
+def test_nothing_matched_names_the_nearest(llama):
+    with pytest.raises(SelectionError, match=r"Nearest: q_proj \(Linear\).*q_proj \(Linear\) x2"):
+        names(llama, target_modules=["q_porj"])
+    with pytest.raises(SelectionError, match="a string is a regex"):
+        names(llama, target_modules="q_proj")
+
+
+def test_a_module_that_no_form_covers_is_named(llama):
+    with pytest.raises(SelectionError, match=r"model.layers.0.mlp \(LlamaMLP\)"):
+        names(llama, target_modules=["mlp"])
+
+
+def test_an_entry_that_matches_nothing_beside_others_warns(llama):
+    with pytest.warns(UserWarning, match="match no module: .'k_porj'.*k_proj"):
+        names(llama, target_modules=["q_proj", "k_porj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names(llama, target_modules=["q_proj", "k_proj"])
+
+
+def test_tied_weights_are_one_site_with_a_warning():
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"model.embed_tokens shares its weight with lm_head"):
+        sites = select(model, lorafx.LoraConfig(target_modules=["embed_tokens", "lm_head"]))
+    assert [(site.name, site.tied) for site in sites] == [("model.embed_tokens", ("lm_head",))]
+
+
+def test_a_module_under_two_names_is_one_site():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model.add_module("again", model[0])
+    assert names(model, target_modules="all-linear") == ["0", "1"]
+
+
+def test_a_lazy_module_must_run_first():
+    with pytest.raises(SelectionError, match="lazy"):
+        names(nn.Sequential(nn.LazyLinear(3)), target_modules=["0"])
+
+
+def test_the_selection_prints_and_joins(llama):
+    sites = select(llama, lorafx.LoraConfig(target_modules=["q_proj", "up_proj"]))
+    assert "model.layers.0.self_attn.q_proj" in sites and sites[0] in sites
+    assert len(sites[:3]) == 3 and len(sites | sites) == 4
+    for part in ("4 sites", "model.layers.1.mlp.up_proj", "linear", "56"):
+        assert part in str(sites)
+
+
+def test_a_large_model_on_meta_is_counted_exactly(capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
+    lora = lorafx.compile(model, lorafx.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    lora.print_trainable_parameters()
+    expected = "trainable params: 4,194,304 || all params: 6,742,609,920 || trainable%: 0.0622\n"
+    assert capsys.readouterr().out == expected
+    assert len(lora.sites) == 64
+
+
+@pytest.mark.slow
+def test_a_large_model_on_meta_stays_small():
+    """Its own process, since peak memory is a process's: under 2 GiB with a captured graph."""
+    import subprocess
+    import sys
+
+    script = """
+import resource, torch, lorafx
+from transformers import LlamaConfig, LlamaForCausalLM
+with torch.device("meta"):
+    model = LlamaForCausalLM(LlamaConfig())
+ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+lora = lorafx.compile(model, {"target_modules": ["q_proj", "v_proj"]}, example_inputs={"input_ids": ids})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 2 * 2**30

@@ -1,0 +1,145 @@
+"""trace: one call as a graph of ATen operators that reads the live model."""
+
+import pytest
+import torch
+from graphs import Chain, adapted
+from modules import ids, tiny_llama
+from torch import nn
+
+import lorafx
+from lorafx.errors import CaptureError
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    tokens = ids(2, 7)
+    return model, lorafx.trace(model, input_ids=tokens, labels=tokens)
+
+
+def test_the_loss_is_bit_equal_at_other_sizes(llama):
+    model, gm = llama
+    for batch, length in ((2, 7), (3, 12), (5, 4)):
+        tokens, labels = ids(batch, length), ids(batch, length)
+        expected = model(input_ids=tokens, labels=labels)
+        found = gm(input_ids=tokens, labels=labels)
+        assert type(found) is type(expected)
+        assert torch.equal(found.loss, expected.loss)
+
+
+def test_one_tensor_passed_twice_is_two_inputs(llama):
+    _, gm = llama
+    assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["input_ids", "labels"]
+
+
+def test_names_and_identity_of_parameters_are_kept(llama):
+    model, gm = llama
+    reads = {node.target for node in gm.graph.find_nodes(op="get_attr")}
+    assert "model.layers.1.self_attn.q_proj.weight" in reads
+    assert dict(gm.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert all(gm.get_parameter(name) is parameter for name, parameter in model.named_parameters())
+
+
+def test_operators_are_training_aten(llama):
+    _, gm = llama
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.linear.default in calls, "a linear layer stays one operator"
+    dropout = lorafx.trace(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), torch.randn(2, 4))
+    assert any(n.target is torch.ops.aten.dropout.default and n.args[1:] == (0.5, True) for n in dropout.graph.nodes)
+
+
+def test_gradients_reach_the_models_own_parameters(llama):
+    model, gm = llama
+    tokens = ids(2, 5)
+    gm(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+
+def test_the_graph_sees_what_happens_to_the_model():
+    model, x = Chain(), torch.randn(5, 4)
+    gm = lorafx.trace(model, x)
+    model.first.weight = nn.Parameter(torch.zeros(6, 4))
+    assert torch.equal(gm(x), model(x))
+
+
+def test_trace_leaves_the_model_alone():
+    model, x = tiny_llama(), ids(2, 7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+    lorafx.trace(model, input_ids=x)
+    assert [(name, type(module), module.training) for name, module in model.named_modules()] == modules
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model)
+
+
+def test_meta_models_are_captured():
+    with torch.device("meta"):
+        model = tiny_llama()
+    tokens = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    lora = lorafx.compile(model, {"target_modules": ["q_proj"]}, example_inputs={"input_ids": tokens})
+    graph = lora.graph(input_ids=tokens)
+    assert "self_attn.q_proj.lora_A.default.weight" in str(graph)
+    assert lora.model.layers[0].self_attn.q_proj.lora_A.default.weight.is_meta
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else -self.linear(x)
+
+
+def test_a_call_that_cannot_be_captured_says_why():
+    with pytest.raises(CaptureError, match=r"DataDependent could not be captured: \w+"):
+        lorafx.trace(DataDependent(), torch.randn(5, 4))
+
+
+class Restless(nn.Module):
+    """Its forward runs the second layer only for short inputs, a decision export makes once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x)) if x.shape[0] < 8 else self.first(x)
+
+
+def test_a_size_that_the_graph_does_not_fit_gets_a_graph_of_its_own():
+    model = Restless()
+    lora = adapted(model, target_modules=["first", "second"], r=1)
+    short, long = torch.randn(5, 4), torch.randn(9, 4)
+    lora.merge_adapter()
+    for x in (short, long, short, long):
+        torch.testing.assert_close(lora(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(lora.report().graphs) == 2
+
+
+def test_sizes_of_one_are_told_apart():
+    lora = adapted(Chain())
+    for batch in (5, 1, 7, 1):
+        assert lora(torch.randn(batch, 4)).shape == (batch, 3)
+    assert len(lora.report().graphs) == 2
+
+
+def test_modes_dtypes_and_autocast_are_told_apart():
+    lora, x = adapted(nn.Sequential(Chain(), nn.Dropout(0.5))), torch.randn(50, 4)
+    assert (lora.train()(x) == 0).any() and not (lora.eval()(x) == 0).any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora(x).dtype == torch.bfloat16
+    assert lora(x).dtype == torch.float32
+    assert lora.double()(x.double()).dtype == torch.float64
+    with torch.no_grad():
+        assert not lora(x.double()).requires_grad
+
+
+def test_a_setting_of_the_models_config_is_told_apart():
+    lora = lorafx.compile(tiny_llama(), {"target_modules": ["q_proj"]}).eval()
+    with torch.no_grad():
+        assert lora(input_ids=ids(2, 5)).past_key_values is not None
+        lora.config.use_cache = False
+        assert lora(input_ids=ids(2, 5)).past_key_values is None

@@ -1,0 +1,212 @@
+"""AdaptedModel: called like the base model, an instance of its class, one tree."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from graphs import Chain, adapted
+from modules import ids, tiny_llama
+from torch import nn
+
+import lorafx
+from lorafx.errors import AdapterError
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    return model, adapted(model, target_modules=["q_proj", "v_proj"]).eval()
+
+
+def test_it_is_an_instance_of_the_base_models_class(llama):
+    model, lora = llama
+    assert isinstance(lora, type(model)) and isinstance(lora, lorafx.AdaptedModel)
+    assert type(lora).__name__ == "LlamaForCausalLM"
+    assert inspect.signature(lora.forward) == inspect.signature(model.forward)
+    assert lora.config is model.config and lora.get_base_model() is lora
+
+
+def test_the_base_object_knows_no_adapter(llama):
+    model, lora = llama
+    keys = set(tiny_llama().state_dict())
+    tokens = ids(2, 5)
+    with torch.no_grad():
+        base, with_adapter = model(input_ids=tokens).logits, lora(input_ids=tokens).logits
+    assert set(model.state_dict()) == keys and not torch.allclose(base, with_adapter)
+    assert type(model) is not type(lora)
+
+
+def test_names_are_the_base_models_with_adapters_beside(llama):
+    model, lora = llama
+    names = dict(lora.named_parameters())
+    assert set(dict(model.named_parameters())) <= set(names)
+    added = set(names) - set(dict(model.named_parameters()))
+    assert added == {
+        f"model.layers.{layer}.self_attn.{site}_proj.lora_{m}.default.weight"
+        for layer in (0, 1)
+        for site in "qv"
+        for m in "AB"
+    }
+    assert all(names[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_positional_and_keyword_calls_agree(llama):
+    _, lora = llama
+    tokens = ids(2, 5)
+    with torch.no_grad():
+        assert torch.equal(lora(tokens).logits, lora(input_ids=tokens).logits)
+
+
+def test_a_batch_of_another_size_reuses_the_graph():
+    lora = adapted(Chain())
+    for batch in (5, 2, 9):
+        lora(torch.randn(batch, 4))
+    assert len(lora.report().graphs) == 1
+
+
+@pytest.mark.slow
+def test_a_part_alone_is_called_with_its_adapters(llama):
+    model, lora = llama
+    tokens = ids(2, 5)
+    with torch.no_grad():
+        hidden = lora.model(input_ids=tokens).last_hidden_state
+        assert not torch.allclose(hidden, model.model(input_ids=tokens).last_hidden_state)
+        torch.testing.assert_close(lora.lm_head(hidden), lora(input_ids=tokens).logits)
+        first = lora.model.layers[0].self_attn.q_proj(hidden)
+        assert not torch.allclose(first, model.model.layers[0].self_attn.q_proj(hidden))
+
+
+@pytest.mark.slow
+def test_generate_runs_through_the_graphs(llama):
+    model, lora = llama
+    tokens = ids(2, 5)
+    out = lora.generate(tokens, max_new_tokens=6, do_sample=False)
+    merged = copy.deepcopy(lora).merge_and_unload()
+    assert torch.equal(out, merged.generate(tokens, max_new_tokens=6, do_sample=False))
+    assert type(merged) is type(model)
+
+
+def test_graphs_follow_the_tree():
+    model, x = Chain(), torch.randn(5, 4)
+    lora = adapted(model)
+    lora(x)
+    lora.second = nn.Linear(6, 2)
+    with torch.no_grad():
+        lora.second.weight.zero_()
+        lora.second.bias.fill_(3.0)
+    lora.set_adapter("default")
+    lora.load_state_dict({"first.weight": torch.zeros(6, 4)}, strict=False)
+    assert not model.first.weight.any(), "one tensor, two names for it"
+
+
+def test_deepcopy_is_independent():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    before = lora(x)
+    other = copy.deepcopy(lora)
+    assert torch.equal(other(x), before) and other.report().graphs.keys() != {}
+    with torch.no_grad():
+        other.first.weight.zero_()
+    assert torch.equal(lora(x), before) and not torch.equal(other(x), before)
+
+
+def test_state_dict_round_trips():
+    lora, other = adapted(Chain()), adapted(Chain(), r=2)
+    with torch.no_grad():
+        other.second.lora_B.default.weight.add_(1)
+    other.load_state_dict(lora.state_dict())
+    x = torch.randn(5, 4)
+    assert torch.equal(lora(x), other(x))
+
+
+def test_adapters_are_added_switched_and_deleted():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    first = lora(x)
+    lora.add_adapter("other", {"r": 3, "target_modules": ["first"], "init_lora_weights": False})
+    assert torch.equal(lora(x), first) and lora.active_adapters == ["default"]
+    lora.set_adapter("other")
+    second = lora(x)
+    assert not torch.equal(first, second) and [site.name for site in lora.sites] == ["first"]
+    lora.set_adapter("default")
+    assert torch.equal(lora(x), first)
+    lora.delete_adapter("default")
+    assert lora.active_adapters == ["other"] and torch.equal(lora(x), second)
+    assert not any("default" in name for name, _ in lora.named_parameters())
+    with pytest.raises(AdapterError, match="no adapter 'default'"):
+        lora.set_adapter("default")
+    with pytest.raises(AdapterError, match="already"):
+        lora.add_adapter("other", {"target_modules": ["first"]})
+
+
+def test_a_new_adapter_under_an_old_name_is_not_the_old_one():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    before = lora(x)
+    lora.add_adapter("other", {"target_modules": ["first"]})
+    lora.delete_adapter("default")
+    lora.add_adapter("default", {"r": 4, "target_modules": ["first"], "init_lora_weights": False})
+    lora.set_adapter("default")
+    assert not torch.allclose(lora(x), before)
+
+
+def test_disabling_gives_the_base_model_and_comes_back():
+    model, x = Chain(), torch.randn(5, 4)
+    lora = adapted(model)
+    acting = lora(x)
+    with lora.disable_adapter():
+        assert torch.equal(lora(x), model(x))
+        assert not any(p.requires_grad for p in lora.parameters())
+    assert torch.equal(lora(x), acting)
+    lora.merge_adapter()
+    merged = model.first.weight.detach().clone()
+    with lora.disable_adapter():
+        assert not torch.equal(model.first.weight, merged)
+    assert torch.equal(model.first.weight, merged) and lora.merged_adapters == ["default"]
+
+
+def test_switching_a_merged_model_unmerges_first():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    before = lora(x)
+    lora.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged"):
+        lora.set_adapter("default")
+    assert lora.merged_adapters == [] and torch.equal(lora(x), before)
+
+
+def test_compiling_twice_is_refused():
+    with pytest.raises(AdapterError, match="add_adapter"):
+        lorafx.compile(adapted(Chain()), {"target_modules": ["first"]})
+
+
+def test_a_failed_compile_leaves_the_model_alone():
+    class Odd(Chain):
+        def forward(self, x):
+            return super().forward(x) @ self.second.weight
+
+    model = Odd()
+    with pytest.raises(lorafx.errors.UncoveredOperatorError):
+        lorafx.compile(model, {"target_modules": ["second"]}, example_inputs=(torch.randn(5, 4),))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_the_line_of_counts_is_pefts(capsys):
+    lora = adapted(Chain(), target_modules=["second"])
+    lora.print_trainable_parameters()
+    trainable, total = 2 * 6 + 3 * 2, 24 + 21 + 18
+    expected = f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_it_introduces_itself():
+    assert repr(adapted(Chain())) == "AdaptedModel(Chain, 2 sites, adapters: default*)"
+
+
+def test_hooks_of_the_base_stay_with_the_base():
+    model, seen = Chain(), []
+    lora = adapted(model)
+    lora.register_forward_hook(lambda *_: seen.append("lora"))
+    model(torch.randn(5, 4))
+    assert seen == []
+    lora(torch.randn(5, 4))
+    assert seen == ["lora"]

@@ -1,0 +1,71 @@
+"""restore_linear: x Wᵀ, however it is written, is a site."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lorafx
+from lorafx.passes import Canonicalize, RestoreLinear
+from lorafx.pipeline.pipeline import Pipeline
+
+aten = torch.ops.aten
+
+
+class Handwritten(nn.Module):
+    """A linear layer whose forward spells the product out."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.product = product
+
+    def forward(self, x):
+        return self.product(x, self.layer.weight, self.layer.bias)
+
+
+SPELLINGS = {
+    "T": lambda x, w, b: x @ w.T + b,
+    "t": lambda x, w, b: torch.matmul(x, w.t()) + b,
+    "mT": lambda x, w, b: x @ w.mT + b,
+    "transpose": lambda x, w, b: x @ w.transpose(1, 0) + b,
+    "transpose from the end": lambda x, w, b: x @ w.transpose(-2, -1) + b,
+    "mm": lambda x, w, b: x.mm(w.T) + b,
+    "addmm": lambda x, w, b: torch.addmm(b, x, w.t()),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_becomes_linear(spelling):
+    model, x = Handwritten(SPELLINGS[spelling]), torch.randn(4, 5)
+    gm = lorafx.trace(model, x)
+    Pipeline(Canonicalize(), RestoreLinear()).run(gm)
+    assert next(n.target for n in gm.graph.nodes if n.op == "call_function") is aten.linear.default
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_adapted(spelling):
+    model, x = Handwritten(SPELLINGS[spelling]), torch.randn(4, 5)
+    lora = lorafx.compile(copy.deepcopy(model), {"target_modules": ["layer"], "init_lora_weights": False})
+    before = lora(x)
+    assert not torch.allclose(before, model(x))
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), before)
+
+
+def test_what_is_no_transposed_matrix_stays():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5, 5))
+            self.b = nn.Parameter(torch.randn(2, 5, 3))
+
+        def forward(self, x):
+            return (x @ self.a.transpose(0, 0)) @ self.b.transpose(0, 2)[0] @ (x.t() @ x)[:2]
+
+    model, x = Other(), torch.randn(4, 5)
+    gm = lorafx.trace(model, x)
+    before = [n.target for n in gm.graph.nodes]
+    assert RestoreLinear().rewrite(gm, None) == 0 and [n.target for n in gm.graph.nodes] == before
