@@ -12,7 +12,8 @@ from torch import nn
 
 from . import passes  # type: ignore[attr-defined]
 from .adapters.adapter import plan
-from .adapters.config import LoraConfig
+from .adapters.config import AdapterConfig
+from .adapters.kinds import config_of
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.lower import Backend
@@ -26,7 +27,7 @@ Passes = Pipeline | Iterable[Pass] | str
 
 def compile(
     model: nn.Module,
-    config: LoraConfig | Mapping[str, Any] | Any,
+    config: AdapterConfig | Mapping[str, Any] | Any,
     *,
     adapter_name: str = "default",
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
@@ -69,7 +70,7 @@ def compile(
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
-    adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
+    adapter = plan(_plain(model), adapter_name, config_of(config))
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
@@ -90,7 +91,7 @@ def load(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    config: LoraConfig | Mapping[str, Any] | None = None,
+    config: AdapterConfig | Mapping[str, Any] | None = None,
     weights_only: bool = False,
     backend: str = "auto",
     mode: str | None = None,
@@ -113,7 +114,7 @@ def load(
     chosen = _pipeline(pipeline, adapter_compute_dtype=adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
-        found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
+        found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
     adapted = adapt(model, Dispatcher(chosen, Backend(backend, mode), capture=capture), autocast_adapter_dtype)
     adapted._install(fitted, values=values)

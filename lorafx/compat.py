@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.config import LoraConfig
+from .adapters.config import AdapterConfig
+from .adapters.kinds import LoraConfig, config_of
 from .api import compile, load
 from .errors import ConfigError
 from .files import checkpoint
@@ -41,7 +42,7 @@ class TaskType(StrEnum):
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: LoraConfig | Any,
+    peft_config: AdapterConfig | Any,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
@@ -53,7 +54,7 @@ def get_peft_model(
     `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: several adapters can
     always be active together, and other kinds than LoRA are an error in any case. Errors are those of `compile`.
     """
-    config = LoraConfig.of(peft_config)
+    config = config_of(peft_config)
     name = vars(model).get("name_or_path") or None
     for field, old, new in (
         ("base_model_name_or_path", config.base_model_name_or_path, name),
@@ -92,7 +93,7 @@ class PeftModel(metaclass=_Named):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: LoraConfig | Any | None = None,
+        config: AdapterConfig | Any | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
@@ -124,14 +125,14 @@ PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
 
 
 class PeftConfig(metaclass=_Named):
-    """PEFT's name for configs: `isinstance(config, PeftConfig)` holds for every `LoraConfig`."""
+    """PEFT's name for configs: `isinstance(config, PeftConfig)` holds for every config of an adapter."""
 
-    of = LoraConfig
+    of = AdapterConfig
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> LoraConfig:
+    ) -> AdapterConfig:
         """The config of a saved adapter, such as to learn its base model; `kwargs` and errors are those of `load`."""
         _refuse("PeftConfig.from_pretrained", **{key: kwargs[key] for key in kwargs if key not in HUB})
         return checkpoint.read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -22,7 +22,7 @@ class CaptureError(LorafxError, RuntimeError):
 
 
 class UncoveredOperatorError(CaptureError):
-    """A graph reads a selected weight through an operator that no site form covers."""
+    """A graph reads a selected weight through an operator that no reading covers."""
 
 
 class PipelineError(LorafxError, ValueError):

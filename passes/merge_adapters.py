@@ -1,21 +1,30 @@
-"""merge_adapters: the inverse of insert_adapters, for adapters whose ΔW lies in the base weights already.
+"""merge_adapters: the inverse of insert_adapters, for adapters that lie in the base weights already.
 
-The rule is the insertion's, run backwards: the kind's equation becomes the base operator again, because
-x (W + ΔW)ᵀ = x Wᵀ + update. `lorafx.merging.ledger` writes W + ΔW into the weights.
+before(x) -> x        after(y, x) -> y
+
+The rules are the equations, run backwards: they go, because x W'ᵀ is what they made of x Wᵀ. `merging/ledger.py` writes
+W' into the weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
+from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
-from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
+from lorafx.graph import ADAPTED_BY, Match, Provenance, Rule, fake_mode_of, made_by
 from lorafx.pipeline.pipeline import Context, Pass
 
-from .insert_adapters import rules
+
+def what_went_in(x):
+    return x
+
+
+def what_came_out(y):
+    return y
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,39 @@ class MergeAdapters(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
         for adapter in (a for a in context.adapters if a.name in context.merged):
+            rules = {site.name: _rules(gm, adapter, site.name) for site in adapter.selection}
             for node in reversed(list(gm.graph.nodes)):
-                count += not node._erased and _revert(gm, node, adapter)
+                maker = made_by(node)
+                if not node._erased and maker and maker.adapter == adapter.name and maker.site in rules:
+                    count += _undo(gm, node, rules[maker.site])
+            for node in gm.graph.nodes:
+                if adapter.name in node.meta.get(ADAPTED_BY, ()):
+                    node.meta[ADAPTED_BY] = tuple(name for name in node.meta[ADAPTED_BY] if name != adapter.name)
         _require_gone(gm, context.merged)
         return count
+
+
+def _rules(gm: GraphModule, adapter: Adapter, name: str) -> list[Rule]:
+    """The insertions that may have been made at a site, each the other way round."""
+    equations = list(Equation.all_at(gm, adapter, adapter.selection.by_name[name]))
+    afters = [(equation.after(), what_came_out) for equation in equations]
+    befores = [(equation.before(), what_went_in) for equation in equations]
+    return [Rule(graph, gone) for graph, gone in afters + befores if _computes(graph)]
+
+
+def _computes(graph: Graph) -> bool:
+    """Whether an equation does anything there: most kinds have nothing to do before, or after, the operator."""
+    return any(node.op == "call_function" for node in graph.nodes)
+
+
+def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:
+    """Undo the insertion whose result is `node`, if it is one."""
+    for rule in rules:
+        found = rule.find(node)
+        if isinstance(found, Match):
+            rule.apply(gm, found, Provenance(MergeAdapters.name), fake_mode_of(gm))
+            return True
+    return False
 
 
 def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
@@ -40,21 +78,3 @@ def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
         maker = made_by(node)
         if maker and maker.adapter in merged and node.op != "get_attr":
             raise VerifyError(f"{maker.adapter!r} is merged and still acts at {maker.site} [{user_line(node)}]")
-
-
-def _revert(gm: GraphModule, node: Node, adapter: Adapter) -> bool:
-    """Undo the insertion whose result is `node`, if it is one of this adapter's."""
-    maker = made_by(node)
-    if maker is None or maker.adapter != adapter.name or maker.site not in adapter.selection:
-        return False
-    site = adapter.selection.by_name[maker.site]
-    for rule in rules(site, adapter):
-        found = rule.reversed().find(node)
-        if isinstance(found, Match):
-            where = Provenance(MergeAdapters.name, site.name)
-            marks = next(n.meta[ADAPTED_BY] for n in found.nodes if ADAPTED_BY in n.meta)
-            base, _ = rule.reversed().apply(gm, found, where, fake_mode_of(gm))
-            base.meta[SITE] = site
-            base.meta[ADAPTED_BY] = tuple(name for name in marks if name != adapter.name)
-            return True
-    return False

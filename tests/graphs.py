@@ -36,6 +36,13 @@ def adapted(model: nn.Module, adapter_compute_dtype=None, **config) -> lorafx.Ad
     return lorafx.compile(model, chosen, random_state=0, adapter_compute_dtype=adapter_compute_dtype)
 
 
+def change(lora: lorafx.AdaptedModel, name: str, site) -> dict[str, torch.Tensor]:
+    """What an adapter adds to a site's base parameters, by their name, in float64."""
+    adapter = lora._lorafx.adapters[name]
+    at = adapter.operands(site, adapter.tensors_at(lora, site), adapter.numbers(lora, site))
+    return {role: adapter.kind.delta(role, at) for role in adapter.kind.changes(site, adapter.config)}
+
+
 def context(lora: lorafx.AdaptedModel) -> Context:
     """What the pipeline of an adapted model is given."""
     return lora._lorafx.context

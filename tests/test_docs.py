@@ -21,7 +21,7 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
     printed = capsys.readouterr().out
     for part in (
         "mul = mul.Tensor(linear_3, 2.0)",
-        "add = add.Tensor(linear_4, mul)",
+        "add = add.Tensor(linear_1, mul)",
         "expected aten.add.Tensor, found aten.relu.default",
         "clamp_updates{limit=0.01}",
         "clamp_updates requires `adapters`, which insert_adapters establishes only later",

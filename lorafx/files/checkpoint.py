@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, plan
-from ..adapters.config import LoraConfig
+from ..adapters.config import AdapterConfig
+from ..adapters.kinds import config_of
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import tensor_at
 from .folder import replace_folder
@@ -40,26 +41,26 @@ class Checkpoint:
     """An adapter as its files have it: its config, and tensors by PEFT's key."""
 
     folder: Path
-    config: LoraConfig
+    config: AdapterConfig
     tensors: Mapping[str, Tensor]
 
 
 def keys(adapter: Adapter) -> dict[str, str]:
     """PEFT's key of each of the adapter's tensors, to the tensor's path."""
     named = {
-        f"{_key(adapter, site)}.{suffix}": path
-        for site, by_suffix in adapter.tensors.items()
-        for suffix, path in by_suffix.items()
+        f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}.{suffix}": path
+        for site in adapter.selection
+        for suffix, path in adapter.tensors[site.name].items()
     }
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
 
 
 def _key(adapter: Adapter, path: str) -> str:
     """PEFT's key of what is at `path`: PEFT wraps adapted modules, and what they own is in their `base_layer`."""
-    atoms = path.split(".")
+    atoms, adapted = path.split("."), {site.module for site in adapter.selection}
     key = atoms[:1]
     for depth, atom in enumerate(atoms[1:], 1):
-        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapter.selection.by_name else [atom]
+        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapted else [atom]
     return PREFIX + ".".join(key)
 
 
@@ -80,7 +81,7 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
     return Checkpoint(folder, config, tensors)
 
 
-def read_config(source: str | os.PathLike[str], **hub: Any) -> LoraConfig:
+def read_config(source: str | os.PathLike[str], **hub: Any) -> AdapterConfig:
     """Read an adapter's config alone; arguments and errors are those of `read`."""
     return _read_config(Source(os.fspath(source), **hub).folder((CONFIG,)) / CONFIG)
 
@@ -133,9 +134,9 @@ def fit(
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
     expected: dict[str, Expected] = {
-        adapter.tensors[site.name][suffix]: (shape, True)
+        adapter.tensors[site.name][spec.suffix]: (spec.shape, True)
         for site in adapter.selection
-        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
+        for spec in adapter.kind.tensors(site, adapter.config).values()
     }
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
@@ -175,7 +176,7 @@ def write(
         raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
 
 
-def _read_config(file: Path) -> LoraConfig:
+def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -185,7 +186,7 @@ def _read_config(file: Path) -> LoraConfig:
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
     try:
-        return LoraConfig.from_dict(values)
+        return config_of(values)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -250,7 +251,9 @@ def _config_values(
     if expanded or adapter.config.target_modules is None:
         values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
-    values["fan_in_fan_out"] = any(site.form.name == "addmm" for site in adapter.selection)
+    if "fan_in_fan_out" in values:
+        readings = {site.reading for site in adapter.selection}
+        values["fan_in_fan_out"] = any(reading.transposed and not reading.lookup for reading in readings)
     values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
     values["peft_version"] = values["peft_version"] or FORMAT
     if values["task_type"] is None and values["auto_mapping"] is None:
@@ -270,7 +273,8 @@ def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
 def _card(values: Mapping[str, Any]) -> str:
     base = values["base_model_name_or_path"]
     data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
-    text = f"---\n{data.to_yaml()}\n---\n\n# LoRA adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
+    text = f"---\n{data.to_yaml()}\n---\n\n# Adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
     load = '`lorafx.load(model, "this/folder")` or `peft.PeftModel.from_pretrained(model, "this/folder")`.\n'
-    rank = f"\nRank {values['r']}, alpha {values['lora_alpha']}, base model {base or 'not recorded'}.\n"
-    return str(ModelCard(text + load + rank))
+    own = ", ".join(f"{name} {values[name]}" for name in ("r", "lora_alpha") if name in values)
+    what = f"\nType {values['peft_type']}{own and f', {own}'}, base model {base or 'not recorded'}.\n"
+    return str(ModelCard(text + load + what))

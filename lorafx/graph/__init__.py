@@ -20,6 +20,7 @@ from .emit import (
     marks_of,
     resolve,
     within_vmap,
+    write,
 )
 from .match import Match, NoMatch, match
 from .rule import Rule, first_match
@@ -44,5 +45,6 @@ __all__ = [
     "match",
     "resolve",
     "within_vmap",
+    "write",
     "writes",
 ]

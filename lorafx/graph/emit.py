@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .match import Match, trace_function
+from .match import Match, Pattern, trace_function
 
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
 MADE_BY, SITE, ADAPTED_BY = "lorafx", "site", "adapted_by"
@@ -90,37 +90,56 @@ def describe(node: Node, like: Node, provenance: Provenance, gm: GraphModule, mo
 def emit(
     gm: GraphModule,
     found: Match,
-    replacement: Callable[..., Any],
+    replacement: Pattern,
     fresh: dict[str, Any],
     provenance: Provenance,
     mode: FakeTensorMode,
 ) -> tuple[Node, tuple[Node, ...]]:
     """Put `replacement` where the match was found and erase what it covered.
 
-    `fresh` gives the names that the pattern does not bind: an `Attribute` becomes a node that reads the tensor, any
-    other value is written as it is. Returns the node that now computes the result, and all new nodes.
+    `fresh` gives the names that the pattern does not bind. Returns the node that now computes the result, and all new
+    nodes.
     """
-    graph, anchor = gm.graph, found.anchor
+    result, new = write(gm, replacement, fresh | found.bindings, found.anchor, found.anchor, provenance, mode)
+    _take_place(gm.graph, found, result)
+    return result, new
+
+
+def write(
+    gm: GraphModule,
+    replacement: Pattern,
+    given: dict[str, Any],
+    before: Node,
+    like: Node,
+    provenance: Provenance,
+    mode: FakeTensorMode,
+) -> tuple[Any, tuple[Node, ...]]:
+    """Write what `replacement` computes into a graph, before a node; nobody uses the result yet.
+
+    `given` is what its names stand for: an `Attribute` becomes a node that reads the tensor, where it is used at all,
+    any other value is written as it is. New nodes have the place in the model that the node `like` has. Returns the
+    result and all new nodes; where there is nothing to compute, the result is what one of the names stands for.
+    """
+    graph = gm.graph
     values: dict[Node, Any] = {}
     new: list[Node] = []
 
     def add(node: Node) -> Node:
-        describe(node, anchor, provenance, gm, mode)
+        describe(node, like, provenance, gm, mode)
         new.append(node)
         return node
 
-    with graph.inserting_before(anchor):
+    result: Any = None
+    with graph.inserting_before(before):
         for node in trace_function(replacement).nodes:
             if node.op == "placeholder":
-                name = str(node.target)
-                value = found.bindings[name] if name in found.bindings else fresh[name]
+                value = given[str(node.target)] if node.users else None
                 values[node] = _read(graph, value, add) if isinstance(value, Attribute) else value
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
                 called = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
                 values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), called))
-    _take_place(graph, found, result)
     return result, tuple(new)
 
 

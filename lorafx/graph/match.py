@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer
 
 from ..errors import user_line
 
@@ -37,10 +38,30 @@ class NoMatch:
         return f"{self.node.name}: {self.reason} [{user_line(self.node)}]"
 
 
+Pattern = Callable[..., Any] | Graph  # a torch function of named arguments, or one that was traced before
+
+
+def trace_function(function: Pattern) -> Graph:
+    """The graph of a pattern or replacement, traced once."""
+    return function if isinstance(function, Graph) else _traced(function)
+
+
 @functools.cache
-def trace_function(function: Callable[..., Any]) -> Graph:
-    """The graph of a pattern or replacement: a torch function of named arguments, traced once."""
+def _traced(function: Callable[..., Any]) -> Graph:
     return torch.fx.Tracer().trace(function)
+
+
+def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
+    """The graph of a function that is given a value by each of these names, as a pattern or replacement.
+
+    For functions that are put together from others, whose own signature does not say what they are given.
+    """
+    graph = Graph()
+    tracer = GraphAppendingTracer(graph)
+    result = function(**{name: Proxy(graph.placeholder(name), tracer) for name in names})
+    graph.output(result.node if isinstance(result, Proxy) else result)
+    graph.eliminate_dead_code()
+    return graph
 
 
 def arguments(node: Node) -> Iterator[Any]:
@@ -55,7 +76,7 @@ def arguments(node: Node) -> Iterator[Any]:
         yield node.kwargs.get(argument.name, argument.default_value)
 
 
-def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
+def match(pattern: Pattern, anchor: Node) -> Match | NoMatch:
     """Find `pattern` with its result at `anchor`.
 
     A name that occurs twice must stand for the same value, and none for a node that the pattern covers; of these, only

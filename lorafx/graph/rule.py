@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .emit import Provenance, emit, fake_mode_of, marks_of
 from .emit import made_by as maker_of
-from .match import Match, NoMatch, match
+from .match import Match, NoMatch, Pattern, match
 from .writes import interrupted
 
 
@@ -28,8 +28,8 @@ class Rule:
     replacement is made fresh at each match. `check` returns the reason to refuse a match, or None.
     """
 
-    pattern: Callable[..., Any]
-    replacement: Callable[..., Any]
+    pattern: Pattern
+    replacement: Pattern
     check: Callable[[Match], str | None] = always
 
     def reversed(self) -> Rule:

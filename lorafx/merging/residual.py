@@ -36,21 +36,16 @@ def _flip(bits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Residual:
-    """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole.
-
-    Where that would take more room than W itself, `whole` is W (see `copy`) and the rest is empty.
-    """
+    """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole."""
 
     differs: Tensor
     codes: Tensor
     wide: Tensor
-    whole: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (self.differs, self.codes, self.wide) if self.whole is None else (self.whole,)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in (self.differs, self.codes, self.wide))
 
     @classmethod
     def of(cls, original: Tensor, guess: Tensor) -> Residual:
@@ -64,12 +59,6 @@ class Residual:
         codes = torch.where((codes == _WIDE) & (values == 0), _ZERO, codes)
         codes = torch.where(some == torch.iinfo(some.dtype).min, torch.where(values == 0, _ZERO, _WIDE), codes)
         return cls(_pack(differs), codes.to(torch.int8), values[codes == _WIDE].clone())
-
-    @classmethod
-    def copy(cls, original: Tensor) -> Residual:
-        """Keep all of `original`; it needs no guess."""
-        empty = torch.empty(0, dtype=torch.int8)
-        return cls(empty, empty, empty, whole=original.reshape(-1).clone())
 
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess."""

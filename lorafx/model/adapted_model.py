@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
-from ..adapters.config import LoraConfig
-from ..adapters.selection import Selection
+from ..adapters.config import AdapterConfig
+from ..adapters.kinds import config_of
+from ..adapters.site import Selection
 from ..capture.caches import register_caches
 from ..errors import AdapterError, CaptureError
 from ..files import checkpoint
@@ -93,7 +94,7 @@ class AdaptedModel(Trainable, Saving):
         return repeated_modules(self)
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, AdapterConfig]:
         """The config of each adapter, by name."""
         return {name: adapter.config for name, adapter in self._lorafx.adapters.items()}
 
@@ -160,13 +161,17 @@ class AdaptedModel(Trainable, Saving):
     # --- adapters ----------------------------------------------------------------------------------------------------
 
     def add_adapter(
-        self, adapter_name: str, peft_config: LoraConfig | Mapping[str, Any] | Any, *, random_state: int | None = None
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig | Mapping[str, Any] | Any,
+        *,
+        random_state: int | None = None,
     ) -> None:
         """Add a new adapter; `set_adapter` makes it active.
 
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
-        self._install(plan(mirrored(self), adapter_name, LoraConfig.of(peft_config)), random_state=random_state)
+        self._install(plan(mirrored(self), adapter_name, config_of(peft_config)), random_state=random_state)
 
     def load_adapter(
         self,
@@ -324,7 +329,7 @@ class AdaptedModel(Trainable, Saving):
 
 def _parts(adapter: Adapter) -> Iterator[str]:
     """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
-    owners = [site.name for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
+    owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
 

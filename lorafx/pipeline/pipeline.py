@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from ..adapters.adapter import Adapter
-from ..adapters.selection import Selection, Site
+from ..adapters.site import Selection, Site
 from ..errors import PipelineError, VerifyError
 from ..graph import SITE
 from ..graph.blocks import LAYERS, block_calls, blocks_of

@@ -2,7 +2,7 @@
 
 A torch function that gets an adapted tensor is captured, rewritten by the same pipeline and kept, like a call of the
 whole model; every other function runs as it is. So an adapter acts wherever its weight is read, in whatever module,
-and a read that no site form covers is the same error here as there.
+and a read that no reading covers is the same error here as there.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .. import api
-from ..adapters.config import LoraConfig
-from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, form_of
-from ..adapters.selection import Site
+from ..adapters.kinds.lora_config import LoraConfig
+from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, Reading
+from ..adapters.site import Site
+from ..adapters.storages import weights_of
 from ..model.adapted_model import AdaptedModel
 from ..tree.lookup import find_tensor, tensor_at
 from .checks import Call
@@ -62,8 +63,12 @@ def configs(
 def adaptable(model: nn.Module, mergeable: bool = False) -> list[str]:
     """Names of the modules an adapter fits; of those whose weight it can be merged into, if `mergeable`."""
     named = model.named_modules(remove_duplicate=False)
-    fit = {name: module for name, module in named if name and form_of(module) is not None}
+    fit = {name: module for name, module in named if name and _readings(module)}
     return [name for name, module in fit.items() if not mergeable or getattr(module, "groups", 1) == 1]
+
+
+def _readings(module: nn.Module) -> list[Reading]:
+    return [reading for _, reading, _ in weights_of(module)]
 
 
 @st.composite
@@ -71,7 +76,7 @@ def _targets(draw: st.DrawFn, model: nn.Module, mergeable: bool) -> tuple[Any, l
     """`target_modules`, and the names of the modules that it matches."""
     names = adaptable(model, mergeable)
     ends = {name: picked for name in names if set(picked := _ending_in(model, name)) <= set(names)}
-    linear = [name for name in names if form_of(model.get_submodule(name)) in (LINEAR, CONV1D)]
+    linear = [name for name in names if {LINEAR, CONV1D}.intersection(_readings(model.get_submodule(name)))]
     style = draw(st.sampled_from(["regex"] + ["list"] * bool(ends) + ["all-linear"] * bool(linear)))
     if style == "all-linear":
         return style, linear
@@ -112,8 +117,8 @@ def _site_patterns(sites: Sequence[str]) -> st.SearchStrategy[str]:
 
 
 def _takes_lora_bias(layers: Sequence[nn.Module], mergeable: bool) -> bool:
-    forms = [form_of(layer) for layer in layers]
-    return EMBEDDING not in forms and all(layer.bias is not None for layer in layers if mergeable)
+    readings = [reading for layer in layers for reading in _readings(layer)]
+    return EMBEDDING not in readings and all(layer.bias is not None for layer in layers if mergeable)
 
 
 @dataclass(frozen=True)

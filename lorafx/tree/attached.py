@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from .lookup import find_tensor
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
 
 
-def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
-    """Hang a parameter at `path`; modules that are missing on the way are made, and remembered as attached."""
+def attach(root: nn.Module, path: str, tensor: Tensor) -> None:
+    """Hang a tensor at `path`: a parameter, or a buffer that is not saved.
+
+    Modules that are missing on the way are made, and remembered as attached.
+    """
     *parents, last = path.split(".")
     owner = root
     for atom in parents:
@@ -20,11 +23,14 @@ def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
             owner.add_module(atom, nn.Module().train(owner.training))
             owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
         owner = owner.get_submodule(atom)
-    owner.register_parameter(last, tensor)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(last, tensor)
+    else:
+        owner.register_buffer(last, tensor, persistent=False)
 
 
 def detach(root: nn.Module, paths: Iterable[str]) -> None:
-    """Take parameters away again, and the modules that `attach` made for them once they are empty.
+    """Take tensors away again, and the modules that `attach` made for them once they are empty.
 
     Those that went with a module that somebody took away are passed over.
     """
@@ -35,9 +41,9 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
         *parents, last = path.split(".")
         for atom in parents:
             owners.append(owners[-1].get_submodule(atom))
-        del owners[-1]._parameters[last]
+        delattr(owners[-1], last)
         for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
-            if atom in vars(owner).get(ATTACHED, ()) and not child._modules and not child._parameters:
+            if atom in vars(owner).get(ATTACHED, ()) and not (child._modules or child._parameters or child._buffers):
                 del owner._modules[atom]
                 owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 
 import lorafx
-from lorafx.adapters.config import NOT_YET
+from lorafx.adapters.kinds.lora_config import NOT_YET
 from lorafx.errors import ConfigError
 
 

@@ -1,0 +1,141 @@
+"""Equations in a graph: a kind's `before` and `after` as graphs of operators, at one place where a weight is read.
+
+    y = to(after(operator(to(before(to(x)))), to(x)))        `to` casts, so that no kind has to think of dtypes
+
+The update is computed in the dtype that the pass asks for, and the sum is returned in the base operator's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+
+from ..errors import ConfigError
+from ..graph import Attribute
+from ..graph.match import template
+from .adapter import Adapter
+from .kinds import SCALING, Kind, Operands
+from .readings import Operator, operators_for
+from .readings.reading import names_of
+from .site import Site
+from .storages import Storage
+
+aten = torch.ops.aten
+BOUND = "operator_"  # before the names of the operator's own arguments, so that a tensor may be called as one of them
+
+
+def patterns(site: Site) -> dict[Operator, Graph]:
+    """The operators that may read a site's weight, each as a pattern on the weight as it is stored."""
+    return _patterns(operators_for(site.reading, len(site.weight_shape)), site.storage)
+
+
+@functools.cache
+def _patterns(operators: tuple[Operator, ...], storage: Storage) -> dict[Operator, Graph]:
+    own = {operator: template(operator.pattern, names_of(operator.pattern)) for operator in storage.operators}
+    return own | {operator: _on_stored(operator, storage) for operator in operators}
+
+
+def _on_stored(operator: Operator, storage: Storage) -> Graph:
+    """An operator's pattern with the expression of the dense weight in the weight's place."""
+    names, stored = names_of(operator.pattern), names_of(storage.expression)
+
+    def read(**given: Any) -> Any:
+        dense = storage.expression(**{name: given[name] for name in stored})
+        return operator.pattern(**{name: dense if name == "weight" else given[name] for name in names})
+
+    return template(read, dict.fromkeys((*names, *stored)))
+
+
+@dataclass(frozen=True)
+class Equation:
+    """What an adapter does where an operator reads its site's weight.
+
+    `bound` names the operator's arguments. A module that shares the weight and has a bias of its own is not the site's
+    `own` module: the adapter's bias is not for it.
+    """
+
+    adapter: Adapter
+    site: Site
+    operator: Operator
+    bound: tuple[str, ...]
+    training: bool
+    own: bool = True
+
+    @classmethod
+    def all_at(cls, root: nn.Module, adapter: Adapter, site: Site) -> Iterator[Equation]:
+        """The equations that an adapter may have been given somewhere, whatever reads the site's weight there."""
+        training = root.get_submodule(site.module).training
+        for operator, pattern in patterns(site).items():
+            bound = tuple(str(node.target) for node in pattern.find_nodes(op="placeholder"))
+            if not cls(adapter, site, operator, bound, training).is_impossible:
+                yield from (cls(adapter, site, operator, bound, training, own) for own in (True, False))
+
+    def before(self) -> Graph:
+        """x' of x, as a graph of `given`'s names and of `x`, `dtype` and `result_dtype`."""
+
+        def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
+            cast = self._cast(x, dtype)
+            found = self.adapter.kind.before(cast, self._operands(given))
+            return x if found is cast else aten.to.dtype(found, result_dtype)
+
+        return self._template(equation, "x")
+
+    def after(self) -> Graph:
+        """y' of y and x, as a graph of `given`'s names and of `y`, `x`, `dtype` and `result_dtype`."""
+
+        def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
+            found = self.adapter.kind.after(y, self._cast(x, dtype), self._operands(given))
+            return y if found is y else aten.to.dtype(found, result_dtype)
+
+        return self._template(equation, "y", "x")
+
+    def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
+        """What the names of the graphs stand for: tensors of the adapter, its scaling, the operator's arguments."""
+        paths = self.adapter.tensors[self.site.name]
+        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self._suffixes().items()}
+        scale = self.adapter.scales.get(self.site.name)
+        scaling = {SCALING: Attribute(scale)} if scale else {}
+        return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
+
+    def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
+        if self.is_impossible:
+            kind = self.adapter.config.peft_type
+            raise ConfigError(f"{self.site.name}: adapters of type {kind} have no transposed form")
+        scaling = [SCALING] if self.site.name in self.adapter.scales else []
+        names = *first, *self._suffixes(), *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
+        return template(equation, names)
+
+    def _suffixes(self) -> dict[str, str]:
+        """The adapter's tensors that the equation names here, by suffix."""
+        specs = self.adapter.kind.tensors(self.site, self.adapter.config)
+        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.suffix.endswith("bias")}
+
+    def _operands(self, given: dict[str, Any]) -> Operands:
+        kind, bound = self.adapter.kind, {name: given[f"{BOUND}{name}"] for name in self.bound}
+        tensors: dict[str, Any] | None = {name: given[name] for name in self._suffixes()}
+        if self.operator.transposed != self.site.reading.transposed:
+            tensors = kind.transposed(tensors or {})
+        numbers = dict(kind.numbers(self.site, self.adapter.config))
+        if SCALING in given:
+            numbers[SCALING] = given[SCALING]
+        weight = None
+        if kind.reads_weight:
+            expression = self.site.storage.expression
+            weight = expression(**{name: bound[name] for name in names_of(expression)})
+        config = self.adapter.config
+        return Operands(self.site, config, tensors or {}, numbers, self.operator, bound, self.training, weight)
+
+    def _cast(self, x: Any, dtype: Any) -> Any:
+        return x if self.operator.lookup else aten.to.dtype(x, dtype)
+
+    @property
+    def is_impossible(self) -> bool:
+        """Whether the weight is read the other way round, and the kind has no such form."""
+        turned = self.operator.transposed != self.site.reading.transposed
+        return turned and type(self.adapter.kind).transposed is Kind.transposed
