@@ -45,6 +45,11 @@ class Adapter:
         yield from self.replaced.values()
         yield from self.scales.values()
 
+    @property
+    def form(self) -> str:
+        """What a graph is specialised on besides the tensors: the name, and whether its scaling is a tensor."""
+        return f"{self.name}, of any scale" if self.scales else self.name
+
     def tensors_at(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors of a site, by suffix."""
         return {suffix: tensor_at(root, path) for suffix, path in self.tensors[site.name].items()}

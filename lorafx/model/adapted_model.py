@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, scaled, trainable_paths
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
 from ..adapters.site import Selection
@@ -22,12 +22,12 @@ from ..errors import AdapterError, CaptureError
 from ..files import checkpoint
 from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
-from ..merging.ledger import Ledger
 from ..pipeline.pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import set_trainable
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
+from .merges import Merges
 from .report import Call, Explanation, Report
 from .saving import Saving
 from .state import State
@@ -50,7 +50,7 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
-class AdaptedModel(Trainable, Saving):
+class AdaptedModel(Trainable, Merges, Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
@@ -241,6 +241,34 @@ class AdaptedModel(Trainable, Saving):
             state.active = rest or tuple(state.adapters)[:1]
         self._set_trainable()
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
+
+        The scaling becomes a tensor the first time, for which graphs are rewritten once; after that a change captures,
+        rewrites and compiles nothing, so that it may follow a schedule. It is not part of the adapter's file. Raises
+        `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
+        """
+        adapter = self._adapter(adapter_name)
+        if adapter_name in self._lorafx.ledger.names:
+            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before changing its scale")
+        self._lorafx.adapters[adapter_name] = scaled(self, adapter, scale)
+
+    @contextlib.contextmanager
+    def rescale(self, multiplier: float) -> Iterator[None]:
+        """Multiply the scales of the active adapters for a while, as PEFT's `rescale_adapter_scale` does."""
+        for name in self._lorafx.active:
+            if not self._adapter(name).scales:
+                self.set_scale(name, 1.0)
+        tensors = [tensor_at(self, p) for n in self._lorafx.active for p in self._adapter(n).scales.values()]
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.mul_(multiplier)
+            yield
+        finally:
+            for tensor, value in zip(tensors, before):
+                tensor.copy_(value)
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
@@ -268,51 +296,6 @@ class AdaptedModel(Trainable, Saving):
         state = self._lorafx
         set_trainable(self, trainable_paths(self, [state.adapters[name] for name in state.active]))
 
-    # --- merging -----------------------------------------------------------------------------------------------------
-
-    def merge_adapter(
-        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
-    ) -> None:
-        """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
-
-        ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
-        Raises `MergeError`, with every weight as it was, when any site cannot be merged.
-        """
-        names = self._lorafx.active if adapter_names is None else tuple(adapter_names)
-        adapters = [self._adapter(name) for name in dict.fromkeys(names) if name not in self._lorafx.ledger.names]
-        if not adapters:
-            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
-            return
-        acting = (*self._lorafx.context.adapters, *adapters)
-        replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        self._lorafx.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
-        self._lorafx.ledger.unmerge(self)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
-    ) -> nn.Module:
-        """Merge for good and return the base model object, a plain model again.
-
-        Biases and modules that the adapters trained as a whole take the base's place. Raises `MergeError` as
-        `merge_adapter` does.
-        """
-        names = list(self._lorafx.active if adapter_names is None else adapter_names)
-        new = [name for name in names if name not in self._lorafx.ledger.names]
-        if new:
-            self.merge_adapter(new, safe_merge, progressbar)
-        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
-            _keep_replaced(self, self._adapter(name))
-        self._lorafx.ledger = Ledger()
-        return self._leave()
-
-    def unload(self) -> nn.Module:
-        """Return the base model object as it was before any adapter."""
-        self.unmerge_adapter()
-        return self._leave()
-
     def _leave(self) -> nn.Module:
         """Drop the adapters and give the base its `requires_grad` flags back."""
         state = self._lorafx
@@ -332,17 +315,6 @@ def _parts(adapter: Adapter) -> Iterator[str]:
     owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
-
-
-def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
-    """Give the base the adapter's own copies; a tied tensor is untied rather than changed for its other readers."""
-    for base, path in adapter.replaced.items():
-        owner, _, last = base.rpartition(".")
-        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
-        if last in module._parameters:
-            module._parameters[last] = nn.Parameter(copy.detach().clone())
-        else:
-            module._buffers[last] = copy.detach().clone()
 
 
 def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -138,7 +138,7 @@ class Dispatcher:
         if self.generation != self.layout.generation:
             require_whole(tree, context)
             self.generation = self.layout.generation
-        adapters = tuple([(a.name, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
+        adapters = tuple([(a.form, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
         fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
         keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
         if self.counters:

@@ -47,7 +47,7 @@ class BySites(TorchFunctionMode):
         for known, paths in ((self.weights, weights), (self.replaced, replaced)):
             for path in paths:
                 self.owned[path.rpartition(".")[0]].append((known, path))
-        self.acting = tuple(adapter.name for adapter in context.adapters), context.merged
+        self.acting = tuple(adapter.form for adapter in context.adapters), context.merged
 
     @staticmethod
     def running(tree: nn.Module) -> BySites | None:
