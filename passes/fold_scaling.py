@@ -68,14 +68,17 @@ def _is_number(found: Match) -> str | None:
     return "the scaling is a tensor" if isinstance(found.bindings["scaling"], Node) else None
 
 
-def _is_tensor(found: Match) -> str | None:
-    return None if _is_number(found) else "the scaling is a number"
+def _is_one_number(found: Match) -> str | None:
+    """A tensor of one number, and not one of many that multiplies in a way of its own."""
+    scaling = found.bindings["scaling"]
+    one = isinstance(scaling, Node) and scaling.meta["val"].ndim == 0
+    return None if one else "the scaling is no tensor of one number"
 
 
 MATRIX = Rule(product, folded_matrix, _is_matrix)
 PRODUCT = Rule(product, folded_product, _one_dtype)
 SUM = Rule(scaled, folded_sum, _is_number)
-FACTOR = Rule(scaled_product, product_of_scaled, _is_tensor)
+FACTOR = Rule(scaled_product, product_of_scaled, _is_one_number)
 
 
 @dataclass(frozen=True)

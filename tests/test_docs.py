@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import zoo
 
+from lorafx.adapters import kinds
 from lorafx.bench import cases
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,17 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
         "clamp_updates requires `adapters`, which insert_adapters establishes only later",
     ):
         assert part in printed
+
+
+def test_the_page_about_kinds_runs_from_top_to_bottom(capsys):
+    namespace: dict = {"__name__": "page"}
+    try:
+        exec(compile("\n".join(blocks(ROOT / "docs/writing-a-kind.md")), "writing-a-kind.md", "exec"), namespace)
+    finally:
+        kinds.KINDS.pop("GAIN", None)
+    printed = capsys.readouterr().out
+    assert "mul = mul.Tensor(linear_2, _2_gain_g_default)" in printed
+    assert "1 sites" in printed and not namespace["fresh"][2].gain_B.gain.isnan().any()
 
 
 @pytest.mark.slow
