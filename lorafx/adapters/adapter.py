@@ -237,10 +237,12 @@ def _start_values(
     """The kind's start values, by suffix."""
     where = "meta" if device.type == "meta" else "cpu"  # one stream of random numbers, whatever the device
     specs = adapter.kind.tensors(site, adapter.config)
-    tensors = {name: torch.empty(spec.shape, device=where) for name, spec in specs.items()}
-    weight = None
+    weight, dtype = None, torch.float32
     if adapter.kind.reads_weight:
-        weight = site.storage.dense(site.storage.stored(root.get_submodule(site.module), site.parameter)).to(where)
+        weight = site.storage.dense(site.storage.stored(root.get_submodule(site.module), site.parameter)).detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(where, dtype)
+    tensors = {name: torch.empty(spec.shape, device=where, dtype=dtype) for name, spec in specs.items()}
     with torch.no_grad():
         adapter.kind.init(site, adapter.config, tensors, None if where == "meta" else rng, weight)
     return {spec.suffix: tensors[name] for name, spec in specs.items()}
