@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.description import MODULES_OWN, content
+from ..graph.description import MODULES_OWN, attribute_key
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 
@@ -115,7 +115,7 @@ def no_unrolling(model: nn.Module) -> Iterator[None]:
 def _attributes(model: nn.Module) -> dict[str, Any]:
     """What modules hold besides parameters, buffers, modules and hooks, each as something that can be compared."""
     return {
-        f"{path}.{name}".lstrip("."): content(value)
+        f"{path}.{name}".lstrip("."): attribute_key(value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in MODULES_OWN

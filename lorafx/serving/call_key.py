@@ -96,22 +96,6 @@ def _is_plain(mask: Any) -> bool:
     )
 
 
-def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
-    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself.
-
-    `sizes` are the tensor's last sizes where a graph is specialised on them.
-    """
-    if isinstance(leaf, Tensor):
-        shape = leaf.shape[: -len(sizes)] if sizes else leaf.shape
-        coarse = (*[2 if size > 1 else size for size in shape], *sizes)
-        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, coarse
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), repr(leaf)
-    return type(leaf), leaf
-
-
 def is_counter(leaf: Leaf | Any) -> bool:
     """Whether a leaf's key is that of an integer that a graph need not be specialised on: 0 and 1 often mean more."""
     return len(leaf) == 2 and leaf[0] is int and leaf != COUNTER and leaf[1] > 1

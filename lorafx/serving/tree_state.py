@@ -12,7 +12,6 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
@@ -106,8 +105,3 @@ class Layout:
 def _is_sharded(tensor: Tensor) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
-
-
-def tensor_layout(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
-    """What a graph is specialised on in one tensor."""
-    return tensor.dtype, tensor.device

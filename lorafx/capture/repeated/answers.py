@@ -4,76 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
-
-_PLAIN = {
-    type(None),
-    type(...),
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-}
-_FIXED = (
-    FunctionType,
-    BuiltinFunctionType,
-    MethodDescriptorType,
-    WrapperDescriptorType,
-    OpOverload,
-    OpOverloadPacket,
-    HigherOrderOperator,
-    type,
-)
-
-
-def described(value: Any, name: Callable[[Tensor], Hashable], keep: list[Any]) -> Hashable:
-    """Equal for arguments between which torch makes no difference, where `name` is so for tensors.
-
-    What is described by its identity is put into `keep`: for as long as that lives, no other object can be the same.
-    """
-    if isinstance(value, Tensor):
-        return name(value)
-    kind = type(value)
-    if kind in _PLAIN:
-        return kind, repr(value) if kind is float else value
-    if kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
-        return kind, value.node.expr
-    if isinstance(value, (tuple, list)):
-        return kind, tuple([described(item, name, keep) for item in value])
-    if kind is dict:
-        return kind, tuple([(key, described(item, name, keep)) for key, item in value.items()])
-    if kind is slice:
-        return kind, described((value.start, value.stop, value.step), name, keep)
-    if isinstance(value, MethodWrapperType):
-        return kind, value
-    if not isinstance(value, _FIXED):
-        return object()  # it may change
-    keep.append(value)
-    return kind, id(value)
-
-
-def description(tensor: Tensor) -> Hashable:
-    """Equal for tensors between which torch makes no difference before it reads their values."""
-    with torch._C.DisableTorchFunction():
-        if tensor.layout is not torch.strided or type(tensor) not in (FakeTensor, nn.Parameter, nn.Buffer):
-            return object()
-        sizes = (*tensor.shape, *tensor.stride())
-        exact = tuple([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes])
-        return exact, tensor.ndim, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
 
 
 @dataclass(frozen=True)

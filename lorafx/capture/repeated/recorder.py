@@ -37,10 +37,11 @@ from torch.utils._mode_utils import no_dispatch
 
 from ...graph import writes
 from ...graph.blocks import repeated_modules
+from ...graph.description import operand_key, traced_tensor_key
 from ...graph.effects import reaches_out
 from ...graph.regions import is_size
 from ...ops.modes import modes
-from .answers import Known, New, Result, depends_on_data, described, description, mapped
+from .answers import Known, New, Result, depends_on_data, mapped
 from .parameters import Hidden
 
 
@@ -157,7 +158,7 @@ class _Tape(TorchFunctionMode):
         if not self.learning:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            asked = described((func, args, kwargs), self._name, self.once.kept)
+            asked = operand_key((func, args, kwargs), self._name, self.once.kept)
             if self.replaying:
                 self._require_nothing_traced()
             if self.replaying and self.learning and asked in self.at.then:
@@ -190,10 +191,10 @@ class _Tape(TorchFunctionMode):
         stands = get_proxy_slot(tensor, self.tracer, None)
         self.given.append((tensor, stands))
         if own is not None and self.once.places[id(tensor)] < 2:
-            return self._named(tensor, ("own", own, description(tensor)))
+            return self._named(tensor, ("own", own, traced_tensor_key(tensor)))
         self.inputs.append(stands)
         self.learning &= stands is not None and not isinstance(tensor, nn.Parameter)
-        return self._named(tensor, ("input", len(self.inputs), description(tensor)))
+        return self._named(tensor, ("input", len(self.inputs), traced_tensor_key(tensor)))
 
     def _named(self, tensor: Tensor, name: Hashable) -> Hashable:
         reference = weakref.ref(tensor)
