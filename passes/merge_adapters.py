@@ -14,6 +14,7 @@ from lorafx.adapters.adapter import Adapter
 from lorafx.errors import VerifyError, user_line
 from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.graphs import is_erased
 
 from .insert_adapters import rules
 
@@ -29,7 +30,7 @@ class MergeAdapters(Pass):
         count = 0
         for adapter in (a for a in context.adapters if a.name in context.merged):
             for node in reversed(list(gm.graph.nodes)):
-                count += not node._erased and _revert(gm, node, adapter)
+                count += not is_erased(node) and _revert(gm, node, adapter)
         _require_gone(gm, context.merged)
         return count
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
-    *("errors", "tables", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
+    *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "merging", "files", "serving", "model"),
     *("api", "compat", "__init__", "testing", "bench", "__main__"),
 ]

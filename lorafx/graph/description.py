@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
+
+from ..torch_private.tensors import DisableTorchFunction
+from ..torch_private.tracing import FakeTensor
 
 # What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
@@ -121,7 +123,7 @@ def operand_key(value: Any, tensor_key: Callable[[Tensor], Hashable], keep: list
 
 def traced_tensor_key(tensor: Tensor) -> Hashable:
     """Equal for fake tensors between which torch makes no difference; a tensor of another sort is equal to nothing."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if tensor.layout is not torch.strided or type(tensor) not in (FakeTensor, nn.Parameter, nn.Buffer):
             return object()
         sizes = (*tensor.shape, *tensor.stride())

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..errors import user_line
+from ..torch_private.graphs import schema_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def trace_function(function: Callable[..., Any]) -> Graph:
 
 def arguments(node: Node) -> Iterator[Any]:
     """The arguments of a node in its operator's order, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         yield from node.args
         yield from node.kwargs.values()

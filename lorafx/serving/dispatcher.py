@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ..capture.arguments import fill
+from ..capture.arguments import argument_names, describe_call, images
 from ..capture.caches import is_length
-from ..capture.export import FILLS, argument_names, collecting_later, describe_call, images, trace_part
+from ..capture.contexts import collecting_later
+from ..capture.export import FILLS, trace_part
 from ..capture.purity import Changed
+from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..graph.masks.sizes import ONES

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..capture.export import plain_operators, trace_operator
+from ..capture.contexts import plain_operators
+from ..capture.export import trace_operator
 from ..errors import CaptureError
 from ..graph.description import argument_key
 from ..ops.modes import modes
