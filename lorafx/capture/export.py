@@ -91,7 +91,7 @@ def _trace_part(
     part = bare.get_submodule(path)
     without_hooks(part)
     layers = RepeatedLayers(bare, path) if once else None
-    # The module itself is called, and not its forward: only then does export note in each node that it is in this module.
+    # The module is called, and not its forward: only then does export note in each node that it is in this module.
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:

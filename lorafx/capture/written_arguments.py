@@ -67,8 +67,8 @@ def _holds(output: Any, ids: Mapping[int, str]) -> bool:
 def fill(leaves: Sequence[Any], spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Put what a graph has filled into the caller's arguments, and return the model's output.
 
-    `leaves` and `spec` are what the graph gives, flat: the pair of its output and of a dict of filled containers. `args`
-    and `kwargs` are the call's own.
+    `leaves` and `spec` are what the graph gives, flat: its output, and the filled containers by name. `args` and
+    `kwargs` are the call's own.
     """
     own = given(args, kwargs)
     marks = {_GIVEN + name: value for name, value in own.items()}
@@ -85,7 +85,7 @@ def _made(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
 
 
 def _pour_leaves(old: Any, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
-    """`pour(old, new)` for what `spec` makes of the next leaves. Lists and caches, filled at each token, are not made."""
+    """`pour(old, new)` for what `spec` makes of the next leaves. Lists and caches are filled without making `new`."""
     if spec.is_leaf():
         return next(leaves)
     if type(old) is not spec.type or not (type(old) is list or is_cache(old)):

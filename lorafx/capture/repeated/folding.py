@@ -57,7 +57,7 @@ def _of_all(node: Node) -> Node:
 
 
 def _operators(gm: GraphModule, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """The operators among a layer's nodes, in order, without assertions and without sizes of what comes from outside."""
+    """The operators among a layer's nodes, in order, without assertions and sizes of what comes from outside."""
     found, inside = set(nodes), dict[Node, None]()
     for node in list(gm.graph.nodes):
         if node.target in ASSERTIONS and not found.isdisjoint(node.all_input_nodes):
