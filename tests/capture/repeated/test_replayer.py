@@ -75,13 +75,14 @@ def test_nodes_that_somebody_else_writes_meanwhile_interrupt_it():
 def test_a_tensor_that_nobody_holds_any_more_interrupts_it():
     def check(context, x):
         first = context.recorder()
+        first.record.name(x)
         kept = first.ask("make", torch.relu, (x,), {})
         first.ask("other", torch.exp, (x,), {})
         first.ask("again", torch.Tensor.neg_, (kept,), {})
         first.finish(context.numbers)
         replayer = context.replayer()
         replayer.answer("make", torch.relu, (x,), {})
-        replayer.calls.clear()
+        replayer.calls.clear()  # nobody else has what was made
         replayer.answer("other", torch.exp, (x,), {})
         with pytest.raises(Interrupted):
             replayer.answer("again", torch.Tensor.neg_, (x,), {})
