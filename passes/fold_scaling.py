@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by
 from lorafx.ops.modes import autocast_dtype
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.graphs import is_erased
 
 aten = torch.ops.aten
 
@@ -91,7 +92,7 @@ class FoldScaling(Pass):
         mode, count = fake_mode_of(gm), 0
         for node in reversed(list(gm.graph.nodes)):
             maker = made_by(node)
-            if maker is None or not maker.adapter or node._erased:
+            if maker is None or not maker.adapter or is_erased(node):
                 continue
             if applies := first_match((MATRIX, PRODUCT, SUM, FACTOR), node):
                 rule, found = applies

@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
@@ -21,6 +20,7 @@ from lorafx.adapters.site import Site
 from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
 from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, describe, fake_mode_of, match, write
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.tracing import FakeTensorMode
 from lorafx.tree.lookup import find_tensor, tensor_at
 
 

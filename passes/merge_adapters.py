@@ -17,6 +17,7 @@ from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
 from lorafx.graph import ADAPTED_BY, Match, Provenance, Rule, fake_mode_of, made_by
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.graphs import is_erased
 
 
 def what_went_in(x):
@@ -40,7 +41,7 @@ class MergeAdapters(Pass):
             rules = {site.name: _rules(gm, adapter, site.name) for site in adapter.selection}
             for node in reversed(list(gm.graph.nodes)):
                 maker = made_by(node)
-                if not node._erased and maker and maker.adapter == adapter.name and maker.site in rules:
+                if not is_erased(node) and maker and maker.adapter == adapter.name and maker.site in rules:
                     count += _undo(gm, node, rules[maker.site])
             for node in gm.graph.nodes:
                 if adapter.name in node.meta.get(ADAPTED_BY, ()):

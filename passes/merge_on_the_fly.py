@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import MADE_BY, Provenance, made_by, resolve, within_vmap
 from lorafx.ops.calls import is_plain
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.tensors import is_traceable_wrapper_subclass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 

@@ -11,11 +11,11 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.graph import Provenance, describe, fake_mode_of
 from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.torch_private.tracing import FakeTensorMode
 
 aten = torch.ops.aten
 CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)

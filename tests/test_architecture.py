@@ -1,6 +1,7 @@
 """The house plan: imports point one way, the core knows no pass and no kind by name, files stay small."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
-    *("errors", "tables", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
+    *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "merging", "files", "serving", "model"),
     *("api", "compat", "__init__", "testing", "bench", "__main__"),
 ]
@@ -95,6 +96,83 @@ def test_files_and_functions_stay_small(file):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.end_lineno - node.body[0].lineno + 1
             assert body <= 40, f"{node.name} has {body} lines"
+
+
+# Modules and names of torch with an underscore that all of lorafx may use; `lorafx/torch_private/__init__.py` says why.
+PRIVATE_FOR_ALL = {"torch.utils._pytree", "torch._ops", "_parameters", "_buffers", "_modules"}
+NAMED_TUPLES = {"_replace", "_asdict"}
+
+
+@pytest.mark.parametrize("file", sorted([*CORE.rglob("*.py"), *PASSES.glob("*.py")]), ids=lambda file: file.stem)
+def test_private_parts_of_torch_are_reached_through_one_room(file):
+    if CORE / "torch_private" not in file.parents:
+        assert _private_parts(ast.parse(file.read_text())) == set()
+
+
+def _private_parts(tree: ast.Module) -> set[str]:
+    """The modules and attributes with an underscore that a file uses, and that are not lorafx's own."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and not _is_operator(path := ast.unparse(node)):
+            found.add(path if path.startswith("torch.") else node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+    return {name for name in found if _is_private(name)}
+
+
+def _is_private(name: str) -> bool:
+    if name.startswith("torch.fx.experimental.proxy_tensor"):
+        return True
+    atoms = name.split(".")
+    known = any(".".join(atoms[:end]) in PRIVATE_FOR_ALL for end in range(1, len(atoms) + 1))
+    private = any(atom.startswith("_") and not atom.startswith("__") for atom in atoms)
+    own = name.startswith(("lorafx.", "_lorafx")) or name in _own_names() | NAMED_TUPLES
+    return private and not known and not own
+
+
+def _is_operator(path: str) -> bool:
+    return path.startswith(("torch.ops.", "aten."))
+
+
+@functools.cache
+def _own_names() -> set[str]:
+    """What lorafx's classes define, and what its objects assign to themselves."""
+    names = set()
+    for file in [*CORE.rglob("*.py"), *PASSES.glob("*.py")]:
+        if CORE / "torch_private" in file.parents:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+                names |= {target.id for item in node.body if isinstance(item, ast.Assign) for target in item.targets}
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                names.add(node.attr)
+    return names
+
+
+def test_private_parts_are_seen():
+    source = """
+from torch._dynamo import lookup_backend
+from torch.fx.experimental.proxy_tensor import get_proxy_slot
+from torch.utils import _pytree as pytree
+torch._C._nn.gelu(module._parameters["a"]._version)
+getattr(node, "_erased"), torch.ops.aten._to_copy, self.tree._replace()
+"""
+    expected = {
+        "torch._dynamo.lookup_backend",
+        "torch.fx.experimental.proxy_tensor.get_proxy_slot",
+        "_version",
+        "_erased",
+    }
+    assert _private_parts(ast.parse(source)) == expected | {"torch._C", "torch._C._nn", "torch._C._nn.gelu"}
 
 
 def test_every_pass_has_a_file_and_a_test_of_its_name():

@@ -21,6 +21,7 @@ import lorafx
 
 from ..errors import PipelineError
 from ..tables import table
+from ..torch_private.compilers import dynamo
 from .cases import SMOKE, Case, of_device
 from .contestants import MAKERS, Maker, of_case, without
 from .record import Result, environment, write_json
@@ -57,7 +58,7 @@ def main(asked: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, by which memory is counted, says when it runs
     transformers.utils.logging.set_verbosity_error()
-    torch._dynamo.config.recompile_limit = 64  # nobody is to fall back to eager unseen
+    dynamo.recompile_limit = 64  # nobody is to fall back to eager unseen
     results = _run(plans, MAKERS | extra, asked)
     if judged := bars(results):
         print(table(f"Bars; all else is in {asked.out}", BARS, judged))

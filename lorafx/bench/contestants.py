@@ -18,13 +18,12 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
-from torch._functorch import config as partitioner
 from torch.fx import GraphModule
 from transformers.models.llama import modeling_llama
 
 import lorafx
 
+from ..torch_private.compilers import ACTIVATION_BUDGET, aot_autograd, lookup_backend
 from .cases import Case
 from .models import twin
 
@@ -80,7 +79,7 @@ def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: 
 
     def backend(gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         """Inductor with this budget; a function of its own, or Dynamo would take what another budget's gave."""
-        with partitioner.patch(activation_memory_budget=budget):
+        with aot_autograd.patch({ACTIVATION_BUDGET: budget}):
             return inductor(gm, inputs, **options)
 
     layers = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaDecoderLayer)]

@@ -67,8 +67,8 @@ def _build(case: Case) -> nn.Module:
         eos_token_id=None,
         dtype=case.dtype,
     )
-    of = transformers.LlamaModel if case.part == "block" else transformers.LlamaForCausalLM
-    return of._from_config(config)
+    of = transformers.AutoModel if case.part == "block" else transformers.AutoModelForCausalLM
+    return of.from_config(config)
 
 
 def twin(base: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ Tell = Callable[[str], object]
 
 def run(case: Case, names: list[str], makers: dict[str, Maker], device: str, rounds: int, tell: Tell) -> Result:
     """Everybody's row in one case."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     keep_freed_memory()
     base = build(case, device)
     batch = batch_of(case, base)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import RecomputeError
 from ..ops.offload import offloaded
+from ..torch_private.tensors import version_of
 
 LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
 
@@ -53,7 +54,7 @@ def _versions(layer: nn.Module) -> list[int]:
     tensors = (
         t for module in layer.modules() for owned in (module._parameters, module._buffers) for t in owned.values()
     )
-    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    return [version_of(tensor) for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
 
 def repeated_modules(root: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch.fx import GraphModule, Node
 
+from ..torch_private.graphs import is_vmap_bracket, schema_of
 from . import writes
 
 aten = torch.ops.aten
@@ -20,7 +21,7 @@ def must_stay(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node that nobody uses has to run: inputs, guards, writers, random numbers, the brackets of a vmap."""
     if node.op in ("placeholder", "output", "call_module"):
         return True
-    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+    if is_vmap_bracket(node.target):
         return True
     tags = getattr(node.target, "tags", ())
     return writes(node, gm) or torch.Tag.nondeterministic_seeded in tags
@@ -39,7 +40,7 @@ def writes_to_what_it_is_given(gm: GraphModule) -> bool:
 
 def reaches_out(node: Node, inside: Container[Node]) -> bool:
     """Whether what a node writes to may be, or share memory with, something that was there before those `inside`."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return True  # hidden writes, and those of inner graphs, are to buffers
     target = node.args[0]
@@ -52,7 +53,7 @@ def reaches_out(node: Node, inside: Container[Node]) -> bool:
 
 def may_share(node: Node) -> bool:
     """Whether a node's result may be its first argument, or a view of it."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or node.target in _MAY_PASS_ON:
         return True
     return any(result.alias_info is not None for result in schema.returns)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..torch_private.graphs import name_of, schema_of
+from ..torch_private.tensors import is_wrapped
+from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher
 from .match import Match, Pattern, trace_function
 
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
@@ -57,7 +57,7 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
 def within_vmap(node: Node) -> bool:
     """Whether a node is between the brackets of a vmap, where what uses it cannot be recomputed on fake tensors."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, torch.Tensor) and is_wrapped(value)
 
 
 def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
@@ -138,7 +138,7 @@ def write(
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
-                called = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
+                called = name_of(node.target)  # as capture names nodes: `linear`, not `linear_default`
                 values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), called))
     return result, tuple(new)
 
@@ -153,7 +153,7 @@ def _read(graph: Graph, attribute: Attribute, add: Callable[[Node], Node]) -> No
 def _bound(node: Node, values: dict[Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args = list(torch.fx.node.map_aggregate(node.args, lambda n: values[n] if isinstance(n, Node) else n))  # type: ignore
     kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda n: values[n] if isinstance(n, Node) else n)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     while schema and args and _is_default(schema.arguments[len(args) - 1], args[-1]):
         args.pop()  # as capture writes it: trailing defaults are left out
     return tuple(args), kwargs  # type: ignore[return-value]

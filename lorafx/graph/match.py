@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..errors import user_line
+from ..torch_private.graphs import schema_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
 
 def arguments(node: Node) -> Iterator[Any]:
     """The arguments of a node in its operator's order, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         yield from node.args
         yield from node.kwargs.values()

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from ..torch_private.graphs import GUARDS, codegen_of
 from ..tree.lookup import find_tensor
 from . import resolve
 from .blocks import LAYERS
@@ -84,7 +85,7 @@ def copied_graph(graph: Graph) -> Graph:
     """The same nodes with the same metadata, called the same way."""
     other = Graph()
     other.output(other.graph_copy(graph, {}))
-    other.set_codegen(graph._codegen)
+    other.set_codegen(codegen_of(graph))
     return other
 
 
@@ -92,7 +93,7 @@ def accepts(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     """Whether a graph's guards let a call of its kind pass."""
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), pytree.tree_leaves((args, kwargs))))
     try:
-        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}._guards_fn"):
+        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}.{GUARDS}"):
             gm.get_submodule(str(node.target))(*(values[argument] for argument in node.args))
     except AssertionError:
         return False

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..tree.lookup import find_tensor
 from .blocks import asks_for_checkpointing, is_of_block
+from .description import node_value_key
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -74,15 +74,7 @@ def _literal(value: Any, numbers: dict[Node, Any]) -> str:
 
 
 def _value(node: Node) -> Any:
-    return _described(node.meta.get("val"))
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(map(str, value.shape)), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
-    return str(value)
+    return node_value_key(node.meta.get("val"))
 
 
 def families(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:

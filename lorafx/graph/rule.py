@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from ..torch_private.graphs import is_erased
+from ..torch_private.tracing import FakeTensorMode
 from .emit import Provenance, emit, fake_mode_of, marks_of
 from .emit import made_by as maker_of
 from .match import Match, NoMatch, Pattern, match
@@ -63,7 +64,7 @@ class Rule:
         """
         count, mode = 0, fake_mode_of(gm)
         for anchor in reversed(list(gm.graph.nodes)):
-            if anchor._erased:
+            if is_erased(anchor):
                 continue
             found = self.find(anchor)
             if isinstance(found, Match):

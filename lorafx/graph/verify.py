@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import VerifyError, user_line
 from . import ADAPTED_BY, fake_mode_of, fake_value, made_by, resolve
+from .description import interface_key
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
@@ -96,7 +97,7 @@ def same_interface(state: State) -> str | None:
         return f"inputs were {state.before.inputs} and are {_inputs(state.gm)}"
     before, now = state.before.outputs, _outputs(state.gm)
     if not _agree(before, now):
-        return f"outputs were {_signature(before)} and are {_signature(now)}"
+        return f"outputs were {interface_key(before)} and are {interface_key(now)}"
     return None
 
 
@@ -117,8 +118,8 @@ def true_values(state: State) -> str | None:
         except Exception as error:
             return f"{node.format_node()} cannot be computed: {error}{_place(node)}"
         if not _agree(value, node.meta["val"]):
-            claimed = _signature(node.meta["val"])
-            return f"{node.format_node()} gives {_signature(value)} and claims {claimed}{_place(node)}"
+            claimed = interface_key(node.meta["val"])
+            return f"{node.format_node()} gives {interface_key(value)} and claims {claimed}{_place(node)}"
     return None
 
 
@@ -181,7 +182,7 @@ def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = (a.dtype, a.device, a.ndim) == (b.dtype, b.device, b.ndim)
         return same and all(map(_same_size, a.shape, b.shape))
-    return _signature(a) == _signature(b)
+    return interface_key(a) == interface_key(b)
 
 
 def _same_size(a: Any, b: Any) -> bool:
@@ -190,14 +191,6 @@ def _same_size(a: Any, b: Any) -> bool:
         return True
     constant, symbolic = (a, b) if isinstance(a, int) else (b, a)
     return isinstance(constant, int) and isinstance(symbolic, torch.SymInt) and symbolic.node.hint == constant
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(str(size) for size in value.shape), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_signature, value))
-    return "int" if isinstance(value, torch.SymInt) else type(value).__name__  # a size that has become a constant
 
 
 def _changed(node: Node, before: Snapshot) -> bool:

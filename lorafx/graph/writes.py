@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from ..torch_private.graphs import schema_of
 from .emit import resolve
 from .match import Match
 
@@ -16,7 +17,7 @@ def writes(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node writes into a tensor, itself or in the graphs that it runs."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return any(_body_writes(argument, gm) for argument in node.args if isinstance(argument, Node))
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return bool(schema and (schema.is_mutable or any(norm in schema.name for norm in _NORMS)))
 
 

@@ -20,6 +20,7 @@ from .. import ops
 from ..graph import resolve
 from ..graph.blocks import blocks_of
 from ..graph.modules import by_leaves
+from ..torch_private.graphs import C_FUNCTIONS, schema_of
 
 aten = torch.ops.aten
 _TORCHS = (  # what decoders are made of, as far as torch's function of that name takes the operator's arguments
@@ -34,8 +35,8 @@ _TORCHS = (  # what decoders are made of, as far as torch's function of that nam
 
 def _function(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """torch's own function for an ATen operator, which is written in C."""
-    name = op._schema.name.removeprefix("aten::")
-    return next(getattr(home, name) for home in (torch, torch._C._nn, Tensor) if hasattr(home, name))
+    name = schema_of(op).name.removeprefix("aten::")
+    return next(getattr(home, name) for home in (torch, C_FUNCTIONS, Tensor) if hasattr(home, name))
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-POST_PASS = "post_grad_custom_post_pass"  # Inductor's setting for such a pass
+from ..torch_private.compilers import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
+
 aten = torch.ops.aten
 _PRODUCTS = aten.mm.default, aten.addmm.default
 _VIEWS = aten.view.default, aten.reshape.default, aten._unsafe_view.default
@@ -25,9 +24,9 @@ class SumsInPlace(CustomGraphPass):
     """Runs after Inductor's own passes on ATen operators. Where products are tuned, their templates do the adding."""
 
     def __call__(self, graph: Graph) -> None:
-        if config.max_autotune or config.max_autotune_gemm:
+        if inductor.max_autotune or inductor.max_autotune_gemm:
             return
-        _let_inductor_call(aten.addmm_.default)
+        let_inductor_call(aten.addmm_.default)
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
             addend, *factors = node.args
             if addend not in factors and _is_spent(addend) and _alike(addend, node):
@@ -36,14 +35,6 @@ class SumsInPlace(CustomGraphPass):
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
-
-
-def _let_inductor_call(operator: Any) -> None:
-    """Have Inductor call an operator that is written out elsewhere as others; by itself it refuses where CI is set."""
-    from torch._inductor.lowering import lowerings, make_fallback  # takes seconds; a pass runs when it is there
-
-    if operator not in lowerings:
-        make_fallback(operator, warn=False)
 
 
 def _is_spent(addend: Node) -> bool:

@@ -15,11 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
-from torch._dynamo.utils import get_metrics_context
-from torch._functorch import config as partitioner
-from torch._inductor import config as inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -28,8 +23,21 @@ from ..graph.blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from ..graph.modules import CAPTURED, by_leaves
 from ..graph.regions import Region, is_size, signature
 from ..ops.deferred import heads, is_deferral
+from ..torch_private.compilers import (
+    ACTIVATION_BUDGET,
+    KEEP_MATERIALIZED,
+    POST_PASS,
+    CustomGraphPass,
+    aot_autograd,
+    inductor,
+    inductor_modes,
+    lookup_backend,
+    recompile_reason,
+    settings_of_mode,
+)
+from ..torch_private.graphs import output_spec_of
 from .eager import direct
-from .in_place_sums import POST_PASS, SumsInPlace
+from .in_place_sums import SumsInPlace
 from .onednn_products import ProductsByOnednn
 
 _SMALL = 3  # so few operators between two blocks run as they are
@@ -56,7 +64,7 @@ class Backend:
             return
         if self.name not in ("auto", "inductor"):
             raise ConfigError(f"mode={self.mode!r} is one of Inductor's, and backend={self.name!r} has none")
-        if self.mode not in (known := torch._inductor.list_mode_options()):
+        if self.mode not in (known := inductor_modes()):
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(known)}")
 
     def on(self, gm: GraphModule) -> str:
@@ -73,9 +81,9 @@ class Piece:
         self.reasons: list[str] = []
         self._backend = lookup_backend(compiler)
         # What norms and activations give is recomputed where backward needs it, unless there is room for everything.
-        self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": backend.budget == 1}
+        self._settings: dict[str, Any] = {KEEP_MATERIALIZED: backend.budget == 1}
         if backend.budget is not None:
-            self._settings["activation_memory_budget"] = backend.budget
+            self._settings[ACTIVATION_BUDGET] = backend.budget
         self._options: dict[str, Any] = {"config_patches": _patches(backend.mode)} if compiler == "inductor" else {}
         self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
@@ -83,13 +91,13 @@ class Piece:
         self.compiled += 1
         if self.compiled > 1:
             self.reasons.append(_reason())
-        with partitioner.patch(self._settings):
+        with aot_autograd.patch(self._settings):
             return self._backend(gm, inputs, **options, **self._options)
 
 
 def _patches(mode: str | None) -> dict[str, Any]:
     """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
-    settings: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic=True) if mode else {}
+    settings: dict[str, Any] = settings_of_mode(mode) if mode else {}
     return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | settings
 
 
@@ -108,7 +116,7 @@ class OurPasses(CustomGraphPass):
 
 def _reason() -> str:
     """Why torch compiles a function again, while it does."""
-    reason = get_metrics_context()._metrics.get("recompile_reason") or "torch does not say why"
+    reason = recompile_reason() or "torch does not say why"
     return " ".join(str(reason).split())
 
 
@@ -129,8 +137,7 @@ class Lowering:
 
     def lower(self, gm: GraphModule) -> Lowered:
         """What serves calls of `gm`."""
-        compiler, output = self.backend.on(gm), gm._out_spec
-        assert output is not None, "torch.export says how a call's leaves make its output"
+        compiler, output = self.backend.on(gm), output_spec_of(gm)
         if compiler == "eager":
             graph = direct(gm)
         elif blocks_of(gm) or heads(gm):

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 from ..ops.cpu import products
+from ..torch_private.compilers import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
 

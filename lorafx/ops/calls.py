@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from ..torch_private.tensors import is_within_transform
 
 
 def by_reference() -> bool:
     """Whether a vmap or a forward-mode derivative is under way, which want the equation's own operators."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return is_within_transform()
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:

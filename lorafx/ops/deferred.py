@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .. import ops  # noqa: F401, defines torch.ops.lorafx
 from ..errors import DeferredError
+from ..torch_private.tensors import DisableTorchFunctionSubclass, make_wrapper_subclass, version_of
 from .calls import by_reference, is_plain
 from .modes import autocast_dtype
 
@@ -125,7 +126,7 @@ class _Later:
 def _states(inputs: tuple[Any, ...]) -> list[tuple[torch.dtype, int]]:
     """What changes when tensors are written to or cast in place."""
     plain = [value for value in inputs if isinstance(value, Tensor) and not isinstance(value, Deferred)]
-    return [(tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in plain]
+    return [(tensor.dtype, 0 if tensor.is_inference() else version_of(tensor)) for tensor in plain]
 
 
 class _History(torch.autograd.Function):
@@ -153,7 +154,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, later: _Later, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Deferred:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made = make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.later = later
         return made
 
@@ -164,7 +165,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in (Tensor.retain_grad, Tensor.register_hook):
             raise DeferredError(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_private.tensors import is_batched_gradient
 from .calls import by_reference, is_plain, needs_backward
 from .library import composite
 
@@ -47,7 +48,7 @@ class _Gated(torch.autograd.Function):
         needs_gate, needs_up, _ = ctx.needs_input_grad
         if needs_gate and torch.is_grad_enabled():  # somebody wants the derivative of this too
             return _by_autograd(gate, up, ctx.activation, dy, ctx.needs_input_grad)
-        in_place = not torch.is_grad_enabled() and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        in_place = not torch.is_grad_enabled() and not is_batched_gradient(dy)
         d_gate = d_up = None
         if needs_up:
             d_up = f(gate).mul_(dy) if in_place else f(gate) * dy

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
+from ..torch_private.tensors import is_traceable_wrapper_subclass
 from .calls import rows
 from .library import LIBRARY
 from .modes import autocast_dtype

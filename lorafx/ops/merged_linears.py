@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..torch_private.tensors import is_compiled_now
 from .calls import needs_backward, rows
 from .cpu.products import accumulated, linear, matmul, over_rows
 from .cpu.wide import widened
@@ -56,7 +56,7 @@ def pays(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> boo
     if isinstance(cheaper, bool):
         return cheaper
     # A compiler gets a guard on the rows. Who only asks for shapes is to learn nothing about sizes from it.
-    return TracingContext.try_get() is not None and guard_or_false(cheaper)
+    return is_compiled_now() and guard_or_false(cheaper)
 
 
 class _Merging(torch.autograd.Function):

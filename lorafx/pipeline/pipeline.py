@@ -25,6 +25,7 @@ from ..graph.modules import copied, copied_graph
 from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
 from ..graph.verify import Snapshot, snapshot, verify
+from ..torch_private.graphs import set_unused_graph
 from .step import Step
 
 Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
@@ -41,7 +42,7 @@ class _Before:
     def of(cls, gm: GraphModule) -> _Before:
         copy = GraphModule(nn.Module(), Graph())
         copy.__dict__["_modules"] = dict(gm._modules)  # among them the blocks, as they are when the text is written
-        copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
+        set_unused_graph(copy, copied_graph(gm.graph))  # text only: never compiled, so nothing needs to resolve
         return cls(snapshot(gm), copy)
 
 

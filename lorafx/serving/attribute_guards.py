@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..graph.description import DEPTH, LARGE, MODULES_OWN, PLAIN, content
+from ..graph.description import DEPTH, LARGE, MODULES_OWN, PLAIN, attribute_key
 
 _VALUES = (*PLAIN, list, tuple, dict, set, frozenset)
 _NO_CONFIGS = ("torch.", "lorafx.", "transformers.generation", "functools")
@@ -63,7 +63,7 @@ class Watch:
     def _remember(self, values: list[Any]) -> None:
         named = dict(zip(self._names, values))
         self.modes = tuple(value for name, value in named.items() if _is_mode(name))
-        state = {name: content(value) for name, value in named.items() if not _is_mode(name)}
+        state = {name: attribute_key(value) for name, value in named.items() if not _is_mode(name)}
         key = tuple(state.items())
         if key not in self._seen:
             self._seen[key], self._next = self._next, self._next + 1

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..torch_private.tensors import is_wrapped
+
 # A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
 Leaf = tuple[Any, ...]
 COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
@@ -91,25 +93,7 @@ def _is_plain(mask: Any) -> bool:
     """Whether a mask has a number for each token, and whether they can be looked at now."""
     if type(mask) is not Tensor or mask.ndim != 2 or mask.is_floating_point() or mask.is_meta:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(mask) and not (
-        mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-
-
-def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
-    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself.
-
-    `sizes` are the tensor's last sizes where a graph is specialised on them.
-    """
-    if isinstance(leaf, Tensor):
-        shape = leaf.shape[: -len(sizes)] if sizes else leaf.shape
-        coarse = (*[2 if size > 1 else size for size in shape], *sizes)
-        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, coarse
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), repr(leaf)
-    return type(leaf), leaf
+    return not is_wrapped(mask) and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_counter(leaf: Leaf | Any) -> bool:

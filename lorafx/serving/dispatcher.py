@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ..capture.arguments import fill
+from ..capture.arguments import argument_names, describe_call, images
 from ..capture.caches import is_length
-from ..capture.export import FILLS, argument_names, collecting_later, describe_call, images, trace_part
+from ..capture.contexts import collecting_later
+from ..capture.export import FILLS, trace_part
 from ..capture.purity import Changed
+from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
+from ..graph.description import argument_key, parameter_key
 from ..graph.masks.sizes import ONES
 from ..graph.modules import accepts, copied, refresh
 from ..lowering.lower import Backend, Lowering
@@ -26,12 +29,12 @@ from ..pipeline.pipeline import Context, Observer, Pipeline
 from ..tree.attached import has_copies_among_children, trained_paths
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.mirror import MIRRORED_AS
-from .call_key import COUNTER, Call, CallKey, changed_counters, full_masks, is_counter, leaf_key, leaf_names
+from .call_key import COUNTER, Call, CallKey, changed_counters, full_masks, is_counter, leaf_names
 from .misses import Misses
 from .per_site import BySites
 from .programs import Kept, Program
 from .settled import settled
-from .tree_state import ANY, Layout, tensor_layout
+from .tree_state import ANY, Layout
 
 CAPTURES = ("auto", "graph", "sites")
 SIZES = 4  # a kind of call whose graphs fit one size each, as those of an unrolled loop do, gets no more than these
@@ -138,9 +141,9 @@ class Dispatcher:
         if self.generation != self.layout.generation:
             require_whole(tree, context)
             self.generation = self.layout.generation
-        adapters = tuple([(a.form, tensor_layout(tensor_at(tree, next(a.paths)))) for a in context.adapters])
+        adapters = tuple([(a.form, parameter_key(tensor_at(tree, next(a.paths)))) for a in context.adapters])
         fixed = {id(image): tuple(image.shape[-2:]) for image in images(args, kwargs)}
-        keys = tuple([leaf_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
+        keys = tuple([argument_key(leaf, fixed.get(id(leaf), ())) for leaf in leaves])
         if self.counters:
             free = self.counters.get((path, spec), ())
             keys = tuple([COUNTER if number in free and is_counter(k) else k for number, k in enumerate(keys)])

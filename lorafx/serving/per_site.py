@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..capture.export import plain_operators, trace_operator
+from ..capture.contexts import plain_operators
+from ..capture.export import trace_operator
 from ..errors import CaptureError
+from ..graph.description import argument_key
 from ..ops.modes import modes
 from ..pipeline.pipeline import Context
 from ..tree.lookup import tensor_at
-from .call_key import leaf_key
 
 _running = threading.local()
 
@@ -104,7 +105,7 @@ class BySites(TorchFunctionMode):
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = self._paths(leaves)
-        keys = tuple(path or leaf_key(leaf) for path, leaf in zip(paths, leaves))
+        keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
         key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 

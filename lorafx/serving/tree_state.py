@@ -12,18 +12,15 @@ from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from ..torch_private.tensors import call_hooks, global_call_hooks
 from ..tree.attached import own_children, own_modules
 from .attribute_guards import Watch
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
 _LIBRARIES = ("torch.", "transformers.", "accelerate.")
-_INNER_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 _dtype_of, _device_of = Tensor.dtype.__get__, Tensor.device.__get__  # type: ignore[attr-defined]
 ANY = -1  # for a call whose graph, or lack of one, does not depend on attributes
 
@@ -84,8 +81,8 @@ class Layout:
         self._children = [children.copy() for children in self._parents]
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers) if d]
         # The root's own hooks are run by whoever calls it.
-        self._hook_dicts = [vars(m)[name] for m in modules[1:] for name in _INNER_HOOKS]
-        self._hook_dicts += [vars(torch_module)[name] for name in _GLOBAL_HOOKS]
+        self._hook_dicts = [hooks for m in modules[1:] for hooks in call_hooks(m)]
+        self._hook_dicts += global_call_hooks()
         self._next_hook = -1
         self._look(root)
 
@@ -106,8 +103,3 @@ class Layout:
 def _is_sharded(tensor: Tensor) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
-
-
-def tensor_layout(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
-    """What a graph is specialised on in one tensor."""
-    return tensor.dtype, tensor.device

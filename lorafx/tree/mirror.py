@@ -12,21 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from ..torch_private.tensors import MODULE_HOOKS
 from .attached import ATTACHED
 
-_OWN_DICTS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 # On an adapted tree: its state. On its class: the base model's class.
 STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
 
@@ -48,7 +36,7 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
         for name, child in model._modules.items()
         if name not in attached
     }
-    for name in _OWN_DICTS:
+    for name in MODULE_HOOKS:
         if name in vars(model):
             copy.__dict__[name] = vars(model)[name].copy()
     return copy
@@ -64,7 +52,7 @@ def rebind(memo: dict[int, nn.Module]) -> None:
 
 def without_hooks(module: nn.Module) -> None:
     """Forget the hooks of a mirror itself: whoever calls its original runs them."""
-    for name in _OWN_DICTS:
+    for name in MODULE_HOOKS:
         vars(module).get(name, {}).clear()
 
 

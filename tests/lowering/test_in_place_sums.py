@@ -6,8 +6,9 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.lowering.in_place_sums import POST_PASS, SumsInPlace
+from lorafx.lowering.in_place_sums import SumsInPlace
 from lorafx.lowering.lower import Backend, Piece
+from lorafx.torch_private.compilers import POST_PASS
 
 aten = torch.ops.aten
 N, K, R = 6, 4, 2

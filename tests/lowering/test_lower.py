@@ -11,8 +11,8 @@ from lorafx import ops
 from lorafx.errors import ConfigError
 from lorafx.graph.blocks import blocks_of
 from lorafx.lowering import lower
-from lorafx.lowering.in_place_sums import POST_PASS
 from lorafx.lowering.lower import Backend, OurPasses
+from lorafx.torch_private.compilers import POST_PASS
 
 eps = torch.finfo(torch.float32).eps
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ...torch_private.tracing import values_of_symbols
 from .. import resolve, writes
 from ..effects import may_share, must_stay
 from ..modules import CAPTURED
@@ -112,14 +113,9 @@ def symbols_of(sizes: Sequence[Any]) -> list[Any]:
 
 def together(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
     """Values of symbols: those in these sizes grow, and with each those that had its value when the graph was made."""
-    hints = next((_hints(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
+    hints = next((values_of_symbols(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
     grown = {hints.get(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
     return lambda symbol: grown.get(hints.get(symbol), others)
-
-
-def _hints(shapes: Any) -> Mapping[Any, Any]:
-    """What symbols stood for when a graph was made; `var_to_val` is the name in torch 2.11."""
-    return shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
 
 
 def apart(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:

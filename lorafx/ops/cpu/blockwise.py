@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...torch_private.tensors import is_batched_gradient
 from ..calls import by_reference, is_plain
 from ..modes import autocast_dtype
 from .wide import is_half, is_slow, wide
@@ -63,7 +64,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy, needs = dy.transpose(1, 2), ctx.needs_input_grad[:3]
-        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # of `is_grads_batched`
+        batched = is_batched_gradient(dy)  # of `is_grads_batched`
         run = _by_autograd if torch.is_grad_enabled() or by_reference() or batched else _gradients
         with torch.autocast("cpu", enabled=False):
             return *run(dy, *ctx.saved_tensors, *ctx.options, needs), None, None  # type: ignore[call-arg]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from ...torch_private.tensors import is_mkldnn_enabled
 from ..calls import is_plain, needs_backward
 from ..library import LIBRARY
 from .wide import is_half
@@ -40,7 +41,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[1]
         and x.numel() * weight.shape[0] >= LEAST
         and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
-        and torch._C._get_mkldnn_enabled()
+        and is_mkldnn_enabled()
     )
 
 

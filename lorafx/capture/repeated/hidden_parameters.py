@@ -1,7 +1,7 @@
-"""Parameters that torch.export does not see: it spends more on each than tracing spends on a layer like one before it.
+"""Parameters of repeated layers, kept from torch.export: it spends longer on each than replaying a layer takes.
 
-While the model runs, a stand-in is where the parameter was. It has no node in the graph until its layer is traced, or
-somebody else reads it.
+They are taken out of the modules before export looks at these. While the model runs, a fake tensor stands where each
+was. It gets a node in the graph when its layer is traced, or when somebody else reads it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, get_proxy_slot, set_proxy_slot
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._mode_utils import no_dispatch
+
+from ...torch_private.tensors import DisableTorchFunction
+from ...torch_private.tracing import (
+    detect_fake_mode,
+    fake_tensor,
+    get_proxy_mode,
+    meta_like,
+    pass_for_parameter,
+    set_node,
+    slot_of,
+)
 
 
 class _Parameter(HigherOrderOperator):
-    """Stands in a captured graph for the parameter at a path."""
+    """The operator of nodes that read the parameter at a path, until the graph is captured."""
 
     def __init__(self) -> None:
         super().__init__("lorafx_parameter")
@@ -35,8 +41,12 @@ class _Parameter(HigherOrderOperator):
 _parameter = _Parameter()
 
 
-class Hidden(TorchFunctionMode):
-    """The parameters of these modules of a mirror that are found nowhere else, hidden until the model is called."""
+class HiddenParameters(TorchFunctionMode):
+    """The parameters of these layers of a mirror, without those that are found elsewhere in the model too.
+
+    Creating it takes them out of the modules. As a context, in which the model is called, it puts stand-ins there and
+    sees to it that those which torch is given have a node.
+    """
 
     def __init__(self, root: nn.Module, layers: Iterable[nn.Module]):
         super().__init__()
@@ -49,19 +59,18 @@ class Hidden(TorchFunctionMode):
             for name, parameter in module._parameters.items()
             if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and places[id(parameter)] == 1
         ]
-        self.paths: dict[int, str] = {}
+        self.paths: dict[int, str] = {}  # of the parameters, by the id of what stands in for each
         for module, name, _, _ in self.parameters:
             module._parameters[name] = None
 
-    def __enter__(self) -> Hidden:
+    def __enter__(self) -> HiddenParameters:
         """Put stand-ins where the parameters were."""
         mode = detect_fake_mode()
         assert mode is not None, "hidden parameters are shown while torch.export calls the model"
-        with torch._C.DisableTorchFunction(), no_dispatch():
+        with DisableTorchFunction():
             for module, name, path, parameter in self.parameters:
-                like = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
-                tensor = FakeTensor(mode, like, parameter.device).requires_grad_(parameter.requires_grad)
-                tensor._is_param = True  # type: ignore[attr-defined]  # isinstance(tensor, nn.Parameter)
+                tensor = fake_tensor(mode, meta_like(parameter), parameter.device, parameter.requires_grad)
+                pass_for_parameter(tensor)
                 module._parameters[name] = tensor  # type: ignore[assignment]
                 self.paths[id(tensor)] = path
         return super().__enter__()
@@ -74,19 +83,22 @@ class Hidden(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def trace(self, values: Iterable[Any], tracer: Any) -> None:
-        """Give the stand-ins among values nodes: right after the graph's inputs, so in no region of another mode."""
+        """Give nodes to the stand-ins among `values` that have none.
+
+        The nodes come right after the graph's inputs, where no region of another gradient or autocast mode is open.
+        """
         for tensor in values:
             path = self.paths.get(id(tensor))
-            if path is None or get_proxy_slot(tensor, tracer, None) is not None:
+            if path is None or slot_of(tensor, tracer) is not None:
                 continue
             inputs = tracer.graph.find_nodes(op="placeholder")
-            with tracer.graph.inserting_after(inputs[-1] if inputs else tracer.graph._root):
+            with tracer.graph.inserting_after(inputs[-1]) if inputs else tracer.graph.inserting_before():
                 proxy = tracer.create_proxy("call_function", _parameter, (path,), {}, name=path.replace(".", "_"))
             proxy.node.meta["val"] = tensor
-            set_proxy_slot(tensor, tracer, _ProxyTensor(proxy, None))
+            set_node(tensor, tracer, proxy)
 
 
 def read_parameters(gm: GraphModule) -> None:
-    """Let a captured graph read the parameters that were hidden."""
+    """Let a captured graph read the parameters that were hidden, at their paths."""
     for node in gm.graph.find_nodes(op="call_function", target=_parameter):
         (node.target,), node.args, node.op = node.args, (), "get_attr"

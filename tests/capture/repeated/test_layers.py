@@ -1,4 +1,4 @@
-"""once: repeated layers are traced once, and the graph is the one that tracing all of them gives."""
+"""Repeated layers are traced once, and the graph is the one that tracing all of them gives."""
 
 from __future__ import annotations
 
@@ -321,10 +321,16 @@ def test_a_captured_block_is_split_where_adapters_differ_and_inlined_where_they_
     assert len(blocks_of(gm)) == 2
 
 
+class InTwoLines(Layer):
+    def forward(self, x, scale):
+        inner = self.up(x)
+        return self.down(self.act(self.number, inner)) * scale
+
+
 def test_what_is_traced_after_a_departure_says_where_it_comes_from():
-    gm = trace_part(Stack(lambda n: Layer(n, chosen)), "", (torch.randn(5, 4),), {}, once=True)
+    gm = trace_part(Stack(lambda n: InTwoLines(n, chosen)), "", (torch.randn(5, 4),), {}, once=True)
     (up,) = (
         n for n in gm.graph.nodes if [str(read.target) for read in n.all_input_nodes[1:2]] == ["layers.3.up.weight"]
     )
-    assert "self.act(self.number, self.up(x))" in up.stack_trace
+    assert "inner = self.up(x)" in up.stack_trace and "self.act(" not in up.stack_trace
     assert [path for path, _ in up.meta["nn_module_stack"].values()] == ["", "layers.3", "layers.3.up"]

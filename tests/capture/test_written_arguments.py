@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
 import lorafx
-from lorafx.capture.arguments import fill
 from lorafx.capture.caches import register_caches
+from lorafx.capture.written_arguments import fill
 
 register_caches(nn.Module())
 
