@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..capture.arguments import fill
-from ..capture.export import FILLS, argument_names, describe_call
+from ..capture.export import FILLS, describe_call
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
-from ..graph.modules import refresh
+from ..graph.modules import accepts, refresh
 from ..lowering.lower import Backend
 from ..pipeline.pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
@@ -131,7 +131,8 @@ class Dispatcher:
         call = Call.of(tree, context, "", args, kwargs)
         key = self.key(call)
         kept = self.programs.of(key)
-        return kept[-1] if kept else self.make(key, call, tried=0)
+        fitting = (each for each in kept if each.gm is None or accepts(each.gm, call.args, call.kwargs))
+        return next(fitting, None) or self.make(key, call, len(kept))
 
     def make(self, key: CallKey, call: Call, tried: int) -> Program:
         """Make and keep what serves a new kind of call, whose key has `tried` programs, none of which fits."""
@@ -140,7 +141,10 @@ class Dispatcher:
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
             require_adapted_modules(call)
-            program = self._described(key, call)
+            names = leaf_names(call)
+            if self.capture != "sites":
+                self.counters.learn(call, key, names, (program.key for program in self))
+            program = Program(title_of(call), self.key(call), names)
             program.why, changing = self.misses.explain(program, self)
             self.decide(program, call, changing if self.capture != "graph" else "")
             self.sites.settle(program)
@@ -166,14 +170,11 @@ class Dispatcher:
         except CaptureError as error:
             self.sites.step_down(program, error)
 
-    def _described(self, key: CallKey, call: Call) -> Program:
-        """A program for a call, with nothing yet to serve it."""
-        part = call.tree.get_submodule(call.path)
-        names = leaf_names(argument_names(part.forward, call.args), call.args, call.kwargs)
-        if self.capture != "sites":
-            self.counters.learn(call, key, names, (program.key for program in self))
-        title = describe_call(part, call.args, call.kwargs)
-        return Program(f"{call.path}({title})" if call.path else title, self.key(call), names)
+
+def title_of(call: Call) -> str:
+    """What people see of a call: what is called, and with which arguments."""
+    title = describe_call(call.tree.get_submodule(call.path), call.args, call.kwargs)
+    return f"{call.path}({title})" if call.path else title
 
 
 def require_adapted_modules(call: Call) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from .call_key import CallKey, Leaf
+from ..capture.export import argument_names
+from .call_key import Call, CallKey, Leaf
 from .programs import Program
 
 OFTEN = 4  # so many programs for the sake of one thing alone are too many
@@ -56,9 +57,10 @@ class Misses:
             )
 
 
-def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to call each leaf of a call, as `input_ids`; `names` are those of the positional arguments."""
-    paths, _ = pytree.tree_flatten_with_path((dict(zip(names, args)), dict(kwargs)))
+def leaf_names(call: Call) -> tuple[str, ...]:
+    """What to call each leaf of a call: as `input_ids`, or `past_key_values.layers.0.keys`."""
+    positional = argument_names(call.tree.get_submodule(call.path).forward, call.args)
+    paths, _ = pytree.tree_flatten_with_path((dict(zip(positional, call.args)), dict(call.kwargs)))
     return tuple(".".join(_atom(k) for k in path[1:]) for path, _ in paths)
 
 

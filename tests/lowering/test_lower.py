@@ -45,8 +45,9 @@ def test_compiled_training_equals_eager(backend):
     lora = adapted(Mixed(), target_modules=["embedding", "linear", "conv", "head"])
     loss, expected = gradients(lora, lambda: lora(tokens).square().sum())
     lora._lorafx.dispatcher.backend = Backend(backend)
-    lora._lorafx.dispatcher.programs.clear()
+    lora._lorafx.dispatcher.clear()
     compiled_loss, found = gradients(lora, lambda: lora(tokens).square().sum())
+    assert lora.explain().compiled
     assert abs(loss - compiled_loss) <= 128 * eps * abs(loss)
     for name, gradient in expected.items():
         assert (gradient - found[name]).abs().max() <= 128 * eps * gradient.abs().max(), name

@@ -1,5 +1,7 @@
 """The dispatcher: calls of one kind share a program, and an adapted model is called as a plain one is."""
 
+import copy
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -93,6 +95,10 @@ def test_a_site_that_was_taken_away_is_named():
     lora.first = nn.Linear(4, 6)
     with pytest.raises(AdapterError, match="first: replaced or taken away"):
         lora(x)
+    with lora.disable_adapter():
+        lora(x)
+    with pytest.raises(AdapterError, match="first: replaced or taken away"):
+        lora(x)
     lora.delete_adapter("default")
     assert lora(x).shape == (5, lora.second.out_features)
 
@@ -103,3 +109,36 @@ def test_a_slice_of_a_sequential_is_plain_and_adapted():
     part = lora[:2]
     assert not isinstance(part, lorafx.AdaptedModel)
     torch.testing.assert_close(lora[2](part(x)), lora(x))
+
+
+def test_the_graph_of_a_call_is_the_one_that_serves_it():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = x[:, 0]
+            for step in range(int(x.shape[1])):
+                h = torch.tanh(self.cell(h) + x[:, step])
+            return h
+
+    lora = adapted(Loop())
+    calls = [torch.randn(2, length, 4) for length in (2, 3)]
+    for x in (*calls, *calls):
+        torch.testing.assert_close(lora.graph(x)(x), lora(x))
+    assert [call.hits for call in lora.explain().calls] == [2, 2], "asking for a graph makes it, and is no call"
+
+
+def test_a_copy_makes_programs_of_its_own():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    before = lora(x)
+    other = copy.deepcopy(lora)
+    assert served(other) == [] and torch.equal(other(x), before) and served(other) == served(lora) == ["graph"]
+
+
+@pytest.mark.parametrize("capture, makes", [("auto", ["graph"]), ("graph", ["graph"]), ("sites", ["sites"])])
+def test_who_asks_for_a_way_gets_it(capture, makes):
+    lora = lorafx.compile(Chain(), {"target_modules": "all-linear", "r": 2}, capture=capture)
+    lora(torch.randn(5, 4))
+    assert served(lora) == makes

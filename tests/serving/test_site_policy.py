@@ -10,6 +10,10 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import CaptureError
+from lorafx.serving.attribute_guards import AttributeState
+from lorafx.serving.call_key import CallKey
+from lorafx.serving.site_policy import SitePolicy
+from lorafx.serving.tree_state import TreeState
 
 
 class Unrolled(nn.Module):
@@ -99,3 +103,35 @@ def test_hooks_and_a_graph_that_is_asked_for_exclude_each_other():
     lora.first.register_forward_hook(lambda *_: None)
     with pytest.raises(CaptureError, match="hooks"):
         lora(torch.ones(5, 4))
+
+
+STATE = TreeState(0, AttributeState({}, ()), hooked=False, sharded=False)
+
+
+@pytest.mark.parametrize(
+    "capture, state, kept, reason",
+    [
+        ("auto", STATE, 0, ""),
+        ("auto", STATE, 3, ""),
+        ("auto", STATE, 4, "few sizes"),
+        ("graph", STATE, 4, ""),
+        ("sites", STATE, 0, "asked for"),
+        ("auto", STATE._replace(hooked=True), 0, "hooks"),
+        ("graph", STATE._replace(sharded=True), 0, "sharded"),
+    ],
+)
+def test_reasons_against_a_graph(capture, state, kept, reason):
+    key = CallKey("", (), (), True, False, (), 0, (), frozenset(), state.attributes, ())
+    found = SitePolicy(capture).reason_against_a_graph(key, state, kept)
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_a_part_of_a_call_by_sites_goes_by_sites_when_it_is_called_alone():
+    lora = adapted(nn.Sequential(Unrolled(by_size=True), nn.Linear(4, 4)), target_modules=["cell", "1"])
+    with pytest.warns(UserWarning, match="loops over a size"):
+        hidden = lora(torch.randn(2, 5, 4))
+    lora[1](hidden)
+    assert "part of a call" in lora.explain().calls[-1].reason
+    lora.double()
+    lora[1](hidden.double())
+    assert served(lora)[-1] == "graph", "of a tree of other dtypes nothing is known"
