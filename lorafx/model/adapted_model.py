@@ -135,9 +135,9 @@ class AdaptedModel(Trainable, Merges, Saving):
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
             for p in dispatcher
         ]
-        operators = sum(map(len, dispatcher.operators.values()))
-        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in dispatcher.lowering.pieces.values())
-        return Explanation(tuple(calls), operators, dispatcher.programs.dropped, compiled)
+        pieces = dispatcher.graphs.lowering.pieces.values()
+        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
+        return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""

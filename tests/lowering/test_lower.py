@@ -45,8 +45,9 @@ def test_compiled_training_equals_eager(backend):
     lora = adapted(Mixed(), target_modules=["embedding", "linear", "conv", "head"])
     loss, expected = gradients(lora, lambda: lora(tokens).square().sum())
     lora._lorafx.dispatcher.backend = Backend(backend)
-    lora._lorafx.dispatcher.programs.clear()
+    lora._lorafx.dispatcher.clear()
     compiled_loss, found = gradients(lora, lambda: lora(tokens).square().sum())
+    assert lora.explain().compiled
     assert abs(loss - compiled_loss) <= 128 * eps * abs(loss)
     for name, gradient in expected.items():
         assert (gradient - found[name]).abs().max() <= 128 * eps * gradient.abs().max(), name
@@ -56,7 +57,7 @@ def test_compiled_training_equals_eager(backend):
 def test_auto_is_eager_without_cuda():
     lora = adapted(Chain())
     lora(torch.randn(5, 4))
-    assert not lora._lorafx.dispatcher.lowering.pieces
+    assert not lora._lorafx.dispatcher.graphs.lowering.pieces
 
 
 class Layer(nn.Module):

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from graphs import Chain, adapted
+from graphs import Chain
 from modules import EveryForm
 from torch import nn
 
@@ -200,25 +200,6 @@ def test_checkpointed_layers_run_again_with_their_adapters(reentrant):
         lora(torch.ones(5, 4, requires_grad=True)).square().sum().backward()
         found.append({name: gradient.clone() for name, gradient in gradients(lora).items()})
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
-def test_hooks_on_inner_modules_are_called_each_time():
-    lora, seen = adapted(Chain()), []
-    before = lora(torch.ones(5, 4))
-    handle = lora.first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert torch.equal(lora(torch.ones(5, 4)), before) and torch.equal(lora(torch.ones(5, 4)), before)
-    assert seen == [(5, 6)] * 2
-    handle.remove()
-    lora(torch.ones(5, 4))
-    assert len(seen) == 2 and served(lora) == ["sites", "graph"]
-
-
-def test_hooks_and_a_graph_that_is_asked_for_exclude_each_other():
-    lora = lorafx.compile(Chain(), RANDOM, capture="graph")
-    lora(torch.ones(5, 4))
-    lora.first.register_forward_hook(lambda *_: None)
-    with pytest.raises(CaptureError, match="hooks"):
-        lora(torch.ones(5, 4))
 
 
 def test_merged_disabled_and_autocast_calls_go_by_sites_too():
