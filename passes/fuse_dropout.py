@@ -19,13 +19,13 @@ from lorafx.graph import Match, Rule, within_vmap
 from lorafx.pipeline.pipeline import Context, Pass
 
 
-def apart(x, weight, bias, p, lora_A, lora_B, scaling, gemm):
+def apart(x, weight, bias, p, lora_A, lora_B, scaling):
     z = torch.ops.aten.dropout.default(x, p, True)
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
 
 
-def fused(x, weight, bias, p, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, gemm, dropout=p)
+def fused(x, weight, bias, p, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, dropout=p)
 
 
 def _within_vmap(found: Match) -> str | None:

@@ -3,7 +3,7 @@
     lora_linear(x, Wq, …), lora_linear(x, Wk, …), …   ->   lora_linears(x, [Wq, Wk, …], …)
 
 They are found by what they read, not by name: queries, keys and values; gate and up; any number. Those with a dropout
-of their own read different values, and those of another `gemm` are computed by somebody else. Adapter tensors stay
+of their own read different values. Adapter tensors stay
 separate parameters.
 """
 
@@ -23,12 +23,11 @@ from lorafx.graph import Provenance, describe, fake_mode_of, made_by, marks_of, 
 from lorafx.pipeline.pipeline import Context, Pass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
-_GEMM = 7  # its place among the arguments, where it is not the default
 
 
 @dataclass(frozen=True)
 class ShareInput(Pass):
-    """Afterwards no two adapted linears of one `gemm` read the same value without dropout or a write in between."""
+    """Afterwards no two adapted linears read the same value without dropout or a write in between."""
 
     requires = frozenset({"adapters"})
 
@@ -40,12 +39,12 @@ class ShareInput(Pass):
 
     def _join(self, gm: GraphModule, group: list[Node]) -> None:
         mode, first = fake_mode_of(gm), group[0]
-        x, weights, biases, _, lora_As, lora_Bs, scalings, *gemm = zip(*(node.args for node in group))
+        x, weights, biases, _, lora_As, lora_Bs, scalings = zip(*(node.args for node in group))
         for read in dict.fromkeys(read for node in group for read in _reads(node) or ()):
             if first < read:
                 first.prepend(read)
         maker = made_by(first) or Provenance(self.name)
-        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)), *(each[0] for each in gemm))
+        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)))
         with gm.graph.inserting_before(first):
             joint = gm.graph.create_node("call_function", _several, arguments, {}, "lora_linears")
             describe(joint, first, Provenance(self.name, "", maker.adapter), gm, mode)
@@ -61,14 +60,20 @@ class ShareInput(Pass):
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
     """Adapted linears by what they read, as long as nothing is written in between."""
-    groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
+    groups: dict[Any, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if writes(node, gm):
             yield from groups.values()
             groups.clear()
-        plain = node.target is _one and node.args[3] is None and not node.kwargs and not within_vmap(node)
+        plain = (
+            node.target is _one
+            and node.args[3] is None
+            and len(node.args) == 7
+            and not node.kwargs
+            and not within_vmap(node)
+        )
         if plain and _reads(node) is not None:
-            groups[node.args[0], node.args[_GEMM:]].append(node)
+            groups[node.args[0]].append(node)
     yield from groups.values()
 
 

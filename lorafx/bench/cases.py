@@ -141,7 +141,7 @@ STEP_BARS = (
     *(Bar("lorafx-compiled", rival, 1.0, of="peak") for rival in _GAINS),
 )
 
-_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton", "lorafx-tuned"))
+_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-tuned"))
 
 CUDA = (
     _variant(_linears, "8b-linear", part="linear"),

@@ -96,16 +96,6 @@ def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: A
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
 
 
-def with_triton(case: Case, base: nn.Module) -> Setup:
-    """lorafx, run eagerly, with a product and its update by one Triton kernel."""
-    if not next(base.parameters()).is_cuda:
-        raise Missing("its kernel runs on CUDA alone; elsewhere it would be `lorafx`")
-    _need("triton")
-    one_kernel = lorafx.passes.FuseLora(gemm="triton")
-    passes = (one_kernel if each.name == one_kernel.name else each for each in lorafx.passes.default)
-    return with_lorafx(case, base, pipeline=lorafx.Pipeline(*passes))
-
-
 def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
     """A plain model whose weights hold the update: for inference, what adapters should cost."""
     own = twin(base)
@@ -186,7 +176,6 @@ MAKERS: dict[str, Maker] = {
     "torchtune": with_torchtune,
     "lorafx-default": partial(with_lorafx, default=True),
     "lorafx": with_lorafx,
-    "lorafx-triton": with_triton,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-compiled-1.0": partial(with_lorafx, backend="inductor", activation_budget=1.0),
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),

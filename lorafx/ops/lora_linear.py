@@ -8,9 +8,8 @@
 Of the forward pass it keeps x, z (or what makes it of x again, see `dropped`) and h, where autograd keeps what each
 product was given. Of y, and of dx, the narrow product is written first and the wide one, which reads and writes far
 less for each multiplication, is added to it in the same memory: a pass less than the other way round, and nothing is
-written down by itself. It is the other way round by oneDNN (`products`), which adds to nothing. With `gemm="triton"` y
-and dx are each written once, by the kernel of `gemm_update`, where that runs. In half precision a CPU may be faster by
-way of float32 (`wide`).
+written down by itself. It is the other way round by oneDNN (`products`), which adds to nothing. In half precision a
+CPU may be faster by way of float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from .calls import by_reference, is_plain, needs_backward, rows
 from .cpu.products import accumulated, linear, matmul, onednn_pays, over_rows
 from .cpu.wide import widened
 from .dropped import Redraw, can_draw, draw
-from .gemm_update import gemm_update, runs
 from .library import composite
 
 
@@ -43,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor | None, redraw: Redraw | None, *args: Any) -> tuple[Tensor, Tensor]:
         """With a mask, kept or to be drawn again, z is what it leaves of x, and is not kept."""
-        x, weight, _, z, lora_A, lora_B, ctx.scaling, ctx.gemm = args
+        x, weight, _, z, lora_A, lora_B, ctx.scaling = args
         y, hidden = _outputs(*args)
         ctx.redraw = redraw
         ctx.set_materialize_grads(False)
@@ -56,8 +54,8 @@ class _LoraLinear(torch.autograd.Function):
         mask, x, weight, z, lora_A, lora_B, hidden = ctx.saved_tensors
         mask = mask if ctx.redraw is None else ctx.redraw(x)
         z = z if mask is None else torch.where(mask, x, 0)
-        given = dy, d_hidden, ctx.needs_input_grad[2:], ctx.scaling, ctx.gemm
-        return None, None, *_gradients(*given, x, weight, z, lora_A, lora_B, hidden, mask), None, None
+        given = dy, d_hidden, ctx.needs_input_grad[2:], ctx.scaling
+        return None, None, *_gradients(*given, x, weight, z, lora_A, lora_B, hidden, mask), None
 
 
 @widened
@@ -69,11 +67,10 @@ def _outputs(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    gemm: str,
 ) -> tuple[Tensor, Tensor]:
     """y and h."""
     hidden = linear(x if z is None else z, lora_A)
-    return updated(x, weight, bias, hidden, lora_B, scaling, gemm), hidden
+    return updated(x, weight, bias, hidden, lora_B, scaling), hidden
 
 
 @widened
@@ -82,7 +79,6 @@ def _gradients(
     d_hidden: Tensor | None,
     needs: tuple[bool, ...],
     scaling: float,
-    gemm: str,
     x: Tensor,
     weight: Tensor,
     z: Tensor | None,
@@ -107,7 +103,7 @@ def _gradients(
         through = torch.where(mask, matmul(d_hidden, lora_A), 0)
         dx = through if dy is None else accumulated(through, dy, weight)
     elif needs_x and dy is not None:
-        dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A, gemm)
+        dx = input_gradient(dy, weight, d_hidden if z is None else None, lora_A)
     elif needs_x and d_hidden is not None and z is None:
         dx = matmul(d_hidden, lora_A)
     return dx, d_weight, d_bias, dz, d_A, d_B
@@ -121,28 +117,23 @@ def inferred(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    gemm: str,
 ) -> Tensor:
     """y where nothing is kept for a backward. x and z are what `matrix_or_row` gives, and y is of the same form."""
     if x.ndim > 1:
-        return _outputs(x, weight, bias, z, lora_A, lora_B, scaling, gemm)[0]
+        return _outputs(x, weight, bias, z, lora_A, lora_B, scaling)[0]
     y = weight.mv(x) if bias is None else torch.addmv(bias, weight, x)
     return y.addmv_(lora_B, lora_A.mv(z), alpha=scaling)
 
 
-def matrix_or_row(tensor: Tensor, gemm: str) -> Tensor:
+def matrix_or_row(tensor: Tensor) -> Tensor:
     """The rows of a tensor, a single one as a vector: decoding is bound by calls, and those of a vector cost less."""
-    if gemm == "library" and is_plain(tensor) and tensor.numel() == tensor.shape[-1]:
+    if is_plain(tensor) and tensor.numel() == tensor.shape[-1]:
         return tensor.view(-1)
     return rows(tensor)
 
 
-def updated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float, gemm: str
-) -> Tensor:
+def updated(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """x Wᵀ + b + s · h Bᵀ of matrices."""
-    if by_kernel(gemm, x, weight, bias, hidden, lora_B):
-        return gemm_update(x, weight.t(), bias, hidden, lora_B.t(), scaling)
     if onednn_pays(x, weight):  # it gives new memory, and what is narrow is added to that
         return linear(x, weight, bias).addmm_(hidden, lora_B.t(), alpha=scaling)
     if bias is None:
@@ -150,20 +141,13 @@ def updated(
     return torch.addmm(bias, hidden, lora_B.t(), alpha=scaling).addmm_(x, weight.t())
 
 
-def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor, gemm: str) -> Tensor:
+def input_gradient(dy: Tensor, weight: Tensor, g: Tensor | None, lora_A: Tensor) -> Tensor:
     """dy W + g A, or without g the first part."""
     if g is None:
         return matmul(dy, weight)
-    if by_kernel(gemm, dy, weight, g, lora_A):
-        return gemm_update(dy, weight, None, g, lora_A, 1.0)
     if onednn_pays(dy, weight.t()) and not torch.is_grad_enabled():
         return matmul(dy, weight).addmm_(g, lora_A)
     return accumulated(g @ lora_A, dy, weight)
-
-
-def by_kernel(gemm: str, *tensors: Tensor | None) -> bool:
-    """Whether the kernel of `gemm_update` was chosen and can run."""
-    return gemm == "triton" and not by_reference() and runs(*tensors)
 
 
 def lora_linear(
@@ -174,14 +158,13 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    gemm: str = "library",
     merge: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
 
-    `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays and z is x. With
-    `dropout`, a probability, z is what dropout makes of x, and `dropped` says what is kept of that.
+    With `merge` it is `merging` instead where that pays and z is x. With `dropout`, a probability, z is what dropout
+    makes of x, and `dropped` says what is kept of that.
     """
     mask = redraw = None
     if dropout and (by_reference() or not can_draw(x, dropout)):
@@ -196,16 +179,16 @@ def lora_linear(
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
         keep = None if mask is None or redraw is not None else rows(mask)
         flat_z = None if z is None else rows(z)
-        y = _LoraLinear.apply(keep, redraw, rows(x), weight, bias, flat_z, lora_A, lora_B, scaling, gemm)[0]
+        y = _LoraLinear.apply(keep, redraw, rows(x), weight, bias, flat_z, lora_A, lora_B, scaling)[0]
     else:
-        flat = matrix_or_row(x, gemm)
-        flat_z = flat if z is None else matrix_or_row(z, gemm)
-        y = inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling, gemm)
+        flat = matrix_or_row(x)
+        flat_z = flat if z is None else matrix_or_row(z)
+        y = inferred(flat, weight, bias, flat_z, lora_A, lora_B, scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 composite(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling,"
-    ' str gemm="library", bool merge=False, float dropout=0.0) -> Tensor',
+    " bool merge=False, float dropout=0.0) -> Tensor",
     lora_linear,
 )

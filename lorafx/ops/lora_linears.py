@@ -6,9 +6,7 @@
     dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ x           dBᵢ = sᵢ · dyᵢᵀ hᵢ
 
 So x is read once for all the small products, forward and backward, and dx has one buffer in which all products are
-summed up. Of the forward pass it keeps x and h. With `gemm="triton"` each yᵢ is written once, and g A is added to the
-first of dx's products before that is written, by the kernel of `gemm_update`, where that runs. In half precision a CPU
-may be faster by way of float32 (`wide`).
+summed up. Of the forward pass it keeps x and h. In half precision a CPU may be faster by way of float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, ctx.scalings, ctx.gemm, *tensors = args
+        x, ctx.scalings, *tensors = args
         *outputs, hidden = _outputs(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, hidden, *tensors)
@@ -52,18 +50,18 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _gradients(*gradients, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings, ctx.gemm)
-        return found[0], None, None, *found[1:]
+        found = _gradients(*gradients, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings)
+        return found[0], None, *found[1:]
 
 
 @widened
-def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The yᵢ, and h."""
     weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
     hidden = linear(x, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
-        updated(x, weight, bias, part, lora_B, scaling, gemm)
+        updated(x, weight, bias, part, lora_B, scaling)
         for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
     ]
     return *outputs, hidden
@@ -73,13 +71,13 @@ def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor
 def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     """Of x, then of all weights, biases, As and Bs: those that are needed.
 
-    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, what is needed, scalings and `gemm`.
+    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, what is needed, and scalings.
     """
-    *tensors, needs, scalings, gemm = given
+    *tensors, needs, scalings = given
     count = len(scalings)
     dys, (d_hidden, x, hidden), tensors = tensors[:count], tensors[count : count + 3], tensors[count + 3 :]
     weights, _, lora_As, lora_Bs = _by_role(tensors, count)
-    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs[3:], count)
+    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs[2:], count)
     ranks = [lora_A.shape[0] for lora_A in lora_As]
     each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
 
@@ -89,7 +87,7 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     ]
     g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
     products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
-    dx = _sum_of_products(products, g, torch.cat(lora_As), gemm) if needs[0] else None
+    dx = _sum_of_products(products, g, torch.cat(lora_As)) if needs[0] else None
     d_As = over_rows(g, x).split(ranks) if any(needs_As) else [None] * count
     if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
         d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
@@ -112,11 +110,11 @@ def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | No
     return product if scaling == 1.0 else product * scaling
 
 
-def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor, gemm: str) -> Tensor:
+def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor) -> Tensor:
     """Σ dyᵢ Wᵢ + g A, in one buffer."""
     if not products:
         return matmul(g, lora_A)
-    total = input_gradient(*products[0], g, lora_A, gemm)
+    total = input_gradient(*products[0], g, lora_A)
     for dy, weight in products[1:]:
         total = accumulated(total, dy, weight)
     return total
@@ -129,12 +127,11 @@ def lora_linears(
     lora_As: Tensors,
     lora_Bs: Tensors,
     scalings: Sequence[float],
-    gemm: str = "library",
     merge: bool = False,
 ) -> list[Tensor]:
     """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
 
-    `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays.
+    With `merge` it is `merging` instead where that pays.
     """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
@@ -142,16 +139,16 @@ def lora_linears(
         return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
-        outputs = _LoraLinears.apply(rows(x), tuple(scalings), gemm, *tensors)[:-1]
+        outputs = _LoraLinears.apply(rows(x), tuple(scalings), *tensors)[:-1]
     else:
-        flat = matrix_or_row(x, gemm)
+        flat = matrix_or_row(x)
         each = zip(weights, biases, lora_As, lora_Bs, scalings)
-        outputs = tuple(inferred(flat, w, bias, flat, lora_A, lora_B, s, gemm) for w, bias, lora_A, lora_B, s in each)
+        outputs = tuple(inferred(flat, w, bias, flat, lora_A, lora_B, s) for w, bias, lora_A, lora_B, s in each)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 composite(
     "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
-    ' str gemm="library", bool merge=False) -> Tensor[]',
+    " bool merge=False) -> Tensor[]",
     lora_linears,
 )
