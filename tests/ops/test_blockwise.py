@@ -82,7 +82,7 @@ def test_a_query_sees_no_later_key(machine):
     given, _, options = some(SHAPES[1], torch.bfloat16)
     query, key, value = (each.requires_grad_() for each in given)
     other_key, other_value = key.detach().clone(), value.detach().clone()
-    other_key[:, :, -1] = torch.nan
+    other_key[:, :, -1] = 2.0**60  # finite: oneDNN's products by AMX let a NaN in one row through to another
     other_value[:, :, -1] += 1
     one, other = attention(query, key, value, **options), attention(query, other_key, other_value, **options)
     assert torch.equal(one[:, :, :-1], other[:, :, :-1]) and not torch.equal(one[:, :, -1], other[:, :, -1])
