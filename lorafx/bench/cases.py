@@ -13,7 +13,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
 _PEFT_COMPILED = ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole")
 COMPILED = ("base", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
-PEERS = ("liger", "unsloth", "torchtune")
+PEERS = ("liger", "unsloth")
 
 
 @dataclass(frozen=True)

@@ -145,12 +145,6 @@ def with_unsloth(case: Case, base: nn.Module) -> Setup:
     return Setup(filled(FastLanguageModel.get_peft_model(model, **adapters, **options).train(), case))
 
 
-def with_torchtune(case: Case, base: nn.Module) -> Setup:
-    """Release 0.6.1 needs a torchao that does not import with the torch that lorafx needs: nothing to build on yet."""
-    _need("torchtune")
-    raise Missing("importable, but there is no bridge to its model code yet")
-
-
 def _need(library: str) -> None:
     try:
         import_module(library)
@@ -173,7 +167,6 @@ MAKERS: dict[str, Maker] = {
     "peft-compiled-whole": partial(with_compiled_peft, whole=True),
     "liger": with_liger,
     "unsloth": with_unsloth,
-    "torchtune": with_torchtune,
     "lorafx-default": partial(with_lorafx, default=True),
     "lorafx": with_lorafx,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
