@@ -31,7 +31,6 @@ from .models import twin
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
 MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
-GATED = lorafx.passes.default + [lorafx.passes.RestoreGate()]
 
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -174,7 +173,6 @@ MAKERS: dict[str, Maker] = {
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds
-    "gated": partial(with_lorafx, pipeline=GATED),
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
 
