@@ -3,7 +3,7 @@
 lora_linear(x, W, b, dropout(x, p), A, B, s)  ->  lora_linear(x, W, b, None, A, B, s, dropout=p)
 
 Autograd keeps a mask and what it left of x, at each site; the operator keeps x, which sites share, and on a CPU a byte
-an element (`lorafx/ops/dropped.py`). A dropout whose result somebody else reads too stays. It goes after `fuse_loss`,
+an element (`lorafx/ops/dropout.py`). A dropout whose result somebody else reads too stays. It goes after `fuse_loss`,
 which looks for a head whose dropout is apart.
 """
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
-from lorafx.ops.lora_linear import input_gradient, updated
+from lorafx.ops.cpu import product_with_update
 from lorafx.tables import table
 
 RANK, SCALING = 16, 2.0
@@ -55,7 +55,7 @@ def forward_ways(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> W
 
     ways: Ways = {
         "base": lambda: F.linear(x, weight),
-        "library": lambda: updated(x, weight, None, F.linear(x, lora_A), lora_B, SCALING),
+        "library": lambda: product_with_update(x, weight.t(), F.linear(x, lora_A), lora_B.t(), None, SCALING),
         "extended": lambda: extended(True),
         "extended, x in place": lambda: extended(False),
     }
@@ -74,7 +74,7 @@ def backward_ways(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) ->
 
     ways: Ways = {
         "base": lambda: dy @ weight,
-        "library": lambda: input_gradient(dy, weight, (dy @ lora_B) * SCALING, lora_A),
+        "library": lambda: product_with_update(dy, weight, (dy @ lora_B) * SCALING, lora_A),
         "extended": extended,
     }
     if dy.is_cuda:
