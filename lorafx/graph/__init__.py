@@ -21,7 +21,7 @@ from .emit import (
     resolve,
     within_vmap,
 )
-from .match import Match, NoMatch, match
+from .match import Match, NoMatch, arguments, match
 from .rule import Rule, first_match
 from .writes import writes
 
@@ -35,6 +35,7 @@ __all__ = [
     "NoMatch",
     "Provenance",
     "Rule",
+    "arguments",
     "describe",
     "fake_mode_of",
     "fake_value",
