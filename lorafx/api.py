@@ -15,7 +15,7 @@ from .adapters.adapter import plan
 from .adapters.config import LoraConfig
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
-from .lowering.lower import Backend
+from .lowering.backend import Backend
 from .model.adapted_model import AdaptedModel, adapt, copy_into
 from .pipeline.pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher

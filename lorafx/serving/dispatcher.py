@@ -20,7 +20,8 @@ from ..capture.purity import Changed
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.masks.sizes import ONES
 from ..graph.modules import accepts, copied, refresh
-from ..lowering.lower import Backend, Lowering
+from ..lowering.backend import Backend
+from ..lowering.lower import Lowering
 from ..ops.modes import modes
 from ..pipeline.pipeline import Context, Observer, Pipeline
 from ..tree.attached import has_copies_among_children, trained_paths

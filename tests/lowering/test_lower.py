@@ -10,9 +10,9 @@ import lorafx
 from lorafx import ops
 from lorafx.errors import ConfigError
 from lorafx.graph.blocks import blocks_of
-from lorafx.lowering import lower
-from lorafx.lowering.in_place_sums import POST_PASS
-from lorafx.lowering.lower import Backend, OurPasses
+from lorafx.lowering import pieces
+from lorafx.lowering.backend import Backend
+from lorafx.lowering.inductor import POST_PASS, OurPasses
 
 eps = torch.finfo(torch.float32).eps
 
@@ -161,7 +161,9 @@ def test_a_budget_keeps_less():
 
 def test_modes_are_inductors(monkeypatch):
     asked = []
-    monkeypatch.setattr(lower, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm)
+    monkeypatch.setattr(
+        pieces, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm
+    )
     lora = deep(backend="inductor", mode="reduce-overhead")
     lora(torch.randn(2, 5, 4))
     for options in asked:

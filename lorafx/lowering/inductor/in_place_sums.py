@@ -1,4 +1,4 @@
-"""in_place: a pass for Inductor, by which what is added to a product is added in the product's own memory.
+"""in_place_sums: a pass for Inductor that adds a product to another in the other's own memory.
 
 Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
 every dx of an adapted linear, which nobody needs where the addend is itself a product that is read but once. Inductor
@@ -15,7 +15,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-POST_PASS = "post_grad_custom_post_pass"  # Inductor's setting for such a pass
 aten = torch.ops.aten
 _PRODUCTS = aten.mm.default, aten.addmm.default
 _VIEWS = aten.view.default, aten.reshape.default, aten._unsafe_view.default

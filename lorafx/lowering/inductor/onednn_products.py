@@ -1,4 +1,4 @@
-"""by_onednn: a pass for Inductor, by which products in float32 on a CPU are those of `ops/cpu`.
+"""onednn_products: a pass for Inductor, by which products in float32 on a CPU are those of `ops/cpu`.
 
 mm(X, Y)                 ->  lorafx.product(X, Y)
 β · addend + α · X Y     ->  β · addend + α · lorafx.product(X, Y)      which Inductor adds up where it is read
@@ -15,7 +15,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from ..ops.cpu import choices, product_pays
+from ...ops.cpu import choices, product_pays
 
 aten = torch.ops.aten
 
