@@ -16,7 +16,7 @@ from .adapters.config import AdapterConfig
 from .adapters.kinds import config_of
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
-from .lowering.lower import Backend
+from .lowering.backend import Backend
 from .model.adapted_model import AdaptedModel, adapt, copy_into
 from .pipeline.pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher

@@ -21,7 +21,6 @@ from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
-from .restore_gate import RestoreGate
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
 from .restore_norm import RestoreNorm
@@ -76,7 +75,6 @@ __all__ = [
     "MergeOnTheFly",
     "OutlineBlocks",
     "RestoreCausal",
-    "RestoreGate",
     "RestoreGqa",
     "RestoreLinear",
     "RestoreNorm",

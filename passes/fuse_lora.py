@@ -2,8 +2,7 @@
 
 x Wᵀ + b + s · (z Aᵀ) Bᵀ  ->  lora_linear(x, W, b, z, A, B, s)       z is x, or what dropout made of it
 
-What it saves is in `lorafx/ops/lora_linear.py`, and what the kernel of `gemm="triton"` should save on top of that, as
-yet unmeasured, in `lorafx/ops/gemm_update.py`. Where dtypes differ, or the caller's autocast would change them, the
+What it saves is in `lorafx/ops/lora_linear.py`. Where dtypes differ, or the caller's autocast would change them, the
 update stays as it is.
 """
 
@@ -15,9 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.errors import ConfigError
 from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
-from lorafx.ops.gemm_update import GEMMS
 from lorafx.ops.modes import autocast_dtype
 from lorafx.pipeline.pipeline import Context, Pass
 
@@ -29,8 +26,8 @@ def adapted(x, weight, bias, lora_A, lora_B, scaling):
     return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
 
 
-def fused(x, weight, bias, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, gemm)
+def fused(x, weight, bias, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling)
 
 
 def adapted_apart(x, weight, bias, z, lora_A, lora_B, scaling):
@@ -38,8 +35,8 @@ def adapted_apart(x, weight, bias, z, lora_A, lora_B, scaling):
     return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
 
 
-def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
 
 
 def _one_dtype(found: Match) -> str | None:
@@ -60,19 +57,9 @@ RULES = Rule(adapted, fused, _one_dtype), Rule(adapted_apart, fused_apart, _one_
 
 @dataclass(frozen=True)
 class FuseLora(Pass):
-    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` sees to the rest.
-
-    `gemm` is who multiplies: "library", or "triton", one kernel for a product and its update. Where that does not run,
-    for lack of Triton or of CUDA tensors, it is the library all the same. `ConfigError`: it is neither.
-    """
-
-    gemm: str = "library"
+    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` sees to the rest."""
 
     requires = frozenset({"adapters"})
-
-    def __post_init__(self) -> None:
-        if self.gemm not in GEMMS:
-            raise ConfigError(f"gemm={self.gemm!r} is none of {', '.join(map(repr, GEMMS))}")
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         mode, count = fake_mode_of(gm), 0
@@ -83,7 +70,7 @@ class FuseLora(Pass):
             rule, found = applies
             maker, marks = made_by(node) or Provenance(self.name), marks_of(node.args[0])  # type: ignore[arg-type]
             where = Provenance(self.name, maker.site, maker.adapter)
-            fused_node, _ = rule.apply(gm, found, where, mode, {"gemm": self.gemm})
+            fused_node, _ = rule.apply(gm, found, where, mode)
             fused_node.meta |= marks
             count += 1
         return count

@@ -21,7 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.graph import MADE_BY, Provenance, made_by, resolve, within_vmap
+from lorafx.graph import MADE_BY, Provenance, arguments, made_by, resolve, within_vmap
 from lorafx.ops.calls import is_plain
 from lorafx.pipeline.pipeline import Context, Pass
 from lorafx.torch_private.tensors import is_traceable_wrapper_subclass
@@ -53,12 +53,11 @@ class MergeOnTheFly(Pass):
 
 def _weights(node: Node) -> list[Node]:
     """The base weights of an adapted linear without dropout that is not marked yet."""
-    if node.kwargs.get("merge") or node.op != "call_function":
+    if node.target not in (_one, _several) or (given := arguments(node))["merge"]:
         return []
-    if node.target is _one:
-        dropped = node.args[3] is not None or "dropout" in node.kwargs
-        return [] if dropped else [node.args[1]]  # type: ignore[list-item]
-    return list(node.args[1]) if node.target is _several else []  # type: ignore[arg-type]
+    if node.target is _several:
+        return list(given["weights"])
+    return [given["weight"]] if given["z"] is None and not given["dropout"] else []
 
 
 def _is_plain(weight: Node, gm: GraphModule) -> bool:

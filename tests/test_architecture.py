@@ -81,6 +81,11 @@ def test_the_graph_core_knows_nothing_of_printing_and_waiting_logits():
             assert target not in ("graph.printing", "ops.deferred"), name
 
 
+def test_what_is_for_one_kind_of_cpu_has_one_entrance():
+    edges = imports().edges
+    assert [f"{a} imports {b}" for a, b in edges if "ops.cpu." in b and not a.startswith("ops.cpu.")] == []
+
+
 @pytest.mark.parametrize("file", sorted(PASSES.glob("*.py")), ids=lambda file: file.stem)
 def test_passes_know_no_kind_by_name(file):
     names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}

@@ -13,7 +13,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
 _PEFT_COMPILED = ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole")
 COMPILED = ("base", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
-PEERS = ("liger", "unsloth", "torchtune")
+PEERS = ("liger", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ STEP_BARS = (
     *(Bar("lorafx-compiled", rival, 1.0, of="peak") for rival in _GAINS),
 )
 
-_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton", "lorafx-tuned"))
+_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-tuned"))
 
 CUDA = (
     _variant(_linears, "8b-linear", part="linear"),

@@ -30,7 +30,6 @@ from .models import twin
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
 MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
-GATED = lorafx.passes.default + [lorafx.passes.RestoreGate()]
 
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -95,16 +94,6 @@ def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: A
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
 
 
-def with_triton(case: Case, base: nn.Module) -> Setup:
-    """lorafx, run eagerly, with a product and its update by one Triton kernel."""
-    if not next(base.parameters()).is_cuda:
-        raise Missing("its kernel runs on CUDA alone; elsewhere it would be `lorafx`")
-    _need("triton")
-    one_kernel = lorafx.passes.FuseLora(gemm="triton")
-    passes = (one_kernel if each.name == one_kernel.name else each for each in lorafx.passes.default)
-    return with_lorafx(case, base, pipeline=lorafx.Pipeline(*passes))
-
-
 def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
     """A plain model whose weights hold the update: for inference, what adapters should cost."""
     own = twin(base)
@@ -154,12 +143,6 @@ def with_unsloth(case: Case, base: nn.Module) -> Setup:
     return Setup(filled(FastLanguageModel.get_peft_model(model, **adapters, **options).train(), case))
 
 
-def with_torchtune(case: Case, base: nn.Module) -> Setup:
-    """Release 0.6.1 needs a torchao that does not import with the torch that lorafx needs: nothing to build on yet."""
-    _need("torchtune")
-    raise Missing("importable, but there is no bridge to its model code yet")
-
-
 def _need(library: str) -> None:
     try:
         import_module(library)
@@ -182,16 +165,13 @@ MAKERS: dict[str, Maker] = {
     "peft-compiled-whole": partial(with_compiled_peft, whole=True),
     "liger": with_liger,
     "unsloth": with_unsloth,
-    "torchtune": with_torchtune,
     "lorafx-default": partial(with_lorafx, default=True),
     "lorafx": with_lorafx,
-    "lorafx-triton": with_triton,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-compiled-1.0": partial(with_lorafx, backend="inductor", activation_budget=1.0),
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds
-    "gated": partial(with_lorafx, pipeline=GATED),
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
 

@@ -18,7 +18,7 @@ import torch
 
 from .cases import Bar, Case
 
-LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "torchtune", "triton")
+LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "triton")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from .emit import (
     within_vmap,
     write,
 )
-from .match import Match, NoMatch, match
+from .match import Match, NoMatch, arguments, match
 from .rule import Rule, first_match
 from .writes import writes
 
@@ -36,6 +36,7 @@ __all__ = [
     "NoMatch",
     "Provenance",
     "Rule",
+    "arguments",
     "describe",
     "fake_mode_of",
     "fake_value",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,16 +65,18 @@ def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
     return graph
 
 
-def arguments(node: Node) -> Iterator[Any]:
-    """The arguments of a node in its operator's order, defaults filled in."""
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a node by name, in its operator's order, defaults filled in.
+
+    What has no schema, as a Python function has none, has numbers for the names of positional arguments.
+    """
     schema = schema_of(node.target)
     if schema is None:
-        yield from node.args
-        yield from node.kwargs.values()
-        return
-    yield from node.args
+        return {str(number): value for number, value in enumerate(node.args)} | dict(node.kwargs)
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args)}
     for argument in schema.arguments[len(node.args) :]:
-        yield node.kwargs.get(argument.name, argument.default_value)
+        given[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return given
 
 
 def match(pattern: Pattern, anchor: Node) -> Match | NoMatch:
@@ -113,7 +115,7 @@ def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Nod
         found = value.target if isinstance(value, Node) else value
         return NoMatch(value if isinstance(value, Node) else at, f"expected {pattern.target}, found {found}")
     covered[value] = None
-    for inner, actual in zip(arguments(pattern), arguments(value), strict=True):
+    for inner, actual in zip(arguments(pattern).values(), arguments(value).values(), strict=True):
         failure = _unify(inner, actual, bindings, covered, value)
         if failure is not None:
             return failure

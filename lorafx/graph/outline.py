@@ -1,4 +1,8 @@
-"""Outlining: a region of a graph becomes a block, and a call of a block becomes its operators again."""
+"""Outlining: a region of a graph becomes a graph of its own, and a call of one becomes its operators again.
+
+`block_of` and `replace_region` make a region a block that layers run; `graph_of` and `call_module_instead` cut one out
+for a module to run, whatever that makes of it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from .regions import Region, signature
 Stack = dict[str, tuple[str, type]]
 
 
-def block_of(gm: GraphModule, region: Region) -> GraphModule:
-    """The graph of a region by itself, over its own module, kept below the outer graph's `captured`."""
+def graph_of(region: Region) -> Graph:
+    """The operators of a region as a graph: from the values that it uses to the tuple of those that others use of it.
+
+    Tensors of the region's own module are read by their names there.
+    """
     graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in region.inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta["val"] = node.meta.get("val")
+    copies = {node: _input_like(graph, node.name, node) for node in region.inputs}
     for node in region.nodes:
         for read in node.all_input_nodes:
             if read in region.own and read not in copies:
@@ -32,7 +36,31 @@ def block_of(gm: GraphModule, region: Region) -> GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta["nn_module_stack"] = _relative(node.meta.get("nn_module_stack"), region.path)
     graph.output(tuple(copies[node] for node in region.outputs))
-    return keep_block(gm, over(graph, gm.get_submodule(region.path), nn.Module()))
+    return graph
+
+
+def with_reads_as_inputs(graph: Graph) -> tuple[Graph, list[str]]:
+    """A copy with an input for each attribute that a graph reads, before its own inputs; and the attributes' paths."""
+    lifted = Graph()
+    copies: dict[Node, Node] = {}
+    reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+    inputs = {path: _input_like(lifted, path.replace(".", "_"), node) for path, node in reads.items()}
+    for node in graph.nodes:
+        known = inputs.get(str(node.target)) if node.op == "get_attr" else None
+        copies[node] = known or lifted.node_copy(node, copies.__getitem__)
+    return lifted, list(reads)
+
+
+def _input_like(graph: Graph, name: str, node: Node) -> Node:
+    """An input of a graph, for values like what a node of another gives."""
+    placeholder = graph.placeholder(name)
+    placeholder.meta["val"] = node.meta.get("val")
+    return placeholder
+
+
+def block_of(gm: GraphModule, region: Region) -> GraphModule:
+    """The graph of a region by itself, over its own module, kept below the outer graph's `captured`."""
+    return keep_block(gm, over(graph_of(region), gm.get_submodule(region.path), nn.Module()))
 
 
 def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
@@ -51,17 +79,38 @@ def replace_region(gm: GraphModule, region: Region, block: GraphModule, made_by:
     results = block.graph.output_node().args[0]
     given = [inputs[node] for node in block.graph.find_nodes(op="placeholder")]
     parts = insert_call(gm, region.nodes[-1], block, region.path, given, made_by)
+    _take_place(gm.graph, region, {theirs[result]: part for result, part in zip(results, parts)})  # type: ignore
+
+
+def call_module_instead(graph: Graph, region: Region, path: str) -> None:
+    """Put a call of the module at `path`, from the region's inputs to a tuple of its outputs, where the region was."""
+    outputs = region.outputs
+    with graph.inserting_after(region.nodes[-1]):
+        call = graph.call_module(path, region.inputs)
+    _take_place(graph, region, dict(zip(outputs, _parts(graph, call, len(outputs)))))
+
+
+def _take_place(graph: Graph, region: Region, parts: dict[Node, Node]) -> None:
+    """Have others use the parts instead of the region's nodes, and erase the region."""
     inside = set(region.nodes)
-    for result, part in zip(results, parts):  # type: ignore[arg-type]
-        theirs[result].replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
-    for part in parts:
+    for node, part in parts.items():
+        node.replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
         if not part.users:
-            gm.graph.erase_node(part)
+            graph.erase_node(part)
     for node in reversed(region.nodes):
-        gm.graph.erase_node(node)
+        graph.erase_node(node)
     for read in region.own:
         if not read.users:
-            gm.graph.erase_node(read)
+            graph.erase_node(read)
+
+
+def _parts(graph: Graph, call: Node, count: int) -> list[Node]:
+    """A node for each of the outputs of a call, right after it."""
+    parts: list[Node] = []
+    for number in range(count):
+        with graph.inserting_after(parts[-1] if parts else call):
+            parts.append(graph.call_function(operator.getitem, (call, number)))
+    return parts
 
 
 def signature_of(block: GraphModule) -> Hashable:
@@ -109,13 +158,8 @@ def insert_call(
     with graph.inserting_after(spot):
         module = described(graph.get_attr(layer), gm.get_submodule(layer))
     with graph.inserting_after(module):
-        before = call = described(graph.call_function(call_block, (spot, module, *inputs)), values)
-    parts = []
-    for number, value in enumerate(values):
-        with graph.inserting_after(before):
-            before = described(graph.call_function(operator.getitem, (call, number)), value)
-        parts.append(before)
-    return parts
+        call = described(graph.call_function(call_block, (spot, module, *inputs)), values)
+    return [described(part, value) for part, value in zip(_parts(graph, call, len(values)), values)]
 
 
 def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, made_by: Provenance | None = None) -> None:
@@ -170,7 +214,7 @@ def _relative(stack: Stack | None, path: str) -> Stack:
     return {
         key: (where.partition("@")[0].removeprefix(path).lstrip("."), cls)
         for key, where, cls in within
-        if f"{where.partition('@')[0]}.".startswith(f"{path}.")
+        if not path or f"{where.partition('@')[0]}.".startswith(f"{path}.")
     }
 
 

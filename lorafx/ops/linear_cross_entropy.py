@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
-from .cpu.products import linear, matmul, onednn_pays, over_rows
-from .cpu.wide import pays, wide
+from .cpu import add_over_rows, linear, matmul, wide_where_slow
+from .dtypes import at_least_float32
 from .library import LIBRARY, composite
 from .modes import autocast_dtype
 
@@ -54,12 +54,12 @@ def reference(
 ) -> Tensor:
     """The equation. x is (…, in), `weight` (out, in), `hidden` (…, r), `lora_B` (out, r), `labels` (…) of int64.
 
-    Products are in the dtype of x (or wide), the rest in float32 (float64 for float64).
+    Products are in the dtype of x, the rest in float32 (float64 for float64).
     """
     logits = F.linear(x, weight, bias)
     if hidden is not None and lora_B is not None:
         logits = logits + scaling * F.linear(hidden, lora_B)
-    logits = wide(logits).reshape(-1, weight.shape[0]) * scale
+    logits = at_least_float32(logits).reshape(-1, weight.shape[0]) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return torch.ops.aten.cross_entropy_loss(logits, labels.reshape(-1), None, reduction, ignore_index, label_smoothing)
@@ -155,17 +155,15 @@ def _chunked(
 
     The gradients are of the mean if `divided`.
     """
-    given = rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B
-    if pays(x):
-        given = tuple(map(wide, given))
+    given = wide_where_slow(rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B)
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
-    total, labels = wide(x.new_zeros(())), labels.reshape(-1)
+    total, labels = at_least_float32(x.new_zeros(())), labels.reshape(-1)
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
-    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or wide
+    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or in float32
         for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _CHUNK // weight.shape[0])):
             total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
@@ -207,21 +205,14 @@ def _chunk(
     if needs[0]:
         gradients[0][chosen] = matmul(products, weight)
     if needs[1]:
-        _add_over_rows(gradients[1], products, x, 1.0)
+        add_over_rows(gradients[1], products, x)
     if needs[2]:
         gradients[2] += products.sum(0, dtype=gradients[2].dtype)
     if needs[3]:
         gradients[3][chosen] = matmul(products, lora_B).mul_(scaling)
     if needs[4]:
-        _add_over_rows(gradients[4], products, hidden, scaling)
+        add_over_rows(gradients[4], products, hidden, scaling)
     return total
-
-
-def _add_over_rows(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    if total.dtype == left.dtype and not onednn_pays(right.t(), left.t()):
-        total.addmm_(left.t(), right, alpha=scaling)
-    else:
-        total.add_(over_rows(left, right), alpha=scaling)
 
 
 def _into_gradient(
@@ -234,10 +225,10 @@ def _into_gradient(
     needed: bool,
 ) -> Tensor:
     """The sum over a chunk of (rows, out); where a gradient is needed, the products become it, times `weight`."""
-    classes, total = products.shape[1], wide(products.new_zeros(()))
+    classes, total = products.shape[1], at_least_float32(products.new_zeros(()))
     rows = max(1, (_TILE_ON_CPU if products.is_cpu else _TILE) // classes)
     for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
-        logits = wide(tile) if scale == 1.0 else wide(tile) * scale
+        logits = at_least_float32(tile) if scale == 1.0 else at_least_float32(tile) * scale
         capped = None
         if softcap is not None:
             capped = torch.tanh(logits / softcap)

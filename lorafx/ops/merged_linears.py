@@ -7,7 +7,7 @@
 
 (RunLoRA, Cherniuk et al., 2023, arXiv 2312.03415.) Of the forward pass it keeps x alone: backward makes W' anew, and h.
 W' is rounded to the dtype of W, so y and dx miss of ΔW what is below half a step of W: up to 2⁻⁸ of W in bfloat16, 2⁻¹¹
-in float16; where `wide` multiplies in float32, of nothing. dA and dB are those of `lora_linear`.
+in float16; where products go by way of float32 (`ops/cpu`), of nothing. dA and dB are those of `lora_linear`.
 
 What one site multiplies beside the products with W, for T rows of x, k in features, n out features and rank r:
 
@@ -35,8 +35,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..torch_private.tensors import is_compiled_now
 from .calls import needs_backward, rows
-from .cpu.products import accumulated, linear, matmul, over_rows
-from .cpu.wide import widened
+from .cpu import accumulated, linear, matmul, over_rows, widened_where_slow
 
 # Flat, as autograd wants them: weight (out, in), bias (out) or None, A (r, in), B (out, r) of each site in turn.
 Flat = Sequence[Any]
@@ -76,7 +75,7 @@ class _Merging(torch.autograd.Function):
         return dx, None, *gradients
 
 
-@widened
+@widened_where_slow
 def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
     return tuple(
         linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
@@ -84,7 +83,7 @@ def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Ten
     )
 
 
-@widened
+@widened_where_slow
 def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     """Of x, then of each site's tensors. `given` are the dys, x and these tensors, what is needed, and scalings."""
     *tensors, (needs_x, _, *needs), scalings = given

@@ -15,7 +15,7 @@ from ..capture.export import FILLS
 from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
-from ..lowering.lower import Backend
+from ..lowering.backend import Backend
 from ..pipeline.pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
 from .call_key import Call, CallKey

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import lorafx
 from lorafx.capture.export import trace
 from lorafx.ops import attention, linear, linear_cross_entropy
-from lorafx.ops.cpu import products, wide
+from lorafx.ops.cpu import half_precision, products
 from lorafx.passes import Canonicalize, ChooseKernels
 from lorafx.pipeline.pipeline import Pipeline
 
@@ -22,7 +22,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch):
     """A CPU without instructions for half precision, and of which MKL uses all, whatever this one is."""
-    monkeypatch.setattr(wide, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(half_precision, "multiplies", lambda dtype: False)
     monkeypatch.setattr(products, "mkl_leaves_avx512", lambda: False)
 
 
@@ -78,8 +78,8 @@ def test_so_is_the_loss_of_a_head(dtype):
 
 def test_half_precision_alone_is_widened_and_few_rows_are_not():
     x, W = torch.randn(2, 3, 8), torch.randn(6, 8)
-    assert wide.pays(x.bfloat16()) and wide.pays(x.half())
-    assert not any(map(wide.pays, (x, x.double(), x.bfloat16()[:1], x.bfloat16().to("meta"))))
+    assert half_precision.pays(x.bfloat16()) and half_precision.pays(x.half())
+    assert not any(map(half_precision.pays, (x, x.double(), x.bfloat16()[:1], x.bfloat16().to("meta"))))
     few = x[:1].bfloat16().requires_grad_()
     assert torch.equal(linear(few, W.bfloat16()), F.linear(few, W.bfloat16()))
 
@@ -166,7 +166,7 @@ def test_before_and_after():
 
 
 def test_a_cpu_that_multiplies_half_precision_is_left_to_do_it_in_linear_layers(monkeypatch):
-    monkeypatch.setattr(wide, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(half_precision, "multiplies", lambda dtype: True)
     _, ours = rewritten(Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16())
     assert ours == ["lorafx.attention.default"]
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorafx
 from lorafx.errors import DeferredError
 from lorafx.graph.printing import graph_lines
-from lorafx.lowering.lower import Backend
+from lorafx.lowering.backend import Backend
 from lorafx.ops.cpu import products
 from lorafx.ops.deferred import Deferred
 

@@ -1,11 +1,11 @@
-"""products: of matrices, by whichever of torch's libraries multiplies faster here.
+"""Products of matrices by whichever of torch's libraries multiplies faster on this processor.
 
     linear(x, W, b) = x Wᵀ + b        matmul(X, Y) = X Y        over_rows(X, Y) = Xᵀ Y
 
 torch gives products in float32 to MKL, which uses AVX-512 on Intel's processors alone. oneDNN, which torch has for half
-precision, uses it on others too: on two cores of an AMD EPYC (1024, 512) by (512, 512) takes 2.6 ms by the one and 1.2
-by the other. With AVX2 they are equally fast. The two add up in different orders. Autograd knows no derivative of what
-oneDNN gives, so it is for formulas of an autograd function, and for where nothing is kept for backward.
+precision, uses it on others too: on two cores of an AMD EPYC (1024, 512) by (512, 512) takes 2.6 ms by MKL and 1.2 ms
+by oneDNN. With AVX2 they are equally fast. The two add up in different orders. Autograd knows no derivative of oneDNN's
+product, so it is used within autograd functions, and where nobody takes a derivative.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ...torch_private.tensors import is_mkldnn_enabled
 from ..calls import is_plain, needs_backward
+from ..dtypes import is_half
 from ..library import LIBRARY
-from .wide import is_half
 
-LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
+_LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer than all of MKL's
 
 
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
@@ -39,7 +39,7 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and x.layout == weight.layout == torch.strided
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
-        and x.numel() * weight.shape[0] >= LEAST
+        and x.numel() * weight.shape[0] >= _LEAST
         and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
         and is_mkldnn_enabled()
     )
@@ -50,8 +50,14 @@ def is_plain_bias(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    return onednn_pays(x, weight) or (x.is_cpu and is_half(x) and is_plain(x))
+def product_pays(left: Tensor, multiplications: int) -> bool:
+    """Whether `torch.ops.lorafx.product` is faster than ATen's in a compiled graph, for a left factor like this."""
+    return mkl_leaves_avx512() and left.dtype == torch.float32 and left.is_cpu and multiplications >= _LEAST
+
+
+def choices() -> tuple[Any, ...]:
+    """What `product_pays` goes by: code that was compiled with other choices is not for this process."""
+    return mkl_leaves_avx512(), _LEAST
 
 
 @functools.cache
@@ -76,23 +82,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left (…, k) by right (k, n)."""
-    if onednn_pays(left, right.t()):
+    if _pays(left, right):
         return linear(left, right.t())
     return left @ right
 
 
 def over_rows(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right of left (T, m) and right (T, n): rows' outer products, added up."""
-    if left.shape[1] > right.shape[1] and _by_onednn(right.t(), left.t()):
-        return matmul(right.t(), left).t()  # a quarter faster there
+    if left.shape[1] > right.shape[1] and (_pays(right.t(), left) or _is_onednns(right)):
+        return matmul(right.t(), left).t()  # by oneDNN a quarter faster than the other way round
     return matmul(left.t(), right)
+
+
+def _pays(left: Tensor, right: Tensor) -> bool:
+    """`onednn_pays` of left (…, k) by right (k, n)."""
+    return mkl_leaves_avx512() and onednn_pays(left, right.t())
+
+
+def _is_onednns(tensor: Tensor) -> bool:
+    """Whether torch gives products of a tensor to oneDNN by itself."""
+    return tensor.is_cpu and is_half(tensor) and is_plain(tensor)
 
 
 def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
     if torch.is_grad_enabled():
         return torch.addmm(own, left, right)
-    return own.add_(matmul(left, right)) if onednn_pays(left, right.t()) else own.addmm_(left, right)
+    return own.add_(matmul(left, right)) if _pays(left, right) else own.addmm_(left, right)
+
+
+def add_over_rows(total: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
+    """Add scaling · leftᵀ right, of left (T, m) and right (T, n), to `total` (m, n), which may be of a wider dtype."""
+    if total.dtype == left.dtype and not _pays(right.t(), left):
+        total.addmm_(left.t(), right, alpha=scaling)
+    else:
+        total.add_(over_rows(left, right), alpha=scaling)
+
+
+def product_with_update(
+    left: Tensor, right: Tensor, hidden: Tensor, update: Tensor, bias: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """left @ right + bias + scaling · hidden @ update, of (m, k), (k, n), (m, r), (r, n) and (n,).
+
+    The narrow product is written first and the wide one, which reads and writes far less for each multiplication, is
+    added in the same memory: a pass less than the other way round. It is the other way round by oneDNN, which adds to
+    nothing that is there.
+    """
+    derived = needs_backward(left, right, hidden, update, bias)
+    if not derived and _pays(left, right):
+        return linear(left, right.t(), bias).addmm_(hidden, update, alpha=scaling)
+    if bias is None:
+        narrow, beta = hidden @ update, scaling
+    else:
+        narrow, beta = torch.addmm(bias, hidden, update, alpha=scaling), 1.0
+    return torch.addmm(narrow, left, right, beta=beta) if derived else narrow.addmm_(left, right, beta=beta)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""in_place: a pass for Inductor, by which what is added to a product is added in the product's own memory.
+"""in_place_sums: a pass for Inductor that adds a product to another in the other's own memory.
 
 Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
 every dx of an adapted linear, which nobody needs where the addend is itself a product that is read but once. Inductor
@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from ..torch_private.compilers import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
+from ...torch_private.compilers import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
 
 aten = torch.ops.aten
 _PRODUCTS = aten.mm.default, aten.addmm.default

@@ -1,10 +1,10 @@
-"""by_onednn: a pass for Inductor, by which products in float32 on a CPU are those of `ops/products.py`.
+"""onednn_products: a pass for Inductor, by which products in float32 on a CPU are those of `ops/cpu`.
 
 mm(X, Y)                 ->  lorafx.product(X, Y)
 β · addend + α · X Y     ->  β · addend + α · lorafx.product(X, Y)      which Inductor adds up where it is read
 
-`lorafx.product` is what `ops/products.py` makes of it, an operator that compilers do not look into. Only where
-oneDNN is faster than MKL, of which Inductor knows nothing.
+`lorafx.product` is `matmul` of `ops/cpu/products.py` as an operator that compilers do not look into. It is written
+only where oneDNN is faster than MKL, of which Inductor knows nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..ops.cpu import products
-from ..torch_private.compilers import CustomGraphPass, get_hash_for_files
+from ...ops.cpu import choices, product_pays
+from ...torch_private.compilers import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
 
@@ -24,21 +24,19 @@ class ProductsByOnednn(CustomGraphPass):
     """Runs after Inductor's own passes on ATen operators."""
 
     def __call__(self, graph: Graph) -> None:
-        if not products.mkl_leaves_avx512():
-            return
         for target in (aten.mm.default, aten.addmm.default):
             for node in graph.find_nodes(op="call_function", target=target):
                 if _pays(*node.args[-2:]):
                     _write(graph, node)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__, products.__file__)), products.mkl_leaves_avx512()
+        return get_hash_for_files((__file__,)), choices()
 
 
 def _pays(left: Node, right: Node) -> bool:
-    """As `products.onednn_pays`, for the sizes that Inductor compiles with in mind."""
+    """Whether oneDNN is faster, for the sizes that Inductor compiles with in mind."""
     x, y = left.meta["val"], right.meta["val"]
-    return x.dtype == torch.float32 and x.is_cpu and _hint(x.numel() * y.shape[1]) >= products.LEAST
+    return product_pays(x, _hint(x.numel() * y.shape[1]))
 
 
 def _hint(size: int | torch.SymInt) -> int:

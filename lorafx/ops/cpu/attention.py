@@ -1,13 +1,16 @@
-"""blockwise: attention in half precision by blocks of queries, forward and backward, as products of whole blocks.
+"""Attention in half precision that a gradient goes through: by blocks of queries, as products of whole blocks.
 
     Sᵢ = scale · Qᵢ Kᵀ     Pᵢ = softmax(Sᵢ)     Oᵢ = Pᵢ V          of a causal block the keys up to its last query alone
 
     dPᵢ = dOᵢ Vᵀ     dSᵢ = Pᵢ ∘ (dPᵢ - Σ Pᵢ ∘ dPᵢ)     dQᵢ = scale · dSᵢ K     dK += scale · dSᵢᵀ Qᵢ     dV += Pᵢᵀ dOᵢ
 
-It keeps Q, K and V, and makes Pᵢ again for backward. As in torch's own kernel scores, dPᵢ and sums over blocks are in
-float32; what else is multiplied, and each product, is rounded, except where half precision is slow (`wide`).
-That kernel goes by 32 or 64 queries of one head at a time, too few for fast products; for long sequences it takes more.
+It keeps Q, K and V, and makes Pᵢ again for backward. As in torch's own kernel, scores, dPᵢ and sums over blocks are in
+float32; the other factors and each product are rounded, except where half precision is slow (`half_precision`).
 Query heads that share keys and values are rows of one block, so that nothing is repeated for them.
+
+torch's kernel goes by 32 or 64 queries of one head at a time, too few for fast products; for long sequences it takes
+more. On two cores of an AMD EPYC that multiplies bfloat16, a training step of the bench's train-bf16 takes 1.031 of the
+frozen base's time by blocks and 1.109 without, one of train-bf16-512 0.955 and 1.120 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,15 +20,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ...torch_private.tensors import is_batched_gradient
 from ..calls import by_reference, is_plain
+from ..dtypes import at_least_float32, is_half
 from ..modes import autocast_dtype
-from .wide import is_half, is_slow, wide
+from . import half_precision
+from .half_precision import is_slow, widened_where_slow
 
 _SHORT = 768  # queries, from which on torch's blocks are large enough
 _FEW, _MANY = 2**16, 2**23  # scores: in all, below which calls are what takes time; and in a block at most
 _LEAST, _MOST = 64, 128  # queries in a block, as far as `_MANY` allows
+
+
+def has_attention_for(query: Tensor) -> bool:
+    """Whether this processor may have a faster way than ATen's to train attention on values like these."""
+    return query.is_cpu and is_half(query)
+
+
+def trained_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """As torch's function: by blocks where that pays, else by torch's kernel.
+
+    That runs in float32 where half precision is slow, and again for backward, so that nothing in float32 is kept.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    given = query, key, value, attn_mask
+    if attn_mask is None and not dropout_p and pays(query, key, value, is_causal, enable_gqa):
+        factor = query.shape[3] ** -0.5 if scale is None else scale
+        return _Attention.apply(query, key, value, is_causal, factor).transpose(1, 2)
+    if half_precision.pays(query):
+        return checkpoint(widened_where_slow(attend), *given, use_reentrant=False, preserve_rng_state=dropout_p > 0)
+    return attend(*given)
 
 
 def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:
@@ -51,7 +92,7 @@ def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa:
     )
 
 
-class Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """Of tensors for which it `pays`; gives (batch, n, heads, …), in which heads are joined without a copy."""
 
     @staticmethod
@@ -73,10 +114,10 @@ class Attention(torch.autograd.Function):
 def _output(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
     batch, heads, queries, _ = query.shape
     output = query.new_empty(batch, queries, heads, value.shape[3])
-    keys, values = wide(key.flatten(0, 1)) * scale, value.flatten(0, 1).to(_multiplied_in(value))
+    keys, values = at_least_float32(key.flatten(0, 1)) * scale, value.flatten(0, 1).to(_multiplied_in(value))
     by_keys, to = _by_keys(query, key), _by_keys(output.transpose(1, 2), key)
     for first, last, seen in _blocks(query, key, is_causal):
-        weights = _weights(wide(_block(by_keys, first, last)), keys[:, :seen], first, is_causal)
+        weights = _weights(at_least_float32(_block(by_keys, first, last)), keys[:, :seen], first, is_causal)
         _put(to, first, last, torch.bmm(weights.to(values.dtype), values[:, :seen]))
     return output
 
@@ -86,19 +127,19 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of those that are needed. Scaled before they are multiplied: in float16 a product may be too large by itself."""
     needs_query, needs_key, needs_value = needs
-    keys, values = wide(key.flatten(0, 1)) * scale, wide(value.flatten(0, 1))
+    keys, values = at_least_float32(key.flatten(0, 1)) * scale, at_least_float32(value.flatten(0, 1))
     dtype = _multiplied_in(key)
     rounded_keys = keys.to(dtype)
     d_query, d_keys, d_values = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
     by_keys, dy_by_keys, to = (_by_keys(each, key) for each in (query, dy, d_query))
     for first, last, seen in _blocks(query, key, is_causal):
         queries, d_block = _block(by_keys, first, last), _block(dy_by_keys, first, last)
-        weights = _weights(wide(queries), keys[:, :seen], first, is_causal)
+        weights = _weights(at_least_float32(queries), keys[:, :seen], first, is_causal)
         if needs_value:
             _add_product(d_values[:, :seen], weights.to(dtype).mT, d_block.to(dtype))
         if not (needs_query or needs_key):
             continue
-        d_weights = torch.bmm(wide(d_block), values[:, :seen].mT)
+        d_weights = torch.bmm(at_least_float32(d_block), values[:, :seen].mT)
         d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).to(dtype)
         if needs_query:
             _put(to, first, last, torch.bmm(d_scores, rounded_keys[:, :seen]))

@@ -1,4 +1,4 @@
-"""dropped: the dropout before an adapter's A, of which backward needs neither the result nor, on a GPU, the mask.
+"""Dropout before an adapter's A, of which backward needs neither the result nor, on a GPU, the mask.
 
 z = x m / (1 - p)        m: 1 with probability 1 - p, 0 otherwise
 
