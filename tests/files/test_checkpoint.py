@@ -351,8 +351,13 @@ def test_load_adapter_takes_a_pickle_only_when_asked(saved: Path) -> None:
 
 
 def test_safetensors_win_over_a_pickle_beside_them(saved: Path) -> None:
+    expected = tensors_of(saved)
+    torch.save({key: torch.zeros_like(tensor) for key, tensor in expected.items()}, saved / OLD_WEIGHTS)
+    for weights_only in (False, True):
+        lora = load(saved, weights_only=weights_only)
+        assert same_bits(lora.get_parameter(f"{SITE}.lora_B.default.weight"), expected[B_KEY])
     (saved / OLD_WEIGHTS).write_bytes(b"not a pickle at all")
-    load(saved)
+    load(saved, weights_only=True)
 
 
 class RunsCode:

@@ -89,16 +89,20 @@ def test_generate_runs_through_the_graphs(llama):
 
 
 def test_graphs_follow_the_tree():
+    """A captured graph reads what the tree has now: values loaded in place, a new parameter, another module."""
     model, x = Chain(), torch.randn(5, 4)
-    lora = adapted(model)
+    lora = adapted(model, target_modules=["first"])
     lora(x)
-    lora.second = nn.Linear(6, 2)
+    lora.load_state_dict({"second.weight": torch.zeros(3, 6)}, strict=False)
+    assert not model.second.weight.any(), "one tensor, two names for it"
+    assert torch.equal(lora(x), model.second.bias.expand(5, 3))
+    lora.second.bias = nn.Parameter(torch.full((3,), 2.0))
+    assert torch.equal(lora(x), torch.full((5, 3), 2.0)) and torch.equal(model(x), lora(x))
+    lora.second = nn.Linear(6, 3)
     with torch.no_grad():
         lora.second.weight.zero_()
         lora.second.bias.fill_(3.0)
-    lora.set_adapter("default")
-    lora.load_state_dict({"first.weight": torch.zeros(6, 4)}, strict=False)
-    assert not model.first.weight.any(), "one tensor, two names for it"
+    assert torch.equal(lora(x), torch.full((5, 3), 3.0))
 
 
 def test_deepcopy_is_independent():
