@@ -142,3 +142,18 @@ def test_who_asks_for_a_way_gets_it(capture, makes):
     lora = lorafx.compile(Chain(), {"target_modules": "all-linear", "r": 2}, capture=capture)
     lora(torch.randn(5, 4))
     assert served(lora) == makes
+
+
+def test_a_call_that_the_model_refuses_says_nothing_about_attributes():
+    class Scaled(Chain):
+        scale = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    lora, x = adapted(Scaled()), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        lora(torch.randn(5, 7))
+    before = lora(x)
+    lora.scale = 2.0
+    torch.testing.assert_close(lora(x), 2 * before)

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from graphs import Chain
+from graphs import Chain, adapted
 from modules import EveryForm
 from torch import nn
 
@@ -224,3 +224,14 @@ def test_dropout_and_two_adapters_are_the_same_both_ways():
         torch.manual_seed(0)
         outputs.append(lora.train()(x))
     assert torch.equal(*outputs) and not torch.equal(outputs[1], sites.eval()(x))
+
+
+def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
+    """As with FSDP, where a module has a shard of its weight at other times."""
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    expected, shard = lora(x), lora.second.weight
+    whole = nn.Parameter(shard.detach().clone())
+    lora.second.register_forward_pre_hook(lambda module, args: setattr(module, "weight", whole))
+    lora.second.register_forward_hook(lambda module, args, output: setattr(module, "weight", shard))
+    torch.testing.assert_close(lora(x), expected)
+    assert served(lora)[-1] == "sites" and lora.second.weight is shard
