@@ -3,7 +3,7 @@
 cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
 where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
 
-How the operator goes by chunks is in `ops/linear_cross_entropy.py`, and what waits in `ops/deferred.py`. The
+How the operator goes by chunks is in `ops/linear_cross_entropy.py`, and what waits in `ops/deferral.py`. The
 head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a soft
 cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that stays as it is has the
 reason in its meta.
@@ -39,7 +39,7 @@ from lorafx.graph import (
 )
 from lorafx.graph.blocks import LAYERS
 from lorafx.graph.modules import CAPTURED
-from lorafx.ops.deferred import NOT_FUSED, defer
+from lorafx.ops.deferral import NOT_FUSED, defer
 from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..adapters.adapter import Adapter
 from ..adapters.selection import Site
 from ..errors import MergeError
-from ..ops.deferred import settle
+from ..ops.deferral import settle
 from ..tree.lookup import find_tensor, first_name, tensor_at
 from .residual import Residual, fingerprint, supports
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..lowering.lower import Lowered
-from ..ops.deferred import describe_loss
+from ..ops.deferral import describe_loss
 from ..pipeline.step import Step
 from .call_key import COUNTER, CallKey
 
