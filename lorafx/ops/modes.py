@@ -1,4 +1,4 @@
-"""The modes that a call runs in: autocast, gradients, inference."""
+"""Modes that a call runs in: autocast, gradients, inference."""
 
 from __future__ import annotations
 
