@@ -1,11 +1,11 @@
-"""choose_kernels: what this machine has a faster way for than ATen is an operator of lorafx that takes it in training.
+"""choose_kernels: linear layers and attention for which this machine has a faster way than ATen's become lorafx's.
 
 linear(x, W, b)                               ->  lorafx.linear(x, W, b)
 scaled_dot_product_attention(Q, K, V, …)      ->  lorafx.attention(Q, K, V, …)
 
-On a CPU, for what no other operator of lorafx has taken in: `lorafx/ops/cpu` says which linear layers and which
-attention it has a faster way for on this processor. In inference they run as ATen's, and compilers see ATen's. Graphs
-of other machines and devices stay as they are.
+On a CPU `lorafx/ops/cpu` says which it has a faster way for, in training. In inference these operators run as ATen's,
+and compilers see ATen's. Graphs of other machines and devices stay as they are. It goes after the passes that look for
+ATen's operators.
 """
 
 from __future__ import annotations

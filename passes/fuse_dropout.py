@@ -2,9 +2,9 @@
 
 lora_linear(x, W, b, dropout(x, p), A, B, s)  ->  lora_linear(x, W, b, None, A, B, s, dropout=p)
 
-Autograd keeps a mask and what it left of x, at each site; the operator keeps x, which sites share, and on a CPU a byte
-an element (`lorafx/ops/dropout.py`). A dropout whose result somebody else reads too stays. It goes after `fuse_loss`,
-which looks for a head whose dropout is apart.
+At each site autograd keeps the mask and what it leaves of x; the operator keeps x, which sites share, and on a CPU a
+byte an element (`lorafx/ops/dropout.py`). A dropout whose result has another reader stays. The pass goes after
+`fuse_loss`, which looks for a head with its dropout apart.
 """
 
 from __future__ import annotations

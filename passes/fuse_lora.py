@@ -57,7 +57,7 @@ RULES = Rule(adapted, fused, _one_dtype), Rule(adapted_apart, fused_apart, _one_
 
 @dataclass(frozen=True)
 class FuseLora(Pass):
-    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` sees to the rest."""
+    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` is for the others."""
 
     requires = frozenset({"adapters"})
 
@@ -68,7 +68,8 @@ class FuseLora(Pass):
             if applies is None:
                 continue
             rule, found = applies
-            maker, marks = made_by(node) or Provenance(self.name), marks_of(node.args[0])  # type: ignore[arg-type]
+            base: Node = node.args[0]  # type: ignore[assignment]  # x Wᵀ + b, which carries the site
+            maker, marks = made_by(node) or Provenance(self.name), marks_of(base)
             where = Provenance(self.name, maker.site, maker.adapter)
             fused_node, _ = rule.apply(gm, found, where, mode)
             fused_node.meta |= marks

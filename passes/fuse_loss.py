@@ -3,9 +3,9 @@
 cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
 where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
 
-How the operator goes by chunks is in `ops/linear_cross_entropy.py`, and what waits in `ops/deferred.py`. The
-head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a soft
-cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that stays as it is has the
+How the operator goes by chunks is in `lorafx/ops/linear_cross_entropy.py`, how logits wait in `lorafx/ops/deferral.py`.
+The head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a
+soft cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that stays as it is has the
 reason in its meta.
 
 Gain (`tests/bench/loss_head.py`, two CPU cores): a step of an 8-layer Llama, vocabulary 32k, 1024 tokens, peaks at 0.60
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import (
@@ -39,7 +39,9 @@ from lorafx.graph import (
 )
 from lorafx.graph.blocks import LAYERS
 from lorafx.graph.modules import CAPTURED
-from lorafx.ops.deferred import NOT_FUSED, defer
+from lorafx.graph.outline import graph_of
+from lorafx.graph.regions import Region
+from lorafx.ops.deferral import NOT_FUSED, defer
 from lorafx.pipeline.pipeline import Context, Pass
 
 aten = torch.ops.aten
@@ -84,12 +86,12 @@ RULE = Rule(loss, fused)  # the names that the loss lacks are found on the way b
 _SAME = (aten.contiguous.default, aten.clone.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # said the same way of whatever the last dimension is
+_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # have the same arguments for any size of the last dimension
 
 
 @dataclass
 class _Way:
-    """The way back from a loss to its head: what lies on it, and what it makes of the products."""
+    """The way back from a loss to its head: the nodes on it, and what they make of the head's products."""
 
     nodes: list[Node]  # from the loss to the head
     bindings: dict[str, Any]
@@ -102,8 +104,8 @@ class _Way:
 class FuseLoss(Pass):
     """Afterwards no logits are computed for a loss alone, and those that the graph gives wait until asked for.
 
-    A loss stays where the graph does something else with the logits, or with class weights, `reduction="none"`, soft
-    labels, a head that is no product (or one with several adapters, or with one of another dtype).
+    A loss stays if the graph does something else with the logits; if it has class weights, soft labels or
+    `reduction="none"`; if its head is no single product, or has several adapters, or one of another dtype.
     """
 
     requires = frozenset({"adapters"})
@@ -199,7 +201,7 @@ def _is_number(found: Match, *names: str) -> bool:
 
 
 def _keeps_classes(node: Node) -> bool:
-    """Whether a node changes or leaves out rows alone, or is a cast that loses nothing."""
+    """Whether a node only views or leaves out rows, or is a cast that loses nothing."""
     if node.target in _SAME:
         return True
     if node.target not in (*_CASTS, *_VIEWS, *_ALIKE):
@@ -234,7 +236,7 @@ def _rows_between(way: _Way, node: Node) -> bool:
 
 
 def _is_written_after(head: Node, gm: GraphModule) -> bool:
-    """Whether anything is written to after the head has read its input, which would then be another."""
+    """Whether anything is written to after the head ran: its input, which is read later now, might differ then."""
     return any(node > head and writes(node, gm) for node in gm.graph.nodes)
 
 
@@ -300,14 +302,9 @@ def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
 
 
 def _head_graph(nodes: list[Node]) -> tuple[GraphModule, list[Node]]:
-    """The graph of what lies between a head and what it gives, which is the first of `nodes`; and its inputs."""
-    head, graph, copies = nodes[-1], Graph(), dict[Node, Node]()
-    inside = {*nodes}
-    given = (other for node in (head, *reversed(nodes)) for other in node.all_input_nodes if other not in inside)
-    for other in dict.fromkeys(given):  # the head's x and weight are its first
-        copies[other] = graph.placeholder(other.name)
-        copies[other].meta["val"] = other.meta.get("val")
-    for node in reversed(nodes):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[nodes[0]])
-    return GraphModule(nn.Module(), graph), list(copies)[: len(copies) - len(nodes)]
+    """The graph from a head, which is the last of `nodes`, to what the first of them gives; and its inputs."""
+    region = Region("", tuple(reversed(nodes)))  # the head is first, and so are its x and weight among the inputs
+    graph = graph_of(region)
+    output = graph.output_node()
+    output.args = (output.args[0][region.outputs.index(nodes[0])],)  # type: ignore[index]
+    return GraphModule(nn.Module(), graph), list(region.inputs)

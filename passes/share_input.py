@@ -25,7 +25,7 @@ _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_lin
 
 @dataclass(frozen=True)
 class ShareInput(Pass):
-    """Afterwards no two adapted linears read the same value without dropout or a write in between."""
+    """Afterwards no two adapted linears read the same value, unless with a dropout, or with a write in between."""
 
     requires = frozenset({"adapters"})
 
@@ -57,7 +57,7 @@ class ShareInput(Pass):
 
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
-    """Adapted linears by what they read, as long as nothing is written in between."""
+    """Adapted linears that read one value, with nothing written in between."""
     groups: dict[Node, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if writes(node, gm):

@@ -78,7 +78,7 @@ def test_every_room_says_what_it_is_for():
 def test_the_graph_core_knows_nothing_of_printing_and_waiting_logits():
     for name, target in imports().edges:
         if room(name) == "graph" and name != "graph.printing":
-            assert target not in ("graph.printing", "ops.deferred"), name
+            assert target not in ("graph.printing", "ops.deferral"), name
 
 
 def test_what_is_for_one_kind_of_cpu_has_one_entrance():

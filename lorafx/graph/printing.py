@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from ..ops.deferred import heads
+from ..ops.deferral import heads
 from .blocks import LAYERS, blocks_of
 
 COLUMN = 88

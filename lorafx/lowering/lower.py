@@ -21,7 +21,7 @@ from ..graph.blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from ..graph.modules import CAPTURED, by_leaves
 from ..graph.outline import call_module_instead, graph_of, with_reads_as_inputs
 from ..graph.regions import Region, is_size, signature
-from ..ops.deferred import heads, is_deferral
+from ..ops.deferral import heads, is_deferral
 from ..torch_private.graphs import output_spec_of
 from .backend import Backend
 from .eager import direct

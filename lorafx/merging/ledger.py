@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..adapters.adapter import Adapter
 from ..adapters.storages import DENSE, Storage
 from ..errors import MergeError
-from ..ops.deferred import settle
+from ..ops.deferral import settle
 from ..tree.lookup import find_tensor, first_name
 from .residual import Residual, fingerprint, supports
 from .source import Source, bytes_of

@@ -2,10 +2,11 @@
 
 z = x m / (1 - p)        m: 1 with probability 1 - p, 0 otherwise
 
-Autograd keeps m, on a CPU in the dtype of x, and whoever multiplies z keeps z. Here z is made of x and m anew, and
-1 / (1 - p) is left to the update's scaling. On a GPU m is drawn anew too, from the state that the random numbers had
-(16 bytes), unless x has another order in memory than the matrix that is kept of it. On a CPU drawing takes longer than
-all else about dropout, so m is kept, a byte an element. The numbers are those that torch's own dropout draws.
+Autograd keeps m, on a CPU in the dtype of x, and z for the product that reads it. Here backward makes z of x and m
+again, and 1 / (1 - p) is a part of the update's scaling. On a GPU m is drawn again too, from the state that the random
+numbers had (16 bytes), unless x lies in memory in another order than the matrix that is kept of it. On a CPU drawing
+takes longer than all else about dropout, so m is kept, a byte an element. The random numbers are those of torch's own
+dropout.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ Redraw = Callable[[Tensor], Tensor]
 
 
 def can_draw(x: Tensor, p: float) -> bool:
-    """Whether dropout may go this way: a compiler, or a CUDA graph under capture, gets torch's operator."""
+    """Whether dropout may go this way. A compiler, and a CUDA graph that is being captured, get torch's operator."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return is_plain(x) and (x.is_cpu or x.is_cuda) and 0 < p < 1
 
 
 def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:
-    """m, as booleans of the shape of x; and what draws it again from x, or None where it is to be kept."""
+    """m as booleans of the shape of x, and a function that draws it again, given x; None if m is to be kept."""
     if not (redraws(x) and x.is_contiguous()):
         return _mask(x, p), None
     state = _generator(x).get_state()
@@ -37,7 +38,7 @@ def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:
 
 
 def redraws(x: Tensor) -> bool:
-    """Whether to draw once more costs less than to keep a byte an element."""
+    """Whether drawing a second time costs less than keeping a byte an element."""
     return x.is_cuda
 
 

@@ -12,7 +12,8 @@ from ..capture.contexts import collecting_later
 from ..capture.export import trace_part
 from ..graph.masks.sizes import ONES
 from ..graph.modules import accepts, copied
-from ..lowering.lower import Backend, Lowering
+from ..lowering.backend import Backend
+from ..lowering.lower import Lowering
 from ..pipeline.pipeline import Observer, Pipeline
 from ..tree.attached import trained_paths
 from .call_key import Call

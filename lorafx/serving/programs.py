@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch.fx import GraphModule
 
 from ..lowering.lower import Lowered
-from ..ops.deferred import describe_loss
+from ..ops.deferral import describe_loss
 from ..pipeline.step import Step
 from .call_key import FREE_COUNTER, CallKey
 

@@ -57,7 +57,7 @@ def test_compiled_training_equals_eager(backend):
 def test_auto_is_eager_without_cuda():
     lora = adapted(Chain())
     lora(torch.randn(5, 4))
-    assert not lora._lorafx.dispatcher.lowering.pieces
+    assert not lora._lorafx.dispatcher.graphs.lowering.pieces
 
 
 class Layer(nn.Module):

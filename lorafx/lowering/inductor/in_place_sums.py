@@ -1,8 +1,10 @@
 """in_place_sums: a pass for Inductor that adds a product to another in the other's own memory.
 
+addmm(addend, X, Y)  ->  addmm_(addend, X, Y)       where the addend is a product that nobody else reads
+
 Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
-every dx of an adapted linear, which nobody needs where the addend is itself a product that is read but once. Inductor
-has a list of operators that it writes in place itself; it is the process's, and would change what others compile.
+every dx of an adapted linear for nothing. (Inductor itself has a list of operators to run in place. That list belongs
+to the process, and adding to it would change what others compile.)
 """
 
 from __future__ import annotations
@@ -31,24 +33,24 @@ class SumsInPlace(CustomGraphPass):
             addend, *factors = node.args
             if addend not in factors and _is_spent(addend) and _alike(addend, node):
                 node.target = aten.addmm_.default
-                node.replace_all_uses_with(addend)  # what it returns would count as memory of its own
+                node.replace_all_uses_with(addend)  # Inductor would take what `addmm_` returns for new memory
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
 
 
 def _is_spent(addend: Node) -> bool:
-    """Whether an addend is a product, or a view of one, of which nobody else reads anything."""
+    """Whether an addend is a product, or a view of one, that has no other reader."""
     while addend.target in _VIEWS and _is_read_once(addend):
         addend = addend.args[0]  # type: ignore[assignment]
     return addend.target in _PRODUCTS and _is_read_once(addend)
 
 
 def _is_read_once(node: Node) -> bool:
-    """What was added in place before it is read is a part of it."""
+    """Whether a node has one reader. What `addmm_` added to it before is a part of it, and no reader."""
     return sum(user.target is not aten.addmm_.default for user in node.users) == 1
 
 
 def _alike(addend: Node, total: Node) -> bool:
-    """Whether a sum has its addend's shape, for every size; one of another shape would be expanded."""
+    """Whether a sum has its addend's shape at every size. An addend of another shape would have to be expanded."""
     return statically_known_true(sym_eq(addend.meta["val"].shape, total.meta["val"].shape))

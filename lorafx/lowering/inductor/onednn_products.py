@@ -1,7 +1,7 @@
 """onednn_products: a pass for Inductor, by which products in float32 on a CPU are those of `ops/cpu`.
 
 mm(X, Y)                 ->  lorafx.product(X, Y)
-β · addend + α · X Y     ->  β · addend + α · lorafx.product(X, Y)      which Inductor adds up where it is read
+β · addend + α · X Y     ->  β · addend + α · lorafx.product(X, Y)      Inductor fuses the sum with what reads it
 
 `lorafx.product` is `matmul` of `ops/cpu/products.py` as an operator that compilers do not look into. It is written
 only where oneDNN is faster than MKL, of which Inductor knows nothing.
@@ -40,7 +40,7 @@ def _pays(left: Node, right: Node) -> bool:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """Of a size that depends on data there is none."""
+    """The size in a call that is being compiled for; 0 for a size that depends on data."""
     return (size.node.hint or 0) if isinstance(size, torch.SymInt) else size
 
 
@@ -51,7 +51,7 @@ def _write(graph: Graph, node: Node) -> None:
         alpha, beta = (node.kwargs.get(name, 1) for name in ("alpha", "beta"))
         if alpha != 1:
             total = _called(graph, aten.mul.Tensor, (total, alpha), node)
-        if addend and beta != 0:  # or nothing of the addend is read
+        if addend and beta != 0:  # for beta = 0 torch does not read the addend, which may be nan
             scaled = addend[0] if beta == 1 else _called(graph, aten.mul.Tensor, (addend[0], beta), addend[0])
             total = _called(graph, aten.add.Tensor, (total, scaled), node)
     node.replace_all_uses_with(total)
@@ -59,7 +59,7 @@ def _write(graph: Graph, node: Node) -> None:
 
 
 def _called(graph: Graph, target: Any, args: tuple[Any, ...], like: Any) -> Node:
-    """A new node whose value is like that of another."""
+    """A new node whose value has the shape and dtype of another's."""
     node = graph.call_function(target, args)
     node.meta = dict(like.meta)
     return node

@@ -30,8 +30,8 @@ from ..modes import autocast_dtype
 from . import half_precision
 from .half_precision import is_slow, widened_where_slow
 
-_SHORT = 768  # queries, from which on torch's blocks are large enough
-_FEW, _MANY = 2**16, 2**23  # scores: in all, below which calls are what takes time; and in a block at most
+_SHORT = 768  # queries: from here on torch's blocks are large enough
+_FEW, _MANY = 2**16, 2**23  # scores: below so many in all, calls take more time than arithmetic; at most in a block
 _LEAST, _MOST = 64, 128  # queries in a block, as far as `_MANY` allows
 
 
@@ -87,19 +87,19 @@ def pays(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa:
         and value.shape[:3] == key.shape[:3]
         and shared > 0
         and heads % shared == 0
-        and torch.backends.cuda.flash_sdp_enabled()  # which are for CPUs too: somebody has asked for one kernel
+        and torch.backends.cuda.flash_sdp_enabled()  # these two go for CPUs too: off, somebody chose a kernel
         and torch.backends.cuda.math_sdp_enabled()
     )
 
 
 class _Attention(torch.autograd.Function):
-    """Of tensors for which it `pays`; gives (batch, n, heads, …), in which heads are joined without a copy."""
+    """Of tensors for which it `pays`. Gives (batch, n, heads, …), so that joining the heads afterwards is no copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.options = is_causal, scale
-        with torch.autocast("cpu", enabled=False):  # or it would make half precision of what is wide
+        with torch.autocast("cpu", enabled=False):  # which would multiply float32 in half precision
             return _output(query, key, value, is_causal, scale)
 
     @staticmethod
@@ -125,7 +125,7 @@ def _output(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
 def _gradients(
     dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Of those that are needed. Scaled before they are multiplied: in float16 a product may be too large by itself."""
+    """Those that are needed. Scaled before the products: in float16 an unscaled one may be too large a number."""
     needs_query, needs_key, needs_value = needs
     keys, values = at_least_float32(key.flatten(0, 1)) * scale, at_least_float32(value.flatten(0, 1))
     dtype = _multiplied_in(key)
@@ -155,7 +155,7 @@ def _gradients(
 def _by_autograd(
     dy: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by formulas that have derivatives themselves, and batching rules."""
+    """The gradients by torch's operators, which have derivatives and rules for batches themselves."""
     shared = query.shape[1] != key.shape[1]
     with torch.enable_grad():
         output, _ = torch.ops.aten._scaled_dot_product_attention_math(

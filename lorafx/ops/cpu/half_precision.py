@@ -62,7 +62,7 @@ def is_slow(x: Tensor) -> bool:
     return is_half(x) and x.is_cpu and not multiplies(x.dtype)
 
 
-@functools.cache
+@functools.cache  # the processor stays the same
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products in a dtype of half precision, by what oneDNN says."""
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, _SUPPORTED[dtype])())

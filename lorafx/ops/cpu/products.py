@@ -28,7 +28,7 @@ _LEAST = 2**21  # multiplications, below which a call of oneDNN takes longer tha
 
 
 def onednn_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies x (…, in) by `weight` (out, in) faster than the library that torch would ask."""
+    """Whether oneDNN multiplies x (…, in) by `weight` (out, in), transposed, faster than what torch would use."""
     return (
         mkl_leaves_avx512()
         and not torch.jit.is_tracing()
@@ -40,13 +40,13 @@ def onednn_pays(x: Tensor, weight: Tensor) -> bool:
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
         and x.numel() * weight.shape[0] >= _LEAST
-        and not torch.is_autocast_enabled("cpu")  # which would make half precision of them
+        and not torch.is_autocast_enabled("cpu")  # under which torch multiplies them in half precision
         and is_mkldnn_enabled()
     )
 
 
 def is_plain_bias(bias: Tensor | None, weight: Tensor) -> bool:
-    """Whether a bias is one number for each of `weight`'s rows, as nearly all are, or none; torch broadcasts others."""
+    """Whether a bias is None or one number for each of `weight`'s rows. Other shapes torch broadcasts."""
     return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
 
 
@@ -60,7 +60,7 @@ def choices() -> tuple[Any, ...]:
     return mkl_leaves_avx512(), _LEAST
 
 
-@functools.cache
+@functools.cache  # the processor stays the same
 def mkl_leaves_avx512() -> bool:
     """Whether this processor has AVX-512 and MKL does not use it."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
@@ -73,8 +73,8 @@ def mkl_leaves_avx512() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, in) by `weight` (out, in), transposed, plus `bias` (out)."""
     if onednn_pays(x, weight) and is_plain_bias(bias, weight) and not needs_backward(x, weight, bias):
-        bias = None if bias is None else bias.contiguous()  # of which it does not ask for strides
-        # A matrix and its transpose are equally fast; for one with gaps between its rows it has no fast way at all.
+        bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it had no gaps
+        # A matrix and its transpose are equally fast; one with gaps between its rows is hundreds of times slower.
         weight = weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
         return torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -156,11 +156,11 @@ def _product_flops(left: Any, right: Any, **_: Any) -> int:
     return 2 * math.prod(left) * right[1]
 
 
-# left @ right of matrices for compiled graphs, which do not look into it; without a derivative.
+# left @ right of matrices for compiled graphs: compilers do not look into it, and it has no derivative.
 LIBRARY.define("product(Tensor left, Tensor right) -> Tensor", tags=(torch.Tag.flexible_layout,))
 LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafx::product", _empty, lib=LIBRARY)
 register_flop_formula(torch.ops.lorafx.product)(_product_flops)
-# Or a counter would find that nothing is multiplied; some builds of torch have no oneDNN.
+# Without a formula torch's counter counts no multiplications. Some builds of torch have no oneDNN.
 if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

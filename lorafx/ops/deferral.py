@@ -1,10 +1,10 @@
-"""Deferred: a tensor that is computed when somebody asks for what is in it, and never if nobody does.
+"""Deferral: a tensor that is computed when somebody asks for its values, and never if nobody does.
 
 A graph whose loss does without logits still gives logits: `defer(head, dtype, x, weight, …)`. That tensor knows its
-shape, dtype and device. A cast or `detach()` of it waits as well; anything else that torch does with it runs the head,
-once, on the hidden state that it was given and on the weights as they are then, in the caller's modes of that time,
-with autograd as if it had always been there. What it holds on to is the hidden state. If that or a weight of the head
-has been written to since, it is an error, as it is of autograd. Merging has what still waits computed first (`settle`).
+shape, dtype and device. A cast or `detach()` of it waits as well. Anything else that torch does with it runs the head,
+once, in the modes (gradients, autocast) of the call that gave it, and with the history that it would have had if it
+had been computed then. It holds on to the hidden state x. If x or a weight of the head has been written to since, using
+it is an error, as autograd makes it one. Merging, which writes to weights, computes what still waits first (`settle`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ NOT_FUSED = "not_fused"  # in the meta of a loss that needs its logits: why
 
 
 def defer(head: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """What `head(x, weight, *rest)` gives: (…, out) of `dtype` for x (…, in) and `weight` (out, in), when asked for.
+    """`head(x, weight, *rest)`, computed when somebody asks: (…, out) of `dtype` for x (…, in), `weight` (out, in).
 
-    At once where somebody traces, or transforms the call.
+    It is computed at once where a compiler traces the call, or a vmap or forward-mode derivative goes through it.
     """
     given = (x, weight, *rest)
     plain = all(is_plain(value) for value in given if isinstance(value, Tensor))
@@ -61,11 +61,15 @@ def describe_loss(gm: GraphModule) -> str:
     return "; ".join(filter(None, ("fused" if fused else "", times, *(f"not fused: {reason}" for reason in why))))
 
 
+# Of the process, since a weight that is written to does not know the models that read it. Nothing is kept alive by it.
 _waiting: weakref.WeakSet[_Later] = weakref.WeakSet()
 
 
 def settle(weight: Tensor) -> None:
-    """Compute what waits and reads a weight that is about to be written to; what is too late for stays an error."""
+    """Compute what waits and reads `weight`, which is about to be written to.
+
+    Where an input was already written to it is too late, and the error comes when somebody asks.
+    """
     for later in list(_waiting):
         reads = any(isinstance(value, Tensor) and _share_memory(value, weight) for value in later.inputs)
         if reads and not later.is_too_late():
@@ -73,12 +77,12 @@ def settle(weight: Tensor) -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether one is the other, or what `detach` made of it."""
+    """Whether two are one tensor, or one is what `detach` made of the other."""
     return a is b or (not isinstance(a, Deferred) and a.device == b.device and a.is_set_to(b))
 
 
 class _Later:
-    """What gives a deferred tensor its values: a function of tensors, in the modes in which it was put off."""
+    """How a deferred tensor is computed: a function, its inputs, and the modes of the call that put it off."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Any, ...], detached_from: _Later | None = None):
         self.origin = None if detached_from is None else weakref.ref(detached_from)
@@ -130,7 +134,7 @@ def _states(inputs: tuple[Any, ...]) -> list[tuple[torch.dtype, int]]:
 
 
 class _History(torch.autograd.Function):
-    """Makes a deferred tensor one that has come from its inputs, for those who take gradients without asking torch."""
+    """Gives a deferred tensor a history, for gradients taken below torch's functions, which ask for no values."""
 
     @staticmethod
     def forward(ctx: Any, later: _Later, *described: Any) -> Deferred:
@@ -148,7 +152,7 @@ class _History(torch.autograd.Function):
 
 
 class Deferred(Tensor):
-    """See above; `isinstance(…, Tensor)` holds. Pickles and copies are plain tensors."""
+    """A tensor whose values `later` computes. Pickles and copies of it are plain tensors."""
 
     later: _Later
 
@@ -180,7 +184,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Below autograd, which has recorded this already: the values alone."""
+        """Below autograd, which has recorded the operator already: it needs the values alone."""
         args, kwargs = pytree.tree_map_only(Deferred, lambda t: t.later.run(False), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -199,7 +203,7 @@ def _put_off(tensor: Deferred, func: Any, args: Any, kwargs: Any, dtype: torch.d
 
 
 def _detached(tensor: Deferred) -> Tensor:
-    """Of the same function, on inputs without a history: nothing is kept for a gradient once `tensor` is gone."""
+    """A deferred tensor of the same function on detached inputs: once `tensor` is gone, no history is kept."""
     later = tensor.later
     if later.value is not None:
         return later.value.detach()
@@ -209,7 +213,7 @@ def _detached(tensor: Deferred) -> Tensor:
 
 
 def _result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
-    """What dtype a call gives that may wait; None for all other calls."""
+    """The dtype that a cast or `detach` of a deferred tensor gives; None for all other calls, which need values."""
     if func is Tensor.detach:
         return args[0].dtype
     if func is Tensor.to and len(args) + len(kwargs) == 2:
@@ -218,6 +222,7 @@ def _result_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
     return _CASTS.get(func) if len(args) == 1 and not kwargs else None
 
 
+# What needs no values: casts, and what is known of a tensor besides them.
 _CASTS = {
     Tensor.float: torch.float32,
     Tensor.double: torch.float64,
