@@ -127,7 +127,7 @@ def product_with_update(
     added in the same memory: a pass less than the other way round. It is the other way round by oneDNN, which adds to
     nothing that is there.
     """
-    if _pays(left, right) and not needs_backward(left, right, hidden, update, bias):
+    if _pays(left, right):
         return linear(left, right.t(), bias).addmm_(hidden, update, alpha=scaling)
     if bias is None:
         return (hidden @ update).addmm_(left, right, beta=scaling)
