@@ -3,15 +3,19 @@
 import math
 import os
 import sys
+import weakref
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.utils import logging
 
 logging.set_verbosity_error()
+# The symbolic shapes of every capture, while they live, and torch's caches of what it found out about them.
+SHAPES, CACHES = weakref.WeakSet(), [each for each in vars(ShapeEnv).values() if hasattr(each, "cache_clear")]
 
 
 def pytest_addoption(parser):
@@ -41,6 +45,33 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def noted():
+    """Each capture's symbolic shapes are in `SHAPES`."""
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        SHAPES.add(self)
+
+    real, ShapeEnv.__init__ = ShapeEnv.__init__, init
+    yield
+    ShapeEnv.__init__ = real
+
+
+@pytest.fixture(autouse=True)
+def forgotten(noted):
+    """Let what a test captured go.
+
+    torch caches what it computes of symbolic shapes by the shapes, and the shapes keep their fake tensors, which keep
+    the shapes where Python's collector does not see it. Without this, garbage collection takes most of a long run.
+    """
+    yield
+    for shapes in SHAPES:
+        shapes.tracked_fakes = []
+    for cached in CACHES:
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -239,8 +239,9 @@ def test_the_pass():
     gm = trace(model, x)
     assert Pipeline(Canonicalize(), ChooseKernels()).run(gm)
     assert [str(n.target) for n in gm.graph.nodes if "linear" in str(n.target)] == ["lorafx.linear.default"] * 2
-    with torch.no_grad():
+    with torch.no_grad(), Products() as asked:
         assert torch.equal(gm(x), model(x))  # inference keeps the bits of the model
+    assert asked.called and "linear_pointwise" not in asked.called
 
 
 def test_no_pass_elsewhere(monkeypatch):

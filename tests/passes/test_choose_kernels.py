@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from operators import ADAPTED, of_linear, of_lora_linear, of_lora_linears, of_merging
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from lorafx.capture.export import trace
@@ -74,6 +77,29 @@ def test_so_is_the_loss_of_a_head(dtype):
     expected = outcome(function, [x.double(), W.double()])
     for ours, exact in zip(found, expected, strict=True):
         assert (ours - exact).norm() / exact.norm() < torch.finfo(dtype).eps
+
+
+class Multiplied(TorchDispatchMode):
+    """In which dtypes matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@HALF
+def test_the_loss_of_a_head_multiplies_in_float32(dtype):
+    x, W, h, B = (torch.randn(sizes).to(dtype) for sizes in ((40, 36), (50, 36), (40, 4), (50, 4)))
+    rest = 1.7, torch.randint(0, 50, (40,)), -100, 0.0, None, 1.0, [True] * 2 + [False] + [True] * 2, True
+    with Multiplied() as products:  # in the function itself: a mode does not see into the operator
+        sys.modules["lorafx.ops.linear_cross_entropy"]._chunked(x, W, None, h, B, *rest)
+    assert products.dtypes == {torch.float32}
 
 
 def test_half_precision_alone_is_widened_and_few_rows_are_not():

@@ -81,6 +81,27 @@ def test_dropouts_of_their_own_are_different_values():
     assert all(node.target is not shared.default for node in gm.graph.nodes)
 
 
+class Learned(nn.Module):
+    """(…, 3) -> (…, 3): two linear layers of a value that is made of a parameter alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.a, self.b = nn.Parameter(torch.randn(4)), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        query = self.query.sin()
+        return x + self.a(query) + self.b(query)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_value_that_is_made_of_parameters_is_shared_and_dropouts_of_it_are_not(dropout):
+    gm = run(
+        adapted(Learned(), target_modules=["a", "b"], lora_dropout=dropout), (*FUSED, ShareInput()), torch.randn(3)
+    )
+    joint = [node for node in gm.graph.nodes if node.target is shared.default]
+    assert len(joint) == (not dropout)
+
+
 def test_parts_say_whose_they_are():
     gm = adapted(Fork()).graph(torch.randn(5, 4))
     parts = [node for node in gm.graph.nodes if node.target is operator.getitem]

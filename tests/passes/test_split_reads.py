@@ -84,7 +84,7 @@ def test_what_is_cut_otherwise_is_left():
         lora(torch.randn(4, 6))
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["chunk", "split in sizes"])
 def test_a_weight_read_in_parts_is_adapted_in_parts(cut):
     torch.manual_seed(0)
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["layer"], "init_lora_weights": False}
@@ -118,9 +118,17 @@ def inputs() -> list[Tensor]:
     return [torch.randn(2, length, 12) for length in (5, 7, 7)]
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
-@pytest.mark.parametrize("sources", [1, 2, 3])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("sources", "bias", "capture"),
+    [
+        (1, True, "graph"),
+        pytest.param(2, False, "graph", marks=pytest.mark.slow),
+        pytest.param(3, True, "graph", marks=pytest.mark.slow),
+        pytest.param(1, False, "sites", marks=pytest.mark.slow),
+        (2, True, "sites"),
+        pytest.param(3, True, "sites", marks=pytest.mark.slow),
+    ],
+)
 def test_multihead_attention_is_adapted(sources, bias, capture):
     torch.manual_seed(0)
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["inner"], "init_lora_weights": False}

@@ -128,14 +128,11 @@ def product_with_update(
     added in the same memory: a pass less than the other way round. It is the other way round by oneDNN, which adds to
     nothing that is there.
     """
-    derived = needs_backward(left, right, hidden, update, bias)
-    if not derived and _pays(left, right):
+    if _pays(left, right):
         return linear(left, right.t(), bias).addmm_(hidden, update, alpha=scaling)
     if bias is None:
-        narrow, beta = hidden @ update, scaling
-    else:
-        narrow, beta = torch.addmm(bias, hidden, update, alpha=scaling), 1.0
-    return torch.addmm(narrow, left, right, beta=beta) if derived else narrow.addmm_(left, right, beta=beta)
+        return (hidden @ update).addmm_(left, right, beta=scaling)
+    return torch.addmm(bias, hidden, update, alpha=scaling).addmm_(left, right)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
