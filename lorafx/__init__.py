@@ -20,7 +20,7 @@ from .compat import (
 )
 from .graph.printing import diff
 from .model.adapted_model import AdaptedModel
-from .pipeline.pipeline import Context, Pass, Pipeline
+from .pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
 

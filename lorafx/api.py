@@ -18,7 +18,7 @@ from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
 from .model.adapted_model import AdaptedModel, adapt, copy_into
-from .pipeline.pipeline import Observer, Pass, Pipeline
+from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.mirror import mirrored
 

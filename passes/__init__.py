@@ -1,6 +1,6 @@
 """The passes, one file each, and the pipelines made of them. Installed as `lorafx.passes`."""
 
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 from .canonicalize import Canonicalize
 from .checkpoint_blocks import CheckpointBlocks

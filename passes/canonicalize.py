@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from lorafx.graph import Rule
 from lorafx.graph.effects import ASSERTIONS, drop_dead
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -24,7 +24,7 @@ from lorafx.graph.blocks import (
     offload_block,
 )
 from lorafx.graph.effects import writes_to_what_it_is_given
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx.graph import within_vmap
 from lorafx.ops.cpu import has_attention_for, has_linear_for
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx.graph import Match, Rule, within_vmap, writes
 from lorafx.graph.effects import drop_dead, may_share
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

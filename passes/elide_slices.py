@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

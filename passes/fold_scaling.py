@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by
 from lorafx.ops.modes import autocast_dtype
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.graphs import is_erased
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from lorafx.graph.modules import CAPTURED
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.tree.attached import trained_paths
 
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 def apart(x, weight, bias, p, lora_A, lora_B, scaling):

@@ -2,8 +2,9 @@
 
 x Wᵀ + b + s · (z Aᵀ) Bᵀ  ->  lora_linear(x, W, b, z, A, B, s)       z is x, or what dropout made of it
 
-What it saves is in `lorafx/ops/lora_linear.py`. Where dtypes differ, or the caller's autocast would change them, the
-update stays as it is.
+A scaling that is a tensor, which can change, multiplies B first: B is small beside what it gives. What the operator
+saves is in `lorafx/ops/lora_linear.py`. Where dtypes differ, or the caller's autocast would change them, the update
+stays as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.fx import GraphModule, Node
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
 from lorafx.ops.modes import autocast_dtype
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -39,12 +40,18 @@ def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling):
     return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
 
 
+def fused_scaled(x, weight, bias, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, aten.mul.Tensor(lora_B, scaling), 1.0)
+
+
+def fused_apart_scaled(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, aten.mul.Tensor(lora_B, scaling), 1.0)
+
+
 def _one_dtype(found: Match) -> str | None:
     values = [found.bindings[name].meta["val"] for name in ("x", "weight", "lora_A", "lora_B")]
     dtypes = {value.dtype for value in values} | {found.anchor.meta["val"].dtype}
     product = autocast_dtype(values[0].device.type)
-    if isinstance(found.bindings["scaling"], Node):
-        return "what the update is multiplied by is no number"
     if len(dtypes) == 1 and product in (None, *dtypes):
         return None
     return f"one operator needs one dtype, not {', '.join(sorted(map(str, dtypes)))}" + (
@@ -52,7 +59,23 @@ def _one_dtype(found: Match) -> str | None:
     )
 
 
-RULES = Rule(adapted, fused, _one_dtype), Rule(adapted_apart, fused_apart, _one_dtype)
+def _one_dtype_and_a_number(found: Match) -> str | None:
+    return "the scaling is a tensor" if isinstance(found.bindings["scaling"], Node) else _one_dtype(found)
+
+
+def _one_dtype_and_a_tensor(found: Match) -> str | None:
+    scaling = found.bindings["scaling"]
+    if not isinstance(scaling, Node) or scaling.meta["val"].ndim:
+        return "the scaling is no tensor of one number"
+    return _one_dtype(found)
+
+
+RULES = (
+    Rule(adapted, fused, _one_dtype_and_a_number),
+    Rule(adapted_apart, fused_apart, _one_dtype_and_a_number),
+    Rule(adapted, fused_scaled, _one_dtype_and_a_tensor),
+    Rule(adapted_apart, fused_apart_scaled, _one_dtype_and_a_tensor),
+)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from lorafx.graph.modules import CAPTURED
 from lorafx.graph.outline import graph_of
 from lorafx.graph.regions import Region
 from lorafx.ops.deferral import NOT_FUSED, defer
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 _NONE, _MEAN, _SUM = range(3)  # as aten numbers reductions

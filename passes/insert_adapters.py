@@ -19,7 +19,7 @@ from lorafx.adapters.equation import Equation, patterns
 from lorafx.adapters.site import Site
 from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
 from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, describe, fake_mode_of, match, write
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tracing import FakeTensorMode
 from lorafx.tree.lookup import find_tensor, tensor_at
 

@@ -16,7 +16,7 @@ from lorafx.adapters.equation import patterns
 from lorafx.adapters.site import Site
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
 from lorafx.graph import SITE, Match, match, resolve, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
 from lorafx.graph import ADAPTED_BY, Match, Provenance, Rule, fake_mode_of, made_by
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.graphs import is_erased
 
 

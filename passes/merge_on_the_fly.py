@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import MADE_BY, Provenance, arguments, made_by, resolve, within_vmap
 from lorafx.ops.calls import is_plain
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tensors import is_traceable_wrapper_subclass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default

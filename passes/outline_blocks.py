@@ -17,7 +17,7 @@ from lorafx.graph import Provenance
 from lorafx.graph.blocks import LAYERS, blocks_of
 from lorafx.graph.outline import block_of, list_layers, replace_region, signature_of, want
 from lorafx.graph.regions import Region, families, is_size
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 Kind = tuple[Hashable, Hashable]  # what a layer computes, and the form of its adapters
 

@@ -26,7 +26,7 @@ from lorafx.graph.masks.positions import integers
 from lorafx.graph.masks.sizes import AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
 from lorafx.graph.modules import copied
 from lorafx.graph.outline import keep_block, list_layers, run_instead
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 LARGEST = 2**13  # no mask of more rows is computed

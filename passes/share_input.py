@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Provenance, arguments, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx.graph import Provenance, describe, fake_mode_of
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tracing import FakeTensorMode
 
 aten = torch.ops.aten

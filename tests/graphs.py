@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 import lorafx
 from lorafx.graph.printing import graph_lines
-from lorafx.pipeline.pipeline import Context, Pipeline
+from lorafx.pipeline import Context, Pipeline
 
 _names = [each.name for each in lorafx.passes.default]
 PREPARE = lorafx.passes.default[: _names.index("insert_adapters")]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -26,8 +25,9 @@ from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import tensor_at
 from .folder import replace_folder
 from .hub import Source
+from .model_card import CARD, new_card
 
-CONFIG, CARD = "adapter_config.json", "README.md"
+CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The version of PEFT whose format is written, for PEFT's own checks of age.
@@ -169,7 +169,7 @@ def write(
     }
     target = Path(folder)
     if adapter.name == "default" and not (target / CARD).exists():
-        files[CARD] = _card(config).encode()
+        files[CARD] = new_card(config).encode()
     try:
         replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
     except OSError as error:
@@ -268,13 +268,3 @@ def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
         return {"target_modules": sites}
     # PEFT refuses layers beside a pattern, and it needs none: the names say which.
     return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
-
-
-def _card(values: Mapping[str, Any]) -> str:
-    base = values["base_model_name_or_path"]
-    data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
-    text = f"---\n{data.to_yaml()}\n---\n\n# Adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
-    load = '`lorafx.load(model, "this/folder")` or `peft.PeftModel.from_pretrained(model, "this/folder")`.\n'
-    own = ", ".join(f"{name} {values[name]}" for name in ("r", "lora_alpha") if name in values)
-    what = f"\nType {values['peft_type']}{own and f', {own}'}, base model {base or 'not recorded'}.\n"
-    return str(ModelCard(text + load + what))

@@ -22,7 +22,7 @@ from ..errors import AdapterError, CaptureError
 from ..files import checkpoint
 from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import set_trainable
 from ..tree.lookup import find_tensor, tensor_at

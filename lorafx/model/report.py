@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..pipeline.step import Step
+from ..pipeline import Step
 from ..tables import table
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..files import checkpoint
 from ..files.hub import upload
+from ..files.model_card import CARD, add_tags
 from ..tree.lookup import find_tensor
 from .state import State
 
@@ -78,15 +79,13 @@ class Saving(nn.Module):
             raise checkpoint.CheckpointError("push_to_hub writes on one process; call it there only")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save)
-            card = Path(folder) / checkpoint.CARD
+            card = Path(folder) / CARD
             if tags and card.exists():
-                loaded = ModelCard.load(card)
-                loaded.data.tags = [*loaded.data.tags, *tags]
-                loaded.save(card)
+                add_tags(card, tags)
             return upload(
                 folder,
                 repo_id,
-                keep=(checkpoint.CARD,),
+                keep=(CARD,),
                 private=private,
                 token=token,
                 revision=revision,

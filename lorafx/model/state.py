@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..merging.ledger import Ledger
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 
 

@@ -14,12 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
-from ..files.checkpoint import CARD
+from ..files.model_card import CARD, say_it_is_an_adapter
 
 # What a saved adapter says of its origin or start. Two adapters that differ in nothing else compute the same.
 _ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
@@ -65,12 +64,8 @@ class Trainable(SeenAsPeft):
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""
-        file = Path(output_dir) / CARD
-        card = ModelCard.load(file) if file.exists() else ModelCard("---\nbase_model: null\n---\n")
-        data: Any = card.data
-        data.library_name = "peft"
-        data.base_model = getattr(getattr(self, "config", None), "name_or_path", None) or data.base_model
-        card.save(file)
+        base = getattr(getattr(self, "config", None), "name_or_path", None) or None
+        say_it_is_an_adapter(Path(output_dir) / CARD, base)
 
 
 class Inner:

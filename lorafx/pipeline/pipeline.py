@@ -1,23 +1,15 @@
-"""Passes and pipelines: a pipeline is a tuple of passes that prints as text and parses back from that text."""
+"""Pipelines: a tuple of passes that is run on a graph in order, each pass followed by the verifier."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import io
-import re
 import time
-import tokenize
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import networkx as nx
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ..adapters.adapter import Adapter
-from ..adapters.site import Selection, Site
 from ..errors import PipelineError, VerifyError
 from ..graph import SITE
 from ..graph.blocks import LAYERS, block_calls, blocks_of
@@ -26,7 +18,10 @@ from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
 from ..graph.verify import Snapshot, snapshot, verify
 from ..torch_private.graphs import set_unused_graph
+from .context import Context
+from .definition import Pass
 from .step import Step
+from .text import parse_pass, split
 
 Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
 
@@ -49,74 +44,6 @@ class _Before:
 States = dict[GraphModule, _Before]
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a pass may need besides the graph.
-
-    That is the active adapters in order, the names of the merged ones, and the paths of base parameters that the user
-    trains along with them.
-    """
-
-    adapters: tuple[Adapter, ...] = ()
-    merged: frozenset[str] = frozenset()
-    trained: frozenset[str] = frozenset()
-
-    @property
-    def selection(self) -> Selection:
-        """The sites of all adapters."""
-        selection = Selection()
-        for adapter in self.adapters:
-            selection |= adapter.selection
-        return selection
-
-    def below(self, path: str) -> Context | None:
-        """The context of a graph over the module at `path`; None if an adapter on it has tensors elsewhere."""
-        adapters = [adapter.below(path) for adapter in self.adapters]
-        if None in adapters:
-            return None
-        acting = tuple(a for a in adapters if a is not None and (a.selection or a.replaced))
-        trained = frozenset(p.removeprefix(f"{path}.") for p in self.trained if p.startswith(f"{path}."))
-        return Context(acting, self.merged & {a.name for a in acting}, trained)
-
-    def signature(self, root: nn.Module) -> Hashable:
-        """Equal for contexts in which the same passes make the same of equal graphs."""
-        return tuple(adapter.signature(root) for adapter in self.adapters), self.merged
-
-    def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
-        """The sites of all adapters by the identity of the parameter they adapt."""
-        return {weight: site for adapter in self.adapters for weight, site in adapter.sites_by_weight(root).items()}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One graph transformation. A subclass is a frozen dataclass whose fields are its options.
-
-    `requires` and `establishes` name facts about the graph; a pipeline checks its order from them. A pass keeps no
-    state: what it decides goes into the graph and its nodes' `meta`. Defining a subclass makes its name parseable.
-    """
-
-    name: ClassVar[str] = ""
-    requires: ClassVar[frozenset[str]] = frozenset()
-    establishes: ClassVar[frozenset[str]] = frozenset()
-    known: ClassVar[dict[str, type[Pass]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        cls.requires, cls.establishes = frozenset(cls.requires), frozenset(cls.establishes)
-        Pass.known[cls.name] = cls
-
-    def rewrite(self, gm: GraphModule, context: Context) -> int:
-        """Change `gm.graph` in place and return how many rewrites were made."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        options = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        }
-        text = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"{self.name}{{{text}}}" if text else self.name
-
-
 class Pipeline(tuple[Pass, ...]):
     """Passes in order. `str(pipeline)` is text that `Pipeline.parse` reads back; `+` and slices give pipelines."""
 
@@ -131,7 +58,7 @@ class Pipeline(tuple[Pass, ...]):
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """Read `name, name{option=value}, …`; values are Python literals. `PipelineError` says what is wrong."""
-        return cls(*(_parse_pass(part) for part in _split(text)))
+        return cls(*(parse_pass(part) for part in split(text)))
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))
@@ -265,40 +192,3 @@ def _step(current: Pass, rewrites: int, before: States, after: States, milliseco
 def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:
     for observer in observers:
         observer(previous, gm, following)
-
-
-def _split(text: str) -> list[str]:
-    """The parts of a pipeline's text between commas that stand in no bracket."""
-    parts, depth, start = [], 0, 0
-    flat = " ".join(text.split("\n"))
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(flat).readline))
-    except (tokenize.TokenError, SyntaxError) as error:
-        raise PipelineError(f"cannot read the pipeline {text!r}: {error}") from error
-    for token in tokens:
-        depth += (token.string in ("{", "(", "[")) - (token.string in ("}", ")", "]"))
-        if token.string == "," and depth == 0:
-            parts.append(flat[start : token.start[1]])
-            start = token.end[1]
-    return [part.strip() for part in (*parts, flat[start:]) if part.strip()]
-
-
-def _parse_pass(text: str) -> Pass:
-    found = re.fullmatch(r"(\w+)\s*(?:\{(.*)\})?", text)
-    if not found:
-        raise PipelineError(f"{text!r} is no pass; write name or name{{option=value}}")
-    name, options = found[1], found[2] or ""
-    if name not in Pass.known:
-        raise PipelineError(f"unknown pass {name!r}; known: {', '.join(sorted(Pass.known))}")
-    return _construct(Pass.known[name], options, text)
-
-
-def _construct(cls: type[Pass], options: str, text: str) -> Pass:
-    try:
-        call = ast.parse(f"f({options})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        values: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return cls(**values)
-    except (SyntaxError, ValueError, AssertionError, TypeError) as error:
-        fields = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"
-        raise PipelineError(f"cannot read {text!r}: {error or 'options are name=value'} (options: {fields})") from error

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..capture.arguments import images
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..torch_private.tensors import is_wrapped
 from ..tree.lookup import find_tensor
 from .attribute_guards import AttributeState

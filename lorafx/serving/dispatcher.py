@@ -16,7 +16,7 @@ from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
-from ..pipeline.pipeline import Context, Observer, Pipeline
+from ..pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
 from .call_key import Call, CallKey
 from .free_counters import FreeCounters

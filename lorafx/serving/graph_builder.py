@@ -14,7 +14,7 @@ from ..graph.masks.sizes import ONES
 from ..graph.modules import accepts, copied
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowering
-from ..pipeline.pipeline import Observer, Pipeline
+from ..pipeline import Observer, Pipeline
 from ..tree.attached import trained_paths
 from .call_key import Call
 from .programs import Program, ProgramCache

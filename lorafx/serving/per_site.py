@@ -21,7 +21,7 @@ from ..capture.export import trace_operator
 from ..errors import CaptureError
 from ..graph.description import argument_key
 from ..ops.modes import modes
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
 from .call_key import Call

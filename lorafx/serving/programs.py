@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from ..lowering.lower import Lowered
 from ..ops.deferral import describe_loss
-from ..pipeline.step import Step
+from ..pipeline import Step
 from .call_key import FREE_COUNTER, CallKey
 
 CAPACITY = 64  # programs that an adapted model keeps

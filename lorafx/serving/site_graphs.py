@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..pipeline.pipeline import Context, Observer, Pipeline
+from ..pipeline import Context, Observer, Pipeline
 from ..tree.attached import trained_paths
 from .graph_builder import CAPTURING
 from .programs import GuardFailed, ProgramCache, guarded

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..tree.attached import has_copies_among_children
 from .call_key import CallKey
 from .per_site import SiteInterpreter, own_forward

@@ -18,7 +18,7 @@ from lorafx.capture.export import trace
 from lorafx.ops import linear, linear_cross_entropy
 from lorafx.ops.cpu import products
 from lorafx.passes import Canonicalize, ChooseKernels
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 EPS = torch.finfo(torch.float32).eps
 T, K, N, R = 160, 130, 110, 12  # 160 · 130 · 110 multiplications are enough to go by oneDNN, 160 · 130 · 12 are not

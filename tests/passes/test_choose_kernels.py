@@ -17,7 +17,7 @@ from lorafx.capture.export import trace
 from lorafx.ops import attention, linear, linear_cross_entropy
 from lorafx.ops.cpu import half_precision, products
 from lorafx.passes import Canonicalize, ChooseKernels
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

@@ -9,7 +9,7 @@ from graphs import INSERT, Chain, adapted, context, run
 import lorafx
 from lorafx.errors import PipelineError, VerifyError
 from lorafx.passes import Canonicalize, FoldScaling, InsertAdapters, MatchTargets, default
-from lorafx.pipeline.pipeline import Context, Pass, Pipeline
+from lorafx.pipeline import Context, Pass, Pipeline
 
 aten = torch.ops.aten
 

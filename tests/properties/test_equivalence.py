@@ -19,7 +19,7 @@ from lorafx.graph import resolve
 from lorafx.merging import ledger as merge
 from lorafx.merging.residual import Residual
 from lorafx.passes import Canonicalize, InsertAdapters, MatchTargets, MergeAdapters
-from lorafx.pipeline.pipeline import Context, Pass, Pipeline
+from lorafx.pipeline import Context, Pass, Pipeline
 
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float32, *HALF)

@@ -18,7 +18,7 @@ from lorafx.capture.export import trace_part
 from lorafx.errors import CaptureError
 from lorafx.graph.blocks import block_calls, blocks_of
 from lorafx.passes import Canonicalize, ElideCasts, InlineBlocks
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 
 class Layer(nn.Module):
