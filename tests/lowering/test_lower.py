@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import Chain, adapted
+from losses import Own, both, shifted, times_asked
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -13,6 +14,7 @@ from lorafx.graph.blocks import blocks_of
 from lorafx.lowering import pieces
 from lorafx.lowering.backend import Backend
 from lorafx.lowering.inductor import OurPasses
+from lorafx.ops.deferral import Deferred
 from lorafx.torch_private.compilers import POST_PASS
 
 eps = torch.finfo(torch.float32).eps
@@ -139,6 +141,15 @@ def test_layers_share_a_compilation_and_keep_it():
         plain.layers[3].up.weight.add_(1)
     torch.testing.assert_close(lora(x), plain(x))
     assert times(lora) == pieces
+
+
+def test_what_a_graph_defers_is_in_no_piece():
+    """A compiler would compute it."""
+    lora, _ = both(Own(shifted), ["inner", "head"], backend="aot_eager")
+    ids = torch.randint(0, 13, (3, 8))
+    loss, logits = lora(ids, ids)
+    loss.backward()
+    assert isinstance(logits, Deferred) and times_asked(lora) == "fused" and times(lora)
 
 
 @pytest.mark.slow
