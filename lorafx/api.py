@@ -50,7 +50,7 @@ def compile(
     base's parameters are frozen and shared, never copied.
 
     Args:
-        config: a `LoraConfig`, a `peft.LoraConfig`, or a dict of its fields.
+        config: a `LoraConfig`, the config of another kind that is registered, a `peft` config, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "reduce-overhead" (CUDA graphs), "max-autotune", …; None for its default.
         capture: "auto" captures each kind of call as one graph and, where that cannot be, runs the model's own Python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -116,6 +117,12 @@ class Adapter:
         if site.name in self.scales:
             numbers[SCALING] = float(tensor_at(root, self.scales[site.name]))
         return numbers
+
+    def is_rescaled(self, root: nn.Module) -> bool:
+        """Whether its scaling is another than its config says."""
+        sites = [site for site in self.selection if site.name in self.scales]
+        pairs = [(self.numbers(root, site)[SCALING], self.kind.numbers(site, self.config)[SCALING]) for site in sites]
+        return not all(math.isclose(now, then, rel_tol=1e-6) for now, then in pairs)
 
     def operands(self, site: Site, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Operands:
         """What the weight that the adapter amounts to is made of at a site; `tensors` are by suffix, made wide here."""

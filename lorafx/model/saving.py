@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Saving(nn.Module):
         ledger = self._lorafx.ledger
         names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
         for adapter in [self._adapter(name) for name in names]:
+            if adapter.is_rescaled(self):
+                warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             embeddings = {
                 path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)

@@ -1,5 +1,7 @@
 """The scale of an adapter: a number until it changes, then a tensor that every graph reads."""
 
+import warnings
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -96,8 +98,13 @@ def test_it_is_no_part_of_what_is_saved_and_goes_with_the_adapter(tmp_path):
     model, x = Chain(), torch.randn(5, 4)
     keys, lora = set(model.state_dict()), adapted(model)
     expected = lora(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.set_scale("default", 1.0)
+        lora.save_pretrained(tmp_path)
     lora.set_scale("default", 0.5)
-    lora.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'default' is saved without its scale"):
+        lora.save_pretrained(tmp_path)
     assert not [key for key in lora.state_dict() if "scaling" in key]
     assert lora.unload() is model and set(model.state_dict()) == keys
     torch.testing.assert_close(lorafx.load(Chain_like(model), tmp_path)(x), expected)
