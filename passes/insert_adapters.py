@@ -15,10 +15,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
-from lorafx.adapters.equation import Equation, patterns
+from lorafx.adapters.equation import Equation
 from lorafx.adapters.site import Site
-from lorafx.errors import ConfigError, UncoveredOperatorError, user_line
-from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, describe, fake_mode_of, match, write
+from lorafx.errors import ConfigError
+from lorafx.graph import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, write
 from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tracing import FakeTensorMode
 from lorafx.tree.lookup import find_tensor, tensor_at
@@ -72,7 +72,8 @@ class InsertAdapters(Pass):
         self, gm: GraphModule, base: Node, layer: _Layer | None, site: Site, adapter: Adapter, mode: FakeTensorMode
     ) -> _Layer:
         """Wrap one more equation around a base operator, and what is around it already."""
-        equation, found = _equation_at(gm, base, site, adapter)
+        _require_own_weight(base, site, adapter)
+        equation, found = Equation.at(gm, base, adapter, site)
         x: Node = found.bindings["x"]
         layer = layer or _Layer(x, base, [base])
         where = Provenance(self.name, site.name, adapter.name)
@@ -95,32 +96,13 @@ class InsertAdapters(Pass):
         return getattr(torch, self.compute_dtype) if self.compute_dtype else x.meta["val"].dtype
 
 
-def _equation_at(gm: GraphModule, base: Node, site: Site, adapter: Adapter) -> tuple[Equation, Match]:
-    """The adapter's equation for the way in which an operator reads the site's weight, and the operator's arguments."""
+def _require_own_weight(base: Node, site: Site, adapter: Adapter) -> None:
+    """Raise `ConfigError` for a kind that needs the weight where another adapter has changed what that is."""
     if adapter.kind.reads_weight and base.meta.get(ADAPTED_BY):
         raise ConfigError(
             f"site {site.name}: {adapter.name!r} needs the weight, and {', '.join(base.meta[ADAPTED_BY])} inside of it "
             "changes what that is; activate it first"
         )
-    training = gm.get_submodule(site.module).training
-    for operator, pattern in patterns(site).items():
-        found = match(pattern, base)
-        if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
-            bound = tuple(found.bindings)
-            equation = Equation(adapter, site, operator, bound, training, _reads_own_bias(gm, found, site))
-            if not equation.is_impossible:
-                return equation, found
-    raise UncoveredOperatorError(
-        f"site {site.name}: its weight is read by {base.target}, in which no adapter of its shape acts "
-        f"[{user_line(base)}]. Exclude the module (`exclude_modules`)."
-    )
-
-
-def _reads_own_bias(gm: GraphModule, found: Match, site: Site) -> bool:
-    """Whether this is the site's own module, and not a twin that shares its weight and has a bias of its own."""
-    bias = found.bindings.get("bias")
-    read = find_tensor(gm, str(bias.target)) if isinstance(bias, Node) and bias.op == "get_attr" else None
-    return read is find_tensor(gm, site.bias)
 
 
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:

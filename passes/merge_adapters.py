@@ -8,16 +8,18 @@ W' into the weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
-from lorafx.graph import ADAPTED_BY, Match, Provenance, Rule, fake_mode_of, made_by
+from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, Rule, fake_mode_of, made_by
 from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.graphs import is_erased
+from lorafx.tree.lookup import tensor_at
 
 
 def what_went_in(x):
@@ -38,7 +40,7 @@ class MergeAdapters(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
         for adapter in (a for a in context.adapters if a.name in context.merged):
-            rules = {site.name: _rules(gm, adapter, site.name) for site in adapter.selection}
+            rules = _rules(gm, adapter)
             for node in reversed(list(gm.graph.nodes)):
                 maker = made_by(node)
                 if not is_erased(node) and maker and maker.adapter == adapter.name and maker.site in rules:
@@ -50,17 +52,27 @@ class MergeAdapters(Pass):
         return count
 
 
-def _rules(gm: GraphModule, adapter: Adapter, name: str) -> list[Rule]:
-    """The insertions that may have been made at a site, each the other way round."""
-    equations = list(Equation.all_at(gm, adapter, adapter.selection.by_name[name]))
-    afters = [(equation.after(), what_came_out) for equation in equations]
-    befores = [(equation.before(), what_went_in) for equation in equations]
-    return [Rule(graph, gone) for graph, gone in afters + befores if _computes(graph)]
+def _rules(gm: GraphModule, adapter: Adapter) -> dict[str, list[Rule]]:
+    """The adapter's insertions at each of its sites, the other way round."""
+    rules: dict[str, list[Rule]] = {}
+    by_weight, seen = adapter.sites_by_weight(gm), set()
+    for base in gm.graph.nodes:
+        if adapter.name in base.meta.get(ADAPTED_BY, ()):
+            site = by_weight[id(tensor_at(gm, base.meta[SITE].weight))]
+            equation, _ = Equation.at(gm, base, adapter, site)
+            for own in (True, False):  # the bias may have been replaced since, which is what tells
+                form = site.name, equation.operator, own
+                if form not in seen:
+                    seen.add(form)
+                    rules.setdefault(site.name, []).extend(_undoing(replace(equation, own=own)))
+    return rules
 
 
-def _computes(graph: Graph) -> bool:
-    """Whether an equation does anything there: most kinds have nothing to do before, or after, the operator."""
-    return any(node.op == "call_function" for node in graph.nodes)
+def _undoing(equation: Equation) -> Iterator[Rule]:
+    """The rules that take an equation away. Most kinds have nothing to do before, or after, the operator."""
+    for graph, gone in ((equation.after(), what_came_out), (equation.before(), what_went_in)):
+        if any(node.op == "call_function" for node in graph.nodes):
+            yield Rule(graph, gone)
 
 
 def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:

@@ -8,17 +8,18 @@ The update is computed in the dtype that the pass asks for, and the sum is retur
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from ..errors import ConfigError
-from ..graph import Attribute
+from ..errors import UncoveredOperatorError, user_line
+from ..graph import Attribute, Match, match
 from ..graph.match import template
+from ..tree.lookup import find_tensor
 from .adapter import Adapter
 from .kinds import SCALING, Kind, Operands
 from .readings import Operator, operators_for
@@ -68,13 +69,23 @@ class Equation:
     own: bool = True
 
     @classmethod
-    def all_at(cls, root: nn.Module, adapter: Adapter, site: Site) -> Iterator[Equation]:
-        """The equations that an adapter may have been given somewhere, whatever reads the site's weight there."""
+    def at(cls, root: nn.Module, base: Node, adapter: Adapter, site: Site) -> tuple[Equation, Match]:
+        """An adapter's equation where the node `base` reads its site's weight, and what the operator is given there.
+
+        Raises `UncoveredOperatorError` where the weight is read in a way in which the adapter cannot act.
+        """
         training = root.get_submodule(site.module).training
         for operator, pattern in patterns(site).items():
-            bound = tuple(str(node.target) for node in pattern.find_nodes(op="placeholder"))
-            if not cls(adapter, site, operator, bound, training).is_impossible:
-                yield from (cls(adapter, site, operator, bound, training, own) for own in (True, False))
+            found = match(pattern, base)
+            if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
+                own = _reads_own_bias(root, found, site)
+                equation = cls(adapter, site, operator, tuple(found.bindings), training, own)
+                if not equation._is_impossible():
+                    return equation, found
+        raise UncoveredOperatorError(
+            f"site {site.name}: its weight is read by {base.target}, in which no adapter of its shape acts "
+            f"[{user_line(base)}]. Exclude the module (`exclude_modules`)."
+        )
 
     def before(self) -> Graph:
         """x' of x, as a graph of `given`'s names and of `x`, `dtype` and `result_dtype`."""
@@ -104,9 +115,6 @@ class Equation:
         return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
-        if self.is_impossible:
-            kind = self.adapter.config.peft_type
-            raise ConfigError(f"{self.site.name}: adapters of type {kind} have no transposed form")
         scaling = [SCALING] if self.site.name in self.adapter.scales else []
         names = *first, *self._suffixes(), *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
         return template(equation, names)
@@ -134,8 +142,14 @@ class Equation:
     def _cast(self, x: Any, dtype: Any) -> Any:
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
-    @property
-    def is_impossible(self) -> bool:
+    def _is_impossible(self) -> bool:
         """Whether the weight is read the other way round, and the kind has no such form."""
         turned = self.operator.transposed != self.site.reading.transposed
         return turned and type(self.adapter.kind).transposed is Kind.transposed
+
+
+def _reads_own_bias(root: nn.Module, found: Match, site: Site) -> bool:
+    """Whether this is the site's own module, and not a twin that shares its weight and has a bias of its own."""
+    bias = found.bindings.get("bias")
+    read = find_tensor(root, str(bias.target)) if isinstance(bias, Node) and bias.op == "get_attr" else None
+    return read is find_tensor(root, site.bias)
