@@ -14,7 +14,7 @@ from .definition import Pass
 
 
 def split(text: str) -> list[str]:
-    """The parts of a pipeline's text, cut at commas outside of brackets; `PipelineError` if Python cannot tokenise it."""
+    """The parts of a pipeline's text, cut at commas outside brackets; `PipelineError` if Python cannot tokenise it."""
     parts, depth, start = [], 0, 0
     flat = " ".join(text.split("\n"))
     try:
