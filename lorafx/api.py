@@ -51,26 +51,22 @@ def compile(
 
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
-        adapter_name: the adapter's name, which is part of its tensors' paths; no dots or slashes.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "reduce-overhead" (CUDA graphs), "max-autotune", …; None for its default.
         capture: "auto" captures each kind of call as one graph and, where that is impossible, runs the model's own
             Python with a graph for each site; "graph" makes this an error; "sites" always runs by sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` before each pass and after the last.
-        gradient_checkpointing: keep only the inputs of layers for backward, and recompute the rest; "offload" keeps
-            them in the host's memory.
+        gradient_checkpointing: keep only the layers' inputs for backward, recompute the rest; "offload": on the host.
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (keep all); None recomputes what is cheap.
         autocast_adapter_dtype: keep adapter parameters in float32 for a base of 16 or 8 bits.
         adapter_compute_dtype: of the adapters' products, as "float32"; None for the activations' dtype.
-        low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later (not its own copies of
-            biases and `modules_to_save`).
+        low_cpu_mem_usage: make the kind's tensors (not copies of biases and modules) on the meta device, to load later.
         random_state: seed of the adapter's start values; None draws from torch's global generator.
 
     Raises:
-        ConfigError: a field or option that is wrong or not implemented.
-        SelectionError: nothing matches, or something that cannot be adapted.
-        PipelineError: passes in a wrong order. CaptureError: `example_inputs` cannot be captured.
+        ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or something unfit, matches.
+        PipelineError: passes in a wrong order. CaptureError: `capture="graph"` fails on `example_inputs`.
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)

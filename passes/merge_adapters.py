@@ -1,9 +1,9 @@
-"""merge_adapters: the inverse of insert_adapters, for adapters that lie in the base weights already.
+"""merge_adapters: the inverse of insert_adapters, for adapters that are merged into the base weights.
 
 before(x) -> x        after(y, x) -> y
 
-The rules are the equations, run backwards: they go, because x W'ᵀ is what they made of x Wᵀ. `merging/ledger.py` writes
-W' into the weights.
+The rules are those of insertion, reversed: the operator gives x W'ᵀ, which is what the equation makes of x Wᵀ, so the
+equation goes. `merging/ledger.py` writes W' into the weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class MergeAdapters(Pass):
 
 
 def _rules(gm: GraphModule, adapter: Adapter, name: str) -> list[Rule]:
-    """The insertions that may have been made at a site, each the other way round."""
+    """A rule for each insertion that may have been made at a site, to undo it."""
     equations = list(Equation.all_at(gm, adapter, adapter.selection.by_name[name]))
     afters = [(equation.after(), what_came_out) for equation in equations]
     befores = [(equation.before(), what_went_in) for equation in equations]
@@ -59,7 +59,7 @@ def _rules(gm: GraphModule, adapter: Adapter, name: str) -> list[Rule]:
 
 
 def _computes(graph: Graph) -> bool:
-    """Whether an equation does anything there: most kinds have nothing to do before, or after, the operator."""
+    """Whether an equation's graph has an operator: most kinds do nothing before the base operator, or nothing after."""
     return any(node.op == "call_function" for node in graph.nodes)
 
 
@@ -74,7 +74,7 @@ def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:
 
 
 def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
-    """A merged adapter that still acted in the graph would act twice."""
+    """Raise `VerifyError` if a merged adapter still acts in the graph: it would act twice."""
     for node in gm.graph.nodes:
         maker = made_by(node)
         if maker and maker.adapter in merged and node.op != "get_attr":

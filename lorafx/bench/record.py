@@ -59,7 +59,7 @@ class Result:
         return [row for row in self.rows if not row.failed and fnmatchcase(row.contestant, pattern)]
 
     def judged(self, bar: Bar) -> float | None:
-        """The ratio that a bar limits, of the best contestant to the best reference that match; None if one is missing."""
+        """The ratio that a bar limits: best contestant that matches to best reference; None if one is missing."""
         pairs = self.measured(bar.contestant), self.measured(bar.reference)
         if not all(pairs):
             return None
