@@ -1,4 +1,4 @@
-"""The passes, one file each, and the pipelines made of them. Installed as `lorafx.passes`."""
+"""The passes, one file each, and `default`, the pipeline that `compile` runs. Installed as `lorafx.passes`."""
 
 from lorafx.pipeline import Pipeline
 

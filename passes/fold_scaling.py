@@ -84,7 +84,7 @@ FACTOR = Rule(scaled_product, product_of_scaled, _is_one_number)
 
 @dataclass(frozen=True)
 class FoldScaling(Pass):
-    """Afterwards no node multiplies an adapter's update by its scaling, as far as the update is a product."""
+    """Afterwards no node multiplies an adapter's update by a scaling that is a number, or a product by a tensor."""
 
     requires = frozenset({"adapters"})
 

@@ -1,12 +1,12 @@
 """fuse_loss: an output head and the cross entropy of its logits become one operator, which never holds the logits.
 
 cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
-where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
+logits that the graph also returns              ->  defer(head, dtype, x, W, …): computed when they are read
 
-How the operator goes by chunks is in `lorafx/ops/linear_cross_entropy.py`, how logits wait in `lorafx/ops/deferral.py`.
-The head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a
-soft cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that stays as it is has the
-reason in its meta.
+The operator computes logits chunk by chunk (`lorafx/ops/linear_cross_entropy.py`); deferred logits are explained in
+`lorafx/ops/deferral.py`. The head is found by following the loss's input backwards: through casts that lose nothing,
+views and slices of rows, a soft cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that
+is not fused has the reason in its meta.
 
 Gain (`tests/bench/loss_head.py`, two CPU cores): a step of an 8-layer Llama, vocabulary 32k, 1024 tokens, peaks at 0.60
 of PEFT's memory in float32 and 0.48 in bfloat16; without this pass at 1.03 and 1.02.
@@ -81,17 +81,17 @@ def fused(
     return aten.to.dtype(total, dtype)
 
 
-RULE = Rule(loss, fused)  # the names that the loss lacks are found on the way back
+RULE = Rule(loss, fused)  # `_way_back` finds values for the names that `loss` lacks
 
 _SAME = (aten.contiguous.default, aten.clone.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # have the same arguments for any size of the last dimension
+_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # their arguments do not depend on the last dimension's size
 
 
 @dataclass
 class _Way:
-    """The way back from a loss to its head: the nodes on it, and what they make of the head's products."""
+    """The way back from a loss to its head: the nodes on it, and what they do to the head's result."""
 
     nodes: list[Node]  # from the loss to the head
     bindings: dict[str, Any]
@@ -102,10 +102,10 @@ class _Way:
 
 @dataclass(frozen=True)
 class FuseLoss(Pass):
-    """Afterwards no logits are computed for a loss alone, and those that the graph gives wait until asked for.
+    """Afterwards no logits are computed for a loss alone, and those that the graph returns are deferred.
 
-    A loss stays if the graph does something else with the logits; if it has class weights, soft labels or
-    `reduction="none"`; if its head is no single product, or has several adapters, or one of another dtype.
+    A loss stays if the graph uses the logits otherwise; if it has class weights, soft labels or `reduction="none"`; if
+    its head is no single product, or has several adapters, or one of another dtype.
     """
 
     requires = frozenset({"adapters"})
@@ -201,7 +201,7 @@ def _is_number(found: Match, *names: str) -> bool:
 
 
 def _keeps_classes(node: Node) -> bool:
-    """Whether a node only views or leaves out rows, or is a cast that loses nothing."""
+    """Whether a node only views, copies or leaves out rows, or is a cast that loses nothing."""
     if node.target in _SAME:
         return True
     if node.target not in (*_CASTS, *_VIEWS, *_ALIKE):
@@ -216,7 +216,7 @@ def _keeps_classes(node: Node) -> bool:
 
 
 def _needed_otherwise(way: _Way, may_give: bool) -> NoMatch | None:
-    """Why the logits have to be there, if they do."""
+    """Why the logits have to be computed as they are, if they do."""
     inside = {*way.nodes}
     for node in way.nodes[1:]:
         others = [user for user in node.users if user not in inside]
@@ -236,7 +236,7 @@ def _rows_between(way: _Way, node: Node) -> bool:
 
 
 def _is_written_after(head: Node, gm: GraphModule) -> bool:
-    """Whether anything is written to after the head ran: its input, which is read later now, might differ then."""
+    """Whether anything is written to after the head runs: its input, which is now read later, might be changed then."""
     return any(node > head and writes(node, gm) for node in gm.graph.nodes)
 
 
@@ -268,14 +268,14 @@ def _fuse(gm: GraphModule, way: _Way, name: str) -> None:
 
 
 def _taken(way: _Way) -> list[Node]:
-    """The views and slices that decide which rows there are, in order; views after the last slice only flatten."""
+    """The views and slices that choose rows, in order; views after the last slice only flatten."""
     forward = way.rows[::-1]
     slices = [number for number, node in enumerate(forward) if node.target is aten.slice.Tensor]
     return forward[: slices[-1] + 1] if slices else []
 
 
 def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
-    """The same rows of what the head is given as the loss takes of what it gives."""
+    """The rows of the head's input (`node`) that belong to the rows of its output which the loss takes."""
     for step in taken if node is not None else ():
         if step.target in _ALIKE:
             node = add(step.target, node, *step.args[1:])
@@ -286,7 +286,7 @@ def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
 
 
 def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
-    """Put deferrals where the graph gives what lies on the way."""
+    """Defer those values on the way that the graph returns."""
     output, captured = gm.graph.output_node(), gm.get_submodule(CAPTURED)
     for node in (node for node in way.nodes[1:] if output in node.users):
         head, inputs = _head_graph(way.nodes[way.nodes.index(node) :])
@@ -302,7 +302,7 @@ def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
 
 
 def _head_graph(nodes: list[Node]) -> tuple[GraphModule, list[Node]]:
-    """The graph from a head, which is the last of `nodes`, to what the first of them gives; and its inputs."""
+    """The graph from the head, the last of `nodes`, to the value of the first of them; and its inputs."""
     region = Region("", tuple(reversed(nodes)))  # the head is first, and so are its x and weight among the inputs
     graph = graph_of(region)
     output = graph.output_node()

@@ -17,7 +17,7 @@ from lorafx.pipeline import Context, Pass
 
 @dataclass(frozen=True)
 class InlineBlocks(Pass):
-    """Afterwards the graph is flat."""
+    """Afterwards the graph has no blocks."""
 
     requires = frozenset({"canonical"})
 

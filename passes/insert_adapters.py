@@ -3,7 +3,7 @@
 x, W -> operator -> y        ->        x -> before -> operator (as it was) -> after -> y'
 
 The operator is found by the patterns of the site (`adapters/equation.py`); `before` and `after` are the kind's
-(`adapters/kinds/`), and their names become reads of the adapter's tensors. The inverse is `merge_adapters`.
+(`adapters/kinds/`), in which the adapter's tensors become reads of the tree. The inverse is `merge_adapters`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafx.tree.lookup import find_tensor, tensor_at
 
 @dataclass
 class _Layer:
-    """A base operator and what wraps it so far: what goes in, what comes out, and all nodes in order."""
+    """A base operator and the equations around it so far: input, output, and all their nodes in order."""
 
     x: Node
     y: Node
@@ -35,11 +35,11 @@ class _Layer:
 
 @dataclass(frozen=True)
 class InsertAdapters(Pass):
-    """Afterwards every marked node is wrapped in the active adapters' equations, the first adapter's innermost.
+    """Afterwards every node with a site is wrapped in the equations of the context's adapters, the first innermost.
 
-    An update is computed in the dtype of what the base operator is given, whatever dtype the adapter's parameters are
-    kept in, as under autocast; or in `compute_dtype`, by name, as "float32". Biases and modules that an adapter trains
-    as a whole are read from its own copies.
+    An update is computed in the dtype of the base operator's input, whatever dtype the adapter's parameters have, as
+    under autocast; or in `compute_dtype`, by name, as "float32". Biases and modules that an adapter trains as a whole
+    are read from its own copies.
     """
 
     compute_dtype: str | None = None
@@ -71,7 +71,7 @@ class InsertAdapters(Pass):
     def _wrap(
         self, gm: GraphModule, base: Node, layer: _Layer | None, site: Site, adapter: Adapter, mode: FakeTensorMode
     ) -> _Layer:
-        """Wrap one more equation around a base operator, and what is around it already."""
+        """Wrap one more equation around a base operator and the equations around it already."""
         _require_own_weight(base, site, adapter)
         equation, found = Equation.at(gm, base, adapter, site)
         x: Node = found.bindings["x"]
@@ -90,7 +90,7 @@ class InsertAdapters(Pass):
         return _Layer(layer.x, y, [*before, *layer.nodes, *after])
 
     def _dtype(self, equation: Equation, x: Node) -> torch.dtype | None:
-        """The dtype of an update; None for an embedding's, which is looked up in the adapter's own."""
+        """The dtype of an update; None for a lookup, which is computed in the adapter's own dtype."""
         if equation.operator.lookup:
             return None
         return getattr(torch, self.compute_dtype) if self.compute_dtype else x.meta["val"].dtype
@@ -106,7 +106,7 @@ def _require_own_weight(base: Node, site: Site, adapter: Adapter) -> None:
 
 
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
-    """Send the reads of replaced base tensors to the adapter's copies."""
+    """Make reads of base tensors that the adapter has its own copies of read those."""
     copies = {id(tensor_at(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
     owners = Counter(id(p) for module in gm.modules() for p in module._parameters.values()) if copies else Counter()
     count = 0
@@ -133,7 +133,7 @@ def _redirect(
 
 
 def _is_within(user: Node, read: Node, base: str) -> bool:
-    """Whether a read of a tied tensor is made by the module that owns the name `base`, and not by its twin."""
+    """Whether a read of a tied tensor is made by the module of the path `base`, and not by another that has it."""
     owner = base.rpartition(".")[0]
     innermost = [path.partition("@")[0] for path, _ in user.meta.get("nn_module_stack", {}).values()][-1:]
     return innermost == [owner] or (read.target == base and any(owner.startswith(path) for path in innermost))

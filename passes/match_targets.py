@@ -23,9 +23,9 @@ from lorafx.pipeline import Context, Pass
 class MatchTargets(Pass):
     """Afterwards every node that reads a selected weight carries its site in `meta["site"]`.
 
-    Raises `UncoveredOperatorError` for a selected weight that is read by something else than its reading knows. A site
-    that the call does not run is no error. Raises `CaptureError` where the weight leaves the graph, or is read in a
-    region whose modes differ: the model's own Python can serve that.
+    Raises `UncoveredOperatorError` if a selected weight is read by an operator that no reading or storage covers.
+    Raises `CaptureError` if the graph returns the weight, or reads it within a vmap or an operator that has a graph of
+    its own: such calls can run by sites. A site that the call does not run is no error.
     """
 
     requires = frozenset({"canonical"})
@@ -63,7 +63,7 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
 
 
 def _depth(pattern: Graph) -> int:
-    """How many operators lie between the weight and the pattern's result, at most."""
+    """How many operators a pattern has on the longest way from the weight to its result."""
     depths: dict[Node, int] = {}
     for node in pattern.nodes:
         above = [depths[given] for given in node.all_input_nodes if given in depths]
@@ -73,7 +73,7 @@ def _depth(pattern: Graph) -> int:
 
 
 def _made_of(user: Node, depth: int) -> Iterator[Node]:
-    """A node that reads a weight, and what is computed of it by fewer operators than `depth`."""
+    """The node `user`, its users, and so on for `depth` levels: where a pattern's result may be."""
     level = {user: None}
     for _ in range(depth):
         yield from level
@@ -81,5 +81,5 @@ def _made_of(user: Node, depth: int) -> Iterator[Node]:
 
 
 def _reads_once(found: Match, weight: Node) -> bool:
-    """The weight is the operator's weight and not also its input."""
+    """Whether the weight is the operator's weight alone, and not its input too."""
     return sum(value is weight for value in found.bindings.values()) == 1

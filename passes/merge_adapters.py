@@ -1,9 +1,9 @@
-"""merge_adapters: the inverse of insert_adapters, for adapters that lie in the base weights already.
+"""merge_adapters: the inverse of insert_adapters, for adapters that are merged into the base weights.
 
 before(x) -> x        after(y, x) -> y
 
-The rules are the equations, run backwards: they go, because x W'ᵀ is what they made of x Wᵀ. `merging/ledger.py` writes
-W' into the weights.
+The rules are those of insertion, reversed: the operator gives x W'ᵀ, which is what the equation makes of x Wᵀ, so the
+equation goes. `merging/ledger.py` writes W' into the weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MergeAdapters(Pass):
 
 
 def _rules(gm: GraphModule, adapter: Adapter) -> dict[str, list[Rule]]:
-    """The adapter's insertions at each of its sites, the other way round."""
+    """The rules that undo the adapter's insertions, by the site's name."""
     rules: dict[str, list[Rule]] = {}
     by_weight, seen = adapter.sites_by_weight(gm), set()
     for base in gm.graph.nodes:
@@ -86,7 +86,7 @@ def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:
 
 
 def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
-    """A merged adapter that still acted in the graph would act twice."""
+    """Raise `VerifyError` if a merged adapter still acts in the graph: it would act twice."""
     for node in gm.graph.nodes:
         maker = made_by(node)
         if maker and maker.adapter in merged and node.op != "get_attr":

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def product(multiply: Callable[..., Any], transpose: Callable[..., Any]) -> Callable[..., Any]:
-    """The pattern of one way to write x Wᵀ."""
+    """The pattern for x Wᵀ, written with these two operators."""
 
     def written(x, weight):
         return multiply(x, transpose(weight))
@@ -69,7 +69,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class RestoreLinear(Pass):
-    """Afterwards no product with a transposed parameter is left."""
+    """Afterwards no product with a transposed matrix of the model is left."""
 
     requires = frozenset({"canonical"})
     establishes = frozenset({"linear"})

@@ -1,4 +1,4 @@
-"""restore_norm: root mean square normalisation that a model writes by hand is one operator.
+"""restore_norm: root mean square normalisation, which models write by hand, becomes one operator.
 
 x · (mean(x²) + ε)^-½           ->  rms_norm(x, ε)
 weight · rms_norm(x, ε)         ->  rms_norm(x, weight, ε)

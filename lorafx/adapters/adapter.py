@@ -1,4 +1,4 @@
-"""An adapter: one named set of tensors for a selection. It knows where its tensors hang; the tree owns them."""
+"""An adapter: one named set of tensors for a selection. It knows the paths of its tensors; the tree owns them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m
 class Adapter:
     """What an adapter is, and the paths of its tensors.
 
-    `tensors` maps a site's name to its tensors' paths by suffix. `replaced` maps the path of a base tensor to the path
-    of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and `modules_to_save`. `scales`
-    maps a site's name to the path of the tensor that is its scaling, once that was changed (`scaled`).
+    `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
+    base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
+    `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Adapter:
 
     @property
     def form(self) -> str:
-        """What a graph is specialised on besides the tensors: the name, and whether its scaling is a tensor."""
+        """What the call key says of the adapter: its name, and whether its scaling is a tensor."""
         return f"{self.name}, of any scale" if self.scales else self.name
 
     def tensors_at(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class Adapter:
         return {id(tensor_at(root, site.weight)): site for site in self.selection}
 
     def only(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
-        """The adapter as far as it concerns these weights, and these base tensors that it replaces."""
+        """The part of the adapter at sites with these weights, and its copies of these base tensors."""
         wanted, copies = set(weights), {base: self.replaced[base] for base in replaced if base in self.replaced}
         sites = Selection(tuple(site for site in self.selection if site.weight in wanted))
         tensors = {site.name: self.tensors[site.name] for site in sites}
@@ -68,7 +68,10 @@ class Adapter:
         return replace(self, selection=sites, tensors=tensors, replaced=copies, scales=scales)
 
     def below(self, path: str) -> Adapter | None:
-        """The part below the module at `path`, by relative names; None if it has tensors elsewhere, or adapts that."""
+        """The part of the adapter below the module at `path`, with paths relative to it.
+
+        None if the module itself is a site, or if that part has a tensor outside the module.
+        """
         within = f"{path}."
         if any(site.module == path for site in self.selection):
             return None
@@ -94,7 +97,7 @@ class Adapter:
         )
 
     def signature(self, root: nn.Module) -> Hashable:
-        """Equal for adapters whose equations and tensors are of one form, whatever the tensors' values."""
+        """A key that is equal for adapters with the same equations and shapes, whatever the tensors' values."""
         return (
             self.name,
             self.config.inference_mode,
@@ -112,7 +115,7 @@ class Adapter:
         )
 
     def numbers(self, root: nn.Module, site: Site) -> dict[str, float]:
-        """The numbers of the kind's equation at a site as they are now."""
+        """The numbers of the kind's equation at a site, with the scaling as it is now."""
         numbers = dict(self.kind.numbers(site, self.config))
         if site.name in self.scales:
             numbers[SCALING] = float(tensor_at(root, self.scales[site.name]))
@@ -125,14 +128,14 @@ class Adapter:
         return not all(math.isclose(now, then, rel_tol=1e-6) for now, then in pairs)
 
     def operands(self, site: Site, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Operands:
-        """What the weight that the adapter amounts to is made of at a site; `tensors` are by suffix, made wide here."""
+        """What the kind's `merged` is given at a site: `tensors` (by suffix) in float64, and `numbers`."""
         specs = self.kind.tensors(site, self.config)
         named = {name: tensors[spec.suffix].detach().double() for name, spec in specs.items()}
         return Operands(site, self.config, named, numbers)
 
     @property
     def owners(self) -> set[str]:
-        """Paths of the modules below which all that the adapter reads and adapts can be found."""
+        """Paths of the modules that hold everything the adapter adapts or reads."""
         copies = {
             path.rpartition(f".{SAVED}.")[0] or path.rpartition(f".{TRAINED_BIAS}.")[0]
             for path in self.replaced.values()
@@ -145,7 +148,7 @@ def _relative(paths: Mapping[str, str], within: str) -> dict[str, str]:
 
 
 def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
-    """Decide what an adapter will be made of, touching nothing.
+    """Decide which sites and tensors an adapter will have; nothing is made or changed yet.
 
     Raises `ConfigError` or `SelectionError` for a config that cannot be served on this model, and `AdapterError` for a
     name that cannot be used.
@@ -167,9 +170,9 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
 
 
 def _placed(site: Site, suffix: str, name: str) -> str:
-    """Where a tensor hangs: PEFT's own rule, the adapter's name after the suffix's first part.
+    """The path of a tensor, by PEFT's rule: the adapter's name follows the suffix's first part, `lora_A.default.…`.
 
-    Beside a weight that is not the only one of its module, the first part begins with the weight's name.
+    For a weight that is not its module's usual one, the first part begins with the weight's name.
     """
     first, dot, rest = suffix.partition(".")
     of_weight = "" if site.name == site.module else f"{site.parameter}_"
@@ -189,7 +192,7 @@ def _replacements(root: nn.Module, name: str, config: AdapterConfig, selection: 
 
 
 def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection) -> list[str]:
-    """Paths of the biases to train; as in PEFT, what goes by another name (`bias_ih_l0`, `in_proj_bias`) is none."""
+    """Paths of the biases to train: as in PEFT only those named `bias`, not `bias_ih_l0` or `in_proj_bias`."""
     asked = getattr(config, "bias", "none")
     if asked == "all":
         return [path for path, _ in root.named_parameters() if path.rpartition(".")[2] == "bias"]
@@ -207,11 +210,12 @@ def build(
     on_meta: bool = False,
     values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Make the adapter's tensors and hang them in the tree, beside what they adapt.
+    """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    Tensors take the base weight's device, and its dtype, or float32 for a half-precision base if
-    `autocast_adapter_dtype`. They start with `values`, by path, where those are given (an adapter that is loaded), else
-    with the kind's start values: `random_state` seeds a generator for them, None uses torch's global one.
+    A site's tensors take its weight's device and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
+    or 8 bits; with `on_meta` the meta device. Copies of base tensors take device and dtype from those. Values are
+    `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the base's:
+    `random_state` seeds a generator for them, None uses torch's global one.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, nn.Parameter] = {}
@@ -242,7 +246,7 @@ def _start_values(
     root: nn.Module, adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device
 ) -> dict[str, Tensor]:
     """The kind's start values, by suffix."""
-    where = "meta" if device.type == "meta" else "cpu"  # one stream of random numbers, whatever the device
+    where = "meta" if device.type == "meta" else "cpu"  # the same random numbers, whatever the device
     specs = adapter.kind.tensors(site, adapter.config)
     weight, dtype = None, torch.float32
     if adapter.kind.reads_weight:
@@ -256,10 +260,10 @@ def _start_values(
 
 
 def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with its scaling `factor` times what its config says, from now on a tensor that graphs read.
+    """The adapter with its scaling set to `factor` times what its config says, as a tensor that graphs read.
 
-    The tensors are made the first time. After that only their value changes, and no graph does. Raises `AdapterError`
-    for a kind whose equation has no scaling.
+    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. Raises
+    `AdapterError` for a kind whose equation has no scaling.
     """
     values = {site.name: adapter.kind.numbers(site, adapter.config).get(SCALING) for site in adapter.selection}
     if None in values.values():
@@ -282,6 +286,6 @@ def remove(root: nn.Module, adapter: Adapter) -> None:
 
 
 def trainable_paths(root: nn.Module, adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of the tensors that these adapters train: all of floating point, unless in inference mode."""
+    """Paths of the tensors that these adapters train: all that are floats, except of adapters in inference mode."""
     paths = [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
     return [path for path in paths if (t := find_tensor(root, path)) is not None and t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""AdapterConfig: where an adapter goes, in PEFT's field names, frozen and validated. Each kind adds what it is."""
+"""AdapterConfig: where an adapter goes, in PEFT's field names, frozen and validated. Each kind adds its own fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AdapterConfig:
 
     A family's own config is a frozen dataclass that inherits from this, gives `peft_type` its default, and lists its
     `checks`: functions that raise `ConfigError` for a field that is wrong. Lists are kept as tuples. `extra` holds
-    fields that neither PEFT nor lorafx knows; they are written back unchanged.
+    fields of a file that lorafx does not know; they are written back unchanged.
     """
 
     # where
@@ -41,7 +41,7 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
-    # What PEFT's files may say as null instead of leaving it out.
+    # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, config: Self | Mapping[str, Any] | Any) -> Self:
-        """A config of this class from itself, a mapping of its fields, or the config of PEFT that has its name."""
+        """A config of this class from itself, a mapping of its fields, or a `peft` config; `ConfigError` if wrong."""
         if isinstance(config, cls):
             return config
         if isinstance(config, Mapping):
@@ -75,7 +75,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read PEFT's field names; unknown ones are kept in `extra`, with a warning."""
+        """A config from a mapping of PEFT's field names; unknown ones are kept in `extra`, with a warning."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         values = {key: value for key, value in values.items() if key not in _NOT_WRITTEN}
         extra = {key: value for key, value in values.items() if key not in known}
@@ -86,7 +86,7 @@ class AdapterConfig:
         return cls(**{key: value for key, value in given.items() if key not in nulls}, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's field names to plain JSON values, `extra` included at the top level."""
+        """PEFT's field names to values, tuples as lists; what is in `extra` stands beside the other fields."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {**lists, **self.extra}
@@ -96,7 +96,7 @@ class AdapterConfig:
         return dataclasses.replace(self, **changes)
 
 
-# A runtime switch that PEFT itself never writes to a file.
+# A switch that PEFT's configs have at run time and PEFT never writes to a file.
 _NOT_WRITTEN = ("runtime_config",)
 
 
@@ -109,7 +109,7 @@ def defaults_of(config: type[AdapterConfig]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Enums to their value, nested dataclasses to dicts, sets to sorted lists: what JSON would hold."""
+    """A value as JSON can hold it: an enum's value, a nested dataclass as a dict, a set as a sorted list."""
     if isinstance(value, str) and hasattr(value, "value"):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -131,7 +131,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_strings(value: Any) -> bool:
-    """Whether a field's value is a list of strings, kept as a tuple."""
+    """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
 
 
@@ -169,7 +169,7 @@ def _check_regexes(config: AdapterConfig) -> None:
 
 
 def require_regexes(config: AdapterConfig, *names: str) -> None:
-    """Raise `ConfigError` for a field that holds something else than regular expressions: one, a list, or dict keys."""
+    """Raise `ConfigError` unless each field holds valid regular expressions: one, a list of them, or as dict keys."""
     for name in names:
         value = getattr(config, name) or ()
         for expression in (value,) if isinstance(value, str) else value:

@@ -2,7 +2,8 @@
 
     y = to(after(operator(to(before(to(x)))), to(x)))        `to` casts, so that no kind has to think of dtypes
 
-The update is computed in the dtype that the pass asks for, and the sum is returned in the base operator's.
+The inner casts are to the dtype in which the pass wants updates computed, the outer ones to the dtype that the base
+operator's input and result had.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from .site import Site
 from .storages import Storage
 
 aten = torch.ops.aten
-BOUND = "operator_"  # before the names of the operator's own arguments, so that a tensor may be called as one of them
+BOUND = "operator_"  # prefix of the operator's argument names, so that none is also the name of a kind's tensor
 
 
 def patterns(site: Site) -> dict[Operator, Graph]:
-    """The operators that may read a site's weight, each as a pattern on the weight as it is stored."""
+    """The operators that may read a site's weight, each with its pattern on the weight as it is stored."""
     return _patterns(operators_for(site.reading, len(site.weight_shape)), site.storage)
 
 
@@ -43,7 +44,7 @@ def _patterns(operators: tuple[Operator, ...], storage: Storage) -> dict[Operato
 
 
 def _on_stored(operator: Operator, storage: Storage) -> Graph:
-    """An operator's pattern with the expression of the dense weight in the weight's place."""
+    """An operator's pattern, with the storage's expression of the dense weight as its weight."""
     names, stored = names_of(operator.pattern), names_of(storage.expression)
 
     def read(**given: Any) -> Any:
@@ -57,8 +58,8 @@ def _on_stored(operator: Operator, storage: Storage) -> Graph:
 class Equation:
     """What an adapter does where an operator reads its site's weight.
 
-    `bound` names the operator's arguments. A module that shares the weight and has a bias of its own is not the site's
-    `own` module: the adapter's bias is not for it.
+    `bound` names the operator's arguments. `own` is False where another module reads the weight, because it is tied,
+    and adds a bias of its own: an adapter's bias has no place there.
     """
 
     adapter: Adapter
@@ -88,7 +89,7 @@ class Equation:
         )
 
     def before(self) -> Graph:
-        """x' of x, as a graph of `given`'s names and of `x`, `dtype` and `result_dtype`."""
+        """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
 
         def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
             cast = self._cast(x, dtype)
@@ -98,7 +99,7 @@ class Equation:
         return self._template(equation, "x")
 
     def after(self) -> Graph:
-        """y' of y and x, as a graph of `given`'s names and of `y`, `x`, `dtype` and `result_dtype`."""
+        """The graph that computes y'; its inputs are `y`, `x`, `result_dtype` and the names that `given` has."""
 
         def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
             found = self.adapter.kind.after(y, self._cast(x, dtype), self._operands(given))
@@ -107,7 +108,7 @@ class Equation:
         return self._template(equation, "y", "x")
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
-        """What the names of the graphs stand for: tensors of the adapter, its scaling, the operator's arguments."""
+        """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
         paths = self.adapter.tensors[self.site.name]
         tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self._suffixes().items()}
         scale = self.adapter.scales.get(self.site.name)
@@ -120,15 +121,15 @@ class Equation:
         return template(equation, names)
 
     def _suffixes(self) -> dict[str, str]:
-        """The adapter's tensors that the equation names here, by suffix."""
+        """The suffixes of the tensors that the equation uses here, by the kind's names for them."""
         specs = self.adapter.kind.tensors(self.site, self.adapter.config)
         return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.suffix.endswith("bias")}
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         kind, bound = self.adapter.kind, {name: given[f"{BOUND}{name}"] for name in self.bound}
-        tensors: dict[str, Any] | None = {name: given[name] for name in self._suffixes()}
+        tensors = {name: given[name] for name in self._suffixes()}
         if self.operator.transposed != self.site.reading.transposed:
-            tensors = kind.transposed(tensors or {})
+            tensors = kind.transposed(tensors)
         numbers = dict(kind.numbers(self.site, self.adapter.config))
         if SCALING in given:
             numbers[SCALING] = given[SCALING]
@@ -137,13 +138,13 @@ class Equation:
             expression = self.site.storage.expression
             weight = expression(**{name: bound[name] for name in names_of(expression)})
         config = self.adapter.config
-        return Operands(self.site, config, tensors or {}, numbers, self.operator, bound, self.training, weight)
+        return Operands(self.site, config, tensors, numbers, self.operator, bound, self.training, weight)
 
     def _cast(self, x: Any, dtype: Any) -> Any:
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
     def _is_impossible(self) -> bool:
-        """Whether the weight is read the other way round, and the kind has no such form."""
+        """Whether the operator reads the weight transposed, and the kind does not define `transposed`."""
         turned = self.operator.transposed != self.site.reading.transposed
         return turned and type(self.adapter.kind).transposed is Kind.transposed
 

@@ -26,7 +26,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     """The sites that `config` picks in `model`, matched on module names as PEFT matches them.
 
     Raises `SelectionError` when nothing matches (naming the nearest candidates), or when a module matches whose
-    weight no reading covers.
+    weight no reading covers. Warns of tied weights, and of names that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     matches = _matcher(model, config)
@@ -55,13 +55,14 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
 
 
 def saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` (and PEFT's heads for a task) train as a whole.
+    """Paths of the modules to train as a whole: those in `modules_to_save`, and the heads that PEFT adds for a task.
 
-    As in PEFT a name is a plain ending here: "norm" also means "input_layernorm".
+    As in PEFT a name is a plain ending here: "norm" also means "input_layernorm". Raises `SelectionError` for a name
+    that matches nothing.
     """
     wanted = wanted_saved_names(config)
     found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
-    heads = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes them all, and the model has one
+    heads = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes all of them, of which a model has one
     named = [ending for ending in config.modules_to_save or () if ending not in heads]
     missing = [ending for ending in named if not any(name.endswith(ending) for name in found)]
     if missing:
@@ -145,7 +146,7 @@ def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
 
 
 def _with_children(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[tuple[str, str]]:
-    """The matched modules and the children that go along with them, each with the module that was matched."""
+    """The matched modules and the children that their readings adapt `along`, each with the module that was matched."""
     for name in matched:
         yield name, name
         along = [child for _, reading, _ in weights_of(modules[name]) for child in reading.along]

@@ -15,9 +15,10 @@ class Site:
     """One weight that an adapter can attach to.
 
     `module` is the path of the module that owns it and `parameter` what the module calls it; `reading` says by which
-    operators a graph reads it, `storage` how it is kept. `weight_shape` is that of the dense weight. `named` is the
-    path of the module that the config's names and patterns mean by it. `tied` lists the other names of the same
-    parameter: one parameter is one site, and its adapter acts wherever the parameter is read.
+    operators a graph reads it, `storage` how it is kept. `weight_shape` is that of the dense weight, `groups` those of
+    a convolution. `named` is the path that `rank_pattern` and the like are matched with: that of the module the config
+    picked, which may be the parent. `tied` lists the other modules that have the parameter: one parameter is one site,
+    and its adapter acts wherever the parameter is read.
     """
 
     module: str
@@ -34,7 +35,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The module's path, with the parameter's name where the reading calls its weight otherwise."""
+        """The module's path; with the parameter's name added if that is not the reading's usual one."""
         return self.module if self.parameter == self.reading.weight else self.weight
 
     @property

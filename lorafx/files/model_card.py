@@ -12,7 +12,7 @@ CARD = "README.md"
 
 
 def new_card(values: Mapping[str, Any]) -> str:
-    """The card of an adapter that has none yet, from what its config says."""
+    """The text of a card for an adapter that has none yet, from the values of its config."""
     base = values["base_model_name_or_path"]
     data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
     text = f"---\n{data.to_yaml()}\n---\n\n# Adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
@@ -30,7 +30,7 @@ def add_tags(file: Path, tags: Sequence[str]) -> None:
 
 
 def say_it_is_an_adapter(file: Path, base: str | None) -> None:
-    """Say in a card, which is made if need be, that the folder holds an adapter, and of which base model."""
+    """Say in a card, new or not, that its folder holds an adapter, and of which base model."""
     card = ModelCard.load(file) if file.exists() else ModelCard("---\nbase_model: null\n---\n")
     data: Any = card.data
     data.library_name = "peft"

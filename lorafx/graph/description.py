@@ -1,15 +1,15 @@
-"""Descriptions: hashable stand-ins for values, equal where whoever asks need not tell the values apart.
+"""Descriptions: hashable keys of values. Two values have equal keys if one may stand in the other's place.
 
-What is kept by a key (a graph by the call it was captured from, a layer by what it computes) puts one of these into the
-key for each value. How much of a value counts depends on who asks:
+A graph is kept by the call that it was captured from, a layer by what it computes; their keys are made of these. What
+counts depends on the use:
 
 | function | describes | what counts |
 |---|---|---|
-| `attribute_key` | a Python value that a module or config holds, which a graph has as a constant | all of it |
-| `argument_key` | an argument of a call | a constant's value; a tensor's dtype, device, and sizes of 0 and 1 |
+| `attribute_key` | a Python value of a module or config, which a graph holds as a constant | all of it |
+| `argument_key` | an argument of a call | a constant's value; a tensor's dtype, device, gradient and sizes of 0, 1 |
 | `parameter_key` | a tensor of the tree | dtype and device |
 | `operand_key` | an argument of a torch function, while layers that repeat are compared | all that torch sees of it |
-| `traced_tensor_key` | a tensor of a capture, before anything reads its values | shape and strides, as expressions |
+| `traced_tensor_key` | a tensor of a capture, without its values | shape and strides as expressions, dtype, device |
 | `node_value_key` | the value of a node, while blocks are compared | shapes and numbers, as expressions |
 | `interface_key` | the value of a node, while it is verified | shapes as expressions; of a number, its type |
 """
@@ -28,13 +28,13 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from ..torch_private.tensors import DisableTorchFunction
 from ..torch_private.tracing import FakeTensor
 
-# What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
+# Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-DEPTH, LARGE = 4, 4096  # of containers within containers; of one whose items are not looked at
+DEPTH, LARGE = 4, 4096  # how deep containers are looked into; the length from which one counts by identity
 
-# What a torch function is given besides tensors: values that compare by what they are, whose class is exactly one of
-# these, and objects that never change, of one of these classes.
+# Arguments of torch functions besides tensors: constants, which are compared by value and are of exactly one of these
+# classes, and objects that never change, which are compared by identity.
 _CONSTANTS: set[type] = {
     *(type(None), type(...), int, float, bool, complex, str),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
@@ -48,9 +48,9 @@ _IMMUTABLE = (
 
 
 def attribute_key(value: Any, depth: int = DEPTH) -> Hashable:
-    """Equal for equal plain values and containers of them, and for one and the same other object.
+    """A key by value for plain values and containers of them, and by identity for any other object.
 
-    A tensor counts by what a graph is specialised on; its values are read when the graph runs.
+    A tensor counts by dtype, device and shape: a graph reads its values when it runs.
     """
     if isinstance(value, PLAIN):
         return type(value), value
@@ -62,7 +62,7 @@ def attribute_key(value: Any, depth: int = DEPTH) -> Hashable:
         return type(value), *(attribute_key(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth:
         return type(value), *((attribute_key(key), attribute_key(item, depth - 1)) for key, item in value.items())
-    if isinstance(value, weakref.ref):  # it owns nothing, as those in which an LSTM remembers its weights
+    if isinstance(value, weakref.ref):  # no setting: an LSTM, for one, keeps weak references to its weights
         return (weakref.ref,)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(attribute_key(item, depth - 1) for item in value)
@@ -70,10 +70,10 @@ def attribute_key(value: Any, depth: int = DEPTH) -> Hashable:
 
 
 def argument_key(value: Any, sizes: tuple[int, ...] = ()) -> tuple[Any, ...]:
-    """Equal for tensors of one dtype and device, and need of gradients, that have sizes of 0 and 1 at the same places.
+    """A tensor's class, dtype, device, `requires_grad` and sizes, where all sizes above 1 count as 2.
 
-    Anything else counts by itself: the pair of its type and the value. `sizes` are a tensor's last sizes, where a graph
-    is specialised on them.
+    `sizes` are the tensor's last sizes, if a graph is specialised on them: these count as they are. The key of any
+    other value is its type and the value, or its `repr` if it has no hash.
     """
     if isinstance(value, Tensor):
         shape = value.shape[: -len(sizes)] if sizes else value.shape
@@ -87,7 +87,7 @@ def argument_key(value: Any, sizes: tuple[int, ...] = ()) -> tuple[Any, ...]:
 
 
 def parameter_key(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Equal for tensors that may stand in each other's place in a tree, as adapters of one shape do."""
+    """Dtype and device: a tensor of equal ones may replace another in the tree, as adapters of one shape do."""
     return tensor.dtype, tensor.device
 
 
@@ -95,10 +95,11 @@ def parameter_key(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
 
 
 def operand_key(value: Any, tensor_key: Callable[[Tensor], Hashable], keep: list[Any]) -> Hashable:
-    """Equal for arguments between which a torch function makes no difference; `tensor_key` answers so for tensors.
+    """A key by which a torch function, given either of two arguments with equal keys, does the same.
 
-    What is described by its identity is put into `keep`: for as long as that lives, no other object can be the same.
-    What may change from one call to the next is equal to nothing.
+    `tensor_key` gives the key of a tensor. Objects that never change are compared by identity and put into `keep`,
+    which has to live as long as the key, so that no later object gets the same `id`. The key of an object that may
+    change equals no other key.
     """
     if isinstance(value, Tensor):
         return tensor_key(value)
@@ -122,7 +123,10 @@ def operand_key(value: Any, tensor_key: Callable[[Tensor], Hashable], keep: list
 
 
 def traced_tensor_key(tensor: Tensor) -> Hashable:
-    """Equal for fake tensors between which torch makes no difference; a tensor of another sort is equal to nothing."""
+    """What torch knows of a fake tensor: sizes and strides as expressions, dtype, device, `requires_grad`, class.
+
+    The key of any other tensor (sparse, a subclass) equals no other key.
+    """
     with DisableTorchFunction():
         if tensor.layout is not torch.strided or type(tensor) not in (FakeTensor, nn.Parameter, nn.Buffer):
             return object()
@@ -135,14 +139,14 @@ def traced_tensor_key(tensor: Tensor) -> Hashable:
 
 
 def node_value_key(value: Any) -> Any:
-    """Equal for values of equal shapes (expressions of sizes), dtypes and devices, and for equal numbers."""
+    """A tensor's shape (as expressions), dtype and device; a number itself."""
     return _by_tensor(value, str)
 
 
 def interface_key(value: Any) -> Any:
-    """Equal for values of equal shapes, dtypes and devices; any number of a type is equal to any other.
+    """A tensor's shape (as expressions), dtype and device; of a number the name of its type alone.
 
-    A size is an `int`, for torch may settle a symbolic one on the way.
+    A symbolic size counts as an `int`, because torch may turn it into one on the way.
     """
     return _by_tensor(value, lambda number: "int" if isinstance(number, torch.SymInt) else type(number).__name__)
 

@@ -1,4 +1,4 @@
-"""Write new nodes into a graph: metadata recomputed, and a note of who made them and where."""
+"""Write new nodes into a graph, with metadata recomputed and a record of the pass and site that made them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name of a replacement that stands for the tensor of the tree at a path, in this dtype if there is one."""
+    """What a name of a replacement may stand for: the tree's tensor at `path`, cast to `dtype` if one is given."""
 
     path: str
     dtype: torch.dtype | None = None
@@ -44,7 +44,7 @@ def made_by(node: Node) -> Provenance | None:
 
 
 def marks_of(node: Node) -> dict[str, Any]:
-    """The site that a node reads and the adapters inserted there, to be handed on to what takes its place."""
+    """The site whose weight a node reads and the adapters inserted there: `meta` for the node that replaces it."""
     return {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
 
 
@@ -55,19 +55,19 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
 
 
 def within_vmap(node: Node) -> bool:
-    """Whether a node is between the brackets of a vmap, where what uses it cannot be recomputed on fake tensors."""
+    """Whether a node is inside a vmap, where nodes that use it cannot be recomputed on fake tensors."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and is_wrapped(value)
 
 
 def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
-    """What `node` computes, recomputed on fake tensors: shape, dtype and device without arithmetic."""
+    """The value of `node`, recomputed on fake tensors, which have shape, dtype and device but no numbers."""
     if node.op == "get_attr":
         tensor = resolve(gm, str(node.target))
         return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    # The python dispatcher knows composite operators on symbolic sizes.
+    # Without the python dispatcher, composite operators fail on symbolic sizes.
     with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -114,11 +114,11 @@ def write(
     provenance: Provenance,
     mode: FakeTensorMode,
 ) -> tuple[Any, tuple[Node, ...]]:
-    """Write what `replacement` computes into a graph, before a node; nobody uses the result yet.
+    """Write the operators of `replacement` into a graph, ahead of the node `before`; nothing uses the result yet.
 
-    `given` is what its names stand for: an `Attribute` becomes a node that reads the tensor, where it is used at all,
-    any other value is written as it is. New nodes have the place in the model that the node `like` has. Returns the
-    result and all new nodes; where there is nothing to compute, the result is what one of the names stands for.
+    `given` says what each name stands for: an `Attribute` becomes a node that reads the tensor (if the name is used),
+    any other value is written as it is. New nodes get `stack_trace` and `nn_module_stack` from the node `like`. Returns
+    the result and all new nodes; of a replacement without operators, the result is the value of one of its names.
     """
     graph = gm.graph
     values: dict[Node, Any] = {}
@@ -178,7 +178,7 @@ def _take_place(graph: Graph, found: Match, result: Node) -> None:
 
 
 def _erase_read(graph: Graph, read: Node) -> None:
-    """Erase a read that nobody needs any more, and the cast of one."""
+    """Erase a read of the tree, or a cast of one, if nothing uses it any more."""
     if not read.users and (read.op == "get_attr" or read.target is _CAST):
         cast_of = read.all_input_nodes
         graph.erase_node(read)

@@ -1,4 +1,4 @@
-"""Match a pattern against a node. No match is a value: falsy, with the reason and the node at fault."""
+"""Match a pattern against a node. "No match" is a value too: falsy, with the reason and the node at fault."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _traced(function: Callable[..., Any]) -> Graph:
 
 
 def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
-    """The graph of a function that is given a value by each of these names, as a pattern or replacement.
+    """The graph of `function`, called with a keyword argument for each of `names`: a pattern or a replacement.
 
-    For functions that are put together from others, whose own signature does not say what they are given.
+    For functions that take `**given`, so that their signature does not say which names there are.
     """
     graph = Graph()
     tracer = GraphAppendingTracer(graph)
@@ -68,7 +68,7 @@ def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a node by name, in its operator's order, defaults filled in.
 
-    What has no schema, as a Python function has none, has numbers for the names of positional arguments.
+    For a target without a schema, such as a Python function, positional arguments are named "0", "1", ….
     """
     schema = schema_of(node.target)
     if schema is None:
@@ -82,8 +82,8 @@ def arguments(node: Node) -> dict[str, Any]:
 def match(pattern: Pattern, anchor: Node) -> Match | NoMatch:
     """Find `pattern` with its result at `anchor`.
 
-    A name that occurs twice must stand for the same value, and none for a node that the pattern covers; of these, only
-    the anchor may have users outside the pattern.
+    A name that occurs twice must stand for the same value, and no name for a node that the match covers. Of the covered
+    nodes only the anchor may be used outside the match.
     """
     output = trace_function(pattern).output_node().args[0]
     bindings: dict[str, Any] = {}

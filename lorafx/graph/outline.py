@@ -1,7 +1,7 @@
-"""Outlining: a region of a graph becomes a graph of its own, and a call of one becomes its operators again.
+"""Outlining: a region of a graph becomes a graph of its own; inlining: a call of a block becomes operators again.
 
-`block_of` and `replace_region` make a region a block that layers run; `graph_of` and `call_module_instead` cut one out
-for a module to run, whatever that makes of it.
+`block_of` and `replace_region` turn a region into a block that layers run; `graph_of` and `call_module_instead` cut it
+out, to be run by any module.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Stack = dict[str, tuple[str, type]]
 
 
 def graph_of(region: Region) -> Graph:
-    """The operators of a region as a graph: from the values that it uses to the tuple of those that others use of it.
+    """A region as a graph: from the region's inputs to the tuple of its outputs.
 
-    Tensors of the region's own module are read by their names there.
+    Tensors of the region's own module are read by paths relative to that module.
     """
     graph = Graph()
     copies = {node: _input_like(graph, node.name, node) for node in region.inputs}
@@ -40,7 +40,7 @@ def graph_of(region: Region) -> Graph:
 
 
 def with_reads_as_inputs(graph: Graph) -> tuple[Graph, list[str]]:
-    """A copy with an input for each attribute that a graph reads, before its own inputs; and the attributes' paths."""
+    """A copy that takes each attribute that it reads as an input, ahead of its own; and the attributes' paths."""
     lifted = Graph()
     copies: dict[Node, Node] = {}
     reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
@@ -52,19 +52,19 @@ def with_reads_as_inputs(graph: Graph) -> tuple[Graph, list[str]]:
 
 
 def _input_like(graph: Graph, name: str, node: Node) -> Node:
-    """An input of a graph, for values like what a node of another gives."""
+    """A new input of `graph`, described like a node of another graph."""
     placeholder = graph.placeholder(name)
     placeholder.meta["val"] = node.meta.get("val")
     return placeholder
 
 
 def block_of(gm: GraphModule, region: Region) -> GraphModule:
-    """The graph of a region by itself, over its own module, kept below the outer graph's `captured`."""
+    """A new block with the operators of a region, over the region's module, kept in the outer graph's `captured`."""
     return keep_block(gm, over(graph_of(region), gm.get_submodule(region.path), nn.Module()))
 
 
 def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
-    """Keep a block, which no layer runs yet, below the outer graph's `captured` under a name of its own."""
+    """Keep a block in the outer graph's `captured` under a new name; no layer runs it yet."""
     captured = gm.get_submodule(CAPTURED)
     number = next(n for n in range(len(captured._modules) + 1) if f"block_{n}" not in captured._modules)
     block.meta |= {LAYERS: [], "name": f"block_{number}"}
@@ -73,7 +73,7 @@ def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
 
 
 def replace_region(gm: GraphModule, region: Region, block: GraphModule, made_by: Provenance | None = None) -> None:
-    """Put a call of the block where the region was; the block's operators are the region's, in the same order."""
+    """Put a call of a block in a region's place. The block's operators must be the region's, in the same order."""
     theirs = dict(zip(_operators(block.graph), region.nodes, strict=True))
     inputs = dict(zip(_inputs_by_use(block.graph), region.inputs, strict=True))
     results = block.graph.output_node().args[0]
@@ -83,7 +83,7 @@ def replace_region(gm: GraphModule, region: Region, block: GraphModule, made_by:
 
 
 def call_module_instead(graph: Graph, region: Region, path: str) -> None:
-    """Put a call of the module at `path`, from the region's inputs to a tuple of its outputs, where the region was."""
+    """Put a call of the module at `path` in a region's place: from the region's inputs to a tuple of its outputs."""
     outputs = region.outputs
     with graph.inserting_after(region.nodes[-1]):
         call = graph.call_module(path, region.inputs)
@@ -91,7 +91,7 @@ def call_module_instead(graph: Graph, region: Region, path: str) -> None:
 
 
 def _take_place(graph: Graph, region: Region, parts: dict[Node, Node]) -> None:
-    """Have others use the parts instead of the region's nodes, and erase the region."""
+    """Replace uses of a region's outputs by `parts`, and erase the region."""
     inside = set(region.nodes)
     for node, part in parts.items():
         node.replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
@@ -114,7 +114,7 @@ def _parts(graph: Graph, call: Node, count: int) -> list[Node]:
 
 
 def signature_of(block: GraphModule) -> Hashable:
-    """What `Region.signature` is of the regions that a block can stand for; None if it has inputs that it ignores."""
+    """The `Region.signature` of the regions that this block can replace; None if some of its inputs are unused."""
     inputs = _inputs_by_use(block.graph)
     if len(inputs) < len(block.graph.find_nodes(op="placeholder")):
         return None
@@ -123,7 +123,7 @@ def signature_of(block: GraphModule) -> Hashable:
 
 
 def want(gm: GraphModule, block: GraphModule, numbers: Iterable[int]) -> None:
-    """Let a block give the results of the operators of these numbers too."""
+    """Add to a block's outputs the results of its operators at these positions."""
     operators, output = _operators(block.graph), block.graph.output_node()
     results = dict.fromkeys((*output.args[0], *(operators[number] for number in numbers)))  # type: ignore[misc]
     output.args = (tuple(results),)
@@ -163,7 +163,7 @@ def insert_call(
 
 
 def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, made_by: Provenance | None = None) -> None:
-    """Put a block's operators, on the tensors of the layer, where a call of it was."""
+    """Put a block's operators, on the tensors of the layer, in the place of a call of the block."""
     graph, inputs = gm.graph, list(call.args[2:])
     copies: dict[Node, Node] = dict(zip(block.graph.find_nodes(op="placeholder"), inputs))  # type: ignore[arg-type]
     with graph.inserting_before(call):
@@ -189,14 +189,14 @@ def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, mad
 
 
 def run_instead(call: Node, block: GraphModule) -> None:
-    """Let a layer run another block than it does."""
+    """Make a call run another block."""
     spot = call.args[0]
     assert isinstance(spot, Node) and len(spot.users) == 1
     spot.target, spot.meta = f"{CAPTURED}.{block.meta['name']}", spot.meta | {"val": block}
 
 
 def list_layers(gm: GraphModule) -> None:
-    """Note at each block which layers run it, in order, and forget the blocks that none does."""
+    """Write into each block's meta which layers run it, in order, and drop the blocks that no layer runs."""
     captured = gm.get_submodule(CAPTURED)
     layers: dict[GraphModule, dict[str, None]] = {}
     for _, block, layer in block_calls(gm):
@@ -209,7 +209,7 @@ def list_layers(gm: GraphModule) -> None:
 
 
 def _relative(stack: Stack | None, path: str) -> Stack:
-    """Where a node comes from, seen from the module at `path`."""
+    """A node's `nn_module_stack` with paths relative to the module at `path`; what is outside of it is left out."""
     within = ((key, *place) for key, place in (stack or {}).items())
     return {
         key: (where.partition("@")[0].removeprefix(path).lstrip("."), cls)
@@ -219,5 +219,5 @@ def _relative(stack: Stack | None, path: str) -> Stack:
 
 
 def _below(stack: Stack | None, layer: str) -> Stack:
-    """Where a node comes from, seen from the root."""
+    """The inverse of `_relative`: paths from the root."""
     return {key: (f"{layer}.{path}".rstrip("."), cls) for key, (path, cls) in (stack or {}).items()}

@@ -1,4 +1,4 @@
-"""The invariants of a graph, each a small named check; a pipeline runs all of them before and after every pass."""
+"""The invariants of a graph, each a small named check. A pipeline runs all of them at its start and after each pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def snapshot(gm: GraphModule) -> Snapshot:
 
 @dataclass(frozen=True)
 class State:
-    """What a check sees: the graph now, the snapshot before the pass (None at the start), what `verify` is given."""
+    """What a check sees: the arguments of `verify`."""
 
     gm: GraphModule
     before: Snapshot | None
@@ -56,7 +56,8 @@ def verify(
 ) -> None:
     """Run every check; raise `VerifyError` with the first failure, naming the check.
 
-    `trained` are paths of base parameters that train because the user wants them to.
+    `before` is the snapshot before the pass, None at the start; `adapters` those that act; `facts` what the passes so
+    far have established; `trained` the paths of base parameters that the user trains along with the adapters.
     """
     state = State(gm, before, adapters, facts, trained)
     for check in CHECKS:
@@ -124,7 +125,7 @@ def true_values(state: State) -> str | None:
 
 
 def only_adapters_train(state: State) -> str | None:
-    """Once the base is frozen, what the graph reads and trains belongs to an active adapter."""
+    """Once the base is frozen, every trainable tensor that the graph reads is an active adapter's, or `trained`."""
     if "frozen" not in state.facts:
         return None
     own = state.trained.union(*(adapter.paths for adapter in state.adapters))
@@ -136,7 +137,7 @@ def only_adapters_train(state: State) -> str | None:
 
 
 def one_adapter_of_a_name(state: State) -> str | None:
-    """An adapter is inserted at most once where a graph reads a site's weight."""
+    """An adapter is inserted at most once at each operator that reads a site's weight."""
     for node in state.gm.graph.nodes:
         names = node.meta.get(ADAPTED_BY, ())
         if len(set(names)) < len(names):
@@ -186,7 +187,7 @@ def _agree(a: Any, b: Any) -> bool:
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Equal as expressions; or one is a constant, because torch has settled a size on the way, and the other has it."""
+    """Equal as expressions; or one is a number that torch has put in the place of the other, a symbol of that value."""
     if str(a) == str(b):
         return True
     constant, symbolic = (a, b) if isinstance(a, int) else (b, a)

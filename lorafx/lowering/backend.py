@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule
 
 from ..errors import ConfigError
 from ..torch_private.compilers import inductor_modes
+
+_OURS = "auto", "eager"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Backend:
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 <= self.budget <= 1:
             raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
+        if self.name not in _OURS and self.name not in (backends := torch.compiler.list_backends(exclude_tags=())):
+            raise ConfigError(f"backend={self.name!r} is none of {', '.join([*_OURS, *backends])}")
         if self.mode is None:
             return
         if self.name not in ("auto", "inductor"):

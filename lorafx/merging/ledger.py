@@ -3,9 +3,9 @@
     W' = round(merged(W))        in float64, one rounding; of LoRA, merged(W) = W + Σ ΔW
 
 Subtracting ΔW again would not give W back, so the ledger keeps for each merged weight what rounding took
-(`residual.py`), or a copy where the kind has no inverse or the copy is smaller, with fingerprints of W and W' so that
-nothing is ever restored wrongly: a restore that would not give W back bit for bit is refused before it writes. Merging
-another adapter starts from W again, and one residual a weight is kept however many adapters are merged.
+(`residual.py`), or a copy if that is smaller or the kind has no inverse. It also keeps fingerprints of W and W': a
+restore that would not give W back bit for bit is refused before anything is written. Merging another adapter starts
+from W again, so that there is one residual a weight, however many adapters are merged.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Target:
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def write(self, root: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Put other values into these tensors, after what still waits to read them was computed."""
-        settle(root.get_parameter(self.path))  # logits of before
+        """Write into these tensors; deferred logits that still have to read the old values are computed first."""
+        settle(root.get_parameter(self.path))
         for name, tensor in self.stored(root).items():
             if name in values:
                 tensor.copy_(values[name])
@@ -51,9 +51,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one merged base parameter: what was merged, how to restore it, and what it was and is.
+    """What is known of one merged base parameter: what was merged into it, and how to restore it.
 
-    `residual` restores it from what it is now; without one, `copies` are the tensors that held it.
+    `residual` restores it from its present value; without one, `copies` are the tensors that held it. `original` and
+    `merged` are fingerprints of the tensors that hold it, before the merge and after.
     """
 
     target: Target
@@ -67,7 +68,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept; the adapters' tensors count with the weight and not again with its bias."""
+        """Bytes kept for this parameter; copies of adapters' tensors count with the weight, not again with the bias."""
         copied = sum(source.nbytes for source in self.sources) if self.target.role == "weight" else 0
         kept = self.residual.nbytes if self.residual else sum(map(bytes_of, (self.copies or {}).values()))
         return kept + copied
@@ -94,11 +95,11 @@ class Ledger:
         safe: bool = False,
         progressbar: bool = False,
     ) -> None:
-        """Write the base with all merged adapters and these into the weights: all of them or none.
+        """Merge these adapters on top of those that are merged already: into all their weights, or none if it fails.
 
-        A base tensor that an acting adapter has replaced by a copy of its own, as `replaced` says, changes there.
-        Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an earlier
-        merge, and, if `safe`, for a result that is not finite.
+        `replaced` maps base tensors to the copies that acting adapters train instead, which are merged into in their
+        place. Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an
+        earlier merge, and, if `safe`, for a result that is not finite.
         """
         earlier = {(s.adapter.name, s.site.name): s for entry in self.entries.values() for s in entry.sources}
         everyone = (*self.adapters, *adapters)
@@ -122,7 +123,7 @@ class Ledger:
         self.adapters = ()
 
     def original(self, root: nn.Module, path: str) -> Tensor:
-        """The dense parameter at `path`, under any of its names, as it is without adapters."""
+        """The parameter at `path`, which may be any of its names, as it is without adapters."""
         path = first_name(root, path)
         entry = self.entries.get(path)
         return _original(root, entry.target if entry else Target(path), entry)["weight"]
@@ -137,7 +138,7 @@ class Ledger:
     def _move(
         self, root: nn.Module, targets: Mapping[Target, tuple[Source, ...]], safe: bool, progressbar: bool = False
     ) -> None:
-        """Bring each parameter to its base plus these sources; on any failure, all back to what they were."""
+        """Write each parameter with these sources merged into its original; on any failure, put all back."""
         before = dict(self.entries)
         try:
             for target, sources in tqdm(targets.items(), "merging", disable=not progressbar):
@@ -174,7 +175,7 @@ def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Itera
 def _transition(
     root: nn.Module, target: Target, entry: Entry | None, sources: tuple[Source, ...], safe: bool
 ) -> Entry | None:
-    """Replace what is merged into one parameter; the write comes last, once everything is known."""
+    """Set what is merged into one parameter; returns its new entry, None for no sources. The write comes last."""
     weight = root.get_parameter(target.path)
     original = {name: tensor.to(weight.device) for name, tensor in _original(root, target, entry).items()}
     if not sources:
@@ -205,7 +206,10 @@ def _merged(
 
 
 def _remembering(root: nn.Module, entry: Entry, original: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> Entry:
-    """The entry with what takes less room: a residual, if the kinds have inverses, or copies, which stand alone."""
+    """The entry with a residual, if the kinds have inverses, or with copies, whichever takes less memory.
+
+    With copies of the weight, those of the adapters' tensors are not needed.
+    """
     if entry.target.storage is DENSE:
         guess = _guess(root, entry.target, merged["weight"], entry.sources)
         if guess is not None:
@@ -217,7 +221,7 @@ def _remembering(root: nn.Module, entry: Entry, original: Mapping[str, Tensor], 
 
 
 def _guess(root: nn.Module, target: Target, merged: Tensor, sources: Sequence[Source]) -> Tensor | None:
-    """What the parameter was before these adapters, but for rounding; None if one of them has no inverse."""
+    """What the parameter was before these adapters, up to rounding; None if one of them has no inverse."""
     dense: Tensor | None = merged.double()
     for source in reversed(sources):
         dense = None if dense is None else source.unmerged(root, target.role, dense)

@@ -29,7 +29,7 @@ def ordered(tensor: Tensor) -> Tensor:
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """Between the bits of floats and integers in their order; its own inverse."""
+    """From the bits of floats to integers in the order of the floats, and back: it is its own inverse."""
     largest = torch.iinfo(bits.dtype).max
     return torch.where(bits < 0, bits ^ largest, bits)
 
@@ -74,7 +74,7 @@ class Residual:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit sum over the bits of a tensor and their places: equal for equal bits, on every device."""
+    """A 64-bit hash of a tensor's bits and their places, the same on every device."""
     flat = tensor.detach().contiguous().reshape(-1)
     bits = flat.view(_INTEGER.get(flat.dtype, torch.uint8))
     total = 0

@@ -14,7 +14,7 @@ from ..adapters.site import Site
 from ..errors import MergeError
 from .residual import fingerprint
 
-# Copies of A and B are kept, so that unmerging survives changed adapters, where they are small beside the weight.
+# Adapter tensors are copied if they are at most this share of the weight: then unmerging works after they changed.
 _SMALL = 1 / 16
 
 
@@ -60,7 +60,7 @@ class Source:
         return self.adapter.kind.merged(role, base, self._operands(root, base.device))
 
     def unmerged(self, root: nn.Module, role: str, merged: Tensor) -> Tensor | None:
-        """The inverse of `merged`, but for rounding; None if the kind has none."""
+        """The inverse of `merged`, up to rounding; None if the kind has none."""
         return self.adapter.kind.unmerged(role, merged, self._operands(root, merged.device))
 
     def _operands(self, root: nn.Module, device: torch.device) -> Operands:
@@ -69,5 +69,5 @@ class Source:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """The bytes of a tensor's numbers."""
+    """How many bytes a tensor's elements take."""
     return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs to serve calls."""
+"""AdaptedModel: a mirror of the base model's modules, with adapters beside what they adapt and graphs for calls."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from .trainers import Trainable, name_self, require_same, with_model
 
 
 class PartCall:
-    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own.
+    """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the forward that the module itself, and not its class, had before.
+    `replaced` has the `forward` that was an attribute of the module itself before, if there was one.
     """
 
     lorafx = True
@@ -55,7 +55,8 @@ class AdaptedModel(Trainable, Merges, Saving):
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
     the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
-    shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
+    shares the weights. Each kind of call is captured as a graph when it first comes, rewritten by the pipeline, and
+    kept; a call that cannot be captured runs by sites (`capture` of `compile`).
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         return self._serve("", args, kwargs)
 
     def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
-        """The rewritten graph that serves this call; captured now if no kept graph does.
+        """The rewritten graph that serves this call; captured now if none is kept. The call is not run.
 
         Raises `CaptureError` when the call cannot be captured as a whole.
         """
@@ -90,7 +91,7 @@ class AdaptedModel(Trainable, Merges, Saving):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers, in order: modules that repeat, each with its own parameters and adapters (for `fully_shard`)."""
+        """The layers, in order, each with its own parameters and adapters: what to give to FSDP2's `fully_shard`."""
         return repeated_modules(self)
 
     @property
@@ -114,9 +115,9 @@ class AdaptedModel(Trainable, Merges, Saving):
         return list(self._lorafx.ledger.names)
 
     def get_base_model(self) -> nn.Module:
-        """This model itself: as in PEFT, the base model that is given back computes with the adapters.
+        """This model itself: the base model that PEFT returns here computes with the adapters, too.
 
-        The object that was compiled stays free of them; it is what `unload` returns.
+        The object that was compiled has none; `unload` returns it.
         """
         return self
 
@@ -129,7 +130,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
 
     def explain(self) -> Explanation:
-        """What serves each kind of call so far: a graph or the model by sites, why, how often; prints as a table."""
+        """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
         dispatcher = self._lorafx.dispatcher
         calls = [
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
@@ -140,7 +141,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""
+        """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""
         counts = [(name, p.numel(), p.requires_grad) for name, p in self.named_parameters()]
         total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
         return sum(number for _, number, trainable in counts if trainable), total
@@ -167,7 +168,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         *,
         random_state: int | None = None,
     ) -> None:
-        """Add a new adapter; `set_adapter` makes it active.
+        """Add a new adapter; `set_adapter` makes it active. `random_state` is that of `compile`.
 
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
@@ -213,8 +214,8 @@ class AdaptedModel(Trainable, Merges, Saving):
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make these adapters, and no others, active and (unless in inference mode) trainable.
 
-        A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown name, or for adapters
-        that both replace one tensor (a bias, a saved module).
+        The first acts innermost. A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown
+        name, or for adapters that both replace one tensor (a bias, a saved module).
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         adapters = [self._adapter(name) for name in names]
@@ -229,7 +230,10 @@ class AdaptedModel(Trainable, Merges, Saving):
         self._set_trainable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; refused while it is merged. Another one becomes active in its place."""
+        """Remove an adapter and its tensors. If none is active then, the first that is left becomes active.
+
+        Raises `AdapterError` for an unknown name, or while the adapter is merged.
+        """
         adapter, state = self._adapter(adapter_name), self._lorafx
         if adapter_name in state.ledger.names:
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
@@ -244,19 +248,23 @@ class AdaptedModel(Trainable, Merges, Saving):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
 
-        The scaling becomes a tensor the first time, for which graphs are rewritten once; after that a change captures,
-        rewrites and compiles nothing, so that it may follow a schedule. It is not part of the adapter's file. Raises
+        The first call makes the scaling a tensor, for which graphs are rewritten; further ones capture, rewrite and
+        compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
         `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
         """
         adapter = self._adapter(adapter_name)
-        if adapter_name in self._lorafx.ledger.names:
-            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before changing its scale")
+        self._require_unmerged(adapter_name)
         self._lorafx.adapters[adapter_name] = scaled(self, adapter, scale)
+
+    def _require_unmerged(self, name: str) -> None:
+        if name in self._lorafx.ledger.names:
+            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
 
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
-        """Multiply the scales of the active adapters for a while, as PEFT's `rescale_adapter_scale` does."""
+        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
         for name in self._lorafx.active:
+            self._require_unmerged(name)
             if not self._adapter(name).scales:
                 self.set_scale(name, 1.0)
         tensors = [tensor_at(self, p) for n in self._lorafx.active for p in self._adapter(n).scales.values()]
@@ -271,7 +279,7 @@ class AdaptedModel(Trainable, Merges, Saving):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
+        """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile."""
         state = self._lorafx
         active, merged = state.active, state.ledger.names
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -311,7 +319,7 @@ class AdaptedModel(Trainable, Merges, Saving):
 
 
 def _parts(adapter: Adapter) -> Iterator[str]:
-    """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
+    """Paths of the modules that contain an adapter's sites or own copies, at any depth; the root is not among them."""
     owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
@@ -331,14 +339,14 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
-    if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
+    if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
     name_self(tree)
     return tree  # type: ignore[return-value]
 
 
 def _empty(base: type[nn.Module]) -> AdaptedModel:
-    """An AdaptedModel that a copy or an unpickled state is put into."""
+    """An AdaptedModel without attributes, for copy and pickle to fill."""
     return object.__new__(_class_for(base))  # type: ignore[arg-type]
 
 

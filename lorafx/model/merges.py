@@ -1,4 +1,4 @@
-"""What an adapted model does with its weights: adapters into them, and out again."""
+"""The merging of an adapted model: adapters into the base weights, and out again."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class Merges(nn.Module):
     def merge_adapter(
         self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
     ) -> None:
-        """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
+        """Write the merged weights (of LoRA, W + ΔW) in the place of the base's; `unmerge_adapter` undoes it exactly.
 
-        ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
-        Raises `MergeError`, with every weight as it was, when any site cannot be merged.
+        Merges the active adapters, or those named. W + ΔW is computed in float64 and rounded once. `safe_merge` refuses
+        a result that is not finite. Raises `MergeError`, with every weight as it was, when any site cannot be merged,
+        and `AdapterError` for an unknown name.
         """
         state = self._lorafx
         names = state.active if adapter_names is None else tuple(adapter_names)
@@ -40,9 +41,9 @@ class Merges(nn.Module):
         state.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
 
     def _in_order(self, names: list[str]) -> list[Adapter]:
-        """These adapters in the order in which they act; `MergeError` if merging them would change that order.
+        """These adapters in the order in which they act; `MergeError` if merging them would change the result.
 
-        What is merged is innermost. Adapters that only add to a weight may trade places, others may not.
+        Merged adapters become the innermost. Additive ones may trade places at a site, others may not.
         """
         active, adapters = list(self._lorafx.active), [self._adapter(name) for name in names]
         order = {name: place for place, name in enumerate(active)}
@@ -68,8 +69,8 @@ class Merges(nn.Module):
     ) -> nn.Module:
         """Merge for good and return the base model object, a plain model again.
 
-        Biases and modules that the adapters trained as a whole take the base's place. Raises `MergeError` as
-        `merge_adapter` does.
+        Biases and modules that the adapters trained as a whole replace the base's. Arguments and errors are those of
+        `merge_adapter`.
         """
         names = list(self._lorafx.active if adapter_names is None else adapter_names)
         new = [name for name in names if name not in self._lorafx.ledger.names]
@@ -81,13 +82,13 @@ class Merges(nn.Module):
         return self._leave()
 
     def unload(self) -> nn.Module:
-        """Return the base model object as it was before any adapter."""
+        """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
         self.unmerge_adapter()
         return self._leave()
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
-    """Give the base the adapter's own copies; a tied tensor is untied rather than changed for its other readers."""
+    """Replace base tensors by the adapter's own copies. A tied tensor is untied: its other modules keep the old one."""
     for base, path in adapter.replaced.items():
         owner, _, last = base.rpartition(".")
         module, copy = tree.get_submodule(owner), tensor_at(tree, path)

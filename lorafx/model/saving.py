@@ -1,4 +1,4 @@
-"""What an adapted model does with files: its adapters to a folder in PEFT's format, or to the Hub."""
+"""The saving of an adapted model: its adapters to a folder in PEFT's format, or to the Hub."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ class Saving(nn.Module):
     ) -> None:
         """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
 
-        `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
-        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
-        own, as a trainer that gathers shards does. Each folder is replaced atomically.
+        `selected_adapters` are names, None for all. `save_embedding_layers` also writes the base's embedding weights;
+        `"auto"` does so when they are adapted or the vocabulary was resized since the model was compiled. `state_dict`
+        gives values to write instead of the model's own, as a trainer that gathers shards has them. Nothing is written
+        unless `is_main_process`. The files of a folder are replaced at once.
+
+        Raises `CheckpointError` for what the file system refuses, and for `safe_serialization=False`; `AdapterError`
+        for an unknown name.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
@@ -73,10 +77,10 @@ class Saving(nn.Module):
         tags: Sequence[str] | None = None,
         **save: Any,
     ) -> CommitInfo:
-        """Write what `save_pretrained(**save)` writes to a repository on the Hub, which is made if need be.
+        """Upload what `save_pretrained(**save)` writes to a repository on the Hub, which is made if need be.
 
-        Arguments are those of transformers' `push_to_hub`; `tags` go into the model card. A card (README.md) that the
-        repository has already is left as it is. Returns the commit. Raises `CheckpointError`.
+        Arguments are those of transformers' `push_to_hub`; `tags` go into the model card. If the repository has a card
+        (README.md) already, that one stays. Returns the commit. Raises `CheckpointError`.
         """
         if not save.get("is_main_process", True):
             raise checkpoint.CheckpointError("push_to_hub writes on one process; call it there only")

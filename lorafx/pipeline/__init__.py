@@ -1,8 +1,8 @@
 """The pipeline: passes in order, the graph verified after each.
 
-In come a graph and the context of the adapters that act; out comes the rewritten graph, and a `Step` of what each pass
-did. `definition` says what a pass is, `context` what it is given, `pipeline` checks the order and runs, `text` reads a
-pipeline's text.
+In come a graph and the context of the adapters that act; out come the rewritten graph and a `step` for each pass, which
+says what it did. `definition` says what a pass is, `context` what it is given; `pipeline` checks the order and runs the
+passes; `text` reads a pipeline's text.
 """
 
 from .context import Context

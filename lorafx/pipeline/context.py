@@ -15,8 +15,8 @@ from ..adapters.site import Selection, Site
 class Context:
     """What a pass may need besides the graph.
 
-    That is the active adapters in order, the names of the merged ones, and the paths of base parameters that the user
-    trains along with them.
+    `adapters` are those that act, innermost first; `merged` names those of them that are merged into the base weights;
+    `trained` are the paths of base parameters that the user trains along with them.
     """
 
     adapters: tuple[Adapter, ...] = ()
@@ -32,7 +32,7 @@ class Context:
         return selection
 
     def below(self, path: str) -> Context | None:
-        """The context of a graph over the module at `path`; None if an adapter on it has tensors elsewhere."""
+        """The context of a graph over the module at `path`; None if some adapter has no `Adapter.below` for it."""
         adapters = [adapter.below(path) for adapter in self.adapters]
         if None in adapters:
             return None
@@ -41,7 +41,7 @@ class Context:
         return Context(acting, self.merged & {a.name for a in acting}, trained)
 
     def signature(self, root: nn.Module) -> Hashable:
-        """Equal for contexts in which the same passes make the same of equal graphs."""
+        """A key that is equal for contexts in which passes rewrite equal graphs in the same way."""
         return tuple(adapter.signature(root) for adapter in self.adapters), self.merged
 
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:

@@ -17,7 +17,8 @@ class Pass:
     """One graph transformation. A subclass is a frozen dataclass whose fields are its options.
 
     `requires` and `establishes` name facts about the graph; a pipeline checks its order from them. A pass keeps no
-    state: what it decides goes into the graph and its nodes' `meta`. Defining a subclass makes its name parseable.
+    state: what it decides goes into the graph and its nodes' `meta`. Its `name` is the class's in snake case, unless
+    given; a subclass that is defined is known to `Pipeline.parse` by it. `str(p)` is `name{option=value}`.
     """
 
     name: ClassVar[str] = ""
@@ -31,7 +32,10 @@ class Pass:
         Pass.known[cls.name] = cls
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        """Change `gm.graph` in place and return how many rewrites were made."""
+        """Change `gm.graph` in place and return how many rewrites were made.
+
+        Called on the graph and then on each of its blocks, with paths in `context` relative to what `gm` is over.
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:

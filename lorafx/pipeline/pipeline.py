@@ -28,7 +28,7 @@ Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
 
 @dataclass(frozen=True)
 class _Before:
-    """A graph before a pass: what the verifier compares with, and the text for a diff."""
+    """A graph before a pass: the snapshot that the verifier compares with, and a copy for the diff."""
 
     snapshot: Snapshot
     copy: GraphModule
@@ -36,7 +36,7 @@ class _Before:
     @classmethod
     def of(cls, gm: GraphModule) -> _Before:
         copy = GraphModule(nn.Module(), Graph())
-        copy.__dict__["_modules"] = dict(gm._modules)  # among them the blocks, as they are when the text is written
+        copy.__dict__["_modules"] = dict(gm._modules)  # blocks are shared: a diff prints them as they are by then
         set_unused_graph(copy, copied_graph(gm.graph))  # text only: never compiled, so nothing needs to resolve
         return cls(snapshot(gm), copy)
 
@@ -52,12 +52,12 @@ class Pipeline(tuple[Pass, ...]):
 
     @classmethod
     def of(cls, passes: Pipeline | Iterable[Pass] | str) -> Pipeline:
-        """A pipeline from itself, an iterable of passes, or its text."""
+        """A pipeline from itself, an iterable of passes, or its text (see `parse`)."""
         return cls.parse(passes) if isinstance(passes, str) else cls(*passes)
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Read `name, name{option=value}, …`; values are Python literals. `PipelineError` says what is wrong."""
+        """Read `name, name{option=value}, …`; values are Python literals. Raises `PipelineError` for any other text."""
         return cls(*(parse_pass(part) for part in split(text)))
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Pipeline(tuple[Pass, ...]):
         return tuple(self)
 
     def without(self, *names: str) -> Pipeline:
-        """The pipeline with the passes of these names left out."""
+        """The pipeline without the passes of these names; `PipelineError` for a name that none has."""
         unknown = set(names) - {p.name for p in self}
         if unknown:
             raise PipelineError(f"no pass named {sorted(unknown)} in: {self}")
@@ -105,8 +105,9 @@ class Pipeline(tuple[Pass, ...]):
     ) -> tuple[Step, ...]:
         """Apply the passes to `gm` in place, verifying the graph before the first and after each.
 
-        Observers are called `(previous, graph, next)` between passes, None standing for either end. Returns what each
-        pass did. Raises `VerifyError` naming the pass at fault and those before it, with a diff.
+        Observers are called `(previous, graph, next)` before each pass and after the last, None standing for either
+        end. Returns what each pass did. Raises `PipelineError` as `check` does, what a pass raises, and `VerifyError`
+        for a broken invariant, naming the pass at fault and those before it, with a diff.
         """
         self.check()
         context = context or Context()
@@ -127,7 +128,7 @@ class Pipeline(tuple[Pass, ...]):
     def _apply(
         self, current: Pass, gm: GraphModule, context: Context, states: States, facts: frozenset[str], done: list[Step]
     ) -> tuple[States, Step]:
-        """Run one pass on the graph and on each of its blocks, once however many layers run it."""
+        """Run one pass on the graph and on each of its blocks: once, however many layers run the block."""
         start, rewrites, after = time.perf_counter(), 0, States()
         for part, within in _parts(gm, context):
             before = states.get(part) or _Before.of(part)
@@ -152,7 +153,7 @@ class Pipeline(tuple[Pass, ...]):
 
 
 def _fit(gm: GraphModule, context: Context) -> None:
-    """Give layers whose adapters differ blocks of their own, where a graph was captured with blocks."""
+    """Give layers whose adapters differ blocks of their own, in a graph that was captured with blocks."""
     kinds: dict[tuple[GraphModule, Hashable], GraphModule] = {}
     for call, block, layer in list(block_calls(gm)):
         within = context.below(layer)
@@ -169,7 +170,7 @@ def _fit(gm: GraphModule, context: Context) -> None:
 
 
 def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Context]]:
-    """A graph and its blocks, as far as there are any now, each with its context."""
+    """A graph and the blocks that it has at present, each with its context."""
     yield gm, context
     for block in blocks_of(gm):
         within = context.below(block.meta[LAYERS][0])

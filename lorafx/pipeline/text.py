@@ -14,7 +14,7 @@ from .definition import Pass
 
 
 def split(text: str) -> list[str]:
-    """The parts of a pipeline's text between commas that stand in no bracket."""
+    """The parts of a pipeline's text, cut at commas outside brackets; `PipelineError` if Python cannot tokenise it."""
     parts, depth, start = [], 0, 0
     flat = " ".join(text.split("\n"))
     try:
@@ -30,6 +30,7 @@ def split(text: str) -> list[str]:
 
 
 def parse_pass(text: str) -> Pass:
+    """The pass that `name` or `name{option=value}` says; `PipelineError` for any other text."""
     found = re.fullmatch(r"(\w+)\s*(?:\{(.*)\})?", text)
     if not found:
         raise PipelineError(f"{text!r} is no pass; write name or name{{option=value}}")

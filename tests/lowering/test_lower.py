@@ -56,6 +56,11 @@ def test_compiled_training_equals_eager(backend):
     assert lora(torch.randint(0, 11, (5, 9))).shape == (5, 3)
 
 
+def test_a_backend_that_is_none_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"backend='inductr' is none of auto, eager, .*inductor"):
+        lorafx.compile(Chain(), {"target_modules": ["first"]}, backend="inductr")
+
+
 def test_auto_is_eager_without_cuda():
     lora = adapted(Chain())
     lora(torch.randn(5, 4))

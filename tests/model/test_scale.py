@@ -79,6 +79,8 @@ def test_merging_takes_the_scale_along_and_unmerging_gives_every_bit_back():
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(AdapterError, match="is merged; unmerge it before changing its scale"):
         lora.set_scale("default", 1.0)
+    with pytest.raises(AdapterError, match="is merged"), lora.rescale(2.0):
+        pass
     lora.unmerge_adapter()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(lora(x), expected)

@@ -1,7 +1,7 @@
 """Kinds: adapter families, one file each.
 
-A kind is an equation that wraps a base operator, with its tensors, their start values, its config class and the weight
-that it amounts to. `register` makes one of your own known, under the PEFT type that its config class names.
+A kind is an equation that wraps a base operator, with its tensors, their start values, its config class and the merged
+weight. `register` makes one of your own known, under the PEFT type that its config class names.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
 
-# By PEFT type, the name of a family in adapters' files.
+# By PEFT type: the `peft_type` of configs and files.
 KINDS: dict[str, Kind] = {}
 
 
 def register(kind: type[Kind]) -> type[Kind]:
-    """Make a kind known: its configs are taken wherever a config is, and its files are read."""
+    """Make a kind known, so that its configs and its files are accepted everywhere; returns the class."""
     KINDS[defaults_of(kind.config)["peft_type"]] = kind()
     return kind
 
@@ -33,10 +33,10 @@ def kind_of(peft_type: str) -> Kind:
 
 
 def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
-    """A config of its kind's class, from itself, a mapping of its fields (of LoRA, unless it says its `peft_type`), or
-    a config of PEFT's. One of a kind that lorafx does not know keeps what it says in `extra`.
+    """The config as one of its kind's class: from itself, a mapping of its fields, or a `peft` config.
 
-    Raises `ConfigError` for a field that is wrong, naming it.
+    A mapping without `peft_type` is LoRA's. For a kind that lorafx does not know it is an `AdapterConfig`, with that
+    kind's fields in `extra`. Raises `ConfigError` for a field that is wrong, naming it.
     """
     if isinstance(config, AdapterConfig):
         return config

@@ -1,11 +1,11 @@
-"""What a kind is: an adapter family's equation, its tensors, their start values, and the weight that it amounts to.
+"""What a kind is: an adapter family's equation, its tensors, their start values, and the merged weight.
 
 An equation wraps the base operator, which stays where it is:
 
     y = after(operator(before(x)), x)
 
-`before` and `after` are plain functions over `torch.ops.aten`. They are run on the nodes of a graph, whose operators
-they become. What else they need is in their last argument, `Operands`.
+`before` and `after` are plain functions over `torch.ops.aten`. They are traced, and their operators are written into
+the graph. What else they need is in their last argument, `Operands`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..readings import Operator
 from ..site import Site
 
 aten = torch.ops.aten
-SCALING = "scaling"  # the number that multiplies an update; it may be a tensor, so that it can change
+SCALING = "scaling"  # the number that multiplies an update; a tensor once it was changed, see `adapter.scaled`
 
 
 class Spec(NamedTuple):
@@ -34,11 +34,12 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Operands:
-    """What an equation has at hand besides x and y, at one site.
+    """What a kind's functions are given besides x and y, at one site.
 
-    Tensors and numbers of the adapter are attributes by the names that the kind gives them (`at.lora_A`, `at.scaling`).
-    `operator` is the one that reads the weight there, `bound` what its further arguments are, `training` whether the
-    site's module is in training mode. `weight` is the dense weight, for a kind that `reads_weight`.
+    The adapter's tensors and numbers are attributes, by the names that the kind gives them (`at.lora_A`, `at.scaling`).
+    In an equation, `operator` is the one that reads the weight, `bound` its other arguments by name, `training` whether
+    the site's module is in training mode, and `weight` the dense weight, for a kind that `reads_weight`. For `merged`
+    there is no operator, and the tensors are float64.
     """
 
     site: Site
@@ -57,32 +58,32 @@ class Operands:
         raise AttributeError(f"there is no {name!r} at {self.site.name}: {[*self.tensors, *self.numbers]}")
 
     def narrow(self, x: Any, a: Any) -> Any:
-        """What the operator gives with the narrow weight A in place of its own: r features of x."""
+        """The operator with A in place of its weight: (…, in) -> (…, r), or (batch, in, …) -> (batch, r, …)."""
         assert self.operator is not None
         return self.operator.narrow(x, a, **self.operator.given(self.operator.narrow, dict(self.bound)))
 
     def wide(self, h: Any, b: Any, bias: Any = None) -> Any:
-        """What comes of the narrow operator's result by the wide weight B, and a bias if there is one."""
+        """From the r features of `narrow` to a result of the base operator's shape, by B; plus `bias`, (out,)."""
         assert self.operator is not None
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
     def dropout(self, x: Any, p: float) -> Any:
-        """x with a share p of its numbers zero in training, the others larger; row numbers are left alone."""
+        """x with a share p of it zeroed and the rest divided by 1 - p, in training; not where x holds row numbers."""
         assert self.operator is not None
         return x if self.operator.lookup else aten.dropout.default(x, p, self.training)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A, of the shape of the weight."""
+        """B A as a change of the dense weight, in the weight's shape."""
         return self.site.reading.product(a, b, self.site.weight_shape)
 
 
 class Kind:
     """An adapter family. A subclass is one file; `lorafx.adapters.kinds.register` makes it known.
 
-    `config` is its config class, which also says its PEFT type. `additive` says that what it amounts to is a change of
-    the weight that does not depend on the weight: then `delta` is all that merging needs, and the order in which such
-    adapters are merged makes no difference. `reads_weight` says that its equation or its start values need the weight.
+    `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
+    that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
+    order. `reads_weight` says that its equation or its start values need the dense weight.
     """
 
     config: ClassVar[type[AdapterConfig]]
@@ -95,7 +96,7 @@ class Kind:
         """Raise `ConfigError` if the config cannot be served at this site."""
 
     def tensors(self, site: Site, config: Any) -> dict[str, Spec]:
-        """The adapter's tensors at a site, by the names that its equation gives them."""
+        """The suffix and shape of each tensor at a site, by the name that the equation gives it."""
         raise NotImplementedError
 
     def numbers(self, site: Site, config: Any) -> dict[str, float]:
@@ -107,43 +108,45 @@ class Kind:
     ) -> None:
         """Fill the tensors of a site with their start values, in place.
 
-        `weight` is the dense base weight, for a kind that `reads_weight`.
+        They are float32 or wider, on the CPU or on the meta device; `weight`, the dense base weight for a kind that
+        `reads_weight`, has their dtype and device. Without `rng`, numbers come from torch's global generator.
         """
         raise NotImplementedError
 
     # --- what it computes --------------------------------------------------------------------------------------------
 
     def before(self, x: Any, at: Operands) -> Any:
-        """What the base operator is given instead of x."""
+        """What the base operator is given instead of x: the same shape. A kind without a `before` returns x itself."""
         return x
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        """What takes the place of the operator's result y; x is what the layer was given."""
+        """What takes the place of the operator's result y: the same shape. x is what `before` was given."""
         return y
 
-    def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The tensors of the same adapter for the transposed weight, as a tied weight may be read; None if there are
-        none.
-        """
-        return None
+    def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The adapter's tensors for Wᵀ, by name, as which a tied weight may be read.
 
-    # --- the weight that it amounts to -------------------------------------------------------------------------------
+        A kind that does not define this is refused where its weight is read so.
+        """
+        raise NotImplementedError
+
+    # --- the merged weight -------------------------------------------------------------------------------------------
 
     def changes(self, site: Site, config: Any) -> tuple[str, ...]:
-        """Which of a site's base parameters it amounts to a change of, "weight" and "bias".
+        """Which of a site's base parameters merging changes: "weight", "bias" or both.
 
-        Raises `MergeError` for a site where it is no change of the weight at all, so that it cannot be merged.
+        Raises `MergeError` for a site where no change of these gives what the equation gives.
         """
         return ("weight",)
 
     def delta(self, name: str, at: Operands) -> Tensor:
-        """What an additive kind adds to a base parameter, "weight" or "bias"."""
+        """What an additive kind adds to a base parameter, "weight" or "bias": of its shape, in float64."""
         raise NotImplementedError
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors are of one wide dtype."""
+        """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors are float64."""
         return base + self.delta(name, at)
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor | None:
-        """The inverse of `merged`, but for rounding; None where there is none, so that a copy is kept instead."""
+        """The inverse of `merged`, up to rounding; None if there is none, and the ledger keeps a copy instead."""
         return merged - self.delta(name, at) if self.additive else None

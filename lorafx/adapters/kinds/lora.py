@@ -2,8 +2,8 @@
 
     y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ        s = α / r, or α / √r with `use_rslora` (arXiv 2312.03732)
 
-A is (r, in) and B is (out, r), so ΔW = s · B A. An embedding looks A's columns up; a convolution takes the base
-layer's stride, padding and dilation into A and its groups into B, a 1 x 1 kernel.
+A is (r, in) and B is (out, r), so ΔW = s · B A. An embedding looks up columns of A. In a convolution A has the base
+layer's kernel size, stride, padding and dilation, and B a kernel of size 1 and the base layer's groups.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Lora(Kind):
         return ("weight", "bias") if config.lora_bias else ("weight",)
 
     def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """(B A)ᵀ = Aᵀ Bᵀ: A and B trade places; a bias belongs to the weight as it is."""
+        """(B A)ᵀ = Aᵀ Bᵀ: A and B trade places; there is no bias, which belongs to the weight as it is stored."""
         return {"lora_A": aten.t.default(tensors["lora_B"]), "lora_B": aten.t.default(tensors["lora_A"])}
 
     def tensors(self, site: Site, config: LoraConfig) -> dict[str, Spec]:
@@ -101,10 +101,10 @@ class Lora(Kind):
 
 
 def rank(site: Site, config: LoraConfig) -> int:
-    """r of a site, `rank_pattern` considered."""
+    """The rank at a site: the first match in `rank_pattern`, else the config's `r`."""
     return int(pattern_value(config.rank_pattern, site.named, config.r))
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The first of `rank_pattern` or `alpha_pattern` that matches the end of `name`, as PEFT matches them."""
+    """The value of the first pattern that matches the end of `name`, as PEFT matches them; else `default`."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -47,8 +47,8 @@ class LoraConfig(AdapterConfig):
     """What to adapt and how: the fields of `peft.LoraConfig`, with its names and defaults.
 
     Lists are kept as tuples. Fields that lorafx does not implement yet are accepted, so that any PEFT config can be
-    read and written back, and refused by `compile` when they ask for something. `extra` holds fields that neither
-    knows; they are written back unchanged.
+    read and written back; `compile` refuses a config that sets one. `extra` holds fields that lorafx does not know;
+    they are written back unchanged.
 
     Raises `ConfigError` for a value of the wrong type or range, naming the field.
     """
@@ -66,7 +66,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
-    # not implemented yet: what asks for one of them is refused by `unsupported`
+    # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: Any = None
@@ -95,7 +95,7 @@ class LoraConfig(AdapterConfig):
         """The fields that ask for something lorafx does not implement yet, with their values."""
         defaults = defaults_of(LoraConfig)
         asked = {
-            name: value  # PEFT writes an empty list, too, for what was not asked for
+            name: value  # in PEFT's files an empty list, too, means that a field is not set
             for name in NOT_YET
             if (value := getattr(self, name)) != defaults[name] and value not in ([], {}, ())
         }

@@ -1,8 +1,8 @@
 """Readings: the operators by which graphs read weights, one file a family.
 
 A reading names the module classes that own such a weight, the operators as patterns over ATen, and for each operator
-the same with other weights, narrow and wide. An adapter family is written in terms of these, so that it acts on every
-weight that is read in a known way. `register` adds a reading of your own.
+two more of its family, with a narrow and a wide weight. Kinds are written in terms of these two, so that they work on
+every weight that has a reading. `register` adds a reading of your own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from .linear import CONV1D, LINEAR
 from .multihead import IN_PROJ
 from .reading import Operator, Reading
 
-# Those that `register` adds stand first, so that a subclass of a known module can be read in a way of its own.
+# The first that fits a module counts. `register` adds at the front, so that a subclass can have a reading of its own.
 READINGS: list[Reading] = [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ]
 
 
 def register(reading: Reading) -> Reading:
-    """Make a reading known: from now on modules of its classes can be adapted."""
+    """Make a reading known, so that modules of its classes can be adapted; returns it."""
     READINGS.insert(0, reading)
     return reading
 

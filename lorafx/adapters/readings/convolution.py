@@ -1,6 +1,6 @@
 """Convolutions of one, two and three dimensions, in groups or not: weights (out, in / groups, *kernel).
 
-The narrow convolution takes the layer's kernel, stride, padding and dilation, the wide one, whose kernel is 1, its
+The narrow convolution has the layer's kernel size, stride, padding and dilation, the wide one, of kernel size 1, its
 groups.
 """
 
@@ -35,7 +35,7 @@ def convolution(op: Any, dims: int) -> Operator:
 
 @dataclass(frozen=True, repr=False)
 class Convolution(Reading):
-    """A convolution layer's way to read its weight."""
+    """The reading of a convolution layer."""
 
     matrix: bool = False
 

@@ -27,7 +27,7 @@ def wide(h, b, update_bias):
 
 
 def linear_of_rows(x, weight, bias, start, end):
-    """Some rows of a weight that packs several: (…, in), (out, in) -> (…, end - start)"""
+    """Some rows of a weight that packs several: (…, in), (out, in) -> (…, end - start)."""
     return aten.linear.default(x, aten.slice.Tensor(weight, 0, start, end), bias)
 
 

@@ -1,8 +1,8 @@
 """What a reading is: the operators by which a graph reads a weight, and the same operators with other weights.
 
-An update of low rank goes through two small weights instead of a large one: a *narrow* operator from the inputs to r
-features and a *wide* one from there to the outputs. Which operators these are depends on how the weight is read, so the
-reading says it, once for all adapter families.
+An update of low rank goes through two small weights instead of a large one: a *narrow* operator goes from the inputs to
+r features, a *wide* one from there to the outputs. Which operators these are depends on how the weight is read, so the
+reading says it, once for all kinds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def matrix_features(shape: Shape, transposed: bool) -> tuple[int, int]:
 class Operator:
     """One operator that reads a weight.
 
-    `pattern` is the operator as a plain torch function over `torch.ops.aten`. Its first argument is `x`, one is
-    `weight`, the others are whatever else the operator takes. `narrow(x, a)` and `wide(h, b, bias)` are the operators
-    that take the place of it for the factors A and B of an update. They may name arguments of the pattern (`stride`,
-    `start`) and are given what those stand for. `transposed` says that the weight is stored (in, out), `lookup`
-    that x holds row numbers instead of features.
+    `pattern` is the operator as a plain function over `torch.ops.aten`. Its first argument is `x`, one is `weight`, the
+    others are whatever else the operator takes. `narrow(x, a)` and `wide(h, b)` are the operators for the factors A and
+    B of an update, with arguments in this order. They may have further ones: `wide` one named `update_bias`, which is
+    an adapter's bias or None, and both any of the pattern's (`stride`, `start`), with the same values. `transposed`
+    says that the weight is stored (in, out), `lookup` that x holds row numbers instead of features.
     """
 
     pattern: Callable[..., Any]
@@ -41,7 +41,7 @@ class Operator:
     lookup: bool = False
 
     def given(self, function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
-        """Those of the pattern's arguments that `narrow` or `wide` names after its own two."""
+        """The values in `bound` of the arguments that `narrow` or `wide` has after its first two."""
         return {name: bound[name] for name in names_of(function)[2:] if name in bound}
 
 
@@ -52,11 +52,11 @@ def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Reading:
-    """How modules of some classes have their weight read.
+    """How modules of certain classes read their weight.
 
-    `weight` and `bias` are what the modules call it and its bias. The first of `operators` is that of the module's own
-    forward. `matrix` says that every other operator on matrices can read such a weight too, as a head that is tied to
-    an embedding does. `along` names children that are adapted whenever their module is.
+    `weight` and `bias` are the modules' names for the two parameters. The first of `operators` is that of the modules'
+    own forward. `matrix` says that operators of other `matrix` readings may read such a weight too, as a linear head
+    reads an embedding that it is tied to. `along` names children that are adapted whenever their module is.
     """
 
     name: str
@@ -78,16 +78,16 @@ class Reading:
         return self.operators[0].lookup
 
     def features(self, shape: Shape, groups: int) -> tuple[int, int]:
-        """(in_features, out_features) of a weight of this shape; an embedding reads one of `in` rows."""
+        """(in_features, out_features) of a weight of this shape; for an embedding, (rows, features)."""
         return matrix_features(shape, self.transposed)
 
     def factors(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
-        """The shapes of A, the narrow weight, and B, the wide one."""
+        """The shapes of A, the narrow weight, and B, the wide one, for a weight of this shape."""
         inputs, outputs = self.features(shape, groups)
         return (rank, inputs), (outputs, rank)
 
     def product(self, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
-        """B A as a change of a weight of this shape."""
+        """B A as a change of a weight of this shape, transposed if that is stored (in, out)."""
         change = b @ a
         return change.t() if self.transposed else change
 

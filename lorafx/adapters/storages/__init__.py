@@ -1,7 +1,7 @@
 """Storages: ways of keeping a weight in memory, one file each.
 
-A storage finds the weights that a module keeps in its way, says their true shape and dtype, and goes from the stored
-tensors to a dense weight and back. `register` adds a storage of your own.
+A storage finds the weights that a module keeps in its way, says their shape and dtype when dense, and goes from the
+stored tensors to a dense weight and back. `register` adds a storage of your own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STORAGES: list[Storage] = [DENSE]
 
 
 def register(storage: Storage) -> Storage:
-    """Make a storage known: from now on modules that keep weights so can be adapted."""
+    """Make a storage known, so that modules which keep weights in its way can be adapted; returns it."""
     STORAGES.insert(0, storage)
     return storage
 

@@ -14,9 +14,9 @@ from ..readings import Operator, Reading
 class Storage:
     """A way of keeping weights. A subclass says which modules keep theirs so, and how.
 
-    `lossy` says that a dense weight that is put back (`packed`) is not the dense weight that is found afterwards.
-    `operators` are operators of a graph that read the stored weight itself; besides them a graph may read it by any
-    operator of its reading, on what `expression` makes of the stored tensors.
+    `lossy` says that `dense(packed(W))` may differ from W by more than one rounding. `operators` are operators that
+    read the stored weight itself; besides them a graph may read it by any operator of its reading, on the result of
+    `expression`.
     """
 
     name = ""
@@ -24,11 +24,11 @@ class Storage:
     operators: tuple[Operator, ...] = ()
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
-        """The parameters of a module that hold a weight stored so, by name, and how each is read."""
+        """The names of a module's parameters that are stored so, each with its reading; none for any other module."""
         raise NotImplementedError
 
     def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
-        """All tensors of the module that make the weight, by the names of `expression`'s arguments."""
+        """All tensors of the module that make up the weight, by the names of `expression`'s arguments."""
         return {"weight": module.get_parameter(parameter)}
 
     def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
@@ -36,22 +36,22 @@ class Storage:
         return tuple(module.get_parameter(parameter).shape)
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """The dtype of the dense weight, which an adapter's parameters take."""
+        """The dtype of the dense weight, from which an adapter's parameters take theirs."""
         return module.get_parameter(parameter).dtype
 
     @staticmethod
     def expression(weight: Any) -> Any:
-        """The dense weight as a graph computes it, a plain function over `torch.ops.aten`; its other names are free."""
+        """The dense weight as graphs compute it: a function over `torch.ops.aten`; `weight` is the parameter itself."""
         return weight
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, from the tensors that `stored` gives."""
+        """The dense weight, of the shape and dtype that `shape` and `dtype` give, from what `stored` gives."""
         raise NotImplementedError
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that keep another dense weight, of the shapes and dtypes of `stored`.
+        """The tensors that keep another dense weight (float64), with shapes and dtypes as in `stored`.
 
-        Raises `MergeError` where there are none.
+        Those that stay the same may be left out. Raises `MergeError` if there are no such tensors.
         """
         raise NotImplementedError
 
