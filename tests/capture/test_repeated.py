@@ -223,7 +223,13 @@ def test_it_is_the_graph_that_tracing_all_layers_gives(name):
 
 # One of each way in which layers repeat; tests/peft/test_zoo.py has the numbers of all others.
 WHOLE = [
-    *("LlamaForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "DebertaV2ForSequenceClassification"),
+    *(
+        "LlamaForCausalLM",
+        "Gemma3ForCausalLM",
+        "MixtralForCausalLM",
+        "GPT2LMHeadModel",
+        "DebertaV2ForSequenceClassification",
+    ),
     *("T5ForConditionalGeneration", "SwinForImageClassification", "CLIPModel", "TransformerEncoder"),
 ]
 

@@ -41,7 +41,10 @@ def test_blocks_follow_under_a_title_that_names_their_layers():
 
 def marked(lines: str) -> list[tuple[str, str, str]]:
     """Left, mark and right of each line of a diff."""
-    return [(line[:COLUMN].rstrip(), line[COLUMN + 1 : COLUMN + 2].strip(), line[COLUMN + 3 :]) for line in lines.splitlines()]
+    return [
+        (line[:COLUMN].rstrip(), line[COLUMN + 1 : COLUMN + 2].strip(), line[COLUMN + 3 :])
+        for line in lines.splitlines()
+    ]
 
 
 def test_a_diff_shows_both_sides_and_marks_what_changed():

@@ -31,8 +31,8 @@ SIZES = (2, 7), (3, 9)
 # Entries that are also compared in eval mode, which is a capture more: one of each kind of code that asks for the mode.
 EVALUATED = {
     *(entry.name for entry in plain.ENTRIES),
-    *("LlamaForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"),
-    *("T5ForConditionalGeneration", "WhisperForConditionalGeneration", "ViTForImageClassification", "CLIPModel"),
+    *("LlamaForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"),
+    *("BertForSequenceClassification", "WhisperForConditionalGeneration", "ViTForImageClassification", "CLIPModel"),
 }
 EPS = torch.finfo(torch.float32).eps
 
@@ -65,7 +65,7 @@ class Pair:
         return Outcome(loss.detach(), floats(output), gradients)
 
     def outputs(self, model: nn.Module, size: tuple[int, int]) -> list[Tensor]:
-        """What a model gives: in eval mode without gradients, or as in training for entries that are not `EVALUATED`."""
+        """What a model gives: in eval mode without gradients, or as in training where that is not `EVALUATED`."""
         evaluates = self.entry.name in EVALUATED
         with torch.set_grad_enabled(not evaluates):
             return floats(call(model.train(not evaluates), self.entry.inputs(*size)))
