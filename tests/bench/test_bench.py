@@ -1,14 +1,16 @@
 """The bench says what it measured, marks who is wrong, and outlives who fails. Nothing here depends on time."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 from lorafx.__main__ import main
-from lorafx.bench import contestants
-from lorafx.bench.cases import COMPILED, CPU, CUDA, SMOKE, Bar
+from lorafx.bench import contestants, run
+from lorafx.bench.cases import CPU, CUDA, SMOKE, Bar
 from lorafx.bench.measure import peak
 from lorafx.bench.models import build, twin
 from lorafx.bench.record import Result, Row, ratios
@@ -28,10 +30,17 @@ def of_one_run(test):
     return pytest.mark.slow(pytest.mark.xdist_group("one run of the bench")(test))
 
 
+@pytest.fixture(autouse=True)
+def this_process_frees_memory(monkeypatch):
+    """For the other tests in it."""
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora,fold_scaling")
+    names = ("base", "peft", "lorafx", "liger", "unsloth", "torchtune")
+    return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora", "--contestants", *names)
 
 
 @of_one_run
@@ -39,7 +48,7 @@ def test_contestants_agree_and_their_figures_are_recorded(smoke):
     _, code, record = smoke
     assert code == 0
     rows = rows_of(record)
-    for name in ("peft", "lorafx", "lorafx-without-fuse_lora", "lorafx-without-fold_scaling"):
+    for name in ("peft", "lorafx", "lorafx-without-fuse_lora"):
         assert rows[name]["parity"] is True and rows[name]["gradient_difference"] < 1e-5
         assert len(rows[name]["seconds"]) == 2 and rows[name]["peak_bytes"] > 0 and rows[name]["held_bytes"] > 0
     assert rows["base"]["parity"] is None and rows["base"]["held_bytes"] < rows["peft"]["held_bytes"]
@@ -69,19 +78,29 @@ def test_the_table_and_the_chart(smoke):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["smoke-bf16", "smoke-block", "smoke-decode", "smoke-static"])
 def test_every_kind_of_case_runs(case, tmp_path):
-    code, record = bench(tmp_path, "--cases", case)
+    """The first with all that it has, the others with lorafx and whom it is measured by."""
+    (chosen,) = [each for each in SMOKE if each.name == case]
+    names = chosen.contestants if case == "smoke-bf16" else [*chosen.references, "lorafx"]
+    code, record = bench(tmp_path, "--cases", case, "--contestants", *names)
     assert code == 0
     assert [row["failed"] for row in record["cases"][0]["rows"]] == [""] * len(record["cases"][0]["rows"])
     assert {row["parity"] for row in record["cases"][0]["rows"]} <= {True, None}
 
 
 @pytest.mark.slow
-def test_compiled_contestants_run(tmp_path):
-    code, record = bench(tmp_path, "--cases", "smoke-compiled")
+def test_compiled_contestants_run(tmp_path, monkeypatch):
+    """With a backend that compiles nothing in Inductor's place, which tests/lowering/ tries."""
+    traced = lookup_backend("aot_eager")
+    monkeypatch.setattr(contestants, "lookup_backend", lambda name: lambda gm, inputs, **options: traced(gm, inputs))
+    made = contestants.MAKERS["lorafx-compiled-1.0"]
+    options = {**made.keywords, "backend": "aot_eager"}
+    monkeypatch.setitem(contestants.MAKERS, "lorafx-compiled-1.0", functools.partial(made.func, **options))
+    names = ("base", "peft-compiled", "lorafx-compiled-1.0")
+    code, record = bench(tmp_path, "--cases", "smoke-compiled", "--contestants", *names)
     assert code == 0
-    assert {name: row["parity"] for name, row in rows_of(record).items() if name != "base"} == dict.fromkeys(
-        COMPILED[1:], True
-    )
+    assert {name: row["parity"] for name, row in rows_of(record).items()} == dict.fromkeys(names[1:], True) | {
+        "base": None
+    }
 
 
 @pytest.mark.slow

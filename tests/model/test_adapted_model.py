@@ -177,23 +177,6 @@ def test_switching_a_merged_model_unmerges_first():
     assert lora.merged_adapters == [] and torch.equal(lora(x), before)
 
 
-def test_compiling_twice_is_refused():
-    with pytest.raises(AdapterError, match="add_adapter"):
-        lorafx.compile(adapted(Chain()), {"target_modules": ["first"]})
-
-
-def test_a_failed_compile_leaves_the_model_alone():
-    class Odd(Chain):
-        def forward(self, x):
-            return super().forward(x) @ self.second.weight
-
-    model = Odd()
-    with pytest.raises(lorafx.errors.UncoveredOperatorError):
-        lorafx.compile(model, {"target_modules": ["second"]}, example_inputs=(torch.randn(5, 4),))
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any("lora" in name for name, _ in model.named_modules())
-
-
 def test_the_line_of_counts_is_pefts(capsys):
     lora = adapted(Chain(), target_modules=["second"])
     lora.print_trainable_parameters()

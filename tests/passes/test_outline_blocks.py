@@ -191,7 +191,7 @@ def test_compile_time_passes_run_once_for_all_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
 def test_inlined_again_it_is_the_flat_graph(name):
     entry = zoo.ENTRIES[name]
     lora = lorafx.compile(entry.build().train(), {"target_modules": entry.targets, "init_lora_weights": False})
@@ -207,7 +207,7 @@ def test_inlined_again_it_is_the_flat_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["CLIPModel", "MixtralForCausalLM", "Dinov2ForImageClassification"])
+@pytest.mark.parametrize("name", ["CLIPModel"])
 def test_outlined_models_compute_the_same_bits(name):
     entry = zoo.ENTRIES[name]
     losses = []

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from graphs import INSERT, Chain, adapted, context, run
+from graphs import INSERT, Chain, adapted, context
 
 import lorafx
-from lorafx.errors import PipelineError, VerifyError
+from lorafx.errors import PipelineError
 from lorafx.passes import Canonicalize, FoldScaling, InsertAdapters, MatchTargets, default
-from lorafx.pipeline import Context, Pass, Pipeline
+from lorafx.pipeline import Pass, Pipeline
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def test_text_may_be_laid_out():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("canonicalise", "unknown pass 'canonicalise'; known: canonicalize"),
+        ("canonicalise", r"unknown pass 'canonicalise'; known: .*\bcanonicalize, "),
         ("with_options{colour='red'}", "options: label, sizes, table, rate"),
         ("with_options{rate=open('x')}", "cannot read"),
         ("with_options{3}", "cannot read"),
@@ -95,19 +95,6 @@ def test_a_missing_pass_is_named_by_its_fact():
         Pipeline(Canonicalize(), InsertAdapters()).check()
 
 
-def test_compile_checks_the_order_first():
-    with pytest.raises(PipelineError):
-        lorafx.compile(Chain(), {"target_modules": ["first"]}, pipeline="insert_adapters, canonicalize")
-
-
-def test_the_pipeline_is_the_users():
-    x, config = torch.randn(5, 4), {"target_modules": ["first"], "init_lora_weights": False}
-    plain = lorafx.compile(Chain(), config, pipeline=default.without("fuse_lora", "fold_scaling"))
-    assert plain.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
-    text = lorafx.compile(Chain(), config, pipeline=str(default))
-    assert not text.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
-
-
 def test_observers_see_every_gap_between_passes():
     seen = []
 
@@ -142,100 +129,3 @@ def test_steps_count_nodes_and_parameters():
     assert steps["insert_adapters"].parameters_added == 2 * 6 + 3 * 2
     assert steps["insert_adapters"].nodes_after - steps["insert_adapters"].nodes_before == 9
     assert all(step.milliseconds > 0 for step in steps.values())
-
-
-def breaking(name: str, action) -> Pass:
-    """A pass that breaks the graph in one way."""
-
-    @dataclass(frozen=True)
-    class Breaking(Pass):
-        def rewrite(self, gm, context):
-            action(gm)
-            return 1
-
-    Breaking.name = name
-    return Breaking()
-
-
-def wrong_value(gm):
-    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
-    with gm.graph.inserting_after(node):
-        new = gm.graph.call_function(aten.relu.default, (node,))
-    new.meta.update(node.meta, lorafx=lorafx.graph.Provenance("break"))
-    new.meta["val"] = node.meta["val"].to(torch.float16)
-
-
-def no_maker(gm):
-    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
-    with gm.graph.inserting_after(node):
-        gm.graph.call_function(aten.relu.default, (node,)).meta.update(node.meta)
-
-
-def missing_attribute(gm):
-    gm.graph.find_nodes(op="get_attr")[0].target = "nowhere.weight"
-
-
-def other_output(gm):
-    gm.graph.output_node().args = ((gm.graph.find_nodes(op="get_attr")[0],),)
-
-
-def renamed_input(gm):
-    gm.graph.find_nodes(op="placeholder")[0].target = "renamed"
-
-
-def use_before_definition(gm):
-    relu = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
-    gm.graph.output_node().prepend(relu)
-
-
-def thawed(gm):
-    gm.get_parameter("first.weight").requires_grad_(True)
-
-
-def read_for_nothing(gm):
-    node = gm.graph.find_nodes(op="get_attr")[0]
-    with gm.graph.inserting_before(node):
-        new = gm.graph.get_attr("second.lora_A.default.weight")
-    new.meta.update(lorafx=lorafx.graph.Provenance("break"), val=gm.get_parameter(new.target))
-
-
-def inserted_twice(gm):
-    for node in gm.graph.nodes:
-        if node.meta.get("adapted_by"):
-            node.meta["adapted_by"] *= 2
-
-
-@pytest.mark.parametrize(
-    ("action", "message"),
-    [
-        (wrong_value, "true_values.*claims.*float16"),
-        (no_maker, "provenance.*does not say who made it"),
-        (missing_attribute, "well_formed.*nowhere.weight, which does not exist"),
-        (other_output, "same_interface: outputs were"),
-        (renamed_input, "same_interface: inputs were"),
-        (use_before_definition, "well_formed"),
-        (thawed, "only_adapters_train: first.weight is trainable"),
-        (read_for_nothing, "no_orphans: second.lora_A.default.weight"),
-        (inserted_twice, "one_adapter_of_a_name"),
-    ],
-)
-def test_the_verifier_names_the_pass_at_fault(action, message):
-    lora = adapted(Chain(), target_modules=["second"])
-    gm = lorafx.trace(lora, torch.randn(5, 4))
-    with pytest.raises(VerifyError, match=message) as caught:
-        Pipeline(*default, breaking(action.__name__, action)).run(gm, context(lora))
-    assert f"after {action.__name__} (before it: canonicalize" in str(caught.value)
-
-
-def test_the_graph_that_a_pass_broke_is_shown():
-    lora = adapted(Chain(), target_modules=["second"])
-    with pytest.raises(VerifyError) as caught:
-        run(lora, (*default, breaking("no_maker", no_maker)), torch.randn(5, 4))
-    assert "> relu_default = relu(relu)" in str(caught.value)
-
-
-def test_a_broken_graph_is_refused_before_the_first_pass():
-    gm = lorafx.trace(Chain(), torch.randn(5, 4))
-    missing_attribute(gm)
-    with pytest.raises(VerifyError, match="nowhere"):
-        default.run(gm, Context())

@@ -1,0 +1,125 @@
+"""A writer that is killed, anywhere, leaves the old adapter or the new one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,  # many processes, killed one by one
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
+]
+
+HARNESS = textwrap.dedent("""
+    import itertools, os, random, signal, sys, time, warnings
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)  # this process forks
+    warnings.simplefilter("ignore")
+    from folders import adapter, contents, furnish, rank_of
+
+    def forked(work, stop=None):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            finally:
+                os._exit(0)
+        if stop is not None:
+            time.sleep(stop)
+            os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1]
+
+    def killed_at(event):
+        left = [event]
+        def hook(name, arguments):
+            if name.partition(".")[0] in ("os", "open", "shutil", "tempfile", "ctypes"):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+
+    def check(folder, own, allowed, **how):
+        rank = rank_of(folder, **how)
+        assert rank in allowed, (rank, allowed)
+        left = contents(folder)
+        assert {name: left.get(name) for name in own} == own, sorted(left)
+        return rank
+""")
+
+RANDOM_KILLS = """
+folder, kills = Path(sys.argv[1]) / "adapter", int(sys.argv[2])
+adapters = [adapter(rank) for rank in (2, 5, 7)]
+adapters[0].save_pretrained(folder)
+own, rng, seen = furnish(folder), random.Random(0), []
+
+def save_forever():
+    for lora in itertools.cycle(adapters):
+        lora.save_pretrained(folder)
+
+for kill in range(kills):
+    assert os.WIFSIGNALED(forked(save_forever, stop=rng.uniform(0.001, 0.04))), "the writer ended by itself"
+    seen.append(check(folder, own, (2, 5, 7)))
+print(len(set(seen)))
+"""
+
+EVERY_KILL = """
+from safetensors.torch import load_file
+two, five = adapter(2), adapter(5)
+
+def prepared(folder, start):
+    folder.mkdir(parents=True)
+    own = furnish(folder)
+    if start == "none":
+        return folder / "new", {}, {}
+    two.save_pretrained(folder)
+    if start == "adapter":
+        return folder, own, {}
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    return folder, own, {"weights_only": True}
+
+def killed(start, event):
+    folder, own, how = prepared(Path(sys.argv[1]) / start / str(event) / "adapter", start)
+
+    def save():
+        killed_at(event)
+        five.save_pretrained(folder)
+
+    died = os.WIFSIGNALED(forked(save))
+    if start != "none" or folder.exists():
+        check(folder, own, (5,) if start == "none" or not died else (2, 5), **how)
+    five.save_pretrained(folder)
+    check(folder, own, (5,))
+    return died
+
+print(min(next(n for n in itertools.count() if not killed(start, n + 1)) for start in ("adapter", "pickle", "none")))
+"""
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Run a script with the harness in a process of its own; returns the number it prints."""
+
+    def run(script: str, *arguments: object) -> int:
+        command = [sys.executable, "-c", HARNESS + script, str(tmp_path), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return int(done.stdout.split()[-1])
+
+    yield run
+
+
+def test_a_writer_killed_at_random_moments_leaves_a_whole_adapter(harness: Callable[..., int]) -> None:
+    assert harness(RANDOM_KILLS, 60) > 1, "the kills came so early that nothing was ever saved"
+
+
+def test_a_writer_killed_at_every_step_leaves_a_whole_adapter(harness: Callable[..., int]) -> None:
+    assert harness(EVERY_KILL) > 10, "too few steps were seen for the kills to mean anything"

@@ -1,0 +1,150 @@
+"""save_pretrained: what lies in a folder afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import pytest
+from checkpoints import (
+    A_KEY,
+    B_KEY,
+    PREFIX,
+    SETTINGS,
+    SITE,
+    adapted,
+    base_model,
+    config_of,
+    load,
+    tensors_of,
+)
+
+import lorafx
+from lorafx.errors import CheckpointError
+from lorafx.files.checkpoint import CONFIG, WEIGHTS
+from lorafx.files.model_card import CARD
+from lorafx.testing import same_bits
+
+EMBEDDINGS = {f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"}
+
+
+def test_the_files_are_those_of_peft(saved: Path) -> None:
+    assert {file.name for file in saved.iterdir()} == {CONFIG, WEIGHTS, CARD}
+    header = json.loads((saved / WEIGHTS).read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert header["__metadata__"] == {"format": "pt"}
+    assert (saved / CONFIG).read_text().startswith('{\n  "')
+
+
+def test_every_key_has_pefts_prefix_and_no_adapter_name(saved: Path) -> None:
+    keys = tensors_of(saved)
+    assert all(key.startswith(PREFIX) and ".default" not in key for key in keys)
+    assert {A_KEY, B_KEY, f"{PREFIX}model.norm.weight"} <= keys.keys()
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    lora = adapted()
+    lora.save_pretrained(tmp_path / "a")
+    lora.save_pretrained(tmp_path / "b")
+    for name in (CONFIG, WEIGHTS, CARD):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_config_says_inference_and_the_model_class(saved: Path) -> None:
+    config = config_of(saved)
+    assert config["inference_mode"] is True
+    assert config["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    assert "extra" not in config and "runtime_config" not in config
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+
+
+def test_all_linear_is_written_as_names(tmp_path: Path) -> None:
+    adapted(target_modules="all-linear").save_pretrained(tmp_path)
+    names = config_of(tmp_path)["target_modules"]
+    assert SITE in names and "lm_head" not in names and len(names) == 7
+
+
+def test_several_adapters_go_to_subfolders(tmp_path: Path) -> None:
+    lora = adapted()
+    lora.add_adapter("second", SETTINGS | {"r": 2})
+    lora.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).exists() and not (tmp_path / "second" / CARD).exists()
+    assert tensors_of(tmp_path)[A_KEY].shape[0] == 4
+    assert tensors_of(tmp_path / "second")[A_KEY].shape[0] == 2
+
+
+def test_only_selected_adapters_are_written(tmp_path: Path) -> None:
+    lora = adapted()
+    lora.add_adapter("second", SETTINGS | {"r": 2})
+    lora.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["second"]
+
+
+def test_an_unknown_selected_adapter_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(lorafx.errors.AdapterError, match="nobody"):
+        adapted().save_pretrained(tmp_path / "new", selected_adapters=["default", "nobody"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path / "new", is_main_process=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_pickle_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="safe_serialization"):
+        adapted().save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_readme_of_the_user_stays(saved: Path) -> None:
+    (saved / CARD).write_text("mine")
+    adapted(r=2).save_pretrained(saved)
+    assert (saved / CARD).read_text() == "mine"
+
+
+def test_what_is_saved_while_merged_is_what_is_saved_unmerged(tmp_path: Path) -> None:
+    lora = adapted(target_modules=["embed_tokens", "q_proj"])
+    lora.save_pretrained(tmp_path / "plain")
+    lora.merge_adapter()
+    lora.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "merged" / WEIGHTS).read_bytes()
+
+
+def extra_keys(folder: Path) -> set[str]:
+    return {key for key in tensors_of(folder) if ".lora_" not in key and "norm" not in key}
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(True, EMBEDDINGS), (False, set()), ("auto", set())])
+def test_embeddings_are_saved_on_request(tmp_path: Path, wanted: bool | str, expected: set[str]) -> None:
+    adapted().save_pretrained(tmp_path, save_embedding_layers=wanted)
+    assert extra_keys(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("wanted", "saves"), [(True, True), (False, False), ("auto", True)])
+def test_adapted_embeddings_are_saved_unless_refused(tmp_path: Path, wanted: bool | str, saves: bool) -> None:
+    adapted(target_modules=["embed_tokens", "q_proj"]).save_pretrained(tmp_path, save_embedding_layers=wanted)
+    assert extra_keys(tmp_path) == ({f"{PREFIX}model.embed_tokens.base_layer.weight"} if saves else set())
+
+
+def test_saved_embeddings_come_back_into_the_base(tmp_path: Path) -> None:
+    base = base_model()
+    adapted(base).save_pretrained(tmp_path, save_embedding_layers=True)
+    other = base_model(seed=9)
+    load(tmp_path, other)
+    assert same_bits(other.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert same_bits(other.lm_head.weight, base.lm_head.weight)
+
+
+def test_a_resized_vocabulary_is_saved_by_itself(tmp_path: Path) -> None:
+    lora = adapted()
+    lora.resize_token_embeddings(models.VOCABULARY + 6)
+    lora.save_pretrained(tmp_path)
+    assert extra_keys(tmp_path) == EMBEDDINGS
+    base = base_model()
+    with pytest.raises(CheckpointError, match="resize_token_embeddings") as caught:
+        load(tmp_path, base)
+    assert str(tmp_path / WEIGHTS) in str(caught.value)
+    base.resize_token_embeddings(models.VOCABULARY + 6)
+    again = load(tmp_path, base)
+    assert same_bits(again.model.embed_tokens.weight, lora.model.embed_tokens.weight)

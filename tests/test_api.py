@@ -1,0 +1,41 @@
+"""compile and load: what a user calls first."""
+
+import pytest
+import torch
+from graphs import Chain, adapted
+
+import lorafx
+from lorafx.errors import AdapterError, PipelineError
+from lorafx.passes import default
+
+aten = torch.ops.aten
+
+
+def test_compiling_twice_is_refused():
+    with pytest.raises(AdapterError, match="add_adapter"):
+        lorafx.compile(adapted(Chain()), {"target_modules": ["first"]})
+
+
+def test_a_failed_compile_leaves_the_model_alone():
+    class Odd(Chain):
+        def forward(self, x):
+            return super().forward(x) @ self.second.weight
+
+    model = Odd()
+    with pytest.raises(lorafx.errors.UncoveredOperatorError):
+        lorafx.compile(model, {"target_modules": ["second"]}, example_inputs=(torch.randn(5, 4),))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_compile_checks_the_order_first():
+    with pytest.raises(PipelineError):
+        lorafx.compile(Chain(), {"target_modules": ["first"]}, pipeline="insert_adapters, canonicalize")
+
+
+def test_the_pipeline_is_the_users():
+    x, config = torch.randn(5, 4), {"target_modules": ["first"], "init_lora_weights": False}
+    plain = lorafx.compile(Chain(), config, pipeline=default.without("fuse_lora", "fold_scaling"))
+    assert plain.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    text = lorafx.compile(Chain(), config, pipeline=str(default))
+    assert not text.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)

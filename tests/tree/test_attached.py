@@ -1,0 +1,102 @@
+"""Attached: what adapters hang into a tree comes out again, and is told apart from the model's own."""
+
+import torch
+from modules import Stack
+from torch import nn
+
+from lorafx.tree.attached import (
+    attach,
+    branch,
+    detach,
+    has_copies_among_children,
+    own_children,
+    own_modules,
+    set_trainable,
+    trained_paths,
+)
+from lorafx.tree.lookup import find_tensor, first_name
+
+PATH = "layers.1.up.lora_A.default.weight"
+
+
+def hung(*paths: str) -> nn.Module:
+    model = Stack(depth=2).eval()
+    for path in paths:
+        attach(model, path, nn.Parameter(torch.ones(2, 4)))
+    return model
+
+
+def test_modules_on_the_way_are_made_in_the_owners_mode():
+    model = hung(PATH)
+    assert torch.equal(find_tensor(model, PATH), torch.ones(2, 4))
+    made = model.get_submodule("layers.1.up.lora_A.default")
+    assert type(made) is nn.Module and not made.training
+    model.layers[0].up.train()
+    attach(model, "layers.0.up.lora_A.default.weight", nn.Parameter(torch.ones(2, 4)))
+    assert model.get_submodule("layers.0.up.lora_A.default").training
+
+
+def test_what_is_hung_in_is_none_of_the_models_own():
+    model = hung(PATH)
+    own = list(own_modules(model))
+    assert len(own) == len(set(own)) == len(list(Stack(depth=2).modules()))
+    assert model.layers[1].up.lora_A not in own
+    assert own_children(model.layers[1].up) == [] and own_children(model.layers[1]) == [
+        model.layers[1].up,
+        model.layers[1].down,
+    ]
+    assert not has_copies_among_children(model.layers[1].up) and not has_copies_among_children(model.layers[1])
+    attach(model, "layers.1.modules_to_save.default.up", nn.Parameter(torch.ones(2)))
+    assert has_copies_among_children(model.layers[1])
+
+
+def test_a_module_with_two_names_is_one_of_the_models_own():
+    model = Stack(depth=2)
+    model.again = model.layers[0]
+    assert len(list(own_modules(model))) == len(list(model.modules()))
+
+
+def test_what_is_taken_out_leaves_no_empty_module():
+    other = "layers.1.up.lora_A.other.weight"
+    model = hung(PATH, other)
+    names = [name for name, _ in Stack(depth=2).named_modules()]
+    detach(model, [PATH, "layers.7.gone.weight"])
+    assert find_tensor(model, PATH) is None and find_tensor(model, other) is not None
+    assert "layers.1.up.lora_A" in dict(model.named_modules())
+    detach(model, [other])
+    assert [name for name, _ in model.named_modules()] == names
+    attach(model, PATH, nn.Parameter(torch.zeros(2, 4)))
+    assert own_children(model.layers[1].up) == []
+
+
+def test_an_empty_module_of_the_models_own_stays():
+    model = Stack(depth=2)
+    model.layers[1].up.lora_A = nn.Module()
+    attach(model, PATH, nn.Parameter(torch.ones(2, 4)))
+    detach(model, [PATH])
+    assert dict(model.layers[1].up.named_children()).keys() == {"lora_A"}
+
+
+def test_a_branch_has_the_live_modules_and_no_others():
+    model = hung()
+    bare = branch(model, ["layers.1.up", "head", "layers.1"])
+    assert bare.get_submodule("layers.1") is model.layers[1] and bare.head is model.head
+    assert dict(bare.named_children()).keys() == {"layers", "head"} and not bare.training
+    assert dict(bare.layers.named_children()).keys() == {"1"} and not bare.layers.training
+    assert branch(model, ["", "head"]) is model
+
+
+def test_what_trains_is_what_was_said():
+    model = hung(PATH)
+    set_trainable(model, [PATH, "head.bias", "nowhere.weight"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {PATH, "head.bias"}
+    assert trained_paths(model) == {"head.bias"}, "an adapter's own are not the base's"
+    model.scale = nn.Parameter(torch.ones(1))
+    assert trained_paths(model) == {"head.bias", "scale"}
+
+
+def test_the_first_name_of_a_tied_weight():
+    model = Stack(depth=2)
+    model.layers[1].up.weight = model.layers[0].up.weight
+    assert first_name(model, "layers.1.up.weight") == "layers.0.up.weight"
+    assert find_tensor(model, "layers.0") is None and find_tensor(model, "layers.0.up.nothing") is None
