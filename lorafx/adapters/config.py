@@ -78,7 +78,7 @@ class AdapterConfig:
         """A config from a mapping of PEFT's field names; unknown ones are kept in `extra`, with a warning."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         values = {key: value for key, value in values.items() if key not in _NOT_WRITTEN}
-        extra = {key: value for key, value in values.items() if key not in known}
+        extra = {key: _plain(value) for key, value in values.items() if key not in known}
         if extra:
             warnings.warn(f"config fields that lorafx does not know are kept but have no effect: {sorted(extra)}")
         given = {key: _plain(value) for key, value in values.items() if key in known}
