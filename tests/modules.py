@@ -90,7 +90,7 @@ KINDS = {
 def tiny_llama(**options) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 99}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **options))
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options}))
 
 
 def ids(batch: int, length: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ def test_the_graph_sees_what_happens_to_the_model():
 
 
 def test_trace_leaves_the_model_alone():
-    model, x = tiny_llama(), ids(2, 7)
+    model, x = tiny_llama(num_hidden_layers=1), ids(2, 7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     lorafx.trace(model, input_ids=x)
@@ -76,7 +76,7 @@ def test_trace_leaves_the_model_alone():
 
 def test_meta_models_are_captured():
     with torch.device("meta"):
-        model = tiny_llama()
+        model = tiny_llama(num_hidden_layers=1)
     tokens = torch.zeros(2, 7, dtype=torch.long, device="meta")
     lora = lorafx.compile(model, {"target_modules": ["q_proj"]}, example_inputs={"input_ids": tokens})
     graph = lora.graph(input_ids=tokens)
@@ -138,7 +138,7 @@ def test_modes_dtypes_and_autocast_are_told_apart():
 
 
 def test_a_setting_of_the_models_config_is_told_apart():
-    lora = lorafx.compile(tiny_llama(), {"target_modules": ["q_proj"]}).eval()
+    lora = lorafx.compile(tiny_llama(num_hidden_layers=1), {"target_modules": ["q_proj"]}).eval()
     with torch.no_grad():
         assert lora(input_ids=ids(2, 5)).past_key_values is not None
         lora.config.use_cache = False

@@ -251,7 +251,8 @@ def test_no_pass_elsewhere(monkeypatch):
     assert not any("lorafx" in str(node.target) for node in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["gate_proj", "lm_head"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 def test_a_model_trains_alike(targets):
     """Of the widths that go by oneDNN; gradients of float32 against those of float64."""
     config = {"r": 4, "target_modules": targets, "init_lora_weights": False}
@@ -259,7 +260,8 @@ def test_a_model_trains_alike(targets):
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
-        base = llama(hidden_size=96, intermediate_size=112, vocab_size=120, max_position_embeddings=128)
+        sizes = {"hidden_size": 96, "intermediate_size": 112, "vocab_size": 120, "max_position_embeddings": 128}
+        base = llama(num_hidden_layers=1, **sizes)
         lora = lorafx.compile(base.to(dtype), config, backend="eager", random_state=0).train()
         with Products() as asked:
             lora(input_ids=ids, labels=ids).loss.backward()
