@@ -70,9 +70,7 @@ def forget(model):
     del model.notes
 
 
-@pytest.mark.parametrize(
-    ("act", "name"), [(count, "0.count"), (add, "0.seen"), (new, "0.extra"), (forget, "0.notes")], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("act", "name"), [(count, "0.count"), (add, "0.seen"), (new, "0.extra"), (forget, "0.notes")])
 def test_a_change_of_the_model_is_refused_by_its_name(act, name):
     model = nn.Sequential(Remembers())
     with pytest.raises(Changed, match=f"it changes {name} of the model"), unchanging(model):
