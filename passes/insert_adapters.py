@@ -8,7 +8,9 @@ The operator is found by the patterns of the site (`adapters/equation.py`); `bef
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +19,7 @@ from torch.fx import GraphModule, Node
 from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.adapters.site import Site
-from lorafx.errors import ConfigError
+from lorafx.errors import ConfigError, LorafxError
 from lorafx.graph import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, write
 from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tracing import FakeTensorMode
@@ -62,7 +64,9 @@ class InsertAdapters(Pass):
             acting = [(adapter, by_weight[weight]) for adapter, by_weight in sites if weight in by_weight]
             layer = None
             for adapter, site in acting:
-                layer = self._wrap(gm, node, layer, site, adapter, mode)
+                _require_own_weight(node, site, adapter, context.merged)
+                with _named(site, adapter):
+                    layer = self._wrap(gm, node, layer, site, adapter, mode)
             count += len(acting)
         for adapter in context.adapters:
             count += _read_own_copies(gm, adapter, mode)
@@ -72,7 +76,6 @@ class InsertAdapters(Pass):
         self, gm: GraphModule, base: Node, layer: _Layer | None, site: Site, adapter: Adapter, mode: FakeTensorMode
     ) -> _Layer:
         """Wrap one more equation around a base operator and the equations around it already."""
-        _require_own_weight(base, site, adapter)
         equation, found = Equation.at(gm, base, adapter, site)
         x: Node = found.bindings["x"]
         layer = layer or _Layer(x, base, [base])
@@ -96,11 +99,24 @@ class InsertAdapters(Pass):
         return getattr(torch, self.compute_dtype) if self.compute_dtype else x.meta["val"].dtype
 
 
-def _require_own_weight(base: Node, site: Site, adapter: Adapter) -> None:
+@contextlib.contextmanager
+def _named(site: Site, adapter: Adapter) -> Iterator[None]:
+    """Name the site and the kind where torch refuses to compute an equation."""
+    try:
+        yield
+    except LorafxError:
+        raise
+    except RuntimeError as error:
+        kind = adapter.config.peft_type
+        raise ConfigError(f"site {site.name}: the equation of {kind} cannot be computed: {error}") from error
+
+
+def _require_own_weight(base: Node, site: Site, adapter: Adapter, merged: frozenset[str]) -> None:
     """Raise `ConfigError` for a kind that needs the weight where another adapter has changed what that is."""
-    if adapter.kind.reads_weight and base.meta.get(ADAPTED_BY):
+    inside = [name for name in base.meta.get(ADAPTED_BY, ()) if name not in merged]
+    if adapter.kind.reads_weight and inside and adapter.name not in merged:
         raise ConfigError(
-            f"site {site.name}: {adapter.name!r} needs the weight, and {', '.join(base.meta[ADAPTED_BY])} inside of it "
+            f"site {site.name}: {adapter.name!r} needs the weight, and {', '.join(inside)} inside of it "
             "changes what that is; activate it first"
         )
 

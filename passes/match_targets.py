@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lorafx.adapters.equation import patterns
 from lorafx.adapters.site import Site
+from lorafx.adapters.storages import DENSE
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
 from lorafx.graph import SITE, Match, match, resolve, within_vmap
 from lorafx.pipeline import Context, Pass
@@ -56,6 +57,8 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
         inside = "returned" if user.op == "output" else f"read inside {user.target}, which is a graph of its own"
         raise CaptureError(f"site {site.name}: its weight is {inside} [{user_line(user)}]")
     known = ", ".join(operator.pattern.__name__ for operator in patterns(site))
+    if site.storage != DENSE:
+        known += f", on what the storage {site.storage} says that its dense weight is computed by"
     raise UncoveredOperatorError(
         f"site {site.name}: its weight is read by {user.target}, which no reading covers [{user_line(user)}]. "
         f"Exclude the module (`exclude_modules`), or select one whose weight is read as {known}."

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
-from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, Rule, fake_mode_of, made_by
+from lorafx.graph import ADAPTED_BY, SITE, Attribute, Match, Provenance, Rule, fake_mode_of, made_by
 from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.graphs import is_erased
 from lorafx.tree.lookup import tensor_at
@@ -70,9 +71,24 @@ def _rules(gm: GraphModule, adapter: Adapter) -> dict[str, list[Rule]]:
 
 def _undoing(equation: Equation) -> Iterator[Rule]:
     """The rules that take an equation away. Most kinds have nothing to do before, or after, the operator."""
+    given = equation.given(None, dict.fromkeys(equation.bound))
+    paths = {name: value.path for name, value in given.items() if isinstance(value, Attribute)}
+
+    def reads_its_tensors(found: Match) -> str | None:
+        others = (name for name, path in paths.items() if name in found.bindings and _read(found, name) != path)
+        return next((f"{name} is another tensor" for name in others), None)
+
     for graph, gone in ((equation.after(), what_came_out), (equation.before(), what_went_in)):
         if any(node.op == "call_function" for node in graph.nodes):
-            yield Rule(graph, gone)
+            yield Rule(graph, gone, reads_its_tensors)
+
+
+def _read(found: Match, name: str) -> str:
+    """The path of the tensor that a name stands for, cast or not; empty for what is no tensor of the tree."""
+    node = found.bindings[name]
+    if isinstance(node, Node) and node.target is torch.ops.aten.to.dtype:
+        node = node.args[0]
+    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else ""
 
 
 def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:

@@ -117,8 +117,9 @@ class Adapter:
     def numbers(self, root: nn.Module, site: Site) -> dict[str, float]:
         """The numbers of the kind's equation at a site, with the scaling as it is now."""
         numbers = dict(self.kind.numbers(site, self.config))
-        if site.name in self.scales:
-            numbers[SCALING] = float(tensor_at(root, self.scales[site.name]))
+        scale = tensor_at(root, self.scales[site.name]) if site.name in self.scales else None
+        if scale is not None and not scale.is_meta:
+            numbers[SCALING] = float(scale)
         return numbers
 
     def is_rescaled(self, root: nn.Module) -> bool:
@@ -162,11 +163,21 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     selection = select(root, config)
     for site in selection:
         kind.check(site, config)
+    _require_free_names(kind, config, selection)
     tensors = {
         site.name: {spec.suffix: _placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
         for site in selection
     }
     return Adapter(name, config, kind, selection, tensors, dict(_replacements(root, name, config, selection)))
+
+
+def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
+    """Raise `ConfigError` for a kind whose tensors or numbers have names that mean something else in an equation."""
+    taken = {"x", "y", "dtype", "result_dtype", *dir(Operands), *Operands.__dataclass_fields__}
+    for site in selection:
+        names = {*kind.tensors(site, config), *kind.numbers(site, config)}
+        if wrong := sorted(names & taken):
+            raise ConfigError(f"kinds cannot call their tensors or numbers {', '.join(wrong)}; {config.peft_type} does")
 
 
 def _placed(site: Site, suffix: str, name: str) -> str:
@@ -262,12 +273,10 @@ def _start_values(
 def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
     """The adapter with its scaling set to `factor` times what its config says, as a tensor that graphs read.
 
-    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. Raises
-    `AdapterError` for a kind whose equation has no scaling.
+    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. The kind
+    has a scaling.
     """
-    values = {site.name: adapter.kind.numbers(site, adapter.config).get(SCALING) for site in adapter.selection}
-    if None in values.values():
-        raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
+    values = {site.name: adapter.kind.numbers(site, adapter.config)[SCALING] for site in adapter.selection}
     scales = dict(adapter.scales)
     for site in adapter.selection:
         if site.name not in scales:

@@ -123,7 +123,7 @@ class Equation:
     def _suffixes(self) -> dict[str, str]:
         """The suffixes of the tensors that the equation uses here, by the kind's names for them."""
         specs = self.adapter.kind.tensors(self.site, self.adapter.config)
-        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.suffix.endswith("bias")}
+        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.of_bias}
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         kind, bound = self.adapter.kind, {name: given[f"{BOUND}{name}"] for name in self.bound}
@@ -131,8 +131,8 @@ class Equation:
         if self.operator.transposed != self.site.reading.transposed:
             tensors = kind.transposed(tensors)
         numbers = dict(kind.numbers(self.site, self.adapter.config))
-        if SCALING in given:
-            numbers[SCALING] = given[SCALING]
+        if SCALING in given:  # a copy, so that the scale may change between forward and backward
+            numbers[SCALING] = aten.clone.default(given[SCALING])
         weight = None
         if kind.reads_weight:
             expression = self.site.storage.expression
@@ -152,5 +152,8 @@ class Equation:
 def _reads_own_bias(root: nn.Module, found: Match, site: Site) -> bool:
     """Whether this is the site's own module, and not a twin that shares its weight and has a bias of its own."""
     bias = found.bindings.get("bias")
+    innermost = [path.partition("@")[0] for path, _ in found.anchor.meta.get("nn_module_stack", {}).values()][-1:]
+    if bias is None and innermost == [site.module]:
+        return True  # the module adds it itself
     read = find_tensor(root, str(bias.target)) if isinstance(bias, Node) and bias.op == "get_attr" else None
     return read is find_tensor(root, site.bias)

@@ -161,15 +161,28 @@ class Ledger:
 def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Iterator[Target]:
     """The base parameters that a source changes; `MergeError` if one of them does not exist."""
     site = source.site
+    _require_no_other_bias(root, source)
     for role in source.adapter.kind.changes(site, source.adapter.config):
         path = site.weight if role == "weight" else site.bias
         if find_tensor(root, path) is None:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         storage = site.storage if role == "weight" else DENSE
         parameter = root.get_parameter(path)
-        if storage is DENSE and not supports(parameter.dtype):
+        if storage == DENSE and not supports(parameter.dtype):
             raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
         yield Target(names[id(parameter)], role, storage)
+
+
+def _require_no_other_bias(root: nn.Module, source: Source) -> None:
+    """Raise `MergeError` where the weight has other modules with biases, which the adapter may act on too."""
+    site, own = source.site, find_tensor(root, source.site.bias)
+    for twin in site.tied if not source.adapter.kind.additive else ():
+        bias = find_tensor(root, f"{twin}.{site.reading.bias}")
+        if bias is not None and bias is not own:
+            raise MergeError(
+                f"{site.name} shares its weight with {twin}, which has a bias of its own: adapter "
+                f"{source.adapter.name!r} does more than change the weight there, and cannot be merged"
+            )
 
 
 def _transition(
@@ -199,7 +212,10 @@ def _merged(
     """The tensors that hold a parameter with these adapters in it."""
     dense = target.storage.dense(original).double()
     for source in sources:
-        dense = source.merged(root, target.role, dense)
+        changed = source.merged(root, target.role, dense)
+        if changed.shape != dense.shape:
+            raise MergeError(f"{target.path}: adapter {source.adapter.name!r} would make {tuple(changed.shape)} of it")
+        dense = changed
     if target.storage.lossy:
         warnings.warn(f"{target.path} is stored as {target.storage}: merging into it loses what that cannot hold")
     return target.storage.packed(dense, original)
@@ -210,7 +226,7 @@ def _remembering(root: nn.Module, entry: Entry, original: Mapping[str, Tensor], 
 
     With copies of the weight, those of the adapters' tensors are not needed.
     """
-    if entry.target.storage is DENSE:
+    if entry.target.storage == DENSE:
         guess = _guess(root, entry.target, merged["weight"], entry.sources)
         if guess is not None:
             new = replace(entry, residual=Residual.of(original["weight"], guess))

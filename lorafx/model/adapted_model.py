@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, scaled, trainable_paths
-from ..adapters.config import AdapterConfig
-from ..adapters.kinds import config_of
+from ..adapters.config import AdapterConfig, is_number, require
+from ..adapters.kinds import SCALING, config_of
 from ..adapters.site import Selection
 from ..capture.caches import register_caches
 from ..errors import AdapterError, CaptureError
@@ -252,30 +252,37 @@ class AdaptedModel(Trainable, Merges, Saving):
         compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
         `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
         """
-        adapter = self._adapter(adapter_name)
-        self._require_unmerged(adapter_name)
-        self._lorafx.adapters[adapter_name] = scaled(self, adapter, scale)
+        self._require_scalable(adapter_name)
+        value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
+        require(is_number(value), "scale", scale, "a finite number")
+        with torch.inference_mode(False), torch.no_grad():
+            self._lorafx.adapters[adapter_name] = scaled(self, self._adapter(adapter_name), value)  # type: ignore[arg-type]
 
-    def _require_unmerged(self, name: str) -> None:
+    def _require_scalable(self, name: str) -> None:
+        adapter = self._adapter(name)
         if name in self._lorafx.ledger.names:
             raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
+        if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
+            raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
 
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
         """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
-        for name in self._lorafx.active:
-            self._require_unmerged(name)
+        active = list(self._lorafx.active)
+        for name in active:
+            self._require_scalable(name)
+        for name in active:
             if not self._adapter(name).scales:
                 self.set_scale(name, 1.0)
-        tensors = [tensor_at(self, p) for n in self._lorafx.active for p in self._adapter(n).scales.values()]
-        before = [tensor.clone() for tensor in tensors]
+        paths = [path for name in active for path in self._adapter(name).scales.values()]
+        before = {path: tensor_at(self, path).clone() for path in paths}
+        with torch.inference_mode(False), torch.no_grad():
+            for path in paths:
+                tensor_at(self, path).mul_(multiplier)
         try:
-            for tensor in tensors:
-                tensor.mul_(multiplier)
             yield
         finally:
-            for tensor, value in zip(tensors, before):
-                tensor.copy_(value)
+            copy_into(self, before)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -291,7 +298,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         finally:
             state.active = active
             if merged:
-                self.merge_adapter(list(merged))
+                self._merge([self._adapter(name) for name in merged])
             for parameter in trained:
                 parameter.requires_grad_(True)
 
@@ -327,7 +334,7 @@ def _parts(adapter: Adapter) -> Iterator[str]:
 
 def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Write tensors into the tree, in place."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for path, value in values.items():
             tensor_at(tree, path).copy_(value)
 

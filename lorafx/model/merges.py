@@ -36,9 +36,13 @@ class Merges(nn.Module):
         if not adapters:
             warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
-        acting = (*state.context.adapters, *adapters)
+        self._merge(adapters, safe=safe_merge, progressbar=progressbar)
+
+    def _merge(self, adapters: list[Adapter], **how: bool) -> None:
+        """Merge adapters in this order."""
+        acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        state.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
+        self._lorafx.ledger.merge(self, adapters, replaced, **how)
 
     def _in_order(self, names: list[str]) -> list[Adapter]:
         """These adapters in the order in which they act; `MergeError` if merging them would change the result.

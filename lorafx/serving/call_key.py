@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..adapters.adapter import Adapter
 from ..capture.arguments import images
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
@@ -142,8 +143,13 @@ class CallKey(NamedTuple):
 
 def _adapters(call: Call) -> tuple[Hashable, ...]:
     """The acting adapters by name, dtype and device; of one whose tensors are gone, the name alone."""
-    first = [(adapter.form, find_tensor(call.tree, next(adapter.paths))) for adapter in call.context.adapters]
+    first = [(adapter.form, _first_tensor(call.tree, adapter)) for adapter in call.context.adapters]
     return tuple([(form, None if tensor is None else parameter_key(tensor)) for form, tensor in first])
+
+
+def _first_tensor(tree: nn.Module, adapter: Adapter) -> Tensor | None:
+    path = next(adapter.paths, None)
+    return None if path is None else find_tensor(tree, path)
 
 
 def full_masks(kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from modules import Stack
 
 import lorafx
 from lorafx.adapters.kinds import Kind
-from lorafx.errors import AdapterError
+from lorafx.errors import AdapterError, ConfigError
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -127,3 +127,49 @@ def test_a_kind_without_scaling_says_so(monkeypatch):
     assert not list(lora.named_buffers())
     with pytest.raises(AdapterError, match="no adapter 'other'"):
         lora.set_scale("other", 0.5)
+
+
+@pytest.mark.parametrize("scale", ["2", None, float("nan"), float("inf"), True])
+def test_what_is_no_number_is_refused_and_nothing_changes(scale):
+    lora = adapted(Chain())
+    with pytest.raises(ConfigError, match="`scale` must be a finite number"):
+        lora.set_scale("default", scale)
+    assert not list(lora.named_buffers())
+
+
+def test_a_tensor_counts_by_its_value():
+    lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
+    lora.set_scale("default", 0.5)
+    expected = lora(x)
+    lora.set_scale("default", torch.tensor(0.5, requires_grad=True))
+    for _ in range(2):
+        lora(x).sum().backward()
+    assert torch.equal(lora(x), expected)
+
+
+def test_a_scale_that_changes_before_backward_is_not_that_of_the_call():
+    lora, x = adapted(Chain().double(), target_modules=["second"]), torch.randn(5, 4, dtype=torch.float64)
+    b = lora.second.lora_B.default.weight
+    lora.set_scale("default", 0.5)
+    (expected,) = torch.autograd.grad(lora(x).sum(), b)
+    with lora.rescale(1.0):
+        output = lora(x).sum()
+    lora.set_scale("default", 3.0)
+    assert torch.equal(torch.autograd.grad(output, b)[0], expected)
+
+
+def test_a_scale_set_in_inference_mode_serves_training_too():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    with torch.inference_mode():
+        lora.set_scale("default", 0.5)
+        with lora.rescale(2.0):
+            lora(x)
+    lora(x).sum().backward()
+
+
+def test_rescaling_refuses_before_it_changes_anything():
+    lora = adapted(Chain())
+    lora.set_scale("default", 1.0)
+    lora.merge_adapter()
+    with pytest.raises(AdapterError, match="is merged"), lora.rescale(0.0):
+        pass

@@ -38,11 +38,12 @@ def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
     A mapping without `peft_type` is LoRA's. For a kind that lorafx does not know it is an `AdapterConfig`, with that
     kind's fields in `extra`. Raises `ConfigError` for a field that is wrong, naming it.
     """
-    if isinstance(config, AdapterConfig):
+    if isinstance(config, AdapterConfig) and type(config) is not AdapterConfig:
         return config
     named = config.get("peft_type", "LORA") if isinstance(config, Mapping) else getattr(config, "peft_type", "LORA")
     known = KINDS.get(getattr(named, "value", named) if isinstance(named, str) else "")
-    return (known.config if known else AdapterConfig).of(config)
+    of_kind = known.config if known else AdapterConfig
+    return of_kind.of(config.to_dict() if isinstance(config, AdapterConfig) else config)
 
 
 register(Lora)

@@ -30,6 +30,7 @@ class Spec(NamedTuple):
 
     suffix: str
     shape: tuple[int, ...]
+    of_bias: bool = False  # it acts like the module's bias, so it is not for another module that shares the weight
 
 
 @dataclass(frozen=True)

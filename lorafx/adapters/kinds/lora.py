@@ -56,7 +56,9 @@ class Lora(Kind):
         if site.reading.lookup:
             return {"lora_A": Spec("lora_embedding_A", a), "lora_B": Spec("lora_embedding_B", b)}
         specs = {"lora_A": Spec("lora_A.weight", a), "lora_B": Spec("lora_B.weight", b)}
-        return specs | ({"lora_bias": Spec("lora_B.bias", (site.out_features,))} if config.lora_bias else {})
+        return specs | (
+            {"lora_bias": Spec("lora_B.bias", (site.out_features,), of_bias=True)} if config.lora_bias else {}
+        )
 
     def numbers(self, site: Site, config: LoraConfig) -> dict[str, float]:
         r, alpha = rank(site, config), pattern_value(config.alpha_pattern, site.named, config.lora_alpha)

@@ -11,10 +11,9 @@ from .convolution import CONVOLUTIONS
 from .embedding import EMBEDDING
 from .linear import CONV1D, LINEAR
 from .multihead import IN_PROJ
-from .reading import Operator, Reading
+from .reading import READINGS, Operator, Reading
 
-# The first that fits a module counts. `register` adds at the front, so that a subclass can have a reading of its own.
-READINGS: list[Reading] = [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ]
+READINGS += [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ]
 
 
 def register(reading: Reading) -> Reading:

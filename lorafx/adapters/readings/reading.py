@@ -91,5 +91,18 @@ class Reading:
         change = b @ a
         return change.t() if self.transposed else change
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, is the reading itself: its operators are functions, which cannot be pickled."""
+        return reading_called, (self.name,)
+
     def __repr__(self) -> str:
         return self.name
+
+
+# The first that fits a module counts. `register` adds at the front, so that a subclass can have a reading of its own.
+READINGS: list[Reading] = []
+
+
+def reading_called(name: str) -> Reading:
+    """The reading of a name, among those that are known."""
+    return next(reading for reading in READINGS if reading.name == name)

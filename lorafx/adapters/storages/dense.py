@@ -16,11 +16,12 @@ class Dense(Storage):
     name = "dense"
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
+        found: dict[str, Reading] = {}
         for reading in READINGS:
             own = module._parameters.get(reading.weight)
             if isinstance(own, nn.Parameter) and isinstance(module, reading.modules):
-                yield reading.weight, reading
-                return
+                found.setdefault(reading.weight, reading)
+        yield from found.items()
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         return stored["weight"]

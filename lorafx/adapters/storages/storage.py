@@ -55,5 +55,12 @@ class Storage:
         """
         raise NotImplementedError
 
+    def __eq__(self, other: object) -> bool:
+        """Storages of one class and the same options are the same: copies of models have copies of them."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def __repr__(self) -> str:
         return self.name
