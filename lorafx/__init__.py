@@ -1,8 +1,8 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
-from .adapters.config import LoraConfig
-from .adapters.selection import Selection, Site
+from .adapters.kinds.lora_config import LoraConfig
+from .adapters.site import Selection, Site
 from .api import compile, load
 from .capture.export import trace
 from .compat import (
@@ -20,7 +20,7 @@ from .compat import (
 )
 from .graph.printing import diff
 from .model.adapted_model import AdaptedModel
-from .pipeline.pipeline import Context, Pass, Pipeline
+from .pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""compile and load: what a user calls first. Each reads as the list of its steps."""
+"""compile and load: what a user calls first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import nn
 
 from . import passes  # type: ignore[attr-defined]
 from .adapters.adapter import plan
-from .adapters.config import LoraConfig
+from .adapters.config import AdapterConfig
+from .adapters.kinds import config_of
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
-from .lowering.lower import Backend
+from .lowering.backend import Backend
 from .model.adapted_model import AdaptedModel, adapt, copy_into
-from .pipeline.pipeline import Observer, Pass, Pipeline
+from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.mirror import mirrored
 
@@ -26,7 +27,7 @@ Passes = Pipeline | Iterable[Pass] | str
 
 def compile(
     model: nn.Module,
-    config: LoraConfig | Mapping[str, Any] | Any,
+    config: AdapterConfig | Mapping[str, Any] | Any,
     *,
     adapter_name: str = "default",
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
@@ -49,27 +50,27 @@ def compile(
     base's parameters are frozen and shared, never copied.
 
     Args:
-        config: a `LoraConfig`, a `peft.LoraConfig`, or a dict of its fields.
+        config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "reduce-overhead" (CUDA graphs), "max-autotune", …; None for its default.
-        capture: "auto" captures each kind of call as one graph and, where that cannot be, runs the model's own Python
-            with a graph for each site; "graph" makes that an error; "sites" never captures more than sites.
+        capture: "auto" captures each kind of call as one graph and, where that is impossible, runs the model's own
+            Python with a graph for each site; "graph" makes this an error; "sites" always runs by sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
-        observers: called `(previous pass, graph, next pass)` between passes.
-        gradient_checkpointing: keep the inputs of layers for backward, recompute the rest; "offload": on the host.
+        observers: called `(previous pass, graph, next pass)` before each pass and after the last.
+        gradient_checkpointing: keep only the layers' inputs for backward, recompute the rest; "offload": on the host.
         activation_budget: of compiled graphs, from 0 (recompute all) to 1 (keep all); None recomputes what is cheap.
-        autocast_adapter_dtype: keep float32 adapter parameters for a half-precision base.
-        adapter_compute_dtype: of the adapters' products; None for the activations' dtype, whatever the parameters' is.
-        low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded later.
+        autocast_adapter_dtype: keep adapter parameters in float32 for a base of 16 or 8 bits.
+        adapter_compute_dtype: of the adapters' products, as "float32"; None for the activations' dtype.
+        low_cpu_mem_usage: make the kind's tensors (not copies of biases and modules) on the meta device, to load later.
         random_state: seed of the adapter's start values; None draws from torch's global generator.
 
     Raises:
-        ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or nothing adaptable, matches.
-        PipelineError: passes in an impossible order. CaptureError: `example_inputs` cannot be captured.
+        ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or something unfit, matches.
+        PipelineError: passes in a wrong order. CaptureError: `capture="graph"` fails on `example_inputs`.
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
-    adapter = plan(_plain(model), adapter_name, LoraConfig.of(config))
+    adapter = plan(_plain(model), adapter_name, config_of(config))
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
@@ -90,7 +91,7 @@ def load(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    config: LoraConfig | Mapping[str, Any] | None = None,
+    config: AdapterConfig | Mapping[str, Any] | None = None,
     weights_only: bool = False,
     backend: str = "auto",
     mode: str | None = None,
@@ -102,10 +103,10 @@ def load(
 ) -> AdaptedModel:
     """Put a saved adapter on a model: a folder in PEFT's format, or a Hub id.
 
-    For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` overrides the
-    folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
+    For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` is used instead of
+    the folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`. `weights_only=True` also takes an old `adapter_model.bin`, read through torch's restricted
-    unpickler. The other options are those of `compile`.
+    unpickler. The other options are those of `compile`. Embedding weights in the file are written into the base's.
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, and `AdapterError` or
     `PipelineError` as `compile` does; the model is as it was.
@@ -113,7 +114,7 @@ def load(
     chosen = _pipeline(pipeline, adapter_compute_dtype=adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
-        found = checkpoint.Checkpoint(found.folder, LoraConfig.of(config), found.tensors)
+        found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
     adapted = adapt(model, Dispatcher(chosen, Backend(backend, mode), capture=capture), autocast_adapter_dtype)
     adapted._install(fitted, values=values)
@@ -123,13 +124,13 @@ def load(
 
 
 def _checkpoint_by_sites(adapted: AdaptedModel, wanted: bool | str) -> None:
-    """Let the model's own Python checkpoint its layers where that serves a call."""
+    """Switch on the model's own gradient checkpointing, for calls that run by sites."""
     if wanted and getattr(adapted, "supports_gradient_checkpointing", False):
         adapted.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
 def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
-    """Make what serves such a call now."""
+    """Make the program that serves such a call."""
     named = isinstance(example_inputs, Mapping)
     args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
     adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)

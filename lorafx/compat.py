@@ -1,7 +1,7 @@
-"""The names that PEFT's and Unsloth's users import. Each builds a config and calls `compile` or `load`.
+"""The names that users of PEFT and Unsloth import. Each builds a config and calls `compile` or `load`.
 
-Signatures and defaults are those of peft 0.21 and of Unsloth in 2026. What lorafx cannot honour is a `ConfigError`, or
-a warning that says what happens instead.
+Signatures and defaults are those of peft 0.21 and of Unsloth in 2026. A request that lorafx cannot honour is a
+`ConfigError`, or a warning that says what happens instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.config import LoraConfig
+from .adapters.config import AdapterConfig
+from .adapters.kinds import LoraConfig, config_of
 from .api import compile, load
 from .errors import ConfigError
 from .files import checkpoint
@@ -41,7 +42,7 @@ class TaskType(StrEnum):
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: LoraConfig | Any,
+    peft_config: AdapterConfig | Any,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
@@ -50,10 +51,10 @@ def get_peft_model(
 ) -> AdaptedModel:
     """`lorafx.compile` under PEFT's name: `model` itself keeps its modules and its forward.
 
-    `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: several adapters can
-    always be active together, and other kinds than LoRA are an error in any case. Errors are those of `compile`.
+    `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: adapters of several kinds
+    can always be active together. Errors are those of `compile`.
     """
-    config = LoraConfig.of(peft_config)
+    config = config_of(peft_config)
     name = vars(model).get("name_or_path") or None
     for field, old, new in (
         ("base_model_name_or_path", config.base_model_name_or_path, name),
@@ -72,7 +73,7 @@ def get_peft_model(
 
 
 class _Named(type):
-    """A class that gives lorafx's own class a name of PEFT's, for `isinstance`."""
+    """The metaclass of a class by PEFT's name: its instances, for `isinstance`, are those of lorafx's class `of`."""
 
     of: type
 
@@ -92,7 +93,7 @@ class PeftModel(metaclass=_Named):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: LoraConfig | Any | None = None,
+        config: AdapterConfig | Any | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
@@ -124,14 +125,14 @@ PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
 
 
 class PeftConfig(metaclass=_Named):
-    """PEFT's name for configs: `isinstance(config, PeftConfig)` holds for every `LoraConfig`."""
+    """PEFT's name for configs: `isinstance(config, PeftConfig)` holds for every config of an adapter."""
 
-    of = LoraConfig
+    of = AdapterConfig
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> LoraConfig:
+    ) -> AdapterConfig:
         """The config of a saved adapter, such as to learn its base model; `kwargs` and errors are those of `load`."""
         _refuse("PeftConfig.from_pretrained", **{key: kwargs[key] for key in kwargs if key not in HUB})
         return checkpoint.read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -198,7 +199,7 @@ class FastLanguageModel:
 
 
 def _refuse(where: str, **asked: Any) -> None:
-    """Raise `ConfigError` if any of these asks for something."""
+    """Raise `ConfigError` if any of these keywords is set, to anything but None, False or {}."""
     if wrong := [f"{name}={value!r}" for name, value in asked.items() if value not in (None, False, {})]:
         raise ConfigError(f"{where} of lorafx does not know {', '.join(wrong)}, and will not ignore it")
 
@@ -212,7 +213,7 @@ def _config(**fields: Any) -> LoraConfig:
 def _embeddings_moved(
     targets: Sequence[str] | str | None, saved: Sequence[str] | None
 ) -> tuple[Sequence[str] | str | None, list[str] | None]:
-    """Embeddings that are listed as targets are trained as a whole instead, as in Unsloth."""
+    """The targets and the modules to save, with embeddings moved from the former to the latter, as Unsloth does."""
     given = None if saved is None else list(saved)
     if targets is None or isinstance(targets, str):
         return targets, given
@@ -224,14 +225,14 @@ def _embeddings_moved(
 
 
 def _warn_of_experts(model: nn.Module, targets: Sequence[str] | str | None) -> None:
-    """Unsloth adapts experts that are one parameter together, where a projection of theirs is a target."""
+    """Warn of experts stored as one parameter, which Unsloth adapts if one of their projections is a target."""
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused and not isinstance(targets, str) and {"gate_proj", "up_proj", "down_proj"} & set(targets or ()):
         warnings.warn(f"{fused} and its like are not adapted, as they would be by Unsloth", stacklevel=3)
 
 
 def _warn_of_tie(model: nn.Module, saved: Sequence[str] | None) -> None:
-    """Unsloth trains tied embeddings as one matrix, unasked."""
+    """Warn of tied embeddings that are trained: Unsloth trains them as one matrix, unasked."""
     ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     tied = None not in ends and ends[0].weight is ends[1].weight
     if tied and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved or ()):
@@ -243,7 +244,7 @@ def _warn_of_tie(model: nn.Module, saved: Sequence[str] | None) -> None:
 
 
 def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:
-    """The layers to adapt: those chosen, else the last few, else (None) all."""
+    """The numbers of the layers to adapt: those chosen, else the last `last`, else None for all."""
     if chosen is not None or last is None:
         return chosen
     config: Any = getattr(model, "config", None)

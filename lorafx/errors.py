@@ -1,4 +1,4 @@
-"""One family of errors. Every message names the place, the user's own line where there is one, and what to do."""
+"""One family of errors. Messages name the place, the user's source line if it is known, and what can be done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LorafxError(Exception):
 
 
 class ConfigError(LorafxError, ValueError):
-    """A config that cannot be served: a wrong value, or a field that lorafx does not implement yet."""
+    """A config or option that cannot be served: a wrong value, or a field that lorafx does not implement yet."""
 
 
 class SelectionError(ConfigError):
@@ -18,23 +18,23 @@ class SelectionError(ConfigError):
 
 
 class CaptureError(LorafxError, RuntimeError):
-    """A call of the model could not be turned into a graph, or a graph does not fit the call it was kept for."""
+    """A call of the model could not be turned into a graph, or a graph does not fit the call that it was kept for."""
 
 
 class UncoveredOperatorError(CaptureError):
-    """A graph reads a selected weight through an operator that no site form covers."""
+    """A graph reads a selected weight through an operator that no reading covers."""
 
 
 class PipelineError(LorafxError, ValueError):
-    """A pipeline whose text does not parse, or whose passes stand in an impossible order."""
+    """A pipeline whose text does not parse, or whose passes stand in a wrong order."""
 
 
 class DeferredError(LorafxError, RuntimeError):
-    """Logits that wait until they are asked for cannot be had any more, or not with what was asked of them."""
+    """Deferred logits were asked for after an input of theirs was changed, or asked for a gradient of their own."""
 
 
 class VerifyError(LorafxError, RuntimeError):
-    """A graph broke an invariant; the message names the pass that did it."""
+    """A graph broke an invariant; a pipeline's message names the pass that did it."""
 
 
 class AdapterError(LorafxError, ValueError):

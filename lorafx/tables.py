@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A plain-text table; numbers are set to the right."""
+    """A plain-text table below a title; columns of numbers are aligned to the right."""
     cells = [[_text(value) for value in row] for row in rows]
     drawn = Table()
     for index, column in enumerate(columns):

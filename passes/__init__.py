@@ -1,6 +1,6 @@
-"""The passes, one file each, and the pipelines made of them. Installed as `lorafx.passes`."""
+"""The passes, one file each, and `default`, the pipeline that `compile` runs. Installed as `lorafx.passes`."""
 
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 from .canonicalize import Canonicalize
 from .checkpoint_blocks import CheckpointBlocks
@@ -21,7 +21,6 @@ from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
-from .restore_gate import RestoreGate
 from .restore_gqa import RestoreGqa
 from .restore_linear import RestoreLinear
 from .restore_norm import RestoreNorm
@@ -76,7 +75,6 @@ __all__ = [
     "MergeOnTheFly",
     "OutlineBlocks",
     "RestoreCausal",
-    "RestoreGate",
     "RestoreGqa",
     "RestoreLinear",
     "RestoreNorm",

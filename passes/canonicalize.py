@@ -1,8 +1,8 @@
-"""canonicalize: the captured graph in the one shape that later passes expect.
+"""canonicalize: the captured graph in the one form that later passes expect.
 
-Assertions about tensor metadata go (they pin an autocast state), as does whatever computes nothing that is used; a
-constant that the model made is not detached, which wants a write of nothing; and every parameter is read right before
-its first use instead of at the top of the graph.
+Assertions about tensor metadata go, because they would make the graph fail under another autocast state, and so do
+nodes that nothing uses. `detach_` of a constant goes: it counts as a write, and writes nothing. And every parameter is
+read right before its first use instead of at the top of the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from lorafx.graph import Rule
 from lorafx.graph.effects import ASSERTIONS, drop_dead
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

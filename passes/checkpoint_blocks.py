@@ -1,4 +1,4 @@
-"""checkpoint_blocks: a block keeps its inputs for backward and nothing else, and runs again where backward needs more.
+"""checkpoint_blocks: a block keeps nothing but its inputs for backward, which runs it again.
 
 call_block(block, layer, x)  ->  checkpoint_block(block, layer, x)       for layers that ask for it, in training
                              ->  offload_block(block, layer, x, moves=(0,))      x waits in the host's memory
@@ -24,16 +24,16 @@ from lorafx.graph.blocks import (
     offload_block,
 )
 from lorafx.graph.effects import writes_to_what_it_is_given
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)
 class CheckpointBlocks(Pass):
-    """Afterwards layers that train and ask for it (or `every` layer that trains) recompute what backward needs.
+    """Afterwards layers in training that ask for it (or `every` layer in training) recompute what backward needs.
 
     A layer asks by its attribute `gradient_checkpointing`, as `model.gradient_checkpointing_enable()` sets it. A block
-    that writes into its inputs or buffers cannot run twice and is left. With `offload`, inputs that no other layer has,
-    such as what the layer before it gives, wait on the host.
+    that writes into its inputs or buffers cannot run twice and is left. With `offload`, inputs that no other layer is
+    given, such as the output of the layer before, wait in the host's memory.
     """
 
     every: bool = False

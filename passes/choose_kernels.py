@@ -1,12 +1,11 @@
-"""choose_kernels: what this machine has a faster way for than ATen is an operator of lorafx that takes it in training.
+"""choose_kernels: linear layers and attention for which this machine has a faster way than ATen's become lorafx's.
 
 linear(x, W, b)                               ->  lorafx.linear(x, W, b)
 scaled_dot_product_attention(Q, K, V, …)      ->  lorafx.attention(Q, K, V, …)
 
-On a CPU, for what no other operator of lorafx has taken in: linear operators in half precision that the machine has no
-instructions for (`ops/cpu/wide.py`), those in float32 where MKL does not use what it has (`ops/cpu/products.py`),
-and attention in half precision (`lorafx/ops/attention.py`). In inference they run as ATen's, and compilers see ATen's.
-Graphs of other machines and devices stay as they are.
+On a CPU `lorafx/ops/cpu` says which it has a faster way for, in training. In inference these operators run as ATen's,
+and compilers see ATen's. Graphs of other machines and devices stay as they are. It goes after the passes that look for
+ATen's operators.
 """
 
 from __future__ import annotations
@@ -19,24 +18,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lorafx.graph import within_vmap
-from lorafx.ops.cpu import products
-from lorafx.ops.cpu.wide import is_half, is_slow
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.ops.cpu import has_attention_for, has_linear_for
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
 
-def _linear_has(x: Tensor) -> bool:
-    return is_slow(x) or (x.is_cpu and x.dtype == torch.float32 and products.mkl_leaves_avx512())
-
-
-def _attention_has(query: Tensor) -> bool:
-    return query.is_cpu and is_half(query)
-
-
-OPERATORS = {
-    aten.linear.default: (torch.ops.lorafx.linear.default, _linear_has),
-    aten.scaled_dot_product_attention.default: (torch.ops.lorafx.attention.default, _attention_has),
+OPERATORS = {  # of ATen: lorafx's, and whether there is a faster way for a first argument
+    aten.linear.default: (torch.ops.lorafx.linear.default, has_linear_for),
+    aten.scaled_dot_product_attention.default: (torch.ops.lorafx.attention.default, has_attention_for),
 }
 
 

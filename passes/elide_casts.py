@@ -1,6 +1,6 @@
 """elide_casts: a cast to the dtype a tensor already has is the tensor itself.
 
-x.to(dtype)  ->  x        where x.dtype is dtype (and x is where it is to be)
+x.to(dtype)  ->  x        where x has that dtype already (and the device and layout that are asked for)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ RULES = Rule(cast, same, _changes_nothing), Rule(cast_or_move, same, _changes_no
 
 @dataclass(frozen=True)
 class ElideCasts(Pass):
-    """Afterwards every cast changes a dtype."""
+    """Afterwards every cast changes dtype, device or layout, or makes a copy that was asked for."""
 
     requires = frozenset({"canonical"})
 

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 def dropout(x, p, training):

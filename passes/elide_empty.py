@@ -1,8 +1,8 @@
-"""elide_empty: what is joined to a tensor of no elements is that other tensor itself.
+"""elide_empty: a tensor that is joined to an empty one, of shape (0,), is the result.
 
-cat([∅, x])  ->  x        as a cache that was empty before the call leaves it behind
+cat([∅, x])  ->  x        as the first call with a key-value cache that is still empty does
 
-Not where something is written in place, or where x is there after the call: the joined tensor was memory of its own.
+`cat` gives new memory, so the pass does nothing if the graph writes in place, or if x may be an input or a parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx.graph import Match, Rule, within_vmap, writes
 from lorafx.graph.effects import drop_dead, may_share
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ RULE = Rule(joined, alone, _is_of_no_elements)
 
 @dataclass(frozen=True)
 class ElideEmpty(Pass):
-    """Afterwards, where nothing is written in place, no tensor of no elements is joined to another."""
+    """Afterwards, in a graph that writes nothing in place, no tensor that it computed is joined to an empty one."""
 
     requires = frozenset({"canonical"})
 

@@ -1,6 +1,6 @@
-"""elide_slices: a slice that takes all is the tensor itself.
+"""elide_slices: a slice of the whole tensor is the tensor itself.
 
-x[0 : 2⁶³ - 1]  ->  x        as `x[:, None]` and `x[:, :, n:]` leave them behind
+x[0 : 2⁶³ - 1]  ->  x        `x[:, None]` and `x[:, :, n:]` are captured with such slices
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ RULE = Rule(sliced, same, _takes_all)
 
 @dataclass(frozen=True)
 class ElideSlices(Pass):
-    """Afterwards every slice may leave something out."""
+    """Afterwards no slice goes from 0 to the end in steps of 1."""
 
     requires = frozenset({"canonical"})
 

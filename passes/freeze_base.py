@@ -1,8 +1,8 @@
 """freeze_base: the base does not train.
 
 The flag lives on the parameters, so this pass writes no node: it clears `requires_grad` on every parameter of the base,
-and from then on the verifier holds every graph to it. Which adapters train is decided where they are activated; a user
-who freezes some of their tensors by hand, or trains some of the base's, is left alone.
+except those that the context lists as trained by the user, and from then on the verifier checks it. Which adapters
+train is decided where they are activated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from lorafx.graph.modules import CAPTURED
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 from lorafx.tree.attached import trained_paths
 
 

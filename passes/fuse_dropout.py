@@ -2,9 +2,9 @@
 
 lora_linear(x, W, b, dropout(x, p), A, B, s)  ->  lora_linear(x, W, b, None, A, B, s, dropout=p)
 
-Autograd keeps a mask and what it left of x, at each site; the operator keeps x, which sites share, and on a CPU a byte
-an element (`lorafx/ops/dropped.py`). A dropout whose result somebody else reads too stays. It goes after `fuse_loss`,
-which looks for a head whose dropout is apart.
+At each site autograd keeps the mask and what it leaves of x; the operator keeps x, which sites share, and on a CPU a
+byte an element (`lorafx/ops/dropout.py`). A dropout whose result has another reader stays. The pass goes after
+`fuse_loss`, which looks for a head with its dropout apart.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.fx import GraphModule
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
-def apart(x, weight, bias, p, lora_A, lora_B, scaling, gemm):
+def apart(x, weight, bias, p, lora_A, lora_B, scaling):
     z = torch.ops.aten.dropout.default(x, p, True)
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
 
 
-def fused(x, weight, bias, p, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, gemm, dropout=p)
+def fused(x, weight, bias, p, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, dropout=p)
 
 
 def _within_vmap(found: Match) -> str | None:

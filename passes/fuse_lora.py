@@ -2,9 +2,9 @@
 
 x Wᵀ + b + s · (z Aᵀ) Bᵀ  ->  lora_linear(x, W, b, z, A, B, s)       z is x, or what dropout made of it
 
-What it saves is in `lorafx/ops/lora_linear.py`, and what the kernel of `gemm="triton"` should save on top of that, as
-yet unmeasured, in `lorafx/ops/gemm_update.py`. Where dtypes differ, or the caller's autocast would change them, the
-update stays as it is.
+A scaling that is a tensor, which can change, multiplies B first: B is small beside what it gives. What the operator
+saves is in `lorafx/ops/lora_linear.py`. Where dtypes differ, or the caller's autocast would change them, the update
+stays as it is.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.errors import ConfigError
 from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
-from lorafx.ops.gemm_update import GEMMS
 from lorafx.ops.modes import autocast_dtype
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -29,8 +27,8 @@ def adapted(x, weight, bias, lora_A, lora_B, scaling):
     return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
 
 
-def fused(x, weight, bias, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling, gemm)
+def fused(x, weight, bias, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, lora_B, scaling)
 
 
 def adapted_apart(x, weight, bias, z, lora_A, lora_B, scaling):
@@ -38,16 +36,22 @@ def adapted_apart(x, weight, bias, z, lora_A, lora_B, scaling):
     return aten.add.Tensor(aten.linear.default(x, weight, bias), aten.mul.Tensor(update, scaling))
 
 
-def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+def fused_apart(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
+
+
+def fused_scaled(x, weight, bias, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, None, lora_A, aten.mul.Tensor(lora_B, scaling), 1.0)
+
+
+def fused_apart_scaled(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, aten.mul.Tensor(lora_B, scaling), 1.0)
 
 
 def _one_dtype(found: Match) -> str | None:
     values = [found.bindings[name].meta["val"] for name in ("x", "weight", "lora_A", "lora_B")]
     dtypes = {value.dtype for value in values} | {found.anchor.meta["val"].dtype}
     product = autocast_dtype(values[0].device.type)
-    if isinstance(found.bindings["scaling"], Node):
-        return "what the update is multiplied by is no number"
     if len(dtypes) == 1 and product in (None, *dtypes):
         return None
     return f"one operator needs one dtype, not {', '.join(sorted(map(str, dtypes)))}" + (
@@ -55,24 +59,30 @@ def _one_dtype(found: Match) -> str | None:
     )
 
 
-RULES = Rule(adapted, fused, _one_dtype), Rule(adapted_apart, fused_apart, _one_dtype)
+def _one_dtype_and_a_number(found: Match) -> str | None:
+    return "the scaling is a tensor" if isinstance(found.bindings["scaling"], Node) else _one_dtype(found)
+
+
+def _one_dtype_and_a_tensor(found: Match) -> str | None:
+    scaling = found.bindings["scaling"]
+    if not isinstance(scaling, Node) or scaling.meta["val"].ndim:
+        return "the scaling is no tensor of one number"
+    return _one_dtype(found)
+
+
+RULES = (
+    Rule(adapted, fused, _one_dtype_and_a_number),
+    Rule(adapted_apart, fused_apart, _one_dtype_and_a_number),
+    Rule(adapted, fused_scaled, _one_dtype_and_a_tensor),
+    Rule(adapted_apart, fused_apart_scaled, _one_dtype_and_a_tensor),
+)
 
 
 @dataclass(frozen=True)
 class FuseLora(Pass):
-    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` sees to the rest.
-
-    `gemm` is who multiplies: "library", or "triton", one kernel for a product and its update. Where that does not run,
-    for lack of Triton or of CUDA tensors, it is the library all the same. `ConfigError`: it is neither.
-    """
-
-    gemm: str = "library"
+    """Afterwards each adapted linear of one dtype is one node; `fold_scaling` is for the others."""
 
     requires = frozenset({"adapters"})
-
-    def __post_init__(self) -> None:
-        if self.gemm not in GEMMS:
-            raise ConfigError(f"gemm={self.gemm!r} is none of {', '.join(map(repr, GEMMS))}")
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         mode, count = fake_mode_of(gm), 0
@@ -81,9 +91,10 @@ class FuseLora(Pass):
             if applies is None:
                 continue
             rule, found = applies
-            maker, marks = made_by(node) or Provenance(self.name), marks_of(node.args[0])  # type: ignore[arg-type]
+            base: Node = node.args[0]  # type: ignore[assignment]  # x Wᵀ + b, which carries the site
+            maker, marks = made_by(node) or Provenance(self.name), marks_of(base)
             where = Provenance(self.name, maker.site, maker.adapter)
-            fused_node, _ = rule.apply(gm, found, where, mode, {"gemm": self.gemm})
+            fused_node, _ = rule.apply(gm, found, where, mode)
             fused_node.meta |= marks
             count += 1
         return count

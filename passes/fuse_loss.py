@@ -1,12 +1,12 @@
 """fuse_loss: an output head and the cross entropy of its logits become one operator, which never holds the logits.
 
 cross_entropy(softcap(k · (x Wᵀ + b)), labels)  ->  linear_cross_entropy(x, W, b, …, labels, …)
-where the graph also gives the logits           ->  defer(head, dtype, x, W, …): computed when somebody asks
+logits that the graph also returns              ->  defer(head, dtype, x, W, …): computed when they are read
 
-How the operator goes by chunks is in `ops/linear_cross_entropy.py`, and what waits in `ops/deferred.py`. The
-head is found by following the loss's input backwards: through casts that lose nothing, views and slices of rows, a soft
-cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first; in the loss its products are the
-library's, whatever its `gemm` is. A loss that stays as it is has the reason in its meta.
+The operator computes logits chunk by chunk (`lorafx/ops/linear_cross_entropy.py`); deferred logits are explained in
+`lorafx/ops/deferral.py`. The head is found by following the loss's input backwards: through casts that lose nothing,
+views and slices of rows, a soft cap, a scale. An adapted head is `lora_linear`, so `fuse_lora` comes first. A loss that
+is not fused has the reason in its meta.
 
 Gain (`tests/bench/loss_head.py`, two CPU cores): a step of an 8-layer Llama, vocabulary 32k, 1024 tokens, peaks at 0.60
 of PEFT's memory in float32 and 0.48 in bfloat16; without this pass at 1.03 and 1.02.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import (
@@ -39,8 +39,10 @@ from lorafx.graph import (
 )
 from lorafx.graph.blocks import LAYERS
 from lorafx.graph.modules import CAPTURED
-from lorafx.ops.deferred import NOT_FUSED, defer
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.graph.outline import graph_of
+from lorafx.graph.regions import Region
+from lorafx.ops.deferral import NOT_FUSED, defer
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 _NONE, _MEAN, _SUM = range(3)  # as aten numbers reductions
@@ -66,8 +68,8 @@ def frozen(x, weight, bias):
     return aten.linear.default(x, weight, bias)
 
 
-def adapted(x, weight, bias, z, lora_A, lora_B, scaling, gemm):
-    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling, gemm)
+def adapted(x, weight, bias, z, lora_A, lora_B, scaling):
+    return torch.ops.lorafx.lora_linear.default(x, weight, bias, z, lora_A, lora_B, scaling)
 
 
 def fused(
@@ -79,17 +81,17 @@ def fused(
     return aten.to.dtype(total, dtype)
 
 
-RULE = Rule(loss, fused)  # the names that the loss lacks are found on the way back
+RULE = Rule(loss, fused)  # `_way_back` finds values for the names that `loss` lacks
 
 _SAME = (aten.contiguous.default, aten.clone.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # said the same way of whatever the last dimension is
+_ALIKE = (aten.slice.Tensor, aten.flatten.using_ints)  # their arguments do not depend on the last dimension's size
 
 
 @dataclass
 class _Way:
-    """The way back from a loss to its head: what lies on it, and what it makes of the products."""
+    """The way back from a loss to its head: the nodes on it, and what they do to the head's result."""
 
     nodes: list[Node]  # from the loss to the head
     bindings: dict[str, Any]
@@ -100,10 +102,10 @@ class _Way:
 
 @dataclass(frozen=True)
 class FuseLoss(Pass):
-    """Afterwards no logits are computed for a loss alone, and those that the graph gives wait until asked for.
+    """Afterwards no logits are computed for a loss alone, and those that the graph returns are deferred.
 
-    A loss stays where the graph does something else with the logits, or with class weights, `reduction="none"`, soft
-    labels, a head that is no product (or one with several adapters, or with one of another dtype).
+    A loss stays if the graph uses the logits otherwise; if it has class weights, soft labels or `reduction="none"`; if
+    its head is no single product, or has several adapters, or one of another dtype.
     """
 
     requires = frozenset({"adapters"})
@@ -199,7 +201,7 @@ def _is_number(found: Match, *names: str) -> bool:
 
 
 def _keeps_classes(node: Node) -> bool:
-    """Whether a node changes or leaves out rows alone, or is a cast that loses nothing."""
+    """Whether a node only views, copies or leaves out rows, or is a cast that loses nothing."""
     if node.target in _SAME:
         return True
     if node.target not in (*_CASTS, *_VIEWS, *_ALIKE):
@@ -214,7 +216,7 @@ def _keeps_classes(node: Node) -> bool:
 
 
 def _needed_otherwise(way: _Way, may_give: bool) -> NoMatch | None:
-    """Why the logits have to be there, if they do."""
+    """Why the logits have to be computed as they are, if they do."""
     inside = {*way.nodes}
     for node in way.nodes[1:]:
         others = [user for user in node.users if user not in inside]
@@ -234,7 +236,7 @@ def _rows_between(way: _Way, node: Node) -> bool:
 
 
 def _is_written_after(head: Node, gm: GraphModule) -> bool:
-    """Whether anything is written to after the head has read its input, which would then be another."""
+    """Whether anything is written to after the head runs: its input, which is now read later, might be changed then."""
     return any(node > head and writes(node, gm) for node in gm.graph.nodes)
 
 
@@ -266,14 +268,14 @@ def _fuse(gm: GraphModule, way: _Way, name: str) -> None:
 
 
 def _taken(way: _Way) -> list[Node]:
-    """The views and slices that decide which rows there are, in order; views after the last slice only flatten."""
+    """The views and slices that choose rows, in order; views after the last slice only flatten."""
     forward = way.rows[::-1]
     slices = [number for number, node in enumerate(forward) if node.target is aten.slice.Tensor]
     return forward[: slices[-1] + 1] if slices else []
 
 
 def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
-    """The same rows of what the head is given as the loss takes of what it gives."""
+    """The rows of the head's input (`node`) that belong to the rows of its output which the loss takes."""
     for step in taken if node is not None else ():
         if step.target in _ALIKE:
             node = add(step.target, node, *step.args[1:])
@@ -284,7 +286,7 @@ def _same_rows(node: Node | None, taken: list[Node], add: Any) -> Node | None:
 
 
 def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
-    """Put deferrals where the graph gives what lies on the way."""
+    """Defer those values on the way that the graph returns."""
     output, captured = gm.graph.output_node(), gm.get_submodule(CAPTURED)
     for node in (node for node in way.nodes[1:] if output in node.users):
         head, inputs = _head_graph(way.nodes[way.nodes.index(node) :])
@@ -300,14 +302,9 @@ def _give_later(gm: GraphModule, way: _Way, where: Provenance) -> None:
 
 
 def _head_graph(nodes: list[Node]) -> tuple[GraphModule, list[Node]]:
-    """The graph of what lies between a head and what it gives, which is the first of `nodes`; and its inputs."""
-    head, graph, copies = nodes[-1], Graph(), dict[Node, Node]()
-    inside = {*nodes}
-    given = (other for node in (head, *reversed(nodes)) for other in node.all_input_nodes if other not in inside)
-    for other in dict.fromkeys(given):  # the head's x and weight are its first
-        copies[other] = graph.placeholder(other.name)
-        copies[other].meta["val"] = other.meta.get("val")
-    for node in reversed(nodes):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[nodes[0]])
-    return GraphModule(nn.Module(), graph), list(copies)[: len(copies) - len(nodes)]
+    """The graph from the head, the last of `nodes`, to the value of the first of them; and its inputs."""
+    region = Region("", tuple(reversed(nodes)))  # the head is first, and so are its x and weight among the inputs
+    graph = graph_of(region)
+    output = graph.output_node()
+    output.args = (output.args[0][region.outputs.index(nodes[0])],)  # type: ignore[index]
+    return GraphModule(nn.Module(), graph), list(region.inputs)

@@ -12,12 +12,12 @@ from torch.fx import GraphModule
 from lorafx.graph import Provenance
 from lorafx.graph.blocks import block_calls
 from lorafx.graph.outline import inline_call, list_layers
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)
 class InlineBlocks(Pass):
-    """Afterwards the graph is flat."""
+    """Afterwards the graph has no blocks."""
 
     requires = frozenset({"canonical"})
 

@@ -6,25 +6,26 @@ wherever they are used.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from lorafx.adapters.readings import FORMS
-from lorafx.adapters.selection import Site
+from lorafx.adapters.equation import patterns
+from lorafx.adapters.site import Site
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
 from lorafx.graph import SITE, Match, match, resolve, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 
 @dataclass(frozen=True)
 class MatchTargets(Pass):
     """Afterwards every node that reads a selected weight carries its site in `meta["site"]`.
 
-    Raises `UncoveredOperatorError` for a selected weight that something else than a site form reads. A site that the
-    call does not run is no error. Raises `CaptureError` where the weight leaves the graph, or is read in a region whose
-    modes differ: the model's own Python can serve that.
+    Raises `UncoveredOperatorError` if a selected weight is read by an operator that no reading or storage covers.
+    Raises `CaptureError` if the graph returns the weight, or reads it within a vmap or an operator that has a graph of
+    its own: such calls can run by sites. A site that the call does not run is no error.
     """
 
     requires = frozenset({"canonical"})
@@ -43,8 +44,8 @@ class MatchTargets(Pass):
 def _mark(user: Node, weight: Node, site: Site) -> int:
     if user.target is torch.ops.aten.sym_size.int:
         return 0  # a size is the same with and without the adapter
-    for anchor in (user, *user.users):  # what reads some rows of a weight reads a slice of it
-        for pattern in (pattern for form in FORMS for pattern in form.patterns):
+    for pattern in patterns(site).values():
+        for anchor in _made_of(user, _depth(pattern)):
             found = match(pattern, anchor)
             if isinstance(found, Match) and found.bindings["weight"] is weight and _reads_once(found, weight):
                 if within_vmap(anchor):
@@ -54,13 +55,31 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
     if isinstance(user.target, torch._ops.HigherOrderOperator) or user.op == "output":
         inside = "returned" if user.op == "output" else f"read inside {user.target}, which is a graph of its own"
         raise CaptureError(f"site {site.name}: its weight is {inside} [{user_line(user)}]")
+    known = ", ".join(operator.pattern.__name__ for operator in patterns(site))
     raise UncoveredOperatorError(
-        f"site {site.name}: its weight is read by {user.target}, which no site form covers [{user_line(user)}]. "
-        f"Exclude the module (`exclude_modules`), or select one whose weight is read as "
-        f"{', '.join(form.name for form in FORMS)}."
+        f"site {site.name}: its weight is read by {user.target}, which no reading covers [{user_line(user)}]. "
+        f"Exclude the module (`exclude_modules`), or select one whose weight is read as {known}."
     )
 
 
+def _depth(pattern: Graph) -> int:
+    """How many operators a pattern has on the longest way from the weight to its result."""
+    depths: dict[Node, int] = {}
+    for node in pattern.nodes:
+        above = [depths[given] for given in node.all_input_nodes if given in depths]
+        if node.target == "weight" or above:
+            depths[node] = 1 + max(above, default=-1)
+    return depths[pattern.output_node()] - 1
+
+
+def _made_of(user: Node, depth: int) -> Iterator[Node]:
+    """The node `user`, its users, and so on for `depth` levels: where a pattern's result may be."""
+    level = {user: None}
+    for _ in range(depth):
+        yield from level
+        level = {following: None for node in level for following in node.users}
+
+
 def _reads_once(found: Match, weight: Node) -> bool:
-    """The weight is the operator's weight and not also its input."""
+    """Whether the weight is the operator's weight alone, and not its input too."""
     return sum(value is weight for value in found.bindings.values()) == 1

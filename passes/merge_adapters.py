@@ -1,21 +1,33 @@
-"""merge_adapters: the inverse of insert_adapters, for adapters whose ΔW lies in the base weights already.
+"""merge_adapters: the inverse of insert_adapters, for adapters that are merged into the base weights.
 
-The rule is the insertion's, run backwards: the kind's equation becomes the base operator again, because
-x (W + ΔW)ᵀ = x Wᵀ + update. `lorafx.merging.ledger` writes W + ΔW into the weights.
+before(x) -> x        after(y, x) -> y
+
+The rules are those of insertion, reversed: the operator gives x W'ᵀ, which is what the equation makes of x Wᵀ, so the
+equation goes. `merging/ledger.py` writes W' into the weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
 from lorafx.adapters.adapter import Adapter
+from lorafx.adapters.equation import Equation
 from lorafx.errors import VerifyError, user_line
-from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, fake_mode_of, made_by
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.graph import ADAPTED_BY, SITE, Match, Provenance, Rule, fake_mode_of, made_by
+from lorafx.pipeline import Context, Pass
+from lorafx.torch_private.graphs import is_erased
+from lorafx.tree.lookup import tensor_at
 
-from .insert_adapters import rules
+
+def what_went_in(x):
+    return x
+
+
+def what_came_out(y):
+    return y
 
 
 @dataclass(frozen=True)
@@ -28,33 +40,54 @@ class MergeAdapters(Pass):
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
         for adapter in (a for a in context.adapters if a.name in context.merged):
+            rules = _rules(gm, adapter)
             for node in reversed(list(gm.graph.nodes)):
-                count += not node._erased and _revert(gm, node, adapter)
+                maker = made_by(node)
+                if not is_erased(node) and maker and maker.adapter == adapter.name and maker.site in rules:
+                    count += _undo(gm, node, rules[maker.site])
+            for node in gm.graph.nodes:
+                if adapter.name in node.meta.get(ADAPTED_BY, ()):
+                    node.meta[ADAPTED_BY] = tuple(name for name in node.meta[ADAPTED_BY] if name != adapter.name)
         _require_gone(gm, context.merged)
         return count
 
 
+def _rules(gm: GraphModule, adapter: Adapter) -> dict[str, list[Rule]]:
+    """The rules that undo the adapter's insertions, by the site's name."""
+    rules: dict[str, list[Rule]] = {}
+    by_weight, seen = adapter.sites_by_weight(gm), set()
+    for base in gm.graph.nodes:
+        if adapter.name in base.meta.get(ADAPTED_BY, ()):
+            site = by_weight[id(tensor_at(gm, base.meta[SITE].weight))]
+            equation, _ = Equation.at(gm, base, adapter, site)
+            for own in (True, False):  # the bias may have been replaced since, which is what tells
+                form = site.name, equation.operator, own
+                if form not in seen:
+                    seen.add(form)
+                    rules.setdefault(site.name, []).extend(_undoing(replace(equation, own=own)))
+    return rules
+
+
+def _undoing(equation: Equation) -> Iterator[Rule]:
+    """The rules that take an equation away. Most kinds have nothing to do before, or after, the operator."""
+    for graph, gone in ((equation.after(), what_came_out), (equation.before(), what_went_in)):
+        if any(node.op == "call_function" for node in graph.nodes):
+            yield Rule(graph, gone)
+
+
+def _undo(gm: GraphModule, node: Node, rules: list[Rule]) -> bool:
+    """Undo the insertion whose result is `node`, if it is one."""
+    for rule in rules:
+        found = rule.find(node)
+        if isinstance(found, Match):
+            rule.apply(gm, found, Provenance(MergeAdapters.name), fake_mode_of(gm))
+            return True
+    return False
+
+
 def _require_gone(gm: GraphModule, merged: frozenset[str]) -> None:
-    """A merged adapter that still acted in the graph would act twice."""
+    """Raise `VerifyError` if a merged adapter still acts in the graph: it would act twice."""
     for node in gm.graph.nodes:
         maker = made_by(node)
         if maker and maker.adapter in merged and node.op != "get_attr":
             raise VerifyError(f"{maker.adapter!r} is merged and still acts at {maker.site} [{user_line(node)}]")
-
-
-def _revert(gm: GraphModule, node: Node, adapter: Adapter) -> bool:
-    """Undo the insertion whose result is `node`, if it is one of this adapter's."""
-    maker = made_by(node)
-    if maker is None or maker.adapter != adapter.name or maker.site not in adapter.selection:
-        return False
-    site = adapter.selection.by_name[maker.site]
-    for rule in rules(site, adapter):
-        found = rule.reversed().find(node)
-        if isinstance(found, Match):
-            where = Provenance(MergeAdapters.name, site.name)
-            marks = next(n.meta[ADAPTED_BY] for n in found.nodes if ADAPTED_BY in n.meta)
-            base, _ = rule.reversed().apply(gm, found, where, fake_mode_of(gm))
-            base.meta[SITE] = site
-            base.meta[ADAPTED_BY] = tuple(name for name in marks if name != adapter.name)
-            return True
-    return False

@@ -1,9 +1,9 @@
-"""outline_blocks: sibling modules that compute the same are one graph, and the outer graph has a node for each.
+"""outline_blocks: sibling modules that compute the same share one graph, and the outer graph has a node for each.
 
 layers.0, layers.1, … inline  ->  call_block(block, layers.0, x), call_block(block, layers.1, …), …
 
-Which modules repeat is found by where nodes come from and by what they compute, not by names of architectures. Layers
-that differ, or whose adapters differ, run different blocks. The inverse is `inline_blocks`.
+Which modules repeat is found by the modules that nodes come from and by what the nodes compute, not by names of
+architectures. Layers that differ, or whose adapters differ, run different blocks. The inverse is `inline_blocks`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorafx.graph import Provenance
 from lorafx.graph.blocks import LAYERS, blocks_of
 from lorafx.graph.outline import block_of, list_layers, replace_region, signature_of, want
 from lorafx.graph.regions import Region, families, is_size
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 Kind = tuple[Hashable, Hashable]  # what a layer computes, and the form of its adapters
 
@@ -46,7 +46,7 @@ class OutlineBlocks(Pass):
                 blocks[key] = block_of(gm, regions[0])
             want(gm, blocks[key], sorted(wanted))
         calls = [(region, blocks[key]) for key, regions in kinds.items() for region in regions]
-        for region, block in sorted(calls, key=lambda call: -order[call[0].nodes[0]]):  # while what it uses is there
+        for region, block in sorted(calls, key=lambda call: -order[call[0].nodes[0]]):  # last first: inputs still exist
             replace_region(gm, region, block, Provenance(self.name))
         list_layers(gm)
         return len(calls)

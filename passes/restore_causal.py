@@ -1,11 +1,11 @@
-"""restore_causal: an attention mask that sizes alone decide, and that is causal or leaves nothing out, is no tensor.
+"""restore_causal: an attention mask that depends on sizes alone, and is causal or masks nothing, is left out.
 
 sdpa(q, k, v, tril(ones))  ->  sdpa(q, k, v, is_causal=True)        sdpa(q, k, v, ones)  ->  sdpa(q, k, v)
 
-Models make their masks of comparisons of positions, in many ways, so a mask is not recognised by its operators: it is
+Models make their masks by comparing positions, in many ways, so a mask is not recognised by its operators: it is
 computed, at small sizes and at sizes around every integer that its operators mention (where a sliding window begins to
-show). Masks that depend on data (padding, packed sequences, static caches), windows, and masks that do more with
-positions than to add and compare them (`lorafx/graph/masks/positions.py`) stay.
+show). What stays: masks that depend on data (padding, packed sequences, static caches), windows, and masks that do more
+with positions than to add and compare them (`lorafx/graph/masks/positions.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lorafx.graph.masks.positions import integers
 from lorafx.graph.masks.sizes import AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
 from lorafx.graph.modules import copied
 from lorafx.graph.outline import keep_block, list_layers, run_instead
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 LARGEST = 2**13  # no mask of more rows is computed
-FEW = 64  # rows: the sizes of a mask that are not its own, as the batch's, are tried at more than one value
+FEW = 64  # masks of fewer rows are tried at two values of the sizes that are not their own, such as the batch's
 At = Callable[[Callable[[object], int]], AtSizes]
 
 
@@ -56,13 +56,13 @@ Rules = tuple[Rule | None, ...]
 
 @dataclass(frozen=True)
 class RestoreCausal(Pass):
-    """Afterwards no mask of `scaled_dot_product_attention` that sizes decide is causal or leaves nothing out."""
+    """Afterwards no mask of `scaled_dot_product_attention` that depends on sizes alone is causal or masks nothing."""
 
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         if LAYERS in gm.meta:
-            return 0  # the graph that runs it knows what it is given
+            return 0  # a block's masks come from the graph that runs it, and are rewritten with that
         rules = [_rule(lambda symbols: AtSizes(gm, symbols), found) for found in _masked(gm)]
         count = self._apply(gm, rules) + sum(self._rewrite_block(gm, block) for block in blocks_of(gm))
         if count:
@@ -71,7 +71,7 @@ class RestoreCausal(Pass):
         return count
 
     def _rewrite_block(self, gm: GraphModule, block: GraphModule) -> int:
-        """Layers that run a block on masks of several kinds get a block for each kind."""
+        """Rewrite a block; layers that run it on masks of different kinds get a block for each kind."""
         attentions, kinds = _masked(block), defaultdict[Rules, list[Node]](list)
         if not attentions:
             return 0
@@ -96,7 +96,7 @@ class RestoreCausal(Pass):
         if pairs and calls is not None:
             drop_dead(gm)
             unused = [n for n, node in enumerate(gm.graph.find_nodes(op="placeholder")) if not node.users]
-            for call in calls:  # so that nobody computes it
+            for call in calls:  # so that the mask is not computed for it
                 call.args = tuple([None if n - 2 in unused else value for n, value in enumerate(call.args)])
         return len(pairs) * (1 if calls is None else len(calls))
 
@@ -108,7 +108,7 @@ def _masked(gm: GraphModule) -> list[Match]:
 
 
 def _upstream(nodes: Iterable[Node]) -> set[Node]:
-    """Nodes and all that they depend on."""
+    """These nodes and all that they depend on."""
     pending, found = list(nodes), set[Node]()
     while pending:
         node = pending.pop()
@@ -132,7 +132,7 @@ def _at_layer(block: GraphModule, given: dict[Node, object], outer: GraphModule)
 
 
 def _rule(at: At, found: Match) -> Rule | None:
-    """How an attention can do without its mask, if it can."""
+    """The rule by which an attention can do without its mask, if there is one."""
     mask: Node = found.bindings["mask"]
     sizes = mask.meta["val"].shape[-2:]
     rules = {CAUSAL, UNMASKED} if _is_of_all_pairs(found) else {UNMASKED}
@@ -152,7 +152,7 @@ def _rule(at: At, found: Match) -> Rule | None:
 
 
 def _rules_at(at: At, symbols: Callable[[object], int], mask: Node) -> set[Rule]:
-    """What a mask can be replaced by at these sizes. Raises `DependsOnData` if it is made in another way there."""
+    """The rules that fit a mask at these sizes. Raises `DependsOnData` if it is not made of positions alone there."""
     ran = at(symbols)
     rules = _rules_for(ran(mask))
     integers(ran)
@@ -171,7 +171,7 @@ def _telling_sizes(integers: set[int]) -> list[int]:
 
 
 def _rules_for(mask: Tensor) -> set[Rule]:
-    """What a mask of certain sizes can be replaced by."""
+    """The rules that fit a mask with these values."""
     if not mask.is_floating_point() and mask.dtype != torch.bool:
         return set()
     keep = mask if mask.dtype == torch.bool else mask == 0

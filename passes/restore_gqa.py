@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 

@@ -13,13 +13,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx.graph import Match, Rule
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
 
 def product(multiply: Callable[..., Any], transpose: Callable[..., Any]) -> Callable[..., Any]:
-    """The pattern of one way to write x Wᵀ."""
+    """The pattern for x Wᵀ, written with these two operators."""
 
     def written(x, weight):
         return multiply(x, transpose(weight))
@@ -69,7 +69,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class RestoreLinear(Pass):
-    """Afterwards no product with a transposed parameter is left."""
+    """Afterwards no product with a transposed matrix of the model is left."""
 
     requires = frozenset({"canonical"})
     establishes = frozenset({"linear"})

@@ -1,10 +1,10 @@
-"""restore_norm: root mean square normalisation that a model writes by hand is one operator.
+"""restore_norm: root mean square normalisation, which models write by hand, becomes one operator.
 
 x · (mean(x²) + ε)^-½           ->  rms_norm(x, ε)
 weight · rms_norm(x, ε)         ->  rms_norm(x, weight, ε)
 
-Where the model computes in a wider dtype and rounds before it multiplies by the weight, these stay three lines. What
-the operator does is in `lorafx/ops/rms_norm.py`.
+Where the model casts to a wider dtype, and back before it multiplies by the weight, casts and product stay. What the
+operator does is in `lorafx/ops/rms_norm.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def _in_full_precision(found: Match) -> str | None:
     return None
 
 
-def _by_place(found: Match) -> str | None:
+def _one_for_each_place(found: Match) -> str | None:
     x, weight = found.bindings["x"].meta["val"], found.bindings["weight"]
     weight = weight.meta["val"] if isinstance(weight, Node) else None
     if not isinstance(weight, torch.Tensor) or weight.dtype != x.dtype or (*weight.shape,) != (x.shape[-1],):
@@ -63,8 +63,8 @@ def _by_place(found: Match) -> str | None:
 
 RULES = (
     Rule(divided, normalized, _in_full_precision),
-    Rule(weighted_left, normalized_and_weighted, _by_place),
-    Rule(weighted_right, normalized_and_weighted, _by_place),
+    Rule(weighted_left, normalized_and_weighted, _one_for_each_place),
+    Rule(weighted_right, normalized_and_weighted, _one_for_each_place),
 )
 
 

@@ -1,4 +1,4 @@
-"""restore_rotary: a rotary position embedding that a model writes by hand is one operator.
+"""restore_rotary: a rotary position embedding, which models write by hand, becomes one operator.
 
 x · cos + [-b a] · sin,  [a b] = x             ->  rotary(x, cos, sin)
 the same with a and b at even and odd places   ->  rotary(x, cos, sin, interleaved=True)
@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Match, Rule, within_vmap
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def places(x, dim, start, half, end):
 
 
 def written(turn: Callable[..., Any]) -> Callable[..., Any]:
-    """The pattern with one way to turn pairs."""
+    """The pattern with one of the two ways to pair elements."""
 
     def embedded(x, cos, sin, dim, start, half, end):
         return aten.add.Tensor(aten.mul.Tensor(x, cos), aten.mul.Tensor(turn(x, dim, start, half, end), sin))

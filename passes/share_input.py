@@ -3,8 +3,7 @@
     lora_linear(x, Wq, …), lora_linear(x, Wk, …), …   ->   lora_linears(x, [Wq, Wk, …], …)
 
 They are found by what they read, not by name: queries, keys and values; gate and up; any number. Those with a dropout
-of their own read different values, and those of another `gemm` are computed by somebody else. Adapter tensors stay
-separate parameters.
+of their own read different values. Adapter tensors stay separate parameters.
 """
 
 from __future__ import annotations
@@ -13,22 +12,20 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.graph import Provenance, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.graph import Provenance, arguments, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
+from lorafx.pipeline import Context, Pass
 
 _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
-_GEMM = 7  # its place among the arguments, where it is not the default
 
 
 @dataclass(frozen=True)
 class ShareInput(Pass):
-    """Afterwards no two adapted linears of one `gemm` read the same value without dropout or a write in between."""
+    """Afterwards no two adapted linears read the same value, unless with a dropout, or with a write in between."""
 
     requires = frozenset({"adapters"})
 
@@ -40,14 +37,14 @@ class ShareInput(Pass):
 
     def _join(self, gm: GraphModule, group: list[Node]) -> None:
         mode, first = fake_mode_of(gm), group[0]
-        x, weights, biases, _, lora_As, lora_Bs, scalings, *gemm = zip(*(node.args for node in group))
+        each = [arguments(node) for node in group]
+        roles = [[given[role] for given in each] for role in ("weight", "bias", "lora_A", "lora_B", "scaling")]
         for read in dict.fromkeys(read for node in group for read in _reads(node) or ()):
             if first < read:
                 first.prepend(read)
         maker = made_by(first) or Provenance(self.name)
-        arguments = (x[0], *map(list, (weights, biases, lora_As, lora_Bs, scalings)), *(each[0] for each in gemm))
         with gm.graph.inserting_before(first):
-            joint = gm.graph.create_node("call_function", _several, arguments, {}, "lora_linears")
+            joint = gm.graph.create_node("call_function", _several, (each[0]["x"], *roles), {}, "lora_linears")
             describe(joint, first, Provenance(self.name, "", maker.adapter), gm, mode)
             for place, node in enumerate(group):
                 made = made_by(node) or maker
@@ -60,25 +57,31 @@ class ShareInput(Pass):
 
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
-    """Adapted linears by what they read, as long as nothing is written in between."""
-    groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
+    """Adapted linears that read one value, with nothing written in between."""
+    groups: dict[Node, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if writes(node, gm):
             yield from groups.values()
             groups.clear()
-        plain = node.target is _one and node.args[3] is None and not node.kwargs and not within_vmap(node)
-        if plain and _reads(node) is not None:
-            groups[node.args[0], node.args[_GEMM:]].append(node)
+        if node.target is _one and _is_plain(node) and not within_vmap(node) and _reads(node) is not None:
+            groups[arguments(node)["x"]].append(node)
     yield from groups.values()
 
 
-def _reads(node: Node) -> list[Node] | None:
-    """The parameters that a node reads besides x, and what is computed of them alone, in order; None for anything else.
+def _is_plain(node: Node) -> bool:
+    """Whether an adapted linear has no dropout, and leaves the order of its products as it is."""
+    given = arguments(node)
+    return given["z"] is None and not given["merge"] and not given["dropout"]
 
-    They may be computed earlier than they are.
+
+def _reads(node: Node) -> list[Node] | None:
+    """What a node reads besides x, in order: parameters, and values computed from parameters alone.
+
+    These may be computed earlier than they are. None if the node reads anything else.
     """
+    x = arguments(node)["x"]
     found: dict[Node, None] = {}
-    pending = [read for read in node.all_input_nodes if read is not node.args[0]]
+    pending = [read for read in node.all_input_nodes if read is not x]
     while pending:
         read = pending.pop()
         if read.op not in ("get_attr", "call_function"):

@@ -1,8 +1,8 @@
-"""split_reads: a part of a parameter that is cut into several is a slice of that parameter.
+"""split_reads: where a parameter is cut into parts, each part becomes a slice of the parameter.
 
 chunk(W, 3)[1]  ->  slice(W, 0, n, 2n)        also for `split`; nn.MultiheadAttention reads its packed weight so
 
-Then what reads one part is told apart from what reads the others.
+Then each operator that reads a part can be matched by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from lorafx.graph import Provenance, describe, fake_mode_of
-from lorafx.pipeline.pipeline import Context, Pass
+from lorafx.pipeline import Context, Pass
+from lorafx.torch_private.tracing import FakeTensorMode
 
 aten = torch.ops.aten
 CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
@@ -23,7 +23,7 @@ CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 @dataclass(frozen=True)
 class SplitReads(Pass):
-    """Afterwards no parameter is cut along its rows into several."""
+    """Afterwards no parameter is cut along its rows by `chunk` or `split`."""
 
     requires = frozenset({"canonical"})
     establishes = frozenset({"parts"})

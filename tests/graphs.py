@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 import lorafx
 from lorafx.graph.printing import graph_lines
-from lorafx.pipeline.pipeline import Context, Pipeline
+from lorafx.pipeline import Context, Pipeline
 
 _names = [each.name for each in lorafx.passes.default]
 PREPARE = lorafx.passes.default[: _names.index("insert_adapters")]
@@ -34,6 +34,13 @@ def adapted(model: nn.Module, adapter_compute_dtype=None, **config) -> lorafx.Ad
     """An adapted model whose B is not zero."""
     chosen = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
     return lorafx.compile(model, chosen, random_state=0, adapter_compute_dtype=adapter_compute_dtype)
+
+
+def change(lora: lorafx.AdaptedModel, name: str, site) -> dict[str, torch.Tensor]:
+    """What an adapter adds to a site's base parameters, by their name, in float64."""
+    adapter = lora._lorafx.adapters[name]
+    at = adapter.operands(site, adapter.tensors_at(lora, site), adapter.numbers(lora, site))
+    return {role: adapter.kind.delta(role, at) for role in adapter.kind.changes(site, adapter.config)}
 
 
 def context(lora: lorafx.AdaptedModel) -> Context:

@@ -2,8 +2,7 @@
 
 import torch
 
-from lorafx.ops import linear, lora_linear, lora_linears
-from lorafx.ops import merged_linears as merging
+from lorafx.ops import linear, lora_linear, lora_linears, merged_linears
 
 
 def of_lora_linear(x, W, b, A, B):
@@ -21,7 +20,7 @@ def of_lora_linears(x, W, b, A, B):
 
 
 def of_merging(x, W, b, A, B):
-    return merging.linears(x, [W], [b], [A], [B], [1.7])[0]
+    return merged_linears.linears(x, [W], [b], [A], [B], [1.7])[0]
 
 
 def of_linear(x, W, b, A, B):

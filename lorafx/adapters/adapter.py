@@ -1,7 +1,8 @@
-"""An adapter: one named set of tensors for a selection. It knows where its tensors hang; the tree owns them."""
+"""An adapter: one named set of tensors for a selection. It knows the paths of its tensors; the tree owns them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError
 from ..tree.attached import attach, detach
 from ..tree.lookup import find_tensor, tensor_at
-from .config import LoraConfig
-from .kinds import Kind, kind_of
-from .selection import Selection, Site, saved_modules, select
+from .config import AdapterConfig
+from .kinds import SCALING, Kind, Operands, kind_of
+from .selection import saved_modules, select
+from .site import Selection, Site
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -23,16 +25,18 @@ _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m
 class Adapter:
     """What an adapter is, and the paths of its tensors.
 
-    `tensors` maps a site's name to its tensors' paths by suffix. `replaced` maps the path of a base tensor to the path
-    of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and `modules_to_save`.
+    `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
+    base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
+    `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
     """
 
     name: str
-    config: LoraConfig
+    config: AdapterConfig
     kind: Kind
     selection: Selection
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def paths(self) -> Iterator[str]:
@@ -40,6 +44,12 @@ class Adapter:
         for by_suffix in self.tensors.values():
             yield from by_suffix.values()
         yield from self.replaced.values()
+        yield from self.scales.values()
+
+    @property
+    def form(self) -> str:
+        """What the call key says of the adapter: its name, and whether its scaling is a tensor."""
+        return f"{self.name}, of any scale" if self.scales else self.name
 
     def tensors_at(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors of a site, by suffix."""
@@ -50,32 +60,44 @@ class Adapter:
         return {id(tensor_at(root, site.weight)): site for site in self.selection}
 
     def only(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
-        """The adapter as far as it concerns these weights, and these base tensors that it replaces."""
+        """The part of the adapter at sites with these weights, and its copies of these base tensors."""
         wanted, copies = set(weights), {base: self.replaced[base] for base in replaced if base in self.replaced}
         sites = Selection(tuple(site for site in self.selection if site.weight in wanted))
-        return replace(self, selection=sites, tensors={s.name: self.tensors[s.name] for s in sites}, replaced=copies)
+        tensors = {site.name: self.tensors[site.name] for site in sites}
+        scales = {site.name: self.scales[site.name] for site in sites if site.name in self.scales}
+        return replace(self, selection=sites, tensors=tensors, replaced=copies, scales=scales)
 
     def below(self, path: str) -> Adapter | None:
-        """The part below the module at `path`, by relative names; None if it has tensors elsewhere, or adapts that."""
+        """The part of the adapter below the module at `path`, with paths relative to it.
+
+        None if the module itself is a site, or if that part has a tensor outside the module.
+        """
         within = f"{path}."
-        if any(site.name == path for site in self.selection):
+        if any(site.module == path for site in self.selection):
             return None
-        sites = {site: site.name.removeprefix(within) for site in self.selection if site.name.startswith(within)}
-        tensors = {sites[site]: self.tensors[site.name] for site in sites}
+        inner = Selection(
+            tuple(
+                replace(site, module=site.module.removeprefix(within))
+                for site in self.selection
+                if site.module.startswith(within)
+            )
+        )
+        tensors = {site.name: self.tensors[within + site.name] for site in inner}
+        scales = {site.name: self.scales[within + site.name] for site in inner if within + site.name in self.scales}
         replaced = {base: copy for base, copy in self.replaced.items() if base.startswith(within)}
         paths = [tensor for by_suffix in tensors.values() for tensor in by_suffix.values()]
-        if not all(path.startswith(within) for path in (*paths, *replaced.values())):
+        if not all(path.startswith(within) for path in (*paths, *scales.values(), *replaced.values())):
             return None
-        inner = {
-            name: {suffix: tensor.removeprefix(within) for suffix, tensor in by_suffix.items()}
-            for name, by_suffix in tensors.items()
-        }
-        copies = {base.removeprefix(within): copy.removeprefix(within) for base, copy in replaced.items()}
-        selection = Selection(tuple(replace(site, name=name) for site, name in sites.items()))
-        return replace(self, selection=selection, tensors=inner, replaced=copies)
+        return replace(
+            self,
+            selection=inner,
+            tensors={name: _relative(by_suffix, within) for name, by_suffix in tensors.items()},
+            replaced={base.removeprefix(within): copy for base, copy in _relative(replaced, within).items()},
+            scales=_relative(scales, within),
+        )
 
     def signature(self, root: nn.Module) -> Hashable:
-        """Equal for adapters whose equations and tensors are of one form, whatever the tensors' values."""
+        """A key that is equal for adapters with the same equations and shapes, whatever the tensors' values."""
         return (
             self.name,
             self.config.inference_mode,
@@ -83,32 +105,50 @@ class Adapter:
             tuple(
                 (
                     replace(site, tied=(), named=""),
-                    tuple(self.kind.scalars(site, self.config).items()),
-                    tuple(self.kind.names(site, self.config).items()),
+                    tuple(self.kind.numbers(site, self.config).items()),
                     tuple((s, t.shape, t.dtype) for s, t in self.tensors_at(root, site).items()),
-                    root.get_submodule(site.name).training,
+                    site.name in self.scales,
+                    root.get_submodule(site.module).training,
                 )
                 for site in self.selection
             ),
         )
 
+    def numbers(self, root: nn.Module, site: Site) -> dict[str, float]:
+        """The numbers of the kind's equation at a site, with the scaling as it is now."""
+        numbers = dict(self.kind.numbers(site, self.config))
+        if site.name in self.scales:
+            numbers[SCALING] = float(tensor_at(root, self.scales[site.name]))
+        return numbers
+
+    def is_rescaled(self, root: nn.Module) -> bool:
+        """Whether its scaling is another than its config says."""
+        sites = [site for site in self.selection if site.name in self.scales]
+        pairs = [(self.numbers(root, site)[SCALING], self.kind.numbers(site, self.config)[SCALING]) for site in sites]
+        return not all(math.isclose(now, then, rel_tol=1e-6) for now, then in pairs)
+
+    def operands(self, site: Site, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Operands:
+        """What the kind's `merged` is given at a site: `tensors` (by suffix) in float64, and `numbers`."""
+        specs = self.kind.tensors(site, self.config)
+        named = {name: tensors[spec.suffix].detach().double() for name, spec in specs.items()}
+        return Operands(site, self.config, named, numbers)
+
     @property
     def owners(self) -> set[str]:
-        """Paths of the modules below which all that the adapter reads and adapts can be found."""
+        """Paths of the modules that hold everything the adapter adapts or reads."""
         copies = {
             path.rpartition(f".{SAVED}.")[0] or path.rpartition(f".{TRAINED_BIAS}.")[0]
             for path in self.replaced.values()
         }
-        return {site.name for site in self.selection} | copies
-
-    def delta(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
-        """The change that the adapter makes to the site's base parameters, by their name, in float64."""
-        tensors = {suffix: tensor.detach() for suffix, tensor in self.tensors_at(root, site).items()}
-        return self.kind.delta(site, self.config, tensors)
+        return {site.module for site in self.selection} | copies
 
 
-def plan(root: nn.Module, name: str, config: LoraConfig) -> Adapter:
-    """Decide what an adapter will be made of, touching nothing.
+def _relative(paths: Mapping[str, str], within: str) -> dict[str, str]:
+    return {name: path.removeprefix(within) for name, path in paths.items()}
+
+
+def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
+    """Decide which sites and tensors an adapter will have; nothing is made or changed yet.
 
     Raises `ConfigError` or `SelectionError` for a config that cannot be served on this model, and `AdapterError` for a
     name that cannot be used.
@@ -123,19 +163,23 @@ def plan(root: nn.Module, name: str, config: LoraConfig) -> Adapter:
     for site in selection:
         kind.check(site, config)
     tensors = {
-        site.name: {suffix: _placed(site.name, suffix, name) for suffix in kind.shapes(site, config)}
+        site.name: {spec.suffix: _placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
         for site in selection
     }
     return Adapter(name, config, kind, selection, tensors, dict(_replacements(root, name, config, selection)))
 
 
-def _placed(owner: str, suffix: str, name: str) -> str:
-    """Where a tensor hangs: PEFT's own rule, the adapter's name after the suffix's first part."""
+def _placed(site: Site, suffix: str, name: str) -> str:
+    """The path of a tensor, by PEFT's rule: the adapter's name follows the suffix's first part, `lora_A.default.…`.
+
+    For a weight that is not its module's usual one, the first part begins with the weight's name.
+    """
     first, dot, rest = suffix.partition(".")
-    return f"{owner}.{first}.{name}{dot}{rest}"
+    of_weight = "" if site.name == site.module else f"{site.parameter}_"
+    return f"{site.module}.{of_weight}{first}.{name}{dot}{rest}"
 
 
-def _replacements(root: nn.Module, name: str, config: LoraConfig, selection: Selection) -> Iterator[tuple[str, str]]:
+def _replacements(root: nn.Module, name: str, config: AdapterConfig, selection: Selection) -> Iterator[tuple[str, str]]:
     saved = saved_modules(root, config)
     for module in saved:
         inner = root.get_submodule(module)
@@ -147,12 +191,13 @@ def _replacements(root: nn.Module, name: str, config: LoraConfig, selection: Sel
             yield path, f"{owner}.{TRAINED_BIAS}.{name}.{last}"
 
 
-def _trained_biases(root: nn.Module, config: LoraConfig, selection: Selection) -> list[str]:
-    """Paths of the biases to train; as in PEFT, what goes by another name (`bias_ih_l0`, `in_proj_bias`) is none."""
-    if config.bias == "lora_only":
-        return [site.bias for site in selection if site.has_bias and site.form.bias == "bias"]
-    if config.bias == "all":
+def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection) -> list[str]:
+    """Paths of the biases to train: as in PEFT only those named `bias`, not `bias_ih_l0` or `in_proj_bias`."""
+    asked = getattr(config, "bias", "none")
+    if asked == "all":
         return [path for path, _ in root.named_parameters() if path.rpartition(".")[2] == "bias"]
+    if asked != "none":  # those of the adapted modules alone, "lora_only" for LoRA
+        return [site.bias for site in selection if site.has_bias and site.reading.bias == "bias"]
     return []
 
 
@@ -165,20 +210,22 @@ def build(
     on_meta: bool = False,
     values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Make the adapter's tensors and hang them in the tree, beside what they adapt.
+    """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    Tensors take the base weight's device, and its dtype, or float32 for a half-precision base if
-    `autocast_adapter_dtype`. They start with `values`, by path, where those are given (an adapter that is loaded), else
-    with the kind's start values: `random_state` seeds a generator for them, None uses torch's global one.
+    A site's tensors take its weight's device and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
+    or 8 bits; with `on_meta` the meta device. Copies of base tensors take device and dtype from those. Values are
+    `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the base's:
+    `random_state` seeds a generator for them, None uses torch's global one.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, nn.Parameter] = {}
     for site in adapter.selection:
-        weight = root.get_parameter(site.weight)
-        dtype = torch.float32 if autocast_adapter_dtype and weight.dtype in _WIDENED else weight.dtype
-        device = torch.device("meta") if on_meta else weight.device
+        dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
+        dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
+        device = torch.device("meta") if on_meta else root.get_parameter(site.weight).device
         paths = adapter.tensors[site.name]
-        tensors = {s: values[p] for s, p in paths.items()} if values else _start_values(adapter, site, rng, device)
+        tensors = {s: values[p] for s, p in paths.items()} if values else None
+        tensors = tensors or _start_values(root, adapter, site, rng, device)
         for suffix, path in paths.items():
             made[path] = nn.Parameter(tensors[suffix].detach().to(device, dtype, copy=True))
     for base, path in adapter.replaced.items():
@@ -195,12 +242,42 @@ def build(
         raise
 
 
-def _start_values(adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
-    where = "meta" if device.type == "meta" else "cpu"  # one stream of random numbers, whatever the device
-    shapes = adapter.kind.shapes(site, adapter.config)
-    tensors = {suffix: torch.empty(shape, device=where) for suffix, shape in shapes.items()}
-    adapter.kind.init(site, adapter.config, tensors, None if where == "meta" else rng)
-    return tensors
+def _start_values(
+    root: nn.Module, adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The kind's start values, by suffix."""
+    where = "meta" if device.type == "meta" else "cpu"  # the same random numbers, whatever the device
+    specs = adapter.kind.tensors(site, adapter.config)
+    weight, dtype = None, torch.float32
+    if adapter.kind.reads_weight:
+        weight = site.storage.dense(site.storage.stored(root.get_submodule(site.module), site.parameter)).detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(where, dtype)
+    tensors = {name: torch.empty(spec.shape, device=where, dtype=dtype) for name, spec in specs.items()}
+    with torch.no_grad():
+        adapter.kind.init(site, adapter.config, tensors, None if where == "meta" else rng, weight)
+    return {spec.suffix: tensors[name] for name, spec in specs.items()}
+
+
+def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
+    """The adapter with its scaling set to `factor` times what its config says, as a tensor that graphs read.
+
+    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. Raises
+    `AdapterError` for a kind whose equation has no scaling.
+    """
+    values = {site.name: adapter.kind.numbers(site, adapter.config).get(SCALING) for site in adapter.selection}
+    if None in values.values():
+        raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
+    scales = dict(adapter.scales)
+    for site in adapter.selection:
+        if site.name not in scales:
+            dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
+            dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32
+            path = _placed(site, "adapter_scaling", adapter.name)
+            attach(root, path, torch.zeros((), dtype=dtype, device=root.get_parameter(site.weight).device))
+            scales[site.name] = path
+        tensor_at(root, scales[site.name]).fill_(values[site.name] * factor)  # type: ignore[operator]
+    return replace(adapter, scales=scales)
 
 
 def remove(root: nn.Module, adapter: Adapter) -> None:
@@ -209,6 +286,6 @@ def remove(root: nn.Module, adapter: Adapter) -> None:
 
 
 def trainable_paths(root: nn.Module, adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of the tensors that these adapters train: all of floating point, unless in inference mode."""
+    """Paths of the tensors that these adapters train: all that are floats, except of adapters in inference mode."""
     paths = [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
     return [path for path in paths if (t := find_tensor(root, path)) is not None and t.is_floating_point()]

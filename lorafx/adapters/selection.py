@@ -6,96 +6,32 @@ import difflib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
 from ..errors import ConfigError, SelectionError
-from ..tables import table
-from .config import LoraConfig
+from .config import AdapterConfig
 from .default_targets import DEFAULT_TARGETS
-from .readings import CONV1D, FORMS, LINEAR, Form, form_of
+from .readings import CONV1D, LINEAR, READINGS, Reading
+from .site import Selection, Site
+from .storages import Storage, weights_of
 
 CLASSIFIER_HEADS = ("classifier", "score")
 # The modules that PEFT trains as a whole for a task, where the model has them.
 TASK_HEADS = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
 
 
-@dataclass(frozen=True)
-class Site:
-    """One place an adapter can attach: a base weight and the operator form that reads it.
-
-    `name` is the path of the module that owns the weight, `named` that of the module that the config's names and
-    patterns mean by it. `tied` lists the other names of the same parameter: one parameter is one site, and its adapter
-    acts wherever the parameter is read.
-    """
-
-    name: str
-    form: Form
-    in_features: int
-    out_features: int
-    weight_shape: tuple[int, ...]
-    groups: int = 1
-    has_bias: bool = False
-    tied: tuple[str, ...] = ()
-    named: str = ""
-
-    @property
-    def weight(self) -> str:
-        """Path of the base weight."""
-        return f"{self.name}.{self.form.weight}"
-
-    @property
-    def bias(self) -> str:
-        """Path of the base bias, whether or not there is one."""
-        return f"{self.name}.{self.form.bias}"
-
-
-@dataclass(frozen=True)
-class Selection(Sequence[Site]):
-    """The sites that a config picks, in the order of the module tree. Prints as a table."""
-
-    sites: tuple[Site, ...] = ()
-    by_name: dict[str, Site] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "by_name", {site.name: site for site in self.sites})
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return Selection(self.sites[index]) if isinstance(index, slice) else self.sites[index]
-
-    def __contains__(self, site: object) -> bool:
-        return site in self.by_name or site in self.sites
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.sites)
-
-    def __or__(self, other: Selection) -> Selection:
-        """The sites of both, each once."""
-        return Selection(self.sites + tuple(site for site in other if site.name not in self.by_name))
-
-    def __str__(self) -> str:
-        rows = [
-            (site.name, site.form.name, site.in_features, site.out_features, ", ".join(site.tied))
-            for site in self.sites
-        ]
-        return table(f"{len(self)} sites", ("site", "form", "in", "out", "tied to"), rows)
-
-
-def select(model: nn.Module, config: LoraConfig) -> Selection:
+def select(model: nn.Module, config: AdapterConfig) -> Selection:
     """The sites that `config` picks in `model`, matched on module names as PEFT matches them.
 
-    Raises `SelectionError` when nothing matches (naming the nearest candidates), or when a module matches that no site
-    form covers.
+    Raises `SelectionError` when nothing matches (naming the nearest candidates), or when a module matches whose
+    weight no reading covers. Warns of tied weights, and of names that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     matches = _matcher(model, config)
     matched = [name for name in modules if name and matches(name)]
-    unfit = {name: modules[name] for name in matched if form_of(modules[name]) is None}
+    unfit = {name: modules[name] for name in matched if not _can_be_adapted(modules[name])}
     if unfit:
         raise SelectionError(_unfit_message(unfit))
     if not matched:
@@ -105,7 +41,7 @@ def select(model: nn.Module, config: LoraConfig) -> Selection:
     return selection
 
 
-def targets_of(model: nn.Module, config: LoraConfig) -> str | tuple[str, ...]:
+def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]:
     """`target_modules`, or PEFT's default for the model's architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:
         return config.target_modules  # type: ignore[return-value]
@@ -118,14 +54,15 @@ def targets_of(model: nn.Module, config: LoraConfig) -> str | tuple[str, ...]:
     return DEFAULT_TARGETS[model_type]
 
 
-def saved_modules(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` (and PEFT's heads for a task) train as a whole.
+def saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Paths of the modules to train as a whole: those in `modules_to_save`, and the heads that PEFT adds for a task.
 
-    As in PEFT a name is a plain ending here: "norm" also means "input_layernorm".
+    As in PEFT a name is a plain ending here: "norm" also means "input_layernorm". Raises `SelectionError` for a name
+    that matches nothing.
     """
     wanted = wanted_saved_names(config)
     found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
-    heads = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes them all, and the model has one
+    heads = TASK_HEADS.get(config.task_type or "", ())  # PEFT writes all of them, of which a model has one
     named = [ending for ending in config.modules_to_save or () if ending not in heads]
     missing = [ending for ending in named if not any(name.endswith(ending) for name in found)]
     if missing:
@@ -133,21 +70,16 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     return tuple(name for name in found if not any(name.startswith(f"{outer}.") for outer in found))
 
 
-def wanted_saved_names(config: LoraConfig) -> tuple[str, ...]:
+def wanted_saved_names(config: AdapterConfig) -> tuple[str, ...]:
     """`modules_to_save`, with the heads that PEFT adds for the task."""
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))))
-
-
-def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """The first of `rank_pattern` or `alpha_pattern` that matches the end of `name`, as PEFT matches them."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _is_suffix(suffix: str, name: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
-def _matcher(model: nn.Module, config: LoraConfig):  # type: ignore[no-untyped-def]
+def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     targets = targets_of(model, config)
     saved = wanted_saved_names(config)
     all_linear = _all_linear(model, config) if config.all_linear else None
@@ -169,7 +101,7 @@ def _named(names: str | Sequence[str] | None, name: str) -> bool:
     return any(_is_suffix(suffix, name) for suffix in names or ())
 
 
-def _in_layers(config: LoraConfig, name: str) -> bool:
+def _in_layers(config: AdapterConfig, name: str) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == ():
         return True
@@ -180,7 +112,7 @@ def _in_layers(config: LoraConfig, name: str) -> bool:
     return found is not None and int(found[1]) in ((layers,) if isinstance(layers, int) else layers)
 
 
-def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
+def _all_linear(model: nn.Module, config: AdapterConfig) -> set[str]:
     """Every linear layer but the head: a causal LM's output embeddings, a classifier's scores."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None and config.task_type == "SEQ_CLS":
@@ -188,54 +120,68 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if form_of(module) in (LINEAR, CONV1D) and module is not head
+        if module is not head and any(reading in (LINEAR, CONV1D) for _, reading, _ in weights_of(module))
     }
+
+
+def _can_be_adapted(module: nn.Module) -> bool:
+    return any(True for _ in weights_of(module))
 
 
 def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
     """One site a parameter, named after its first matched module; the other names of the parameter are `tied`."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
-        if (form := form_of(module)) is not None:
-            owners.setdefault(id(module._parameters[form.weight]), []).append(name)
+        for parameter, _, _ in weights_of(module):
+            owners.setdefault(id(module._parameters[parameter]), []).append(name)
     seen: set[int] = set()
     for name, named in _with_children(modules, matched):
-        module, form = modules[name], form_of(modules[name])
-        assert form is not None
-        weight = module._parameters[form.weight]
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            others = [other for other in owners[id(weight)] if modules[other] is not module]
-            yield _site(name, module, form, tuple(others), named)
+        module = modules[name]
+        for parameter, reading, storage in weights_of(module):
+            weight = module._parameters[parameter]
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                others = [other for other in owners[id(weight)] if modules[other] is not module]
+                yield _site(name, module, parameter, reading, storage, tuple(others), named)
 
 
 def _with_children(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[tuple[str, str]]:
-    """The matched modules and the children that go along with them, each with the module that was matched."""
+    """The matched modules and the children that their readings adapt `along`, each with the module that was matched."""
     for name in matched:
         yield name, name
-        form = form_of(modules[name])
-        yield from ((f"{name}.{child}", name) for child in form.along) if form else ()
+        along = [child for _, reading, _ in weights_of(modules[name]) for child in reading.along]
+        yield from ((f"{name}.{child}", name) for child in along)
 
 
-def _site(name: str, module: nn.Module, form: Form, tied: tuple[str, ...], named: str) -> Site:
-    weight = module.get_parameter(form.weight)
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+def _site(
+    name: str,
+    module: nn.Module,
+    parameter: str,
+    reading: Reading,
+    storage: Storage,
+    tied: tuple[str, ...],
+    named: str,
+) -> Site:
+    if isinstance(module.get_parameter(parameter), nn.parameter.UninitializedParameter):
         raise SelectionError(f"{name} is a lazy module that has not run yet; call the model once before compiling")
-    inputs, outputs = form.features(module)
+    shape, groups = storage.shape(module, parameter), getattr(module, "groups", 1)
+    inputs, outputs = reading.features(shape, groups)
     return Site(
-        name=name,
-        form=form,
+        module=name,
+        parameter=parameter,
+        reading=reading,
+        storage=storage,
         in_features=inputs,
         out_features=outputs,
-        weight_shape=tuple(weight.shape),
-        groups=getattr(module, "groups", 1),
-        has_bias=isinstance(getattr(module, form.bias, None), nn.Parameter),
+        weight_shape=shape,
+        groups=groups,
+        has_bias=isinstance(getattr(module, reading.bias, None), nn.Parameter),
         tied=tied,
         named=named,
     )
 
 
-def _warn(selection: Selection, modules: dict[str, nn.Module], config: LoraConfig) -> None:
+def _warn(selection: Selection, modules: dict[str, nn.Module], config: AdapterConfig) -> None:
     for site in selection:
         if site.tied:
             warnings.warn(
@@ -251,14 +197,14 @@ def _warn(selection: Selection, modules: dict[str, nn.Module], config: LoraConfi
 def _unfit_message(unfit: dict[str, nn.Module]) -> str:
     shown = ", ".join(f"{name} ({type(module).__name__})" for name, module in list(unfit.items())[:5])
     more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
-    supported = ", ".join(cls.__name__ for form in FORMS for cls in form.modules)
+    supported = ", ".join(cls.__name__ for reading in READINGS for cls in reading.modules)
     return (
-        f"`target_modules` matches modules whose weight no site form covers: {shown}{more}. "
+        f"`target_modules` matches modules whose weight no reading covers: {shown}{more}. "
         f"Covered: {supported}. Narrow `target_modules` or add these to `exclude_modules`."
     )
 
 
-def _nothing_message(modules: dict[str, nn.Module], config: LoraConfig) -> str:
+def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     targets = config.target_modules
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
@@ -267,7 +213,7 @@ def _nothing_message(modules: dict[str, nn.Module], config: LoraConfig) -> str:
 
 
 def _nearest(wanted: list[str], modules: dict[str, nn.Module]) -> str:
-    suffixes = {name.rpartition(".")[2]: type(m).__name__ for name, m in modules.items() if form_of(m) is not None}
+    suffixes = {name.rpartition(".")[2]: type(m).__name__ for name, m in modules.items() if _can_be_adapted(m)}
     close = [c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=3, cutoff=0.5)]
     near = ", ".join(f"{name} ({suffixes[name]})" for name in dict.fromkeys(close))
     return (f"Nearest: {near}. " if near else "") + _candidates(modules)
@@ -277,7 +223,7 @@ def _candidates(modules: dict[str, nn.Module]) -> str:
     counts = Counter(
         f"{name.rpartition('.')[2]} ({type(module).__name__})"
         for name, module in modules.items()
-        if name and form_of(module) is not None
+        if name and _can_be_adapted(module)
     )
     shown = ", ".join(f"{name} x{count}" for name, count in counts.most_common(12))
     return f"Modules that can be adapted: {shown or 'none'}"

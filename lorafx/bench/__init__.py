@@ -1,1 +1,6 @@
-"""The bench: what an adapter costs, next to the frozen base's own cost and to other libraries."""
+"""The bench: what an adapter costs, next to the frozen base and to other libraries.
+
+In come the names of cases and contestants; out come tables, a chart and a record in JSON. `cases` says what is run and
+which bars it is held to, `models` builds a case's base, `contestants` sets up each library on it, `measure` takes time,
+memory and gradients, `run` runs a case, `record` and `report` write what was found, `command` is the command line.
+"""

@@ -1,4 +1,4 @@
-"""Cases: which model, on how many tokens, in which dtype; who runs it; and which bars it holds them to.
+"""Cases: which model, on how many tokens, in which dtype; who runs it; and which bars they are held to.
 
 A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, or
 decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one GPU.
@@ -13,7 +13,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
 _PEFT_COMPILED = ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole")
 COMPILED = ("base", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
-PEERS = ("liger", "unsloth", "torchtune")
+PEERS = ("liger", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit on a ratio of one contestant's time (or peak memory) to that of another, of the best that match."""
+    """A limit on the ratio of a contestant's time (or peak memory) to a reference's.
+
+    Both may be patterns: of the contestants that match, the best counts.
+    """
 
     contestant: str
     reference: str
@@ -40,7 +43,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Case:
-    """`part` is "model" (up to the loss), "block" (one layer), "linears" (a layer's seven) or "linear" (its first)."""
+    """What is run and measured.
+
+    `part` is "model" (up to the loss), "block" (one layer), "linears" (a layer's seven) or "linear" (its first).
+    """
 
     name: str
     shape: Shape
@@ -52,12 +58,12 @@ class Case:
     rank: int = 16
     dropout: float = 0.0
     checkpointing: bool = False
-    decode: int = 0  # so many tokens one by one, after a prefix of `sequence`, instead of a training step
+    decode: int = 0  # instead of a training step, decode this many tokens one by one after a prefix of `sequence`
     static_cache: bool = False
     contestants: tuple[str, ...] = EAGER
     references: tuple[str, ...] = ("base", "peft")
     bars: tuple[Bar, ...] = ()
-    rounds: int = 0  # at most so many; 0: as many as asked for
+    rounds: int = 0  # at most this many; 0: as many as asked for
 
     @property
     def tokens(self) -> int:
@@ -109,7 +115,7 @@ CPU = (
         bars=(Bar("lorafx", "peft", 0.75, of="peak"),),
         rounds=5,
     ),
-    # Nearly all of its time is attention: one site, and an MLP of next to nothing. PEFT runs the base's own attention.
+    # One site and a tiny MLP, so that nearly all of the time is attention. PEFT runs the base's own attention.
     Case(
         "mask-2048",
         Shape(512, 64, 1, 8, 8, 64),
@@ -141,7 +147,7 @@ STEP_BARS = (
     *(Bar("lorafx-compiled", rival, 1.0, of="peak") for rival in _GAINS),
 )
 
-_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-triton", "lorafx-tuned"))
+_linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-tuned"))
 
 CUDA = (
     _variant(_linears, "8b-linear", part="linear"),
@@ -167,7 +173,7 @@ CUDA = (
     ),
 )
 
-# All of the machinery in seconds; run when they are asked for by name.
+# These try everything out within seconds, and run only when asked for by name.
 _tiny = Shape(64, 96, 2, 4, 2, 128)
 _smoke = _variant(_train, "smoke", shape=_tiny, batch=2, sequence=16, bars=(), contestants=(*EAGER, *PEERS), rounds=3)
 SMOKE = (

@@ -1,4 +1,4 @@
-"""The command: which cases and contestants, and what is written."""
+"""The command line: chooses cases and contestants, runs them, and writes the results."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import lorafx
 
 from ..errors import PipelineError
 from ..tables import table
+from ..torch_private.compilers import dynamo
 from .cases import SMOKE, Case, of_device
 from .contestants import MAKERS, Maker, of_case, without
 from .record import Result, environment, write_json
@@ -29,7 +30,7 @@ from .run import run as run_case
 
 
 class Unknown(Exception):
-    """A name that stands for nothing."""
+    """A name or pattern that matches nothing."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(asked: argparse.Namespace) -> int:
-    """0: done. 1: somebody's outputs or gradients are off. 2: a name that stands for nothing."""
+    """Exit status. 0: done. 1: a contestant's outputs or gradients are wrong. 2: a name that matches nothing."""
     try:
         cases = _cases(asked)
         extra = dict(map(without, filter(None, asked.without.split(","))))
@@ -55,9 +56,9 @@ def main(asked: argparse.Namespace) -> int:
         print(table(asked.device, ("case", "contestants", "what"), [(c.name, " ".join(n), c) for c, n in plans]))
         return 0
     warnings.simplefilter("ignore")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, by which memory is counted, says when it runs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, prints a line at each use
     transformers.utils.logging.set_verbosity_error()
-    torch._dynamo.config.recompile_limit = 64  # nobody is to fall back to eager unseen
+    dynamo.recompile_limit = 64  # above the limit a compiled contestant would run eagerly without a word
     results = _run(plans, MAKERS | extra, asked)
     if judged := bars(results):
         print(table(f"Bars; all else is in {asked.out}", BARS, judged))
@@ -76,7 +77,7 @@ def _cases(asked: argparse.Namespace) -> list[Case]:
 
 
 def _names(case: Case, patterns: list[str] | None, extra: tuple[str, ...]) -> list[str]:
-    """Who runs a case: its own contestants, or those asked for, and the ones without a pass."""
+    """Who runs a case: its own contestants or those asked for, and the `extra` ones that leave out a pass."""
     own = replace(case, contestants=tuple(_matching(MAKERS, patterns, "contestant"))) if patterns else case
     return of_case(own, () if case.decode and not patterns else extra)
 
@@ -109,7 +110,7 @@ def _tell(progress: Progress, task: TaskID, title: str, now: str) -> None:
 
 
 def _write(results: list[Result], asked: argparse.Namespace) -> None:
-    """After each case, so that a run that is cut short has told what it knew."""
+    """Write all results so far; called after each case, so that a run that is cut short leaves something."""
     asked.out.mkdir(parents=True, exist_ok=True)
     where = environment(asked.device) | {"lorafx": lorafx.__version__}
     write_json(results, where, asked.out / "bench.json")

@@ -1,7 +1,7 @@
-"""Contestants: how each is set up, as fast as its own documentation knows, on the same weights and start values.
+"""Contestants: each is set up the fastest way that its own documentation gives, on the same weights and adapter values.
 
-Each maker takes the case and the frozen base and gives a setup. Bases share their tensors (`twin`); adapters
-start from values that their names decide, B among them, so that every gradient has something to say.
+Each maker takes the case and the frozen base and gives a setup. Bases share their tensors (`twin`). Adapter tensors are
+filled with random numbers seeded by their names; B too, since with B = 0 the gradient of A would be zero.
 """
 
 from __future__ import annotations
@@ -18,32 +18,30 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
-from torch._functorch import config as partitioner
 from torch.fx import GraphModule
 from transformers.models.llama import modeling_llama
 
 import lorafx
 
+from ..torch_private.compilers import ACTIVATION_BUDGET, aot_autograd, lookup_backend
 from .cases import Case
 from .models import twin
 
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
 MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
-GATED = lorafx.passes.default + [lorafx.passes.RestoreGate()]
 
 
 Around = Callable[[], AbstractContextManager[Any]]
 
 
 class Missing(Exception):
-    """A contestant that cannot run here, and why."""
+    """A contestant cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model to run, and what is around each forward and backward of it."""
+    """A model to run, and a context manager for each forward and backward."""
 
     model: nn.Module
     each: Around = nullcontext
@@ -61,7 +59,7 @@ def base_model(case: Case, base: nn.Module) -> Setup:
 
 
 def with_peft(case: Case, base: nn.Module, default: bool = False) -> Setup:
-    """PEFT as it comes (adapters of a half-precision base in float32), or with adapters in the base's dtype."""
+    """PEFT with adapters in the base's dtype, or with its `default`: float32 adapters on a half-precision base."""
     return Setup(_peft(case, base, default))
 
 
@@ -79,8 +77,8 @@ def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: 
     model, inductor = _peft(case, base), lookup_backend("inductor")
 
     def backend(gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
-        """Inductor with this budget; a function of its own, or Dynamo would take what another budget's gave."""
-        with partitioner.patch(activation_memory_budget=budget):
+        """Inductor with this budget. A new function for each, or Dynamo would reuse what another budget compiled."""
+        with aot_autograd.patch({ACTIVATION_BUDGET: budget}):
             return inductor(gm, inputs, **options)
 
     layers = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaDecoderLayer)]
@@ -90,24 +88,14 @@ def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: 
 
 
 def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: Any) -> Setup:
-    """lorafx, its adapters in the base's dtype or as it comes."""
+    """lorafx with adapters in the base's dtype, or with its `default`: float32 adapters on a half-precision base."""
     config = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets, "lora_dropout": case.dropout}
     chosen: dict[str, Any] = {"backend": "eager", "gradient_checkpointing": case.checkpointing} | options
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
 
 
-def with_triton(case: Case, base: nn.Module) -> Setup:
-    """lorafx, run eagerly, with a product and its update by one Triton kernel."""
-    if not next(base.parameters()).is_cuda:
-        raise Missing("its kernel runs on CUDA alone; elsewhere it would be `lorafx`")
-    _need("triton")
-    one_kernel = lorafx.passes.FuseLora(gemm="triton")
-    passes = (one_kernel if each.name == one_kernel.name else each for each in lorafx.passes.default)
-    return with_lorafx(case, base, pipeline=lorafx.Pipeline(*passes))
-
-
 def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
-    """A plain model whose weights hold the update: for inference, what adapters should cost."""
+    """A plain model with the adapters merged: in inference, adapters should cost no more than this."""
     own = twin(base)
     for name, parameter in list(own.named_parameters()):
         if name.endswith(tuple(f"{target}.weight" for target in case.targets)):
@@ -120,7 +108,7 @@ def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
 
 
 def with_liger(case: Case, base: nn.Module) -> Setup:
-    """Liger's kernels below PEFT's layers. What it puts into transformers' module stays there only during its steps."""
+    """Liger's kernels with PEFT's layers. What Liger patches in transformers is in place only during its own steps."""
     _need("liger_kernel")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -142,7 +130,7 @@ def _patched(patches: dict[str, Any]) -> Iterator[None]:
 
 
 def with_unsloth(case: Case, base: nn.Module) -> Setup:
-    """Unsloth on a saved copy of the base, as it loads models itself. Importing it changes transformers for all."""
+    """Unsloth, which loads a saved copy of the base itself. Importing it changes transformers for all contestants."""
     _need("unsloth")
     from unsloth import FastLanguageModel
 
@@ -153,12 +141,6 @@ def with_unsloth(case: Case, base: nn.Module) -> Setup:
     adapters = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": list(case.targets)}
     options = {"lora_dropout": case.dropout, "use_gradient_checkpointing": case.checkpointing}
     return Setup(filled(FastLanguageModel.get_peft_model(model, **adapters, **options).train(), case))
-
-
-def with_torchtune(case: Case, base: nn.Module) -> Setup:
-    """Release 0.6.1 needs a torchao that does not import with the torch that lorafx needs: nothing to build on yet."""
-    _need("torchtune")
-    raise Missing("importable, but there is no bridge to its model code yet")
 
 
 def _need(library: str) -> None:
@@ -183,29 +165,26 @@ MAKERS: dict[str, Maker] = {
     "peft-compiled-whole": partial(with_compiled_peft, whole=True),
     "liger": with_liger,
     "unsloth": with_unsloth,
-    "torchtune": with_torchtune,
     "lorafx-default": partial(with_lorafx, default=True),
     "lorafx": with_lorafx,
-    "lorafx-triton": with_triton,
     "lorafx-compiled": partial(with_lorafx, backend="inductor"),
     "lorafx-compiled-1.0": partial(with_lorafx, backend="inductor", activation_budget=1.0),
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
-    "merging": partial(with_lorafx, pipeline=MERGING),  # not lorafx-…, so that no bar is held by an option that rounds
-    "gated": partial(with_lorafx, pipeline=GATED),
+    "merging": partial(with_lorafx, pipeline=MERGING),  # rounds more, so no bar's `lorafx*` may match
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
 
 
 def without(name: str) -> tuple[str, Maker]:
-    """lorafx run eagerly without one pass, to see that pass's own gain. `PipelineError`: there is no such pass."""
+    """The name and maker of lorafx run eagerly without one pass, to see what it gains; `PipelineError` if unknown."""
     return WITHOUT + name, partial(with_lorafx, pipeline=lorafx.passes.default.without(name))
 
 
 def of_case(case: Case, extra: tuple[str, ...] = ()) -> list[str]:
-    """Who runs a case: in full precision the defaults of PEFT and lorafx are what runs anyway.
+    """Who runs a case: its contestants and `extra`, without those that would run the same as another.
 
-    With dropout nothing can be merged.
+    In float32 the defaults of PEFT and lorafx are what runs anyway; with dropout nothing is merged on the fly.
     """
     same = {"peft-default", "lorafx-default"} if case.dtype == "float32" else set()
     same |= {"merging", "merging-compiled"} if case.dropout else set()
@@ -213,7 +192,7 @@ def of_case(case: Case, extra: tuple[str, ...] = ()) -> list[str]:
 
 
 def filled(model: nn.Module, case: Case) -> nn.Module:
-    """Adapter tensors by their names, of values that the case's dtype can hold, whatever their own dtype is."""
+    """Fill adapter tensors with values seeded by their names and rounded to the case's dtype: the same for all."""
     with torch.no_grad():
         for name, parameter in adapter_tensors(model).items():
             rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -223,6 +202,6 @@ def filled(model: nn.Module, case: Case) -> nn.Module:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that train, by the names that PEFT's and lorafx's have in common."""
+    """The adapters' trainable tensors, by names that are the same for PEFT and lorafx."""
     named = {name.removeprefix(_PEFT_PREFIX): p for name, p in model.named_parameters() if p.requires_grad}
     return {name: p for name, p in named.items() if ".lora_" in name}

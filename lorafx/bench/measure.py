@@ -1,4 +1,4 @@
-"""Measure: warm up, check what comes out, then let contestants take turns in random order and compare within rounds."""
+"""Measure one contestant in one case: a step to repeat, its time, its memory, its outputs and gradients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .models import Batch, outputs
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gives before anything is trained: outputs (a loss, or tensors) and the adapter's gradients."""
+    """What the first step gives: outputs (a loss, or tensors) and the adapter's gradients by name."""
 
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor]
 
 
 class Training:
-    """A training step: forward, backward, fused AdamW. A model without adapters gives its input's gradient alone."""
+    """A training step: forward, backward, fused AdamW. Without adapters only the input's gradient is computed."""
 
     def __init__(self, case: Case, setup: Setup, batch: Batch):
         self.case, self.setup, self.model, self.batch = case, setup, setup.model, batch
@@ -38,7 +38,7 @@ class Training:
 
     def forward(self) -> tuple[Tensor, ...]:
         arguments = self.batch.arguments
-        if not self.adapters and "input_ids" in arguments:  # without it there is no gradient to give
+        if not self.adapters and "input_ids" in arguments:  # token ids have no gradient, their embeddings do
             ids = arguments["input_ids"]
             embedded = self.model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
             arguments = {"inputs_embeds": embedded, "labels": arguments["labels"]}
@@ -56,7 +56,7 @@ class Training:
         self.clear()
 
     def outcome(self) -> Outcome:
-        """With dropout left out: no two libraries draw alike."""
+        """Outputs and gradients, without dropout, for which each library draws other random numbers."""
         self.model.train(not self.case.dropout)
         with self.setup.each():
             found = self.forward()
@@ -73,7 +73,7 @@ class Training:
 
 
 class Decoding:
-    """Tokens one by one after a prefix, as the same tokens for everyone."""
+    """Decode tokens one by one after a prefix. Which tokens is fixed, not sampled, so that all run the same."""
 
     def __init__(self, case: Case, setup: Setup, batch: Batch):
         self.case, self.model, self.batch = case, setup.model.eval(), batch
@@ -101,7 +101,7 @@ class Decoding:
         return torch.cat(found, 1)
 
     def _forget(self) -> None:
-        """Back to the prefix. A static cache cannot be cropped: its layers count in place, and write over the old."""
+        """Shorten the cache to the prefix. A static one cannot be cropped: its counters go back, to overwrite."""
         if not self.case.static_cache:
             self.cache.crop(-self.case.decode)
         for layer in self.cache.layers if self.case.static_cache else ():
@@ -130,7 +130,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 def seconds(step: Callable[[], object], cuda: bool) -> float:
-    """How long one step takes, by the device's own clock where it has one."""
+    """How long one step takes, on CUDA by the device's clock."""
     if not cuda:
         start = time.perf_counter()
         step()
@@ -148,10 +148,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, as torch's allocator on CUDA does, for the rest of this process.
+    """Make glibc keep freed memory for the rest of this process, as torch's allocator on CUDA does.
 
-    By itself it gives the end of its heap back to the system, and takes it again within the same step, or it does not,
-    by chance of what lies there: page faults that took up to a seventh of a step, of one contestant or another.
+    Left alone, it may give the end of its heap back to the system and take it again within one step, or not, depending
+    on what happens to lie there. The page faults took up to a seventh of a step, of one contestant or another.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where the C library has no such function
         libc = ctypes.CDLL(None)
@@ -160,7 +160,7 @@ def keep_freed_memory() -> None:
 
 
 def peak(step: Callable[[], object], cuda: bool) -> int:
-    """Bytes that one step needs at most, above what is held before it: by torch's own allocators, and repeatable."""
+    """The most bytes that torch's allocator holds during one step, above what it held before; it is repeatable."""
     gc.collect()
     if cuda:
         torch.cuda.synchronize()
@@ -179,7 +179,7 @@ def peak(step: Callable[[], object], cuda: bool) -> int:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Relative, of the whole tensor."""
+    """The relative difference |found - expected| / |expected|, in the 2-norm over the whole tensor."""
     found, expected = found.double(), expected.double().to(found.device)
     return float((found - expected).norm() / expected.norm())
 

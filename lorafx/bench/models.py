@@ -1,4 +1,4 @@
-"""The model of a case, what is put into it, and copies of it that share its weights."""
+"""The base model of a case, its inputs, and copies of it that share its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cases import Case
 
 
 class Linears(nn.Module):
-    """The linear layers of a decoder layer and nothing else, each fed by what has its width."""
+    """The linear layers of a decoder layer and nothing else, each on an input of its width."""
 
     def __init__(self, hidden: int, intermediate: int, keys: int):
         super().__init__()
@@ -67,19 +67,19 @@ def _build(case: Case) -> nn.Module:
         eos_token_id=None,
         dtype=case.dtype,
     )
-    of = transformers.LlamaModel if case.part == "block" else transformers.LlamaForCausalLM
-    return of._from_config(config)
+    of = transformers.AutoModel if case.part == "block" else transformers.AutoModelForCausalLM
+    return of.from_config(config)
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """A model of its own with the base's own tensors: whoever swaps its modules leaves the base as it is."""
+    """A copy of a model's modules that shares its tensors: its modules can be replaced, and the base stays as it is."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     return copy.deepcopy(base, shared)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is given, and the gradients of what it gives (None for a loss)."""
+    """A model's arguments, and the gradients of its outputs for backward (None for a loss)."""
 
     arguments: dict[str, Tensor]
     gradients: tuple[Tensor | None, ...]
@@ -94,7 +94,7 @@ class Batch:
 
 
 def batch_of(case: Case, base: nn.Module) -> Batch:
-    """The same batch for everyone: token ids for a model, a hidden state that needs its gradient for a part of one."""
+    """The batch of a case, the same for everyone: token ids for a whole model, else a hidden state with a gradient."""
     weight = next(base.parameters())
     rng = torch.Generator(weight.device).manual_seed(1)
     shape = case.shape
@@ -114,7 +114,7 @@ def batch_of(case: Case, base: nn.Module) -> Batch:
 
 
 def outputs(found: Any) -> tuple[Tensor, ...]:
-    """What a model gave that has a gradient."""
+    """The outputs of a model that have a gradient: the loss, the hidden state, or a tuple as it is."""
     if isinstance(found, tuple):
         return found
     return (found.loss if "loss" in found else found.last_hidden_state,)

@@ -1,4 +1,4 @@
-"""The record: what was measured, where, and by what; as JSON, and with the ratios that tables and bars need."""
+"""The record: what was measured, where, and with which versions; as JSON, and with the ratios for tables and bars."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ import torch
 
 from .cases import Bar, Case
 
-LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "torchtune", "triton")
+LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "triton")
 
 
 @dataclass
 class Row:
-    """One contestant in one case. `failed` says why there are no figures; differences are relative to the reference."""
+    """One contestant in one case; `failed` says why there are no figures.
+
+    Differences are relative to the reference's outputs and gradients; `parity` says whether rounding explains them.
+    """
 
     contestant: str
     seconds: list[float] = field(default_factory=list)  # by round
@@ -50,13 +53,13 @@ class Result:
     case: Case
     rows: list[Row]
     reference: str  # what outputs and gradients were compared with
-    load: float = 0.0  # of the machine while it was measured: well above `threads`, others were using it
+    load: float = 0.0  # the machine's load average: well above `threads`, something else was using it
 
     def measured(self, pattern: str) -> list[Row]:
         return [row for row in self.rows if not row.failed and fnmatchcase(row.contestant, pattern)]
 
     def judged(self, bar: Bar) -> float | None:
-        """What a bar limits, or None where somebody is missing: the best that match against the best that match."""
+        """The ratio that a bar limits: best contestant that matches to best reference; None if one is missing."""
         pairs = self.measured(bar.contestant), self.measured(bar.reference)
         if not all(pairs):
             return None
@@ -67,7 +70,7 @@ class Result:
 
 
 def ratios(row: Row, reference: Row) -> tuple[float, float, float]:
-    """Quartiles of the ratio within rounds: lower, median, upper."""
+    """Quartiles, over rounds, of the ratio of two contestants' times in a round: lower, median, upper."""
     within = [own / other for own, other in zip(row.seconds, reference.seconds)]
     if len(within) < 2:
         return (within[0],) * 3

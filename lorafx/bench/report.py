@@ -25,7 +25,7 @@ def markdown(results: list[Result], where: dict[str, Any]) -> str:
 
 
 def bars(results: list[Result]) -> list[tuple[str, ...]]:
-    """A row a bar, with the columns `BARS`."""
+    """A row for each bar, with the columns `BARS`."""
     return [
         (
             result.case.name,
@@ -48,7 +48,7 @@ def _rows(result: Result) -> str:
 
 
 def _references(result: Result) -> list[str]:
-    """Those of the case that ran; where a pass was left out, also what it was left out of."""
+    """The case's references that ran; also lorafx if a contestant leaves out one of its passes."""
     extra = ("lorafx",) if any(row.contestant.startswith(WITHOUT) for row in result.rows) else ()
     return [name for name in (*result.case.references, *extra) if result.measured(name)]
 
@@ -75,7 +75,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> bool:
-    """A bar a contestant: its time to the case's first reference, quartiles as whiskers. False: no matplotlib."""
+    """Draw each contestant's time relative to the first reference, with quartiles; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

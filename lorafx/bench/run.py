@@ -1,4 +1,7 @@
-"""Run a case: everybody is made and checked in turn, then measured together. Who fails is a row that says why."""
+"""Run a case: contestants are set up, warmed up and checked one by one, then take turns in random order to be timed.
+
+A contestant that fails has a row that says why.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .record import Result, Row
 
 WARM_UP = {"cpu": 3, "cuda": 10}
 EXACT_BELOW, EXACT_UP_TO = 400e6, 4096  # parameters of a base that is also run in float64, and tokens of a sequence
-# How far off a dtype's own rounding takes outputs and gradients of a correct contestant; wrong ones are off by 1.
+# The largest relative differences of outputs and gradients that rounding explains; those of a wrong one are about 1.
 OUTPUTS_OFF = {"float32": 1e-5, "bfloat16": 3e-2}
 GRADIENTS_OFF = {"float32": 1e-4, "bfloat16": 2e-1}
 
@@ -27,15 +30,15 @@ Tell = Callable[[str], object]
 
 
 def run(case: Case, names: list[str], makers: dict[str, Maker], device: str, rounds: int, tell: Tell) -> Result:
-    """Everybody's row in one case."""
-    torch._dynamo.reset()
+    """Run one case: a row for each of the contestants named, timed in so many rounds; `tell` is told the progress."""
+    torch.compiler.reset()
     keep_freed_memory()
     base = build(case, device)
     batch = batch_of(case, base)
     tell("reference")
     try:
         expected, reference = _expected(case, base, batch)
-    except Exception as error:  # as on a device that is too small for it
+    except Exception as error:  # on a device that is too small, say
         expected, reference = None, f"nothing, for PEFT failed: {first_line(error)}"
     rows = {name: Row(name) for name in names}
     runners: dict[str, Runner] = {}
@@ -51,7 +54,7 @@ def run(case: Case, names: list[str], makers: dict[str, Maker], device: str, rou
 
 
 def _expected(case: Case, base: nn.Module, batch: Batch) -> tuple[Outcome, str]:
-    """PEFT's outputs and gradients: in float64, or for a large base in its own dtype."""
+    """PEFT's outputs and gradients, in float64 or, for a large case, in its own dtype; and what to call them."""
     exact = sum(p.numel() for p in base.parameters()) < EXACT_BELOW and case.sequence <= EXACT_UP_TO
     if exact:
         base, batch = copy.deepcopy(base).double(), batch.as_dtype(torch.float64)
@@ -61,7 +64,7 @@ def _expected(case: Case, base: nn.Module, batch: Batch) -> tuple[Outcome, str]:
 
 
 def _ready(row: Row, maker: Maker, case: Case, base: nn.Module, batch: Batch, expected: Outcome | None) -> Runner:
-    """A contestant after its warm-up, its outputs compared and its peak memory taken."""
+    """Set up a contestant, compare its outputs, warm it up and take its peak memory, for `row`."""
     cuda = next(base.parameters()).is_cuda
     ready = runner(case, maker(case, base), batch)
     found = ready.outcome()
@@ -77,7 +80,7 @@ def _ready(row: Row, maker: Maker, case: Case, base: nn.Module, batch: Batch, ex
 
 
 def _take_turns(rows: dict[str, Row], runners: dict[str, Runner], device: str, rounds: int, tell: Tell) -> None:
-    """Time everybody once a round, in another order each round."""
+    """Time each contestant once a round, in a random order."""
     rng = random.Random(0)
     gc.collect()
     gc.disable()

@@ -1,6 +1,7 @@
 """Capture: one call of a model becomes a graph of ATen operators.
 
 In come a module tree and the arguments of a call; out comes a graph module that reads the tree. `export` runs
-torch.export, `caches` makes key-value caches its inputs and outputs, `arguments` fills what the call was given,
-`purity` refuses calls that do more than tensor operators, `repeated/` traces layers that repeat once.
+torch.export, in the surroundings that `contexts` makes. `arguments` names a call's arguments; `written_arguments` fills
+those that the model would fill, and `caches` lets torch see into key-value caches, which are most of them. `purity`
+refuses calls that do more than tensor operators. `repeated/` has layers that are alike traced once.
 """

@@ -1,136 +1,41 @@
-"""What a call puts into the containers that it was given: the caller's own cache is filled, as the model would fill it.
-
-While a graph is captured, containers are rebuilt, so that the caller's stay as they are; those that the model changed
-become a second output. After each run of the graph their contents go into the caller's own objects, and where the model
-returned one of these, the caller gets his own back.
-"""
+"""What a call's arguments are called, which of them are images, and a call in one line for reports."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice, repeat
-from operator import is_
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .caches import is_cache
 
-_GIVEN = "lorafx: the argument "
-_PLAIN = (bool, int, float, str, bytes, type(None))
-
-
-def rebuilt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments in containers of their own."""
-    return pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+def argument_names(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """What `forward` calls these positional arguments; one that goes to its `*args` is `arg_2`, by its place."""
+    parameters = inspect.signature(forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [named[i] if i < len(named) else f"arg_{i}" for i in range(len(args))]
 
 
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are containers, positional ones by number."""
-    named = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
-    return {name: value for name, value in named.items() if not pytree.tree_is_leaf(value)}
+def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that are images or videos, (…, 3, height, width).
 
-
-def contents(containers: Mapping[str, Any]) -> dict[str, tuple[list[Any], pytree.TreeSpec]]:
-    """What is in each container now."""
-    return {name: pytree.tree_flatten(value) for name, value in containers.items()}
-
-
-def changed(containers: Mapping[str, Any], before: Mapping[str, tuple[list[Any], pytree.TreeSpec]]) -> dict[str, Any]:
-    """The containers that hold something else than before. A tensor that was written to in place is the same one."""
-    now = contents(containers)
-    return {name: containers[name] for name in containers if not _same(*now[name], *before[name])}
-
-
-def _same(leaves: list[Any], spec: pytree.TreeSpec, old_leaves: list[Any], old_spec: pytree.TreeSpec) -> bool:
-    return len(leaves) == len(old_leaves) and spec == old_spec and all(map(_is_same, leaves, old_leaves))
-
-
-def _is_same(leaf: Any, old: Any) -> bool:
-    return leaf is old or (type(leaf) in _PLAIN and type(leaf) is type(old) and leaf == old)
-
-
-def without_given(output: Any, containers: Mapping[str, Any]) -> Any:
-    """A model's output with a mark in the place of each of its arguments that it returns."""
-    names = {id(value): _GIVEN + name for name, value in containers.items()}
-    if not _holds(output, names):
-        return output
-    return pytree.tree_map(lambda leaf: names.get(id(leaf), leaf), output, is_leaf=lambda value: id(value) in names)
-
-
-def _holds(output: Any, ids: Mapping[int, str]) -> bool:
-    return any(id(value) in ids for value in pytree.tree_leaves(output, is_leaf=lambda value: id(value) in ids))
-
-
-def fill(leaves: Sequence[Any], spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Put what a graph has filled into the caller's arguments; returns the output with those that were returned.
-
-    `leaves` and `spec` are what the graph gives, flat: the output and the filled containers by name.
+    A graph serves images of one height and width: models compute with these in Python (windows, patches, positions),
+    and a capture in which they stay open takes minutes.
     """
-    own = given(args, kwargs)
-    marks = {_GIVEN + name: value for name, value in own.items()}
-    rest = iter([marks.get(leaf, leaf) if type(leaf) is str else leaf for leaf in leaves])
-    output, filled = spec.children()
-    result = _made(output, rest)
-    for name, container in zip(filled.context, filled.children()):
-        _pour_leaves(own[name], container, rest)
-    return result
+    given = (*args, *kwargs.values())
+    return [x for x in given if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-3] == 3 and x.is_floating_point()]
 
 
-def _made(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
-    return spec.unflatten(list(islice(leaves, spec.num_leaves)))
+def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """A call in a line, for reports: `train, input_ids[2, 7], labels[2, 7]`."""
+    named = {**dict(zip(argument_names(model.forward, args), args)), **kwargs}
+    shown = [f"{name}{_brief(value)}" for name, value in named.items() if value is not None]
+    return ", ".join(("train" if model.training else "eval", *shown))
 
 
-def _pour_leaves(old: Any, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
-    """`pour(old, new)` where `new` is made of the next leaves; caches, filled at each token, are not made first."""
-    if spec.is_leaf():
-        return next(leaves)
-    if type(old) is not spec.type or not (type(old) is list or is_cache(old)):
-        return pour(old, _made(spec, leaves))
-    if isinstance(old, list):
-        old[:] = [_pour_leaves(item, child, leaves) for item, child in zip(chain(old, repeat(None)), spec.children())]
-        return old
-    (names, fixed), attributes = spec.context, vars(old)
-    new = {name: _pour_leaves(attributes.get(name), child, leaves) for name, child in zip(names, spec.children())}
-    new.update(fixed)
-    for name in attributes.keys() - new.keys():
-        del attributes[name]
-    attributes.update(new)
-    return old
-
-
-def pour(old: Any, new: Any) -> Any:
-    """Give `old` the contents of `new` and return it; where it cannot hold them, return `new`."""
-    if type(old) is not type(new) or isinstance(old, (Tensor, *_PLAIN)):
-        return new
-    if isinstance(old, tuple):  # a `torch.Size` is one value
-        return new if pytree.tree_is_leaf(old) else _poured_tuple(old, new)
-    if isinstance(old, (list, deque)):
-        items = list(map(pour, old, new)) + list(new)[len(old) :]
-        old.clear()
-        old.extend(items)
-    elif isinstance(old, dict):
-        _pour_items(old, old.items(), new.items())
-    elif type(old) in pytree.SUPPORTED_NODES and hasattr(old, "__dict__"):
-        _pour_items(vars(old), vars(old).items(), vars(new).items())
-    else:
-        return new
-    return old
-
-
-def _poured_tuple(old: Any, new: Any) -> Any:
-    """A tuple cannot be filled, but what it holds can: `old` if that was all, or else one with what is new."""
-    items = list(map(pour, old, new)) + list(new)[len(old) :]
-    if len(items) == len(old) and all(map(is_, items, old)):
-        return old
-    return pytree.tree_structure(new, is_leaf=lambda value: value is not new).unflatten(items)
-
-
-def _pour_items(into: Any, old: Iterable[tuple[Any, Any]], new: Iterable[tuple[Any, Any]]) -> None:
-    before, after = dict(old), dict(new)
-    for name in before.keys() - after.keys():
-        del into[name]
-    for name, value in after.items():
-        into[name] = pour(before[name], value) if name in before else value
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    holds_tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return f"={type(value).__name__}" if holds_tensors else f"={value!r}"

@@ -1,4 +1,4 @@
-"""Key-value caches as pytrees: torch.export sees the tensors and counters in them, and gives full caches back."""
+"""Key-value caches as pytrees: torch.export sees the tensors and counters in them, and gives back whole caches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-_MAPPED = "_lorafx_mapped"
-_plain_update = DynamicSlidingWindowLayer.update
+from ..torch_private.replacing import plain_update, sliding_windows_replaced
+
+_MAPPED = "_lorafx_mapped"  # on a cache: the names of children that a tree map has made something else of
+# What a graph computes with, or looks into; integers count too, and no booleans.
 _INNER = (Tensor, torch.SymInt, list, tuple, dict, Cache, CacheLayerMixin)
 
 
@@ -34,13 +36,13 @@ def register_caches(model: nn.Module) -> None:
 
 
 def is_cache(value: Any) -> bool:
-    """Whether pytrees look into an object as into a cache: at its attributes, whose names are in its structure."""
+    """Whether an object is of a class that `register_caches` has registered: its children are attributes, by name."""
     node = pytree.SUPPORTED_NODES.get(type(value))
     return node is not None and node.flatten_fn is _flatten
 
 
 def is_length(name: str) -> bool:
-    """Whether a leaf of a call, by its name, is how many tokens a layer of a cache has seen."""
+    """Whether an argument of this dotted name is the number of tokens that a layer of a cache has seen."""
     return name.rpartition(".")[2].startswith("cumulative_length")
 
 
@@ -55,7 +57,7 @@ def _is_inner(value: Any) -> bool:
 
 
 def _flatten(cache: Any) -> tuple[list[Any], Any]:
-    """Tensors, counters and what holds them are children; flags, names and the like belong to the structure."""
+    """Tensors, counters and what holds such are children. Flags, names and the like are part of the structure."""
     inner, fixed = {}, []
     mapped = vars(cache).get(_MAPPED, ())
     for name, value in vars(cache).items():
@@ -84,20 +86,15 @@ def _unflatten(cls: Any, children: Iterable[Any], context: Any) -> Any:
 
 @contextlib.contextmanager
 def branchless_windows() -> Iterator[None]:
-    """Let a sliding window that is filling up, just full and overflowing be one graph, by sizes instead of branches."""
-    own = {name: vars(DynamicSlidingWindowLayer)[name] for name in ("update", "get_mask_sizes")}
-    DynamicSlidingWindowLayer.update, DynamicSlidingWindowLayer.get_mask_sizes = _update, _mask_sizes  # type: ignore
-    try:
+    """Let one graph serve sliding windows that are filling up, full and overflowing: with sizes where code branches."""
+    with sliding_windows_replaced(_update, _mask_sizes):
         yield
-    finally:
-        for name, method in own.items():
-            setattr(DynamicSlidingWindowLayer, name, method)
 
 
 def _update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """All keys and values that these tokens may look at; the layer keeps the last of them, one less than its window."""
+    """All keys and values that these tokens may attend to. The layer keeps the last, one fewer than its window."""
     if getattr(self, "record_past", False):
-        return _plain_update(self, key_states, value_states, *args, **kwargs)
+        return plain_update(self, key_states, value_states, *args, **kwargs)
     if not self.is_initialized:
         self.lazy_initialization(key_states, value_states)
     self.cumulative_length += key_states.shape[-2]
@@ -108,6 +105,6 @@ def _update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **k
 
 
 def _mask_sizes(self: Any, query_length: int) -> tuple[int, int]:
-    """How many keys these tokens may look at, and the position of the first."""
+    """How many keys these tokens may attend to, and the position of the first."""
     seen, kept = self.cumulative_length, self.sliding_window - 1
     return torch.sym_min(seen, kept) + query_length, torch.sym_max(seen - kept, 0)

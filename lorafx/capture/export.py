@@ -1,51 +1,42 @@
-"""Capture: one call of a model becomes an FX graph of ATen ops, read-through to the live module tree."""
+"""Capture one call as a graph: of a model, of a module in it, or of a torch function that reads a weight.
+
+A graph reads parameters and buffers where the model has them, whenever it runs; it has no copies.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import inspect
-import io
-import logging
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from inspect import Parameter, Signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.export import Dim, ShapesCollection
-from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.blocks import repeated_modules
 from ..graph.modules import rooted
 from ..graph.printing import printable
+from ..torch_private.graphs import use_lazy_graph_module
+from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
+from ..torch_private.tracing import IntWrapper
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
-from .arguments import changed, contents, given, rebuilt, without_given
+from .arguments import argument_names, images
 from .caches import branchless_windows, register_caches
+from .contexts import outside_transforms, plain_operators, quiet
 from .purity import innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
-from .repeated.parameters import read_parameters
-from .repeated.recorder import Interrupted, Once
+from .repeated.hidden_parameters import read_parameters
+from .repeated.layers import RepeatedLayers
+from .repeated.record import Interrupted
+from .written_arguments import changed, contents, given, rebuilt, without_given
 
-FILLS = "fills"  # in a graph module's meta: whether it fills its arguments
-
-
-def images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The arguments that are images or videos, (…, 3, height, width).
-
-    A graph is specialised on their height and width: models compute with those in Python (windows, patches, positions),
-    and capturing all of that symbolically takes minutes.
-    """
-    given = (*args, *kwargs.values())
-    return [x for x in given if isinstance(x, Tensor) and x.ndim > 3 and x.shape[-3] == 3 and x.is_floating_point()]
+FILLS = "fills"  # in a graph module's meta: whether its output is followed by arguments that it has filled
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
@@ -74,14 +65,15 @@ def trace_part(
 ) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model.
 
-    `free` numbers the call's leaves that are integers for which the graph should not be specialised. A loop over a size
-    is repeated as often as this call does, or with `unroll=False` it is a `CaptureError`. With `once`, layers that ask
-    for the same operators are traced once, and the graph comes with blocks.
+    The graph computes with integers as with constants, but for those among the call's flat arguments whose places are
+    in `free`: these are inputs. A loop over a size is written out as often as this call runs it; with `unroll=False` it
+    raises `CaptureError`. With `once`, layers that run the same operators are traced once, and the graph has blocks.
+    Raises `CaptureError` as `trace` does.
     """
     if once and repeated_modules(model.get_submodule(path)):
         try:
             return _trace_part(model, path, args, kwargs, free, unroll, once=True)
-        except (Interrupted, CaptureError):  # operators that take functions are not traced under modes like ours
+        except (Interrupted, CaptureError):  # as for operators that take functions: torch refuses to trace them so
             pass
     return _trace_part(model, path, args, kwargs, free, unroll)
 
@@ -98,13 +90,13 @@ def _trace_part(
     bare = isolated(mirrored(model))
     part = bare.get_submodule(path)
     without_hooks(part)
-    watch = Once(bare, path) if once else None
-    # A part is called rather than its forward, so that the graph's nodes know that they are in it.
+    layers = RepeatedLayers(bare, path) if once else None
+    # The module is called, and not its forward: only then does export note in each node that it is in this module.
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        shown = watch.called() if watch else contextlib.nullcontext()
-        with shown, unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
+        parameters = layers.shown() if layers else contextlib.nullcontext()
+        with parameters, unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
@@ -112,7 +104,7 @@ def _trace_part(
     exported = _export(bare, args, kwargs, free)
     read_parameters(exported)
     gm = rooted(exported, model)
-    if watch:
+    if layers:
         fold(gm)
     gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]
     return gm
@@ -155,10 +147,10 @@ def trace_operator(
 def _as_called(
     function: Callable[..., Any], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Any]:
-    """`function` with a signature of just this call's arguments, named as `forward` has them, for torch.export.
+    """`function` with a signature for torch.export: just this call's arguments, by the names that `forward` has.
 
-    Containers are rebuilt before the model gets them: a cache that it fills must not change under export's hands. Those
-    it has filled are returned along with the output, and `fills` says so afterwards.
+    The model gets its arguments in new containers, for a cache that it fills must not change while export looks at it.
+    Where it has filled some, they are returned along with the output; the function's `fills` says so afterwards.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -177,30 +169,30 @@ def _as_called(
     return call
 
 
-def argument_names(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
-    """What the model calls its positional arguments; those of a `*args` are numbered."""
-    parameters = inspect.signature(forward).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [named[i] if i < len(named) else f"arg_{i}" for i in range(len(args))]
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Collection[int] = ()) -> GraphModule:
-    # Clones: one tensor passed twice would be captured as one input.
+    # With clones, since torch.export takes one tensor that is passed twice for a single input.
     args, kwargs = pytree.tree_map_only(Tensor, _example, (args, kwargs))
     shapes = ShapesCollection()
     fixed = {id(value) for value in images(args, kwargs)}
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = [_IntWrapper(leaf) if number in free else leaf for number, leaf in enumerate(leaves)]
+    leaves = [IntWrapper(leaf) if number in free else leaf for number, leaf in enumerate(leaves)]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     for leaf in leaves:
-        if isinstance(leaf, _IntWrapper):
+        if isinstance(leaf, IntWrapper):
             shapes[leaf] = Dim.AUTO
         if isinstance(leaf, Tensor):
             dims = list(enumerate(leaf.shape))[: -2 if id(leaf) in fixed else None]
             shapes[leaf] = {i: Dim.AUTO for i, size in dims if size > 1}
     name = type(model).__name__
     try:
-        with _as_outside(), plain_operators(), branchless_windows(), quiet(), pure(), _use_lazy_graph_module(True):
+        with (
+            outside_transforms(),
+            plain_operators(),
+            branchless_windows(),
+            quiet(),
+            pure(),
+            use_lazy_graph_module(True),
+        ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             return exported.module()
     except Interrupted:
@@ -211,56 +203,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
         raise CaptureError(f"{name} could not be captured: {_reason(error)}{innermost_line(error)}") from error
 
 
-@contextlib.contextmanager
-def _as_outside() -> Iterator[None]:
-    """The caller's gradient mode, but no inference mode, torch.func transform or checkpointed region around tracing."""
-    grad = torch.is_grad_enabled()
-    hooks: Any = contextlib.nullcontext()
-    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.set_grad_enabled(grad), hooks:
-        yield
-
-
-@contextlib.contextmanager
-def collecting_later() -> Iterator[None]:
-    """Keep Python from looking for garbage: graphs are large, and hardly any of what tracing makes is in cycles."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from logging and printing the pages that it does before it raises: the reason is in the error."""
-    logger, printed = logging.getLogger("torch"), io.StringIO()
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(printed):
-            yield
-    finally:
-        logger.setLevel(before)
-    sys.stderr.write(printed.getvalue())
-
-
-@contextlib.contextmanager
-def plain_operators() -> Iterator[None]:
-    """Keep torch.nn's fused inference kernels away: they read many weights at once, where no adapter can act."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def _example(tensor: Tensor) -> Tensor:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_wrapped(tensor):
         with temporarily_clear_interpreter_stack():
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -270,17 +214,3 @@ def _reason(error: Exception) -> str:
     """What torch says, without its advice on how to debug torch."""
     lines = str(error).split("For more information")[0].split("The error above")[0].splitlines()
     return f"{type(error).__name__}: " + "\n".join([line for line in lines if line.strip()][:6])
-
-
-def describe_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """A call in a line, for reports: `train, input_ids[2, 7], labels[2, 7]`."""
-    named = {**dict(zip(argument_names(model.forward, args), args)), **kwargs}
-    shown = [f"{name}{_brief(value)}" for name, value in named.items() if value is not None]
-    return ", ".join(("train" if model.training else "eval", *shown))
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(list(value.shape))
-    holds_tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-    return f"={type(value).__name__}" if holds_tensors else f"={value!r}"

@@ -1,4 +1,4 @@
-"""What a captured call may not do: anything that the graph would not do again each time it runs."""
+"""What a call must not do to be captured: anything besides tensor operators, since a graph would not do it again."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.description import MODULES_OWN, content
+from ..graph.description import MODULES_OWN, attribute_key
+from ..torch_private.replacing import range_replaced
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 
 
 class _Printed(io.StringIO):
-    """Stands in for stdout, and remembers where the model first wrote to it; other threads write as ever."""
+    """Stands in for stdout, and remembers the line of the model that wrote first; other threads write to the screen."""
 
     line = ""
 
@@ -43,8 +44,8 @@ class _Printed(io.StringIO):
 def pure() -> Iterator[None]:
     """Raise `CaptureError` if what runs inside prints, or draws random numbers outside torch.
 
-    Such a call does more than a graph of its tensor operators would: served by one, it would print once and never
-    again, or mask the same frames in every step. Random states are put back; nothing reaches the screen.
+    Served by a graph, such a call would print once and never again, or mask the same frames in every step. What it
+    prints is dropped, and Python's and numpy's random states are put back, so it can be run again without a graph.
     """
     printed = _Printed()
     with _kept_random_states() as drawn, contextlib.redirect_stdout(printed):
@@ -74,7 +75,7 @@ def unchanging(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_random_states() -> Iterator[list[str]]:
-    """Put the random states of Python and numpy back; the list that it gives is filled if they had been used."""
+    """Put the random states of Python and numpy back. Gives a list, to which something is added if they had changed."""
     drawn: list[str] = []
     python, of_numpy = random.getstate(), numpy.random.get_state()
     before = pickle.dumps((python, of_numpy))
@@ -88,7 +89,7 @@ def _kept_random_states() -> Iterator[list[str]]:
 
 
 def _range(*bounds: Any) -> range:
-    """Stands in for `range`, which would turn a symbolic size into the number it happens to be."""
+    """Stands in for `range`, which would make of a symbolic size the number that it is in this call."""
     if any(isinstance(bound, torch.SymInt) and not bound.node.is_constant() for bound in bounds):
         raise CaptureError(
             "it loops over a size: a graph would repeat the loop's operators as often as this call does, and fit no "
@@ -100,22 +101,14 @@ def _range(*bounds: Any) -> range:
 @contextlib.contextmanager
 def no_unrolling(model: nn.Module) -> Iterator[None]:
     """Raise `CaptureError` where the model's own code loops over a symbolic size, as a scan in Python does."""
-    names = {type(module).__module__ for module in model.modules()}
-    files = [vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith("torch.")]
-    without_own = [file for file in files if "range" not in file]
-    for file in without_own:
-        file["range"] = _range
-    try:
+    with range_replaced(model, _range):
         yield
-    finally:
-        for file in without_own:
-            del file["range"]
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    """What modules hold besides parameters, buffers, modules and hooks, each as something that can be compared."""
+    """What modules hold besides parameters, buffers, modules and hooks: a key by the dotted name of each attribute."""
     return {
-        f"{path}.{name}".lstrip("."): content(value)
+        f"{path}.{name}".lstrip("."): attribute_key(value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in MODULES_OWN
@@ -123,7 +116,7 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
 
 
 def innermost_line(error: BaseException) -> str:
-    """The line of the model at which an error came up, as the end of a message; empty if there is none."""
+    """The line of the model that raised an error, as the end of a message; empty if torch or lorafx called no model."""
     return _place(traceback.extract_tb(error.__traceback__))
 
 

@@ -1,7 +1,7 @@
 """Adapters to and from PEFT's files: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
-A key is `base_model.model.`, the module's path and the suffix its kind names (`.lora_A.weight`), without the adapter's
-name. Reading checks everything before anything is touched; writing leaves the old folder or the new one, never a mix.
+A key is `base_model.model.`, the module's path and the suffix that the kind gives (`.lora_A.weight`), without the
+adapter's name. Reading checks everything before the model is changed; writing replaces a folder's files at once.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, plan
-from ..adapters.config import LoraConfig
+from ..adapters.config import AdapterConfig
+from ..adapters.kinds import config_of
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import tensor_at
 from .folder import replace_folder
 from .hub import Source
+from .model_card import CARD, new_card
 
-CONFIG, CARD = "adapter_config.json", "README.md"
+CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # The version of PEFT whose format is written, for PEFT's own checks of age.
@@ -37,29 +38,29 @@ Expected = tuple[tuple[int, ...], bool]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An adapter as its files have it: its config, and tensors by PEFT's key."""
+    """An adapter as read from files: its config, and its tensors by PEFT's key."""
 
     folder: Path
-    config: LoraConfig
+    config: AdapterConfig
     tensors: Mapping[str, Tensor]
 
 
 def keys(adapter: Adapter) -> dict[str, str]:
-    """PEFT's key of each of the adapter's tensors, to the tensor's path."""
+    """PEFT's key of each tensor of the adapter, mapped to the tensor's path."""
     named = {
-        f"{_key(adapter, site)}.{suffix}": path
-        for site, by_suffix in adapter.tensors.items()
-        for suffix, path in by_suffix.items()
+        f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}.{suffix}": path
+        for site in adapter.selection
+        for suffix, path in adapter.tensors[site.name].items()
     }
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
 
 
 def _key(adapter: Adapter, path: str) -> str:
-    """PEFT's key of what is at `path`: PEFT wraps adapted modules, and what they own is in their `base_layer`."""
-    atoms = path.split(".")
+    """PEFT's key of a module or base tensor: PEFT wraps adapted modules, and what they own is in a `base_layer`."""
+    atoms, adapted = path.split("."), {site.module for site in adapter.selection}
     key = atoms[:1]
     for depth, atom in enumerate(atoms[1:], 1):
-        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapter.selection.by_name else [atom]
+        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapted else [atom]
     return PREFIX + ".".join(key)
 
 
@@ -68,8 +69,8 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
 
     `hub` is `subfolder`, and for a repository `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`; only the adapter's own files are fetched. `weights_only=True` also takes an old
-    `adapter_model.bin`, through torch's restricted unpickler. Raises `CheckpointError` naming the file and the key for
-    whatever is missing, unreadable, of the wrong type or NaN.
+    `adapter_model.bin`, through torch's restricted unpickler. Raises `CheckpointError`, naming the file and the key,
+    for whatever is missing, unreadable, of the wrong type or not finite.
     """
     folder = Source(os.fspath(source), **hub).folder((CONFIG,), (WEIGHTS, OLD_WEIGHTS))
     config = _read_config(folder / CONFIG)
@@ -80,16 +81,16 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
     return Checkpoint(folder, config, tensors)
 
 
-def read_config(source: str | os.PathLike[str], **hub: Any) -> LoraConfig:
+def read_config(source: str | os.PathLike[str], **hub: Any) -> AdapterConfig:
     """Read an adapter's config alone; arguments and errors are those of `read`."""
     return _read_config(Source(os.fspath(source), **hub).folder((CONFIG,)) / CONFIG)
 
 
 def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Module) -> dict[str, Tensor]:
-    """Compare a file with what a model's adapter is made of; returns the tensors that go to the base instead.
+    """Compare a file with the tensors that a model's adapter needs, `expected` by key.
 
-    Those are embedding weights that were saved along (`save_embedding_layers`). Raises `CheckpointError` for a missing
-    or unexpected key, a shape or rank that differs, or integers where there must be floats and the other way round.
+    Returns the base's embedding weights that were saved along (`save_embedding_layers`), by path. Raises
+    `CheckpointError` for a missing or unexpected key, another shape, or integers for floats and the other way round.
     """
     file = _weights_file(checkpoint.folder)
     missing = [key for key in expected if key not in checkpoint.tensors]
@@ -124,7 +125,7 @@ def _is_stray(key: str) -> bool:
 def fit(
     root: nn.Module, name: str, found: Checkpoint, is_trainable: bool
 ) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """Match a file with a model, touching nothing: the adapter, its values by path, embedding weights by path.
+    """Match a file with a model, changing nothing: the adapter, its values by path, embedding weights by path.
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
@@ -133,9 +134,9 @@ def fit(
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
     expected: dict[str, Expected] = {
-        adapter.tensors[site.name][suffix]: (shape, True)
+        adapter.tensors[site.name][spec.suffix]: (spec.shape, True)
         for site in adapter.selection
-        for suffix, shape in adapter.kind.shapes(site, adapter.config).items()
+        for spec in adapter.kind.tensors(site, adapter.config).values()
     }
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
@@ -154,28 +155,29 @@ def write(
     auto_mapping: Mapping[str, Any] | None,
     values: Mapping[str, Tensor],
 ) -> None:
-    """Write an adapter to a folder, replacing one that is there atomically.
+    """Write an adapter to a folder, replacing the files of one that is there at once.
 
-    `base_weights` are base tensors to save along, by path (embeddings); `values` takes precedence over the tree.
+    `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are written instead of the
+    tree's. Raises `CheckpointError` for what the file system refuses.
     """
     tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
     tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
     config = _config_values(root, adapter, base_name, auto_mapping)
     files = {
-        # Sorted by option alone: of a `rank_pattern` the first that matches counts.
+        # Only the options are sorted, not what they hold: the order of a `rank_pattern` has a meaning.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
     target = Path(folder)
     if adapter.name == "default" and not (target / CARD).exists():
-        files[CARD] = _card(config).encode()
+        files[CARD] = new_card(config).encode()
     try:
         replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
     except OSError as error:
         raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
 
 
-def _read_config(file: Path) -> LoraConfig:
+def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -185,7 +187,7 @@ def _read_config(file: Path) -> LoraConfig:
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
     try:
-        return LoraConfig.from_dict(values)
+        return config_of(values)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -217,13 +219,13 @@ def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
 
 
 def _embedding_path(key: str, base: nn.Module) -> str | None:
-    """Path of the embedding weight that a key means, or None if it means no such thing."""
+    """Path of the base's embedding weight that a key stands for, or None."""
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     return path if path in embedding_weights(base) else None
 
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:
-    """Paths of the input and output embeddings' weights and biases, for models that say which they are."""
+    """Paths of the parameters of input and output embeddings, for models that have transformers' getters for them."""
     getters = ("get_input_embeddings", "get_output_embeddings")
     layers = [getattr(base, getter)() for getter in getters if hasattr(base, getter)]
     return tuple(
@@ -237,7 +239,7 @@ def embedding_weights(base: nn.Module) -> tuple[str, ...]:
 
 def _plain(tensor: Tensor) -> Tensor:
     """A tensor that safetensors takes: whole, contiguous, on the CPU, sharing memory with no other."""
-    if hasattr(tensor, "full_tensor"):  # sharded over processes, which all have to ask for it
+    if hasattr(tensor, "full_tensor"):  # a DTensor: every process has to call this
         tensor = tensor.full_tensor()  # type: ignore[operator]
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -250,7 +252,9 @@ def _config_values(
     if expanded or adapter.config.target_modules is None:
         values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
-    values["fan_in_fan_out"] = any(site.form.name == "addmm" for site in adapter.selection)
+    if "fan_in_fan_out" in values:
+        readings = {site.reading for site in adapter.selection}
+        values["fan_in_fan_out"] = any(reading.transposed and not reading.lookup for reading in readings)
     values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
     values["peft_version"] = values["peft_version"] or FORMAT
     if values["task_type"] is None and values["auto_mapping"] is None:
@@ -259,18 +263,9 @@ def _config_values(
 
 
 def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
-    """The config's values that select these sites: their names, or a pattern where other modules' names end in one."""
+    """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
     others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
     if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):
         return {"target_modules": sites}
-    # PEFT refuses layers beside a pattern, and it needs none: the names say which.
+    # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
     return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
-
-
-def _card(values: Mapping[str, Any]) -> str:
-    base = values["base_model_name_or_path"]
-    data = ModelCardData(library_name="peft", base_model=base or None, tags=["lora", "lorafx"])
-    text = f"---\n{data.to_yaml()}\n---\n\n# LoRA adapter\n\nTrained with lorafx; in PEFT's format. Load it with "
-    load = '`lorafx.load(model, "this/folder")` or `peft.PeftModel.from_pretrained(model, "this/folder")`.\n'
-    rank = f"\nRank {values['r']}, alpha {values['lora_alpha']}, base model {base or 'not recorded'}.\n"
-    return str(ModelCard(text + load + rank))

@@ -1,7 +1,8 @@
-"""Replace files of a folder atomically: whoever looks sees all old files or all new ones.
+"""Replace files of a folder atomically: a reader sees all old files or all new ones.
 
-One changed file is renamed into place. Several at once are written into a new folder that shares the unchanged files
-with the old one by hard links, and the two folders trade names in one system call.
+One changed file is renamed into place. Several are written into a new folder, which shares the unchanged files with the
+old one by hard links, and the two folders trade names in one system call. On systems without such a call (it is
+Linux's) two renames do it, between which the folder does not exist.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[str] = ()) -> None:
-    """Give `folder` these files in place of those of the same names, and rid it of the `obsolete` ones.
+    """Give `folder` these files in place of those of the same names, and delete the `obsolete` ones.
 
-    Other files and subfolders stay. `folder` and its parents are made if need be. Killed at any moment, the folder
-    holds its old files or the new ones. Raises `OSError` for what the file system refuses, and where a file stands in
-    the folder's place or a folder in a file's.
+    Other files and subfolders stay. `folder` and its parents are made if need be. If the process is killed, the folder
+    holds its old files or the new ones (on Linux, see above). Raises `OSError` for what the file system refuses, and
+    where a file stands in the folder's place or a folder in a file's.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
@@ -55,10 +56,10 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
 
 @contextlib.contextmanager
 def _standing_where_we_stand(folder: Path) -> Iterator[None]:
-    """Enter the current folder again if it lost its name by being exchanged."""
+    """Enter the current folder again by its path, if it is in `folder`, which is exchanged meanwhile."""
     try:
         here = Path.cwd()
-    except FileNotFoundError:  # it had none to lose
+    except FileNotFoundError:  # the current folder has been deleted
         here = None
     yield
     if here is not None and here.is_relative_to(folder):

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: fetch the files of one, put a folder there. All traffic is `huggingface_hub`'s."""
+"""Adapters on the Hugging Face Hub: download an adapter's files, upload a folder; all through `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, errors
 
 from ..errors import CheckpointError
 
-# What an error of huggingface_hub means to the caller; the first that fits speaks.
+# What an error of huggingface_hub means to the caller; the first class that fits counts.
 _MEANINGS: tuple[tuple[type[Exception], str], ...] = (
     (errors.HFValidationError, "that is no id of a repository on the Hub either"),
     (errors.GatedRepoError, "the repository is gated; ask for access on its page, then pass `token` or log in"),
@@ -40,9 +40,9 @@ class Source:
     local_files_only: bool = False
 
     def folder(self, *wanted: Sequence[str]) -> Path:
-        """The adapter's folder; from a repository only `wanted` is fetched, of each group the first file there is.
+        """The adapter's folder. `wanted` are groups of file names; of each, the first in the repository is fetched.
 
-        All files are of one commit. Raises `CheckpointError`; a local folder's files are left to whoever reads them.
+        All files are of one commit. Raises `CheckpointError`. The files of a local folder are not looked at.
         """
         if Path(self.place).is_dir():
             return Path(self.place) / (self.subfolder or "")
@@ -57,7 +57,7 @@ class Source:
         with _explained(what):
             missing: list[errors.EntryNotFoundError] = []
             for name in names:
-                # Out of reach for one name is out of reach for the next: that one may only come from the cache.
+                # If the Hub was out of reach for one name, only the cache is asked for the next.
                 offline = any(isinstance(error, errors.LocalEntryNotFoundError) for error in missing)
                 try:
                     return self._file(name, revision, self.local_files_only or offline)
@@ -97,7 +97,7 @@ def upload(
 ) -> CommitInfo:
     """Put a folder's files into a repository, making it and the branch `revision` if need be; returns the commit.
 
-    Files named in `keep` are left alone where the repository has them. Raises `CheckpointError`.
+    Files named in `keep` are not uploaded if the repository has them. Raises `CheckpointError`.
     """
     with _explained(f"{repo_id} cannot be written"):
         repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id

@@ -1,9 +1,9 @@
-"""The graph: rules that rewrite it, blocks that repeat in it, and what may be known about it.
+"""The graph: rules that rewrite it, blocks for layers that repeat, and what can be found out about it.
 
 In comes a captured graph over a module tree; whatever a pass needs to look at it or change it is here. `match`,
-`emit` and `rule` rewrite; `regions`, `blocks` and `outline` make one graph of layers that repeat; `effects` and
-`writes` say what may be dropped or moved; `masks/` computes what sizes alone decide; `verify` checks; `printing`
-shows.
+`emit` and `rule` rewrite; `regions`, `blocks` and `outline` make one graph of layers that repeat; `modules` makes graph
+modules that read a tree; `effects` and `writes` say what may be dropped or moved; `description` has keys by which
+values are compared; `masks/` computes what depends on sizes alone; `verify` checks; `printing` shows.
 """
 
 from .emit import (
@@ -20,8 +20,9 @@ from .emit import (
     marks_of,
     resolve,
     within_vmap,
+    write,
 )
-from .match import Match, NoMatch, match
+from .match import Match, NoMatch, arguments, match
 from .rule import Rule, first_match
 from .writes import writes
 
@@ -35,6 +36,7 @@ __all__ = [
     "NoMatch",
     "Provenance",
     "Rule",
+    "arguments",
     "describe",
     "fake_mode_of",
     "fake_value",
@@ -44,5 +46,6 @@ __all__ = [
     "match",
     "resolve",
     "within_vmap",
+    "write",
     "writes",
 ]

@@ -18,12 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import RecomputeError
 from ..ops.offload import offloaded
+from ..torch_private.tensors import version_of
 
 LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
 
 
 def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
-    """Run a block on a layer's parameters; `block` is its graph, or what that was lowered to."""
+    """Run a block on a layer's parameters; `block` is its graph, or the function that the graph was lowered to."""
     if isinstance(block, GraphModule):
         return type(block).forward(layer, *inputs)  # type: ignore[arg-type]
     return block(layer, *inputs)
@@ -35,12 +36,15 @@ def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, .
 
 
 def offload_block(block: Any, layer: nn.Module, *inputs: Any, moves: tuple[int, ...]) -> tuple[Any, ...]:
-    """`checkpoint_block` that keeps the inputs numbered `moves` in the host's memory, where they are on a device."""
+    """`checkpoint_block` that keeps the inputs numbered `moves` in the host's memory, if they are on another device."""
     return offloaded(partial(_call_unchanged, block, layer, _versions(layer)), moves, *inputs)
 
 
 def _call_unchanged(block: Any, layer: nn.Module, versions: list[int], *inputs: Any) -> tuple[Any, ...]:
-    """Run a block unless the layer's tensors have been written to since: a second run would compute something else."""
+    """Run a block; `RecomputeError` if the layer's tensors were written to since `versions` was taken.
+
+    The second run, in backward, would then compute something else than the first.
+    """
     if _versions(layer) != versions:
         raise RecomputeError(
             "a checkpointed layer is to run again for backward, and its parameters or buffers were written to after it "
@@ -53,11 +57,11 @@ def _versions(layer: nn.Module) -> list[int]:
     tensors = (
         t for module in layer.modules() for owned in (module._parameters, module._buffers) for t in owned.values()
     )
-    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    return [version_of(tensor) for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
 
 def repeated_modules(root: nn.Module) -> list[nn.Module]:
-    """The outermost numbered siblings of which at least two are of one class, in the order of the tree: the layers."""
+    """A model's layers: the outermost siblings with numbers for names, at least two of one class, in order."""
     numbered = {name: child for name, child in root._modules.items() if name.isdigit() and child is not None}
     classes = [type(child) for child in numbered.values()]
     if len(set(classes)) < len(classes):

@@ -1,24 +1,56 @@
-"""Descriptions: hashable stand-ins for values, equal where a captured graph could not tell the values apart."""
+"""Descriptions: hashable keys of values. Two values have equal keys if one may stand in the other's place.
+
+A graph is kept by the call that it was captured from, a layer by what it computes; their keys are made of these. What
+counts depends on the use:
+
+| function | describes | what counts |
+|---|---|---|
+| `attribute_key` | a Python value of a module or config, which a graph holds as a constant | all of it |
+| `argument_key` | an argument of a call | a constant's value; a tensor's dtype, device, gradient and sizes of 0, 1 |
+| `parameter_key` | a tensor of the tree | dtype and device |
+| `operand_key` | an argument of a torch function, while layers that repeat are compared | all that torch sees of it |
+| `traced_tensor_key` | a tensor of a capture, without its values | shape and strides as expressions, dtype, device |
+| `node_value_key` | the value of a node, while blocks are compared | shapes and numbers, as expressions |
+| `interface_key` | the value of a node, while it is verified | shapes as expressions; of a number, its type |
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-# What every module has, and torch or lorafx look after: parameters, buffers, modules, hooks.
+from ..torch_private.tensors import DisableTorchFunction
+from ..torch_private.tracing import FakeTensor
+
+# Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-DEPTH, LARGE = 4, 4096  # of containers within containers; of one whose items are not looked at
+DEPTH, LARGE = 4, 4096  # how deep containers are looked into; the length from which one counts by identity
+
+# Arguments of torch functions besides tensors: constants, which are compared by value and are of exactly one of these
+# classes, and objects that never change, which are compared by identity.
+_CONSTANTS: set[type] = {
+    *(type(None), type(...), int, float, bool, complex, str),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
+_IMMUTABLE = (
+    *(FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType),
+    *(OpOverload, OpOverloadPacket, HigherOrderOperator, type),
+)
+
+# --- values that a module tree and its calls bring along -------------------------------------------------------------
 
 
-def content(value: Any, depth: int = DEPTH) -> Hashable:
-    """Something that is equal for equal plain values and containers of them, and for one and the same other object.
+def attribute_key(value: Any, depth: int = DEPTH) -> Hashable:
+    """A key by value for plain values and containers of them, and by identity for any other object.
 
-    A tensor counts by what a graph is specialised on; its values are read when the graph runs.
+    A tensor counts by dtype, device and shape: a graph reads its values when it runs.
     """
     if isinstance(value, PLAIN):
         return type(value), value
@@ -27,11 +59,101 @@ def content(value: Any, depth: int = DEPTH) -> Hashable:
     if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > LARGE:
         return type(value), len(value), id(value)  # a vocabulary, say, and no setting
     if isinstance(value, (list, tuple)) and depth:
-        return type(value), *(content(item, depth - 1) for item in value)
+        return type(value), *(attribute_key(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth:
-        return type(value), *((content(key), content(item, depth - 1)) for key, item in value.items())
-    if isinstance(value, weakref.ref):  # it owns nothing, as those in which an LSTM remembers its weights
+        return type(value), *((attribute_key(key), attribute_key(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, weakref.ref):  # no setting: an LSTM, for one, keeps weak references to its weights
         return (weakref.ref,)
     if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(content(item, depth - 1) for item in value)
+        return type(value), frozenset(attribute_key(item, depth - 1) for item in value)
     return type(value), id(value)
+
+
+def argument_key(value: Any, sizes: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """A tensor's class, dtype, device, `requires_grad` and sizes, where all sizes above 1 count as 2.
+
+    `sizes` are the tensor's last sizes, if a graph is specialised on them: these count as they are. The key of any
+    other value is its type and the value, or its `repr` if it has no hash.
+    """
+    if isinstance(value, Tensor):
+        shape = value.shape[: -len(sizes)] if sizes else value.shape
+        coarse = (*[2 if size > 1 else size for size in shape], *sizes)
+        return type(value), value.dtype, value.device, value.requires_grad, coarse
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), repr(value)
+    return type(value), value
+
+
+def parameter_key(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device: a tensor of equal ones may replace another in the tree, as adapters of one shape do."""
+    return tensor.dtype, tensor.device
+
+
+# --- values in a capture ---------------------------------------------------------------------------------------------
+
+
+def operand_key(value: Any, tensor_key: Callable[[Tensor], Hashable], keep: list[Any]) -> Hashable:
+    """A key by which a torch function, given either of two arguments with equal keys, does the same.
+
+    `tensor_key` gives the key of a tensor. Objects that never change are compared by identity and put into `keep`,
+    which has to live as long as the key, so that no later object gets the same `id`. The key of an object that may
+    change equals no other key.
+    """
+    if isinstance(value, Tensor):
+        return tensor_key(value)
+    kind = type(value)
+    if kind in _CONSTANTS:
+        return kind, repr(value) if kind is float else value
+    if kind in (torch.SymInt, torch.SymFloat, torch.SymBool):
+        return kind, value.node.expr
+    if isinstance(value, (tuple, list)):
+        return kind, tuple([operand_key(item, tensor_key, keep) for item in value])
+    if kind is dict:
+        return kind, tuple([(key, operand_key(item, tensor_key, keep)) for key, item in value.items()])
+    if kind is slice:
+        return kind, operand_key((value.start, value.stop, value.step), tensor_key, keep)
+    if isinstance(value, MethodWrapperType):
+        return kind, value
+    if not isinstance(value, _IMMUTABLE):
+        return object()
+    keep.append(value)
+    return kind, id(value)
+
+
+def traced_tensor_key(tensor: Tensor) -> Hashable:
+    """What torch knows of a fake tensor: sizes and strides as expressions, dtype, device, `requires_grad`, class.
+
+    The key of any other tensor (sparse, a subclass) equals no other key.
+    """
+    with DisableTorchFunction():
+        if tensor.layout is not torch.strided or type(tensor) not in (FakeTensor, nn.Parameter, nn.Buffer):
+            return object()
+        sizes = (*tensor.shape, *tensor.stride())
+        exact = tuple([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes])
+        return exact, tensor.ndim, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor)
+
+
+# --- values of a graph's nodes ---------------------------------------------------------------------------------------
+
+
+def node_value_key(value: Any) -> Any:
+    """A tensor's shape (as expressions), dtype and device; a number itself."""
+    return _by_tensor(value, str)
+
+
+def interface_key(value: Any) -> Any:
+    """A tensor's shape (as expressions), dtype and device; of a number the name of its type alone.
+
+    A symbolic size counts as an `int`, because torch may turn it into one on the way.
+    """
+    return _by_tensor(value, lambda number: "int" if isinstance(number, torch.SymInt) else type(number).__name__)
+
+
+def _by_tensor(value: Any, other_key: Callable[[Any], str]) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(map(str, value.shape)), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(_by_tensor(item, other_key) for item in value)
+    return other_key(value)

@@ -1,4 +1,4 @@
-"""Write new nodes into a graph: metadata recomputed, and a note of who made them and where."""
+"""Write new nodes into a graph, with metadata recomputed and a record of the pass and site that made them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .match import Match, trace_function
+from ..torch_private.graphs import name_of, schema_of
+from ..torch_private.tensors import is_wrapped
+from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher
+from .match import Match, Pattern, trace_function
 
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
 MADE_BY, SITE, ADAPTED_BY = "lorafx", "site", "adapted_by"
@@ -32,7 +32,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name of a replacement that stands for the tensor of the tree at a path, in this dtype if there is one."""
+    """What a name of a replacement may stand for: the tree's tensor at `path`, cast to `dtype` if one is given."""
 
     path: str
     dtype: torch.dtype | None = None
@@ -44,7 +44,7 @@ def made_by(node: Node) -> Provenance | None:
 
 
 def marks_of(node: Node) -> dict[str, Any]:
-    """The site that a node reads and the adapters inserted there, to be handed on to what takes its place."""
+    """The site whose weight a node reads and the adapters inserted there: `meta` for the node that replaces it."""
     return {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
 
 
@@ -55,19 +55,19 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
 
 
 def within_vmap(node: Node) -> bool:
-    """Whether a node is between the brackets of a vmap, where what uses it cannot be recomputed on fake tensors."""
+    """Whether a node is inside a vmap, where nodes that use it cannot be recomputed on fake tensors."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, torch.Tensor) and is_wrapped(value)
 
 
 def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
-    """What `node` computes, recomputed on fake tensors: shape, dtype and device without arithmetic."""
+    """The value of `node`, recomputed on fake tensors, which have shape, dtype and device but no numbers."""
     if node.op == "get_attr":
         tensor = resolve(gm, str(node.target))
         return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    # The python dispatcher knows composite operators on symbolic sizes.
+    # Without the python dispatcher, composite operators fail on symbolic sizes.
     with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -90,37 +90,56 @@ def describe(node: Node, like: Node, provenance: Provenance, gm: GraphModule, mo
 def emit(
     gm: GraphModule,
     found: Match,
-    replacement: Callable[..., Any],
+    replacement: Pattern,
     fresh: dict[str, Any],
     provenance: Provenance,
     mode: FakeTensorMode,
 ) -> tuple[Node, tuple[Node, ...]]:
     """Put `replacement` where the match was found and erase what it covered.
 
-    `fresh` gives the names that the pattern does not bind: an `Attribute` becomes a node that reads the tensor, any
-    other value is written as it is. Returns the node that now computes the result, and all new nodes.
+    `fresh` gives the names that the pattern does not bind. Returns the node that now computes the result, and all new
+    nodes.
     """
-    graph, anchor = gm.graph, found.anchor
+    result, new = write(gm, replacement, fresh | found.bindings, found.anchor, found.anchor, provenance, mode)
+    _take_place(gm.graph, found, result)
+    return result, new
+
+
+def write(
+    gm: GraphModule,
+    replacement: Pattern,
+    given: dict[str, Any],
+    before: Node,
+    like: Node,
+    provenance: Provenance,
+    mode: FakeTensorMode,
+) -> tuple[Any, tuple[Node, ...]]:
+    """Write the operators of `replacement` into a graph, ahead of the node `before`; nothing uses the result yet.
+
+    `given` says what each name stands for: an `Attribute` becomes a node that reads the tensor (if the name is used),
+    any other value is written as it is. New nodes get `stack_trace` and `nn_module_stack` from the node `like`. Returns
+    the result and all new nodes; of a replacement without operators, the result is the value of one of its names.
+    """
+    graph = gm.graph
     values: dict[Node, Any] = {}
     new: list[Node] = []
 
     def add(node: Node) -> Node:
-        describe(node, anchor, provenance, gm, mode)
+        describe(node, like, provenance, gm, mode)
         new.append(node)
         return node
 
-    with graph.inserting_before(anchor):
+    result: Any = None
+    with graph.inserting_before(before):
         for node in trace_function(replacement).nodes:
             if node.op == "placeholder":
-                name = str(node.target)
-                value = found.bindings[name] if name in found.bindings else fresh[name]
+                value = given[str(node.target)] if node.users else None
                 values[node] = _read(graph, value, add) if isinstance(value, Attribute) else value
             elif node.op == "output":
                 result = values[node.args[0]]  # type: ignore[index]
             else:
-                called = getattr(node.target, "_opname", None)  # as capture names nodes: `linear`, not `linear_default`
+                called = name_of(node.target)  # as capture names nodes: `linear`, not `linear_default`
                 values[node] = add(graph.create_node(node.op, node.target, *_bound(node, values), called))
-    _take_place(graph, found, result)
     return result, tuple(new)
 
 
@@ -134,7 +153,7 @@ def _read(graph: Graph, attribute: Attribute, add: Callable[[Node], Node]) -> No
 def _bound(node: Node, values: dict[Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args = list(torch.fx.node.map_aggregate(node.args, lambda n: values[n] if isinstance(n, Node) else n))  # type: ignore
     kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda n: values[n] if isinstance(n, Node) else n)
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     while schema and args and _is_default(schema.arguments[len(args) - 1], args[-1]):
         args.pop()  # as capture writes it: trailing defaults are left out
     return tuple(args), kwargs  # type: ignore[return-value]
@@ -159,7 +178,7 @@ def _take_place(graph: Graph, found: Match, result: Node) -> None:
 
 
 def _erase_read(graph: Graph, read: Node) -> None:
-    """Erase a read that nobody needs any more, and the cast of one."""
+    """Erase a read of the tree, or a cast of one, if nothing uses it any more."""
     if not read.users and (read.op == "get_attr" or read.target is _CAST):
         cast_of = read.all_input_nodes
         graph.erase_node(read)

@@ -1,17 +1,19 @@
-"""Match a pattern against a node. No match is a value: falsy, with the reason and the node at fault."""
+"""Match a pattern against a node. "No match" is a value too: falsy, with the reason and the node at fault."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer
 
 from ..errors import user_line
+from ..torch_private.graphs import schema_of
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,51 @@ class NoMatch:
         return f"{self.node.name}: {self.reason} [{user_line(self.node)}]"
 
 
+Pattern = Callable[..., Any] | Graph  # a torch function of named arguments, or one that was traced before
+
+
+def trace_function(function: Pattern) -> Graph:
+    """The graph of a pattern or replacement, traced once."""
+    return function if isinstance(function, Graph) else _traced(function)
+
+
 @functools.cache
-def trace_function(function: Callable[..., Any]) -> Graph:
-    """The graph of a pattern or replacement: a torch function of named arguments, traced once."""
+def _traced(function: Callable[..., Any]) -> Graph:
     return torch.fx.Tracer().trace(function)
 
 
-def arguments(node: Node) -> Iterator[Any]:
-    """The arguments of a node in its operator's order, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
+def template(function: Callable[..., Any], names: Iterable[str]) -> Graph:
+    """The graph of `function`, called with a keyword argument for each of `names`: a pattern or a replacement.
+
+    For functions that take `**given`, so that their signature does not say which names there are.
+    """
+    graph = Graph()
+    tracer = GraphAppendingTracer(graph)
+    result = function(**{name: Proxy(graph.placeholder(name), tracer) for name in names})
+    graph.output(result.node if isinstance(result, Proxy) else result)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a node by name, in its operator's order, defaults filled in.
+
+    For a target without a schema, such as a Python function, positional arguments are named "0", "1", ….
+    """
+    schema = schema_of(node.target)
     if schema is None:
-        yield from node.args
-        yield from node.kwargs.values()
-        return
-    yield from node.args
+        return {str(number): value for number, value in enumerate(node.args)} | dict(node.kwargs)
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args)}
     for argument in schema.arguments[len(node.args) :]:
-        yield node.kwargs.get(argument.name, argument.default_value)
+        given[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return given
 
 
-def match(pattern: Callable[..., Any], anchor: Node) -> Match | NoMatch:
+def match(pattern: Pattern, anchor: Node) -> Match | NoMatch:
     """Find `pattern` with its result at `anchor`.
 
-    A name that occurs twice must stand for the same value, and none for a node that the pattern covers; of these, only
-    the anchor may have users outside the pattern.
+    A name that occurs twice must stand for the same value, and no name for a node that the match covers. Of the covered
+    nodes only the anchor may be used outside the match.
     """
     output = trace_function(pattern).output_node().args[0]
     bindings: dict[str, Any] = {}
@@ -91,7 +115,7 @@ def _unify(pattern: Any, value: Any, bindings: dict[str, Any], covered: dict[Nod
         found = value.target if isinstance(value, Node) else value
         return NoMatch(value if isinstance(value, Node) else at, f"expected {pattern.target}, found {found}")
     covered[value] = None
-    for inner, actual in zip(arguments(pattern), arguments(value), strict=True):
+    for inner, actual in zip(arguments(pattern).values(), arguments(value).values(), strict=True):
         failure = _unify(inner, actual, bindings, covered, value)
         if failure is not None:
             return failure

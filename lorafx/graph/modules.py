@@ -1,4 +1,4 @@
-"""Graph modules over a live tree: they read its parameters where they are, and own nothing but what only they have."""
+"""Graph modules over a module tree: they read its tensors from it, and own only what the tree does not have."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from ..torch_private.graphs import GUARDS, codegen_of
 from ..tree.lookup import find_tensor
 from . import resolve
 from .blocks import LAYERS
 
 CAPTURED = "captured"
-PLAIN = "plain"  # in a graph module's meta: which of the root's plain attributes it reads
+PLAIN = "plain"  # in a graph module's meta: names of tensors it reads that are plain attributes of the tree's root
 
 
 def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
-    """The exported graph as a module over `tree`: what the tree owns is read there, the rest moves below `captured`.
+    """The exported graph as a module over `tree`: it reads the tree's tensors from the tree, the rest from `captured`.
 
     The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
     """
     private = nn.Module()
     for node in exported.graph.nodes:
-        if node.op == "get_attr" and not node.users:  # torch.export reads all there is
+        if node.op == "get_attr" and not node.users:  # torch.export reads every tensor, used or not
             exported.graph.erase_node(node)
             continue
         if node.op not in ("get_attr", "call_module") or find_tensor(tree, str(node.target)) is not None:
@@ -43,7 +44,10 @@ def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
 
 
 def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
-    """A GraphModule that runs `graph` with the modules and tensors of `tree`, sharing them and copying nothing."""
+    """A GraphModule that runs `graph` on the modules and tensors of `tree`, shared and not copied.
+
+    `private` holds what only the graph has; it becomes the submodule `captured`.
+    """
     gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
     gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
     gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
@@ -56,7 +60,7 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
 
 
 def copied(gm: GraphModule, tree: nn.Module) -> GraphModule:
-    """A graph over the same tree that can be rewritten while the first stays as it is."""
+    """A copy over the same tree, blocks included, that can be rewritten while the original stays as it is."""
     private = copy.copy(gm.get_submodule(CAPTURED))
     private.__dict__["_modules"] = {name: _copied_block(child, tree) for name, child in private._modules.items()}
     other = over(copied_graph(gm.graph), tree, private)
@@ -73,7 +77,7 @@ def _copied_block(child: nn.Module | None, tree: nn.Module) -> nn.Module | None:
 
 
 def by_leaves(gm: GraphModule) -> GraphModule:
-    """A copy that is called with a call's leaves and gives its output's: whoever calls it has taken the call apart."""
+    """A copy that takes the leaves of a call's arguments and returns those of its output, flattening nothing itself."""
     other = copied(gm, gm)
     other.graph.set_codegen(CodeGen())
     other.recompile()
@@ -84,15 +88,15 @@ def copied_graph(graph: Graph) -> Graph:
     """The same nodes with the same metadata, called the same way."""
     other = Graph()
     other.output(other.graph_copy(graph, {}))
-    other.set_codegen(graph._codegen)
+    other.set_codegen(codegen_of(graph))
     return other
 
 
 def accepts(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a graph's guards let a call of its kind pass."""
+    """Whether a graph's guards accept a call with the call key that the graph was captured for."""
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), pytree.tree_leaves((args, kwargs))))
     try:
-        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}._guards_fn"):
+        for node in gm.graph.find_nodes(op="call_module", target=f"{CAPTURED}.{GUARDS}"):
             gm.get_submodule(str(node.target))(*(values[argument] for argument in node.args))
     except AssertionError:
         return False
@@ -100,7 +104,7 @@ def accepts(gm: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
 
 def refresh(gm: GraphModule, tree: nn.Module) -> None:
-    """See children (and tensors that are plain attributes) that the tree has replaced since."""
+    """Take over the root's children, and tensors that are plain attributes, where the tree has replaced them since."""
     for name, child in tree._modules.items():
         if name != CAPTURED and gm._modules.get(name) is not child:
             gm._modules[name] = child

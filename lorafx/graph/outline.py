@@ -1,4 +1,8 @@
-"""Outlining: a region of a graph becomes a block, and a call of a block becomes its operators again."""
+"""Outlining: a region of a graph becomes a graph of its own; inlining: a call of a block becomes operators again.
+
+`block_of` and `replace_region` turn a region into a block that layers run; `graph_of` and `call_module_instead` cut it
+out, to be run by any module.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from .regions import Region, signature
 Stack = dict[str, tuple[str, type]]
 
 
-def block_of(gm: GraphModule, region: Region) -> GraphModule:
-    """The graph of a region by itself, over its own module, kept below the outer graph's `captured`."""
+def graph_of(region: Region) -> Graph:
+    """A region as a graph: from the region's inputs to the tuple of its outputs.
+
+    Tensors of the region's own module are read by paths relative to that module.
+    """
     graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in region.inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta["val"] = node.meta.get("val")
+    copies = {node: _input_like(graph, node.name, node) for node in region.inputs}
     for node in region.nodes:
         for read in node.all_input_nodes:
             if read in region.own and read not in copies:
@@ -32,11 +36,35 @@ def block_of(gm: GraphModule, region: Region) -> GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta["nn_module_stack"] = _relative(node.meta.get("nn_module_stack"), region.path)
     graph.output(tuple(copies[node] for node in region.outputs))
-    return keep_block(gm, over(graph, gm.get_submodule(region.path), nn.Module()))
+    return graph
+
+
+def with_reads_as_inputs(graph: Graph) -> tuple[Graph, list[str]]:
+    """A copy that takes each attribute that it reads as an input, ahead of its own; and the attributes' paths."""
+    lifted = Graph()
+    copies: dict[Node, Node] = {}
+    reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+    inputs = {path: _input_like(lifted, path.replace(".", "_"), node) for path, node in reads.items()}
+    for node in graph.nodes:
+        known = inputs.get(str(node.target)) if node.op == "get_attr" else None
+        copies[node] = known or lifted.node_copy(node, copies.__getitem__)
+    return lifted, list(reads)
+
+
+def _input_like(graph: Graph, name: str, node: Node) -> Node:
+    """A new input of `graph`, described like a node of another graph."""
+    placeholder = graph.placeholder(name)
+    placeholder.meta["val"] = node.meta.get("val")
+    return placeholder
+
+
+def block_of(gm: GraphModule, region: Region) -> GraphModule:
+    """A new block with the operators of a region, over the region's module, kept in the outer graph's `captured`."""
+    return keep_block(gm, over(graph_of(region), gm.get_submodule(region.path), nn.Module()))
 
 
 def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
-    """Keep a block, which no layer runs yet, below the outer graph's `captured` under a name of its own."""
+    """Keep a block in the outer graph's `captured` under a new name; no layer runs it yet."""
     captured = gm.get_submodule(CAPTURED)
     number = next(n for n in range(len(captured._modules) + 1) if f"block_{n}" not in captured._modules)
     block.meta |= {LAYERS: [], "name": f"block_{number}"}
@@ -45,27 +73,48 @@ def keep_block(gm: GraphModule, block: GraphModule) -> GraphModule:
 
 
 def replace_region(gm: GraphModule, region: Region, block: GraphModule, made_by: Provenance | None = None) -> None:
-    """Put a call of the block where the region was; the block's operators are the region's, in the same order."""
+    """Put a call of a block in a region's place. The block's operators must be the region's, in the same order."""
     theirs = dict(zip(_operators(block.graph), region.nodes, strict=True))
     inputs = dict(zip(_inputs_by_use(block.graph), region.inputs, strict=True))
     results = block.graph.output_node().args[0]
     given = [inputs[node] for node in block.graph.find_nodes(op="placeholder")]
     parts = insert_call(gm, region.nodes[-1], block, region.path, given, made_by)
+    _take_place(gm.graph, region, {theirs[result]: part for result, part in zip(results, parts)})  # type: ignore
+
+
+def call_module_instead(graph: Graph, region: Region, path: str) -> None:
+    """Put a call of the module at `path` in a region's place: from the region's inputs to a tuple of its outputs."""
+    outputs = region.outputs
+    with graph.inserting_after(region.nodes[-1]):
+        call = graph.call_module(path, region.inputs)
+    _take_place(graph, region, dict(zip(outputs, _parts(graph, call, len(outputs)))))
+
+
+def _take_place(graph: Graph, region: Region, parts: dict[Node, Node]) -> None:
+    """Replace uses of a region's outputs by `parts`, and erase the region."""
     inside = set(region.nodes)
-    for result, part in zip(results, parts):  # type: ignore[arg-type]
-        theirs[result].replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
-    for part in parts:
+    for node, part in parts.items():
+        node.replace_all_uses_with(part, delete_user_cb=lambda user: user not in inside)
         if not part.users:
-            gm.graph.erase_node(part)
+            graph.erase_node(part)
     for node in reversed(region.nodes):
-        gm.graph.erase_node(node)
+        graph.erase_node(node)
     for read in region.own:
         if not read.users:
-            gm.graph.erase_node(read)
+            graph.erase_node(read)
+
+
+def _parts(graph: Graph, call: Node, count: int) -> list[Node]:
+    """A node for each of the outputs of a call, right after it."""
+    parts: list[Node] = []
+    for number in range(count):
+        with graph.inserting_after(parts[-1] if parts else call):
+            parts.append(graph.call_function(operator.getitem, (call, number)))
+    return parts
 
 
 def signature_of(block: GraphModule) -> Hashable:
-    """What `Region.signature` is of the regions that a block can stand for; None if it has inputs that it ignores."""
+    """The `Region.signature` of the regions that this block can replace; None if some of its inputs are unused."""
     inputs = _inputs_by_use(block.graph)
     if len(inputs) < len(block.graph.find_nodes(op="placeholder")):
         return None
@@ -74,7 +123,7 @@ def signature_of(block: GraphModule) -> Hashable:
 
 
 def want(gm: GraphModule, block: GraphModule, numbers: Iterable[int]) -> None:
-    """Let a block give the results of the operators of these numbers too."""
+    """Add to a block's outputs the results of its operators at these positions."""
     operators, output = _operators(block.graph), block.graph.output_node()
     results = dict.fromkeys((*output.args[0], *(operators[number] for number in numbers)))  # type: ignore[misc]
     output.args = (tuple(results),)
@@ -109,17 +158,12 @@ def insert_call(
     with graph.inserting_after(spot):
         module = described(graph.get_attr(layer), gm.get_submodule(layer))
     with graph.inserting_after(module):
-        before = call = described(graph.call_function(call_block, (spot, module, *inputs)), values)
-    parts = []
-    for number, value in enumerate(values):
-        with graph.inserting_after(before):
-            before = described(graph.call_function(operator.getitem, (call, number)), value)
-        parts.append(before)
-    return parts
+        call = described(graph.call_function(call_block, (spot, module, *inputs)), values)
+    return [described(part, value) for part, value in zip(_parts(graph, call, len(values)), values)]
 
 
 def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, made_by: Provenance | None = None) -> None:
-    """Put a block's operators, on the tensors of the layer, where a call of it was."""
+    """Put a block's operators, on the tensors of the layer, in the place of a call of the block."""
     graph, inputs = gm.graph, list(call.args[2:])
     copies: dict[Node, Node] = dict(zip(block.graph.find_nodes(op="placeholder"), inputs))  # type: ignore[arg-type]
     with graph.inserting_before(call):
@@ -145,14 +189,14 @@ def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, mad
 
 
 def run_instead(call: Node, block: GraphModule) -> None:
-    """Let a layer run another block than it does."""
+    """Make a call run another block."""
     spot = call.args[0]
     assert isinstance(spot, Node) and len(spot.users) == 1
     spot.target, spot.meta = f"{CAPTURED}.{block.meta['name']}", spot.meta | {"val": block}
 
 
 def list_layers(gm: GraphModule) -> None:
-    """Note at each block which layers run it, in order, and forget the blocks that none does."""
+    """Write into each block's meta which layers run it, in order, and drop the blocks that no layer runs."""
     captured = gm.get_submodule(CAPTURED)
     layers: dict[GraphModule, dict[str, None]] = {}
     for _, block, layer in block_calls(gm):
@@ -165,15 +209,15 @@ def list_layers(gm: GraphModule) -> None:
 
 
 def _relative(stack: Stack | None, path: str) -> Stack:
-    """Where a node comes from, seen from the module at `path`."""
+    """A node's `nn_module_stack` with paths relative to the module at `path`; what is outside of it is left out."""
     within = ((key, *place) for key, place in (stack or {}).items())
     return {
         key: (where.partition("@")[0].removeprefix(path).lstrip("."), cls)
         for key, where, cls in within
-        if f"{where.partition('@')[0]}.".startswith(f"{path}.")
+        if not path or f"{where.partition('@')[0]}.".startswith(f"{path}.")
     }
 
 
 def _below(stack: Stack | None, layer: str) -> Stack:
-    """Where a node comes from, seen from the root."""
+    """The inverse of `_relative`: paths from the root."""
     return {key: (f"{layer}.{path}".rstrip("."), cls) for key, (path, cls) in (stack or {}).items()}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from ..ops.deferred import heads
+from ..ops.deferral import heads
 from .blocks import LAYERS, blocks_of
 
 COLUMN = 88
@@ -20,14 +20,14 @@ def graph_lines(gm: GraphModule) -> list[str]:
 
 
 def printable(gm: GraphModule) -> GraphModule:
-    """The graph, after `print` was told to show it and each of its blocks by `graph_lines`."""
-    for each in (gm, *blocks_of(gm)):  # each has a type of its own
+    """Make `print` show a graph, and each of its blocks, as `graph_lines`; returns the graph."""
+    for each in (gm, *blocks_of(gm)):  # torch.fx gives each graph module a class of its own
         type(each).__str__ = lambda self: "\n".join(graph_lines(self))  # type: ignore[assignment]
     return gm
 
 
 def _in_reading_order(gm: GraphModule) -> list[str]:
-    """The same lines with each attribute right before its first use, wherever a capture or a pass has put it."""
+    """The same lines with each attribute right before its first use, so that moved reads are no difference."""
     order: dict[Node, None] = {}
     for node in gm.graph.nodes:
         if node.op != "get_attr":

@@ -1,4 +1,4 @@
-"""Regions: the parts of a graph that are calls of sibling modules, found by where nodes come from."""
+"""Regions: the nodes that one call of a module was captured as, found by the `nn_module_stack` of each node."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..tree.lookup import find_tensor
 from .blocks import asks_for_checkpointing, is_of_block
+from .description import node_value_key
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes of one call of the module at `path`, in order; reads of the module's own tensors are not among them."""
+    """The nodes of one call of the module at `path`, in order, without the reads of the module's own tensors."""
 
     path: str
     nodes: tuple[Node, ...]
-    wanted: frozenset[Node] = frozenset()  # outputs whether or not they are used outside
+    wanted: frozenset[Node] = frozenset()  # nodes that are outputs even if nothing outside uses them
 
     @cached_property
     def own(self) -> dict[Node, str]:
-        """The reads of the module's own tensors, and the tensors' names in it."""
+        """The reads of the module's own tensors, each with the tensor's path relative to the module."""
         reads = (n for node in self.nodes for n in node.all_input_nodes if n.op == "get_attr")
         within = f"{self.path}."
         return {n: str(n.target).removeprefix(within) for n in reads if str(n.target).startswith(within)}
 
     @cached_property
     def inputs(self) -> tuple[Node, ...]:
-        """What the nodes use from outside, in the order of first use."""
+        """The nodes outside that these use, in the order of first use."""
         inside = {*self.nodes, *self.own}
         return tuple(dict.fromkeys(n for node in self.nodes for n in node.all_input_nodes if n not in inside))
 
@@ -46,12 +46,15 @@ class Region:
         return tuple(n for n in self.nodes if n in self.wanted or any(user not in inside for user in n.users))
 
     def signature(self) -> Hashable:
-        """Equal for regions that compute the same from their inputs and their module's tensors."""
+        """A key that is equal for regions that compute the same from their inputs and their module's tensors."""
         return signature(self.inputs, self.nodes, {node: ("own", name) for node, name in self.own.items()})
 
 
 def signature(inputs: Iterable[Node], nodes: Iterable[Node], named: Mapping[Node, Hashable] | None = None) -> Hashable:
-    """Equal for nodes that compute the same from their inputs, and from others that are `named`, by whatever name."""
+    """A key that is equal for sequences of nodes that compute the same from what they are given.
+
+    Given are the `inputs`, which count by their order, and the nodes that are `named`, which count by those names.
+    """
     numbers: dict[Node, Any] = {**(named or {}), **{node: ("input", i) for i, node in enumerate(inputs)}}
     given = tuple((number, _value(node)) for node, number in numbers.items())
     nodes = [node for node in nodes if node not in numbers]
@@ -74,28 +77,20 @@ def _literal(value: Any, numbers: dict[Node, Any]) -> str:
 
 
 def _value(node: Node) -> Any:
-    return _described(node.meta.get("val"))
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(map(str, value.shape)), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
-    return str(value)
+    return node_value_key(node.meta.get("val"))
 
 
 def families(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:
-    """The outermost groups of sibling calls of which some compute the same; where none do, what is inside them.
+    """Groups of calls of sibling modules, of which at least two compute the same: the outermost such groups.
 
-    Siblings that ask for checkpointing are a group in any case, and so are those of which one computes what is `known`.
+    Siblings are also a group if one of them asks for checkpointing, or has one of the `known` signatures.
     """
     order = [n for n in gm.graph.nodes if n.op == "call_function" and not is_size(n) and not is_of_block(n)]
     yield from _families(gm, order, {node: i for i, node in enumerate(order)}, 0, known)
 
 
 def is_size(node: Node) -> bool:
-    """Whether a node computes a size, or something of sizes, and no tensor."""
+    """Whether a node is an operator that gives a number, as a size is, and no tensor."""
     return isinstance(node.meta.get("val"), _NUMBERS) and node.op == "call_function"
 
 
@@ -123,13 +118,13 @@ def _families(
 
 
 def _numbered(node: Node) -> list[str]:
-    """The calls that a node is part of, outermost first, as far as their modules are numbered among siblings."""
+    """The calls that a node is part of, outermost first, of modules that have a number for a name."""
     stack = node.meta.get("nn_module_stack") or {}
     return [path for path, _ in stack.values() if path.partition("@")[0].rpartition(".")[2].isdigit()]
 
 
 def _runs(nodes: list[Node], position: dict[Node, int]) -> list[tuple[Node, ...]]:
-    """The nodes of a module, call by call: where it is called again, as many follow later."""
+    """A module's nodes, split into its calls: each run of neighbours is one if all are equally long, else all are."""
     runs: list[list[Node]] = []
     for node in nodes:
         if not runs or position[node] != position[runs[-1][-1]] + 1:
@@ -139,7 +134,7 @@ def _runs(nodes: list[Node], position: dict[Node, int]) -> list[tuple[Node, ...]
 
 
 def _is_whole(gm: GraphModule, region: Region, position: dict[Node, int]) -> bool:
-    """Whether a region is more than an operator, nothing else runs in its midst, and its weights are its module's."""
+    """Whether a region has three nodes or more, nothing else between them, and reads no other module's parameters."""
     first, last = position[region.nodes[0]], position[region.nodes[-1]]
     foreign = (node for node in region.inputs if node.op == "get_attr")
     borrowed = any(isinstance(find_tensor(gm, str(node.target)), torch.nn.Parameter) for node in foreign)

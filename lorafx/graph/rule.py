@@ -1,4 +1,4 @@
-"""The unit of rewriting: a pattern, a replacement, and a check."""
+"""Rules, the unit of rewriting: a pattern, a replacement, and a check."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from ..torch_private.graphs import is_erased
+from ..torch_private.tracing import FakeTensorMode
 from .emit import Provenance, emit, fake_mode_of, marks_of
 from .emit import made_by as maker_of
-from .match import Match, NoMatch, match
+from .match import Match, NoMatch, Pattern, match
 from .writes import interrupted
 
 
@@ -22,18 +23,19 @@ def always(found: Match) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` becomes `replacement` wherever `check` finds no reason against it, and nothing is written to meanwhile.
+    """`pattern` becomes `replacement` where `check` allows it.
 
-    Both are plain functions over `torch.ops.aten` that share argument names; a name that occurs only in the
-    replacement is made fresh at each match. `check` returns the reason to refuse a match, or None.
+    Both are plain functions over `torch.ops.aten` that share argument names; names that occur only in the replacement
+    are given to `apply` as `fresh`. `check` returns the reason to refuse a match, or None. A match is also refused if
+    some node writes to a tensor between its first node and its last.
     """
 
-    pattern: Callable[..., Any]
-    replacement: Callable[..., Any]
+    pattern: Pattern
+    replacement: Pattern
     check: Callable[[Match], str | None] = always
 
     def reversed(self) -> Rule:
-        """The rule that undoes this one; the check, which sees the names that both sides share, is kept."""
+        """The rule that undoes this one, with the same check, which may use only names that both sides have."""
         return Rule(self.replacement, self.pattern, self.check)
 
     def find(self, anchor: Node) -> Match | NoMatch:
@@ -57,13 +59,13 @@ class Rule:
         return emit(gm, found, self.replacement, fresh or {}, provenance, mode)
 
     def apply_everywhere(self, gm: GraphModule, made_by: str) -> int:
-        """Rewrite every match, last first, once each: a rule whose output matches again stays finite.
+        """Rewrite every match, last first, and return how many; nodes that this writes are not matched again.
 
-        New nodes keep the site and adapter of the node they replace, and the one that computes its result its marks.
+        New nodes take over the site and adapter of the node that they replace, the new result also its `marks_of`.
         """
         count, mode = 0, fake_mode_of(gm)
         for anchor in reversed(list(gm.graph.nodes)):
-            if anchor._erased:
+            if is_erased(anchor):
                 continue
             found = self.find(anchor)
             if isinstance(found, Match):

@@ -1,4 +1,4 @@
-"""The invariants of a graph, each a small named check; a pipeline runs all of them before and after every pass."""
+"""The invariants of a graph, each a small named check. A pipeline runs all of them at its start and after each pass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import VerifyError, user_line
 from . import ADAPTED_BY, fake_mode_of, fake_value, made_by, resolve
+from .description import interface_key
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
@@ -37,7 +38,7 @@ def snapshot(gm: GraphModule) -> Snapshot:
 
 @dataclass(frozen=True)
 class State:
-    """What a check sees: the graph now, the snapshot before the pass (None at the start), what `verify` is given."""
+    """What a check sees: the arguments of `verify`."""
 
     gm: GraphModule
     before: Snapshot | None
@@ -55,7 +56,8 @@ def verify(
 ) -> None:
     """Run every check; raise `VerifyError` with the first failure, naming the check.
 
-    `trained` are paths of base parameters that train because the user wants them to.
+    `before` is the snapshot before the pass, None at the start; `adapters` those that act; `facts` what the passes so
+    far have established; `trained` the paths of base parameters that the user trains along with the adapters.
     """
     state = State(gm, before, adapters, facts, trained)
     for check in CHECKS:
@@ -96,7 +98,7 @@ def same_interface(state: State) -> str | None:
         return f"inputs were {state.before.inputs} and are {_inputs(state.gm)}"
     before, now = state.before.outputs, _outputs(state.gm)
     if not _agree(before, now):
-        return f"outputs were {_signature(before)} and are {_signature(now)}"
+        return f"outputs were {interface_key(before)} and are {interface_key(now)}"
     return None
 
 
@@ -117,13 +119,13 @@ def true_values(state: State) -> str | None:
         except Exception as error:
             return f"{node.format_node()} cannot be computed: {error}{_place(node)}"
         if not _agree(value, node.meta["val"]):
-            claimed = _signature(node.meta["val"])
-            return f"{node.format_node()} gives {_signature(value)} and claims {claimed}{_place(node)}"
+            claimed = interface_key(node.meta["val"])
+            return f"{node.format_node()} gives {interface_key(value)} and claims {claimed}{_place(node)}"
     return None
 
 
 def only_adapters_train(state: State) -> str | None:
-    """Once the base is frozen, what the graph reads and trains belongs to an active adapter."""
+    """Once the base is frozen, every trainable tensor that the graph reads is an active adapter's, or `trained`."""
     if "frozen" not in state.facts:
         return None
     own = state.trained.union(*(adapter.paths for adapter in state.adapters))
@@ -135,7 +137,7 @@ def only_adapters_train(state: State) -> str | None:
 
 
 def one_adapter_of_a_name(state: State) -> str | None:
-    """An adapter is inserted at most once where a graph reads a site's weight."""
+    """An adapter is inserted at most once at each operator that reads a site's weight."""
     for node in state.gm.graph.nodes:
         names = node.meta.get(ADAPTED_BY, ())
         if len(set(names)) < len(names):
@@ -181,23 +183,15 @@ def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = (a.dtype, a.device, a.ndim) == (b.dtype, b.device, b.ndim)
         return same and all(map(_same_size, a.shape, b.shape))
-    return _signature(a) == _signature(b)
+    return interface_key(a) == interface_key(b)
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Equal as expressions; or one is a constant, because torch has settled a size on the way, and the other has it."""
+    """Equal as expressions; or one is a number that torch has put in the place of the other, a symbol of that value."""
     if str(a) == str(b):
         return True
     constant, symbolic = (a, b) if isinstance(a, int) else (b, a)
     return isinstance(constant, int) and isinstance(symbolic, torch.SymInt) and symbolic.node.hint == constant
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(str(size) for size in value.shape), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_signature, value))
-    return "int" if isinstance(value, torch.SymInt) else type(value).__name__  # a size that has become a constant
 
 
 def _changed(node: Node, before: Snapshot) -> bool:

@@ -1,14 +1,15 @@
-"""Which nodes write into tensors, so that what is computed before them is not what is computed after."""
+"""Which nodes write into tensors: a read of the same tensor must not be moved from one side of them to the other."""
 
 from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
 
+from ..torch_private.graphs import schema_of
 from .emit import resolve
 from .match import Match
 
-# They update running statistics, which their schemas do not say.
+# Their schemas do not say that they update running statistics.
 _NORMS = ("batch_norm", "instance_norm")
 
 
@@ -16,12 +17,12 @@ def writes(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node writes into a tensor, itself or in the graphs that it runs."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return any(_body_writes(argument, gm) for argument in node.args if isinstance(argument, Node))
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return bool(schema and (schema.is_mutable or any(norm in schema.name for norm in _NORMS)))
 
 
 def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
-    """Whether an argument is a graph that writes; one that cannot be looked into may."""
+    """Whether an argument is a graph that writes; a graph that is an input, and so not known, counts as one."""
     if argument.op == "get_attr":
         body = resolve(gm, str(argument.target))
         return isinstance(body, GraphModule) and any(writes(node, body) for node in body.graph.nodes)
@@ -29,7 +30,10 @@ def _body_writes(argument: Node, gm: torch.nn.Module) -> bool:
 
 
 def interrupted(found: Match) -> bool:
-    """Whether something is written to between a match's first node and its last, in whose place all inputs are read."""
+    """Whether a tensor is written to between a match's first node and its last.
+
+    A replacement is written at the last node's place and reads all its inputs there.
+    """
     node, gm = min(found.nodes), found.anchor.graph.owning_module
     assert gm is not None, "a graph that is rewritten belongs to a module"
     while node is not found.anchor:

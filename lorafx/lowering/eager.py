@@ -1,9 +1,10 @@
-"""Direct: a graph that runs eagerly calls operators as the functions that they are, and reads tensors once.
+"""Eager: a graph that runs without a compiler calls operators by the shortest way, and reads all tensors at once.
 
-As `torch.ops.lorafx.…` each call goes through torch's dispatcher and back, which on a CPU takes as long as a small
-product does; as `torch.ops.aten.…` it is matched with its schema first, where `torch.add` reads its arguments in C; and
-`self.model.layers.0.self_attn.q_proj.weight` asks seven modules one after another, by functions of theirs that look
-into three dicts each. Compilers and whoever reads the graph want all of it as it is; this is for what runs it.
+A call of `torch.ops.lorafx.…` goes through torch's dispatcher and back, which on a CPU takes as long as a small product
+does. One of `torch.ops.aten.…` is matched with its schema in Python's binding, where `torch.add` reads its arguments in
+C. And `self.model.layers.0.self_attn.q_proj.weight` asks seven modules in turn, by a `__getattr__` that looks into
+three dicts each. So what runs eagerly is a copy of the graph without these; compilers, and people who read the graph,
+get it as it is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from .. import ops
 from ..graph import resolve
 from ..graph.blocks import blocks_of
 from ..graph.modules import by_leaves
+from ..torch_private.graphs import C_FUNCTIONS, schema_of
 
 aten = torch.ops.aten
-_TORCHS = (  # what decoders are made of, as far as torch's function of that name takes the operator's arguments
+_TORCHS = (  # what decoders are made of, where torch's function of the same name takes the operator's own arguments
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.rsqrt.default),
     *(aten.cos.default, aten.sin.default, aten.silu.default, aten.gelu.default, aten.softmax.int, aten.where.self),
     *(aten.cat.default, aten.view.default, aten.reshape.default, aten.expand.default, aten.contiguous.default),
@@ -34,8 +36,8 @@ _TORCHS = (  # what decoders are made of, as far as torch's function of that nam
 
 def _function(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """torch's own function for an ATen operator, which is written in C."""
-    name = op._schema.name.removeprefix("aten::")
-    return next(getattr(home, name) for home in (torch, torch._C._nn, Tensor) if hasattr(home, name))
+    name = schema_of(op).name.removeprefix("aten::")
+    return next(getattr(home, name) for home in (torch, C_FUNCTIONS, Tensor) if hasattr(home, name))
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -45,7 +47,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 
 def direct(gm: GraphModule) -> GraphModule:
-    """A graph over the same tree, called with leaves, that calls the functions; the given one stays as it is."""
+    """A copy over the same tree that is called with a call's leaves and calls functions instead of operators."""
     other = by_leaves(gm)
     for each in (other, *blocks_of(other)):
         for node in each.graph.nodes:
@@ -56,7 +58,7 @@ def direct(gm: GraphModule) -> GraphModule:
 
 
 def _read_together(gm: GraphModule) -> None:
-    """Have one function read all tensors that are below the root's children."""
+    """Put one call of a `reader` in the place of all reads of tensors below the root's children."""
     reads = [node for node in gm.graph.find_nodes(op="get_attr") if _is_below_a_child(gm, str(node.target))]
     if not reads:
         return
@@ -77,7 +79,7 @@ def _is_below_a_child(gm: GraphModule, path: str) -> bool:
 
 
 def reader(roots: list[str], paths: list[str]) -> Callable[..., list[Tensor]]:
-    """A function of modules, those named by `roots`, that gives the tensors at `paths` below them as they are then."""
+    """A function of the modules named by `roots` that gives the tensors at `paths`, as they are when it is called."""
     places = {name: place for place, name in enumerate(roots)}
     modules: list[tuple[int, str]] = []  # of each further module: where its parent is, and its name there
 

@@ -1,115 +1,33 @@
 """Lower: a rewritten graph becomes what runs, the graph itself or a compiled form of it.
 
-A graph with blocks is compiled in pieces: each block once for all its layers, and what lies between the calls of
-blocks. Parameters are inputs of every piece, so layers share one compilation; a piece that is like an earlier one, as
-those of another adapter of the same shapes are, is that one. What a graph defers stays between pieces too: it is not
-to be computed. A graph without either is compiled as a whole.
+A graph with blocks is compiled in pieces: each block once for all its layers, and each run of operators between the
+calls of blocks. A piece that is like an earlier one, as those of another adapter of the same shapes are, is that one.
+What a graph defers (logits that nobody has asked for yet) stays between pieces too: compiled, it would be computed. A
+graph without either is compiled as a whole.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo import lookup_backend
-from torch._dynamo.utils import get_metrics_context
-from torch._functorch import config as partitioner
-from torch._inductor import config as inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError
 from ..graph.blocks import LAYERS, blocks_of, is_block_call, is_of_block
 from ..graph.modules import CAPTURED, by_leaves
+from ..graph.outline import call_module_instead, graph_of, with_reads_as_inputs
 from ..graph.regions import Region, is_size, signature
-from ..ops.deferred import heads, is_deferral
+from ..ops.deferral import heads, is_deferral
+from ..torch_private.graphs import output_spec_of
+from .backend import Backend
 from .eager import direct
-from .in_place_sums import POST_PASS, SumsInPlace
-from .onednn_products import ProductsByOnednn
+from .pieces import Compiled, CompiledBlock, Piece
 
 _SMALL = 3  # so few operators between two blocks run as they are
-
-
-@dataclass(frozen=True)
-class Backend:
-    """How graphs are compiled: by whom, in which of Inductor's modes, with which activation memory budget.
-
-    `name` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
-    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`. `budget` is AOTAutograd's, from 0
-    (recompute all) to 1 (keep all that it would keep by itself); None is that without norms and activations. Raises
-    `ConfigError` for what is none of these.
-    """
-
-    name: str = "auto"
-    mode: str | None = None
-    budget: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.budget is not None and not 0 <= self.budget <= 1:
-            raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
-        if self.mode is None:
-            return
-        if self.name not in ("auto", "inductor"):
-            raise ConfigError(f"mode={self.mode!r} is one of Inductor's, and backend={self.name!r} has none")
-        if self.mode not in (known := torch._inductor.list_mode_options()):
-            raise ConfigError(f"mode={self.mode!r} is none of {', '.join(known)}")
-
-    def on(self, gm: GraphModule) -> str:
-        """The name of what compiles this graph."""
-        on_cuda = self.name == "auto" and any(p.is_cuda for p in gm.parameters())
-        return "inductor" if on_cuda else self.name.replace("auto", "eager")
-
-
-class Piece:
-    """One function that is compiled, how often it has been, and torch's reasons for each time after the first."""
-
-    def __init__(self, title: str, function: Callable[..., Any], compiler: str, backend: Backend):
-        self.title, self.compiled = title, 0
-        self.reasons: list[str] = []
-        self._backend = lookup_backend(compiler)
-        # What norms and activations give is recomputed where backward needs it, unless there is room for everything.
-        self._settings: dict[str, Any] = {"ban_recompute_materialized_backward": backend.budget == 1}
-        if backend.budget is not None:
-            self._settings["activation_memory_budget"] = backend.budget
-        self._options: dict[str, Any] = {"config_patches": _patches(backend.mode)} if compiler == "inductor" else {}
-        self.run = torch.compile(function, backend=self._compile, dynamic=True)
-
-    def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
-        self.compiled += 1
-        if self.compiled > 1:
-            self.reasons.append(_reason())
-        with partitioner.patch(self._settings):
-            return self._backend(gm, inputs, **options, **self._options)
-
-
-def _patches(mode: str | None) -> dict[str, Any]:
-    """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
-    settings: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic=True) if mode else {}
-    return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | settings
-
-
-class OurPasses(CustomGraphPass):
-    """What runs after Inductor's own passes on ATen operators."""
-
-    _passes = ProductsByOnednn(), SumsInPlace()
-
-    def __call__(self, graph: Graph) -> None:
-        for each in self._passes:
-            each(graph)
-
-    def uuid(self) -> Any:
-        return [each.uuid() for each in self._passes]
-
-
-def _reason() -> str:
-    """Why torch compiles a function again, while it does."""
-    reason = get_metrics_context()._metrics.get("recompile_reason") or "torch does not say why"
-    return " ".join(str(reason).split())
 
 
 class Lowered(NamedTuple):
@@ -129,8 +47,7 @@ class Lowering:
 
     def lower(self, gm: GraphModule) -> Lowered:
         """What serves calls of `gm`."""
-        compiler, output = self.backend.on(gm), gm._out_spec
-        assert output is not None, "torch.export says how a call's leaves make its output"
+        compiler, output = self.backend.on(gm), output_spec_of(gm)
         if compiler == "eager":
             graph = direct(gm)
         elif blocks_of(gm) or heads(gm):
@@ -147,14 +64,13 @@ class Lowering:
         graph, pieces = outer.graph, outer.get_submodule(CAPTURED)
         for block in blocks_of(gm):
             title = f"{len(block.meta[LAYERS])} layers, {block.meta[LAYERS][0]} first"
-            lifted, paths = _lifted(block.graph)
+            lifted, paths = with_reads_as_inputs(block.graph)
             pieces._modules[block.meta["name"]] = CompiledBlock(self._piece(title, lifted, compiler), paths)
-        for number, run in enumerate(_between_blocks(graph)):
-            inner, region = Graph(), Region("", tuple(run))
-            _fill(inner, region)
-            name = f"between_{number}"
-            pieces.add_module(name, Compiled(self._piece(f"{len(run)} operators outside layers", inner, compiler)))
-            _replace(graph, region, name)
+        for number, nodes in enumerate(_between_blocks(graph)):
+            region, name = Region("", tuple(nodes)), f"between_{number}"
+            title = f"{len(nodes)} operators outside layers"
+            pieces.add_module(name, Compiled(self._piece(title, graph_of(region), compiler)))
+            call_module_instead(graph, region, f"{CAPTURED}.{name}")
         outer.recompile()
         return outer
 
@@ -163,75 +79,6 @@ class Lowering:
         if key not in self.pieces:
             self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph), compiler, self.backend)
         return self.pieces[key]
-
-
-class Compiled(nn.Module):
-    """A module that runs a piece."""
-
-    def __init__(self, piece: Piece):
-        super().__init__()
-        self.__dict__["piece"] = piece
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.__dict__["piece"].run(*inputs)
-
-
-class CompiledBlock(Compiled):
-    """A block whose parameters are inputs of the piece, for every layer."""
-
-    def __init__(self, piece: Piece, paths: list[str]):
-        super().__init__(piece)
-        self.reads = [(path.split(".")[:-1], path.rpartition(".")[2]) for path in paths]
-
-    def forward(self, layer: nn.Module, *inputs: Any) -> Any:
-        return super().forward(*[_read(layer, *path) for path in self.reads], *inputs)
-
-
-def _read(layer: Any, owners: list[str], name: str) -> Tensor:
-    """An attribute of a layer; most are parameters, and this is faster than by `getattr`."""
-    for atom in owners:
-        layer = layer._modules[atom]
-    found = layer._parameters.get(name)
-    return getattr(layer, name) if found is None else found
-
-
-def _lifted(graph: Graph) -> tuple[Graph, list[str]]:
-    """A graph with an input for each attribute that it reads, before its own inputs; and the attributes' paths."""
-    lifted = Graph()
-    copies: dict[Node, Node] = {}
-    reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
-    inputs = {path: _placeholder(lifted, path.replace(".", "_"), node) for path, node in reads.items()}
-    for node in graph.nodes:
-        known = inputs.get(str(node.target)) if node.op == "get_attr" else None
-        copies[node] = known or lifted.node_copy(node, copies.__getitem__)
-    return lifted, list(reads)
-
-
-def _fill(inner: Graph, run: Region) -> None:
-    """Write a run of operators into a graph of its own."""
-    copies = {node: _placeholder(inner, node.name, node) for node in run.inputs}
-    for node in run.nodes:
-        copies[node] = inner.node_copy(node, copies.__getitem__)
-    inner.output(tuple(copies[node] for node in run.outputs))
-
-
-def _placeholder(graph: Graph, name: str, like: Node) -> Node:
-    node = graph.placeholder(name)
-    node.meta["val"] = like.meta.get("val")
-    return node
-
-
-def _replace(graph: Graph, run: Region, name: str) -> None:
-    """Put a call of the captured module `name` where a run of operators was."""
-    outputs = run.outputs
-    with graph.inserting_after(run.nodes[-1]):
-        before = call = graph.call_module(f"{CAPTURED}.{name}", run.inputs)
-    for number, node in enumerate(outputs):
-        with graph.inserting_after(before):
-            before = graph.call_function(operator.getitem, (call, number))
-        node.replace_all_uses_with(before)
-    for node in reversed(run.nodes):
-        graph.erase_node(node)
 
 
 def _between_blocks(graph: Graph) -> list[list[Node]]:

@@ -1,15 +1,16 @@
-"""Merge and unmerge: ΔW into the base weights and exactly out again.
+"""Merge and unmerge: adapters into the base weights and exactly out again.
 
-    W' = round(W + Σ ΔW)        ΔW in float32 (float64 for a float64 weight), one rounding
+    W' = round(merged(W))        in float64, one rounding; of LoRA, merged(W) = W + Σ ΔW
 
 Subtracting ΔW again would not give W back, so the ledger keeps for each merged weight what rounding took
-(`residual.py`), with fingerprints of W and W' so that nothing is ever restored wrongly: a restore that would not
-give W back bit for bit is refused before it writes. Merging another adapter starts from W again, so the result does
-not depend on the order, and one residual a weight is kept however many adapters are merged.
+(`residual.py`), or a copy if that is smaller or the kind has no inverse. It also keeps fingerprints of W and W': a
+restore that would not give W back bit for bit is refused before anything is written. Merging another adapter starts
+from W again, so that there is one residual a weight, however many adapters are merged.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,70 +19,59 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import Adapter
-from ..adapters.selection import Site
+from ..adapters.storages import DENSE, Storage
 from ..errors import MergeError
-from ..ops.deferred import settle
-from ..tree.lookup import find_tensor, first_name, tensor_at
+from ..ops.deferral import settle
+from ..tree.lookup import find_tensor, first_name
 from .residual import Residual, fingerprint, supports
-
-# Copies of A and B are kept, so that unmerging survives changed adapters, where they are small beside the weight.
-_SMALL = 1 / 16
+from .source import Source, bytes_of
 
 
 @dataclass(frozen=True)
-class Source:
-    """One adapter's part in a merged weight: the values it had then, as copies if small, else as fingerprints."""
+class Target:
+    """A base parameter that is merged into: its path, which of a site's parameters it is, and how it is stored."""
 
-    adapter: Adapter
-    site: Site
-    shapes: dict[str, tuple[int, ...]]
-    prints: dict[str, int]
-    copies: dict[str, Tensor] | None
+    path: str
+    role: str = "weight"
+    storage: Storage = DENSE
 
-    @classmethod
-    def of(cls, root: nn.Module, adapter: Adapter, site: Site) -> Source:
-        """Record what `adapter` holds for `site` now."""
-        tensors = {suffix: tensor.detach() for suffix, tensor in adapter.tensors_at(root, site).items()}
-        small = sum(map(_bytes, tensors.values())) <= _SMALL * _bytes(root.get_parameter(site.weight))
-        shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
-        prints = {suffix: fingerprint(tensor) for suffix, tensor in tensors.items() if not tensor.is_meta}
-        copies = {suffix: tensor.clone() for suffix, tensor in tensors.items()} if small else None
-        return cls(adapter, site, shapes, prints, copies)
+    def stored(self, root: nn.Module) -> dict[str, Tensor]:
+        """The tensors that hold it, as they are now."""
+        owner, _, name = self.path.rpartition(".")
+        tensors = self.storage.stored(root.get_submodule(owner), name)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in copies."""
-        return sum(map(_bytes, (self.copies or {}).values()))
-
-    def values(self, root: nn.Module) -> dict[str, Tensor]:
-        """The adapter's tensors as they were at the merge; `MergeError` if they are gone."""
-        if self.copies is not None:
-            return self.copies
-        tensors = {suffix: t.detach() for suffix, t in self.adapter.tensors_at(root, self.site).items()}
-        changed = [suffix for suffix, tensor in tensors.items() if fingerprint(tensor) != self.prints.get(suffix)]
-        if changed:
-            raise MergeError(
-                f"adapter {self.adapter.name!r} has changed since it was merged ({self.site.name}: "
-                f"{', '.join(changed)}), so the base weight cannot be restored; give it its values back first"
-            )
-        return tensors
-
-    def delta(self, root: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """The change that the adapter made to the site's base parameters, by their name, in float64."""
-        tensors = {suffix: tensor.to(device) for suffix, tensor in self.values(root).items()}
-        return self.adapter.kind.delta(self.site, self.adapter.config, tensors)
+    def write(self, root: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Write into these tensors; deferred logits that still have to read the old values are computed first."""
+        settle(root.get_parameter(self.path))
+        for name, tensor in self.stored(root).items():
+            if name in values:
+                tensor.copy_(values[name])
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one merged base parameter."""
+    """What is known of one merged base parameter: what was merged into it, and how to restore it.
 
+    `residual` restores it from its present value; without one, `copies` are the tensors that held it. `original` and
+    `merged` are fingerprints of the tensors that hold it, before the merge and after.
+    """
+
+    target: Target
     sources: tuple[Source, ...]
-    residual: Residual
-    original: int
-    merged: int
+    residual: Residual | None
+    copies: dict[str, Tensor] | None
+    original: dict[str, int]
+    merged: dict[str, int]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for this parameter; copies of adapters' tensors count with the weight, not again with the bias."""
+        copied = sum(source.nbytes for source in self.sources) if self.target.role == "weight" else 0
+        kept = self.residual.nbytes if self.residual else sum(map(bytes_of, (self.copies or {}).values()))
+        return kept + copied
 
 
 @dataclass
@@ -105,112 +95,164 @@ class Ledger:
         safe: bool = False,
         progressbar: bool = False,
     ) -> None:
-        """Write the base with all merged adapters and these into the weights: all of them or none.
+        """Merge these adapters on top of those that are merged already: into all their weights, or none if it fails.
 
-        A base tensor that an acting adapter has replaced by a copy of its own, as `replaced` says, changes there.
-        Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an earlier
-        merge, and, if `safe`, for a result that is not finite.
+        `replaced` maps base tensors to the copies that acting adapters train instead, which are merged into in their
+        place. Raises `MergeError` for a site that cannot be merged, for a weight or adapter that was changed since an
+        earlier merge, and, if `safe`, for a result that is not finite.
         """
         earlier = {(s.adapter.name, s.site.name): s for entry in self.entries.values() for s in entry.sources}
         everyone = (*self.adapters, *adapters)
-        copies = {id(tensor_at(root, base)): copy for base, copy in replaced.items()}
+        copies = {id(find_tensor(root, base)): copy for base, copy in replaced.items()}
         names = {id(parameter): name for name, parameter in root.named_parameters()} | copies
-        targets: dict[str, tuple[Source, ...]] = {}
+        targets: dict[Target, tuple[Source, ...]] = {}
         for adapter in everyone:
             for site in adapter.selection:
                 source = earlier.get((adapter.name, site.name)) or Source.of(root, adapter, site)
-                for parameter in _changed_parameters(root, source):
-                    path = names[id(parameter)]
-                    targets[path] = (*targets.get(path, ()), source)
-        touched = {path: t for path, t in targets.items() if any(s.adapter in adapters for s in t)}
+                for target in _targets(root, source, names):
+                    targets[target] = (*targets.get(target, ()), source)
+        touched = {target: t for target, t in targets.items() if any(s.adapter in adapters for s in t)}
         self._move(root, touched, safe, progressbar)
         self.adapters = everyone
 
     def unmerge(self, root: nn.Module) -> None:
         """Restore every base parameter bit for bit: all of them or none; `MergeError` where that is impossible."""
-        for path, entry in self.entries.items():
-            _check_untouched(root, path, entry)
-        self._move(root, dict.fromkeys(self.entries, ()), safe=False)
+        for entry in self.entries.values():
+            _check_untouched(root, entry)
+        self._move(root, {entry.target: () for entry in self.entries.values()}, safe=False)
         self.adapters = ()
 
     def original(self, root: nn.Module, path: str) -> Tensor:
-        """The parameter at `path`, under any of its names, as it is without adapters."""
+        """The parameter at `path`, which may be any of its names, as it is without adapters."""
         path = first_name(root, path)
-        return _original(root, path, self.entries.get(path))
+        entry = self.entries.get(path)
+        return _original(root, entry.target if entry else Target(path), entry)["weight"]
 
     def sizes(self, root: nn.Module) -> dict[str, tuple[int, int]]:
         """Extra bytes kept for each merged parameter, and its own bytes."""
         return {
-            path: (
-                entry.residual.nbytes + _copied(root.get_parameter(path), entry.sources),
-                _bytes(root.get_parameter(path)),
-            )
+            path: (entry.nbytes, sum(map(bytes_of, entry.target.stored(root).values())))
             for path, entry in self.entries.items()
         }
 
     def _move(
-        self, root: nn.Module, targets: Mapping[str, tuple[Source, ...]], safe: bool, progressbar: bool = False
+        self, root: nn.Module, targets: Mapping[Target, tuple[Source, ...]], safe: bool, progressbar: bool = False
     ) -> None:
-        """Bring each parameter to its base plus these sources; on any failure, all back to what they were."""
+        """Write each parameter with these sources merged into its original; on any failure, put all back."""
         before = dict(self.entries)
         try:
-            for path, sources in tqdm(targets.items(), "merging", disable=not progressbar):
-                self._set(path, _transition(root, path, self.entries.get(path), sources, safe))
+            for target, sources in tqdm(targets.items(), "merging", disable=not progressbar):
+                self._set(target, _transition(root, target, self.entries.get(target.path), sources, safe))
         except BaseException:
-            for path in targets:
-                now, then = self.entries.get(path), before.get(path)
+            for target in targets:
+                now, then = self.entries.get(target.path), before.get(target.path)
                 if now is not then:
-                    self._set(path, _transition(root, path, now, then.sources if then else (), safe=False))
+                    sources = then.sources if then else ()
+                    self._set(target, _transition(root, target, now, sources, safe=False))
             raise
 
-    def _set(self, path: str, entry: Entry | None) -> None:
+    def _set(self, target: Target, entry: Entry | None) -> None:
         if entry is None:
-            self.entries.pop(path, None)
+            self.entries.pop(target.path, None)
         else:
-            self.entries[path] = entry
+            self.entries[target.path] = entry
+
+
+def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Iterator[Target]:
+    """The base parameters that a source changes; `MergeError` if one of them does not exist."""
+    site = source.site
+    for role in source.adapter.kind.changes(site, source.adapter.config):
+        path = site.weight if role == "weight" else site.bias
+        if find_tensor(root, path) is None:
+            raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
+        storage = site.storage if role == "weight" else DENSE
+        parameter = root.get_parameter(path)
+        if storage is DENSE and not supports(parameter.dtype):
+            raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
+        yield Target(names[id(parameter)], role, storage)
 
 
 def _transition(
-    root: nn.Module, path: str, entry: Entry | None, sources: tuple[Source, ...], safe: bool
+    root: nn.Module, target: Target, entry: Entry | None, sources: tuple[Source, ...], safe: bool
 ) -> Entry | None:
-    """Replace what is merged into one parameter; the write comes last, once everything is known."""
-    weight = root.get_parameter(path)
-    original = _original(root, path, entry).to(weight.device)
+    """Set what is merged into one parameter; returns its new entry, None for no sources. The write comes last."""
+    weight = root.get_parameter(target.path)
+    original = {name: tensor.to(weight.device) for name, tensor in _original(root, target, entry).items()}
     if not sources:
-        _write(weight, original)
+        target.write(root, original)
         return None
     if weight.is_meta:
-        raise MergeError(f"{path} is on the meta device and has no values to merge into")
-    change = _total(root, sources, weight)
-    merged = (original.to(change.dtype) + change).to(weight.dtype)
-    if safe and not merged.isfinite().all():
-        raise MergeError(f"merging would leave values in {path} that are not finite; no weight was changed")
-    residual = Residual.of(original, _guess(merged, change))
-    if residual.nbytes + _copied(weight, sources) >= _bytes(original):  # then a plain copy is cheaper, and stands alone
-        residual, sources = Residual.copy(original), tuple(replace(source, copies=None) for source in sources)
-    new = Entry(sources, residual, fingerprint(original), fingerprint(merged), weight.dtype, weight.device)
-    _write(weight, merged)
-    return new
+        raise MergeError(f"{target.path} is on the meta device and has no values to merge into")
+    merged = _merged(root, target, original, sources)
+    if safe and not all(tensor.isfinite().all() for tensor in merged.values()):
+        raise MergeError(f"merging would leave values in {target.path} that are not finite; no weight was changed")
+    before, after = (_prints(tensors) for tensors in (original, original | merged))
+    entry = Entry(target, sources, None, None, before, after, weight.dtype, weight.device)
+    entry = _remembering(root, entry, original, merged)
+    target.write(root, merged)
+    return entry
 
 
-def _original(root: nn.Module, path: str, entry: Entry | None) -> Tensor:
-    weight = root.get_parameter(path).detach()
+def _merged(
+    root: nn.Module, target: Target, original: Mapping[str, Tensor], sources: Sequence[Source]
+) -> dict[str, Tensor]:
+    """The tensors that hold a parameter with these adapters in it."""
+    dense = target.storage.dense(original).double()
+    for source in sources:
+        dense = source.merged(root, target.role, dense)
+    if target.storage.lossy:
+        warnings.warn(f"{target.path} is stored as {target.storage}: merging into it loses what that cannot hold")
+    return target.storage.packed(dense, original)
+
+
+def _remembering(root: nn.Module, entry: Entry, original: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> Entry:
+    """The entry with a residual, if the kinds have inverses, or with copies, whichever takes less memory.
+
+    With copies of the weight, those of the adapters' tensors are not needed.
+    """
+    if entry.target.storage is DENSE:
+        guess = _guess(root, entry.target, merged["weight"], entry.sources)
+        if guess is not None:
+            new = replace(entry, residual=Residual.of(original["weight"], guess))
+            if new.nbytes < bytes_of(original["weight"]):
+                return new
+    alone = tuple(replace(source, copies=None) for source in entry.sources)
+    return replace(entry, sources=alone, copies={name: tensor.clone() for name, tensor in original.items()})
+
+
+def _guess(root: nn.Module, target: Target, merged: Tensor, sources: Sequence[Source]) -> Tensor | None:
+    """What the parameter was before these adapters, up to rounding; None if one of them has no inverse."""
+    dense: Tensor | None = merged.double()
+    for source in reversed(sources):
+        dense = None if dense is None else source.unmerged(root, target.role, dense)
+    return None if dense is None else dense.to(merged.dtype)
+
+
+def _original(root: nn.Module, target: Target, entry: Entry | None) -> dict[str, Tensor]:
+    """The tensors that hold a parameter as they are without adapters."""
     if entry is None:
-        return weight
-    _check_untouched(root, path, entry)
-    if entry.residual.whole is not None:
-        return entry.residual.whole.reshape(weight.shape)
-    there = weight.to(entry.device)
-    restored = entry.residual.restore(_guess(there, _total(root, entry.sources, there)))
-    if fingerprint(restored) != entry.original:
+        return target.stored(root)
+    _check_untouched(root, entry)
+    if entry.residual is None:
+        return dict(entry.copies or {})
+    there = target.stored(root)["weight"].to(entry.device)
+    guess = _guess(root, target, there, entry.sources)
+    assert guess is not None, "what has a residual has an inverse"
+    restored = entry.residual.restore(guess)
+    if fingerprint(restored) != entry.original["weight"]:
         raise MergeError(
-            f"{path} could not be restored exactly: its ΔW comes out differently now than when it was merged on "
+            f"{target.path} could not be restored exactly: its ΔW comes out differently now than when it was merged on "
             f"{entry.device}; nothing was changed"
         )
-    return restored
+    return {"weight": restored}
 
 
-def _check_untouched(root: nn.Module, path: str, entry: Entry) -> None:
+def _prints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+
+
+def _check_untouched(root: nn.Module, entry: Entry) -> None:
+    path = entry.target.path
     weight = root.get_parameter(path).detach()
     if weight.is_meta:
         raise MergeError(f"{path} was merged on {entry.device} and has been moved to meta, so its values are gone")
@@ -219,50 +261,7 @@ def _check_untouched(root: nn.Module, path: str, entry: Entry) -> None:
             f"{path} was merged in {entry.dtype} and is {weight.dtype} now, so its original is out of reach; unmerge "
             f"before converting a model (`.to(dtype)`), or convert it back and load the base again"
         )
-    if fingerprint(weight) != entry.merged:
+    if _prints(entry.target.stored(root)) != entry.merged:
         raise MergeError(f"{path} has been changed since the merge, so its original cannot be restored")
-    for source in entry.sources if entry.residual.whole is None else ():
+    for source in entry.sources if entry.residual else ():
         source.values(root)
-
-
-def _changed_parameters(root: nn.Module, source: Source) -> Iterator[nn.Parameter]:
-    """The base parameters that a source changes; `MergeError` if one of them does not exist."""
-    shapes = {s: torch.empty(shape, device="meta") for s, shape in source.shapes.items()}
-    for parameter in source.adapter.kind.delta(source.site, source.adapter.config, shapes):
-        path = source.site.weight if parameter == "weight" else source.site.bias
-        if find_tensor(root, path) is None:
-            raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
-        if not supports(root.get_parameter(path).dtype):
-            raise MergeError(f"{path} is {root.get_parameter(path).dtype}, which cannot be merged into exactly")
-        yield root.get_parameter(path)
-
-
-def _total(root: nn.Module, sources: Sequence[Source], weight: Tensor) -> Tensor:
-    """Σ ΔW of the sources for one parameter, rounded once to the dtype that the sum with W is taken in."""
-    total = sum(source.delta(root, weight.device)[_role(weight)] for source in sources)
-    assert isinstance(total, Tensor)
-    return total.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-
-
-def _role(parameter: Tensor) -> str:
-    """Which of a site's parameters this is. Its name does not say: it may be one that somebody else has given it."""
-    return "weight" if parameter.ndim > 1 else "bias"
-
-
-def _copied(parameter: Tensor, sources: Sequence[Source]) -> int:
-    """Bytes of the factors' copies, counted with the weight they were made for and not again with its bias."""
-    return sum(source.nbytes for source in sources if _role(parameter) == "weight")
-
-
-def _guess(merged: Tensor, change: Tensor) -> Tensor:
-    return (merged.to(change.dtype) - change).to(merged.dtype)
-
-
-def _write(weight: Tensor, value: Tensor) -> None:
-    settle(weight)  # logits of before
-    with torch.no_grad():
-        weight.copy_(value)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

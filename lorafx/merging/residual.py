@@ -29,28 +29,23 @@ def ordered(tensor: Tensor) -> Tensor:
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """Between the bits of floats and integers in their order; its own inverse."""
+    """From the bits of floats to integers in the order of the floats, and back: it is its own inverse."""
     largest = torch.iinfo(bits.dtype).max
     return torch.where(bits < 0, bits ^ largest, bits)
 
 
 @dataclass(frozen=True)
 class Residual:
-    """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole.
-
-    Where that would take more room than W itself, `whole` is W (see `copy`) and the rest is empty.
-    """
+    """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole."""
 
     differs: Tensor
     codes: Tensor
     wide: Tensor
-    whole: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (self.differs, self.codes, self.wide) if self.whole is None else (self.whole,)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in (self.differs, self.codes, self.wide))
 
     @classmethod
     def of(cls, original: Tensor, guess: Tensor) -> Residual:
@@ -64,12 +59,6 @@ class Residual:
         codes = torch.where((codes == _WIDE) & (values == 0), _ZERO, codes)
         codes = torch.where(some == torch.iinfo(some.dtype).min, torch.where(values == 0, _ZERO, _WIDE), codes)
         return cls(_pack(differs), codes.to(torch.int8), values[codes == _WIDE].clone())
-
-    @classmethod
-    def copy(cls, original: Tensor) -> Residual:
-        """Keep all of `original`; it needs no guess."""
-        empty = torch.empty(0, dtype=torch.int8)
-        return cls(empty, empty, empty, whole=original.reshape(-1).clone())
 
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess."""
@@ -85,7 +74,7 @@ class Residual:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit sum over the bits of a tensor and their places: equal for equal bits, on every device."""
+    """A 64-bit hash of a tensor's bits and their places, the same on every device."""
     flat = tensor.detach().contiguous().reshape(-1)
     bits = flat.view(_INTEGER.get(flat.dtype, torch.uint8))
     total = 0

@@ -1,11 +1,11 @@
-"""AdaptedModel: the base model's modules, mirrored, with adapters beside what they adapt and graphs to serve calls."""
+"""AdaptedModel: a mirror of the base model's modules, with adapters beside what they adapt and graphs for calls."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
-from ..adapters.config import LoraConfig
-from ..adapters.selection import Selection
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, scaled, trainable_paths
+from ..adapters.config import AdapterConfig
+from ..adapters.kinds import config_of
+from ..adapters.site import Selection
 from ..capture.caches import register_caches
 from ..errors import AdapterError, CaptureError
 from ..files import checkpoint
 from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
-from ..merging.ledger import Ledger
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import set_trainable
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
+from .merges import Merges
 from .report import Call, Explanation, Report
 from .saving import Saving
 from .state import State
@@ -34,9 +35,9 @@ from .trainers import Trainable, name_self, require_same, with_model
 
 
 class PartCall:
-    """The forward of a module that holds sites: a call of this part alone is served by a graph of its own.
+    """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the forward that the module itself, and not its class, had before.
+    `replaced` has the `forward` that was an attribute of the module itself before, if there was one.
     """
 
     lorafx = True
@@ -49,12 +50,13 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
-class AdaptedModel(Trainable, Saving):
+class AdaptedModel(Trainable, Merges, Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
     the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
-    shares the weights. Each kind of call is captured as a graph once, rewritten by the pipeline, and kept.
+    shares the weights. Each kind of call is captured as a graph when it first comes, rewritten by the pipeline, and
+    kept; a call that cannot be captured runs by sites (`capture` of `compile`).
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +69,7 @@ class AdaptedModel(Trainable, Saving):
         return self._serve("", args, kwargs)
 
     def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
-        """The rewritten graph that serves this call; captured now if no kept graph does.
+        """The rewritten graph that serves this call; captured now if none is kept. The call is not run.
 
         Raises `CaptureError` when the call cannot be captured as a whole.
         """
@@ -89,11 +91,11 @@ class AdaptedModel(Trainable, Saving):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers, in order: modules that repeat, each with its own parameters and adapters (for `fully_shard`)."""
+        """The layers, in order, each with its own parameters and adapters: what to give to FSDP2's `fully_shard`."""
         return repeated_modules(self)
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, AdapterConfig]:
         """The config of each adapter, by name."""
         return {name: adapter.config for name, adapter in self._lorafx.adapters.items()}
 
@@ -113,9 +115,9 @@ class AdaptedModel(Trainable, Saving):
         return list(self._lorafx.ledger.names)
 
     def get_base_model(self) -> nn.Module:
-        """This model itself: as in PEFT, the base model that is given back computes with the adapters.
+        """This model itself: the base model that PEFT returns here computes with the adapters, too.
 
-        The object that was compiled stays free of them; it is what `unload` returns.
+        The object that was compiled has none; `unload` returns it.
         """
         return self
 
@@ -128,18 +130,18 @@ class AdaptedModel(Trainable, Saving):
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
 
     def explain(self) -> Explanation:
-        """What serves each kind of call so far: a graph or the model by sites, why, how often; prints as a table."""
+        """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
         dispatcher = self._lorafx.dispatcher
         calls = [
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
             for p in dispatcher
         ]
-        operators = sum(map(len, dispatcher.operators.values()))
-        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in dispatcher.lowering.pieces.values())
-        return Explanation(tuple(calls), operators, dispatcher.programs.dropped, compiled)
+        pieces = dispatcher.graphs.lowering.pieces.values()
+        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
+        return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters; a trained bias and the base's it replaces count once."""
+        """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""
         counts = [(name, p.numel(), p.requires_grad) for name, p in self.named_parameters()]
         total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
         return sum(number for _, number, trainable in counts if trainable), total
@@ -160,13 +162,17 @@ class AdaptedModel(Trainable, Saving):
     # --- adapters ----------------------------------------------------------------------------------------------------
 
     def add_adapter(
-        self, adapter_name: str, peft_config: LoraConfig | Mapping[str, Any] | Any, *, random_state: int | None = None
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig | Mapping[str, Any] | Any,
+        *,
+        random_state: int | None = None,
     ) -> None:
-        """Add a new adapter; `set_adapter` makes it active.
+        """Add a new adapter; `set_adapter` makes it active. `random_state` is that of `compile`.
 
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
-        self._install(plan(mirrored(self), adapter_name, LoraConfig.of(peft_config)), random_state=random_state)
+        self._install(plan(mirrored(self), adapter_name, config_of(peft_config)), random_state=random_state)
 
     def load_adapter(
         self,
@@ -208,8 +214,8 @@ class AdaptedModel(Trainable, Saving):
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make these adapters, and no others, active and (unless in inference mode) trainable.
 
-        A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown name, or for adapters
-        that both replace one tensor (a bias, a saved module).
+        The first acts innermost. A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown
+        name, or for adapters that both replace one tensor (a bias, a saved module).
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         adapters = [self._adapter(name) for name in names]
@@ -224,7 +230,10 @@ class AdaptedModel(Trainable, Saving):
         self._set_trainable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; refused while it is merged. Another one becomes active in its place."""
+        """Remove an adapter and its tensors. If none is active then, the first that is left becomes active.
+
+        Raises `AdapterError` for an unknown name, or while the adapter is merged.
+        """
         adapter, state = self._adapter(adapter_name), self._lorafx
         if adapter_name in state.ledger.names:
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
@@ -236,9 +245,41 @@ class AdaptedModel(Trainable, Saving):
             state.active = rest or tuple(state.adapters)[:1]
         self._set_trainable()
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
+
+        The first call makes the scaling a tensor, for which graphs are rewritten; further ones capture, rewrite and
+        compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
+        `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
+        """
+        adapter = self._adapter(adapter_name)
+        self._require_unmerged(adapter_name)
+        self._lorafx.adapters[adapter_name] = scaled(self, adapter, scale)
+
+    def _require_unmerged(self, name: str) -> None:
+        if name in self._lorafx.ledger.names:
+            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
+
+    @contextlib.contextmanager
+    def rescale(self, multiplier: float) -> Iterator[None]:
+        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
+        for name in self._lorafx.active:
+            self._require_unmerged(name)
+            if not self._adapter(name).scales:
+                self.set_scale(name, 1.0)
+        tensors = [tensor_at(self, p) for n in self._lorafx.active for p in self._adapter(n).scales.values()]
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.mul_(multiplier)
+            yield
+        finally:
+            for tensor, value in zip(tensors, before):
+                tensor.copy_(value)
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run as the base model for a while: no adapter acts, and a merged one is taken out and put back."""
+        """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile."""
         state = self._lorafx
         active, merged = state.active, state.ledger.names
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -263,51 +304,6 @@ class AdaptedModel(Trainable, Saving):
         state = self._lorafx
         set_trainable(self, trainable_paths(self, [state.adapters[name] for name in state.active]))
 
-    # --- merging -----------------------------------------------------------------------------------------------------
-
-    def merge_adapter(
-        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
-    ) -> None:
-        """Write W + ΔW into the base weights: for the active adapters, or for these. Exact to undo.
-
-        ΔW is computed in float32 or wider and the sum rounded once. `safe_merge` refuses a result that is not finite.
-        Raises `MergeError`, with every weight as it was, when any site cannot be merged.
-        """
-        names = self._lorafx.active if adapter_names is None else tuple(adapter_names)
-        adapters = [self._adapter(name) for name in dict.fromkeys(names) if name not in self._lorafx.ledger.names]
-        if not adapters:
-            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
-            return
-        acting = (*self._lorafx.context.adapters, *adapters)
-        replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        self._lorafx.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
-        self._lorafx.ledger.unmerge(self)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
-    ) -> nn.Module:
-        """Merge for good and return the base model object, a plain model again.
-
-        Biases and modules that the adapters trained as a whole take the base's place. Raises `MergeError` as
-        `merge_adapter` does.
-        """
-        names = list(self._lorafx.active if adapter_names is None else adapter_names)
-        new = [name for name in names if name not in self._lorafx.ledger.names]
-        if new:
-            self.merge_adapter(new, safe_merge, progressbar)
-        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
-            _keep_replaced(self, self._adapter(name))
-        self._lorafx.ledger = Ledger()
-        return self._leave()
-
-    def unload(self) -> nn.Module:
-        """Return the base model object as it was before any adapter."""
-        self.unmerge_adapter()
-        return self._leave()
-
     def _leave(self) -> nn.Module:
         """Drop the adapters and give the base its `requires_grad` flags back."""
         state = self._lorafx
@@ -323,21 +319,10 @@ class AdaptedModel(Trainable, Saving):
 
 
 def _parts(adapter: Adapter) -> Iterator[str]:
-    """Paths of the modules below the root through which an adapter's sites or own copies can be reached."""
-    owners = [site.name for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
+    """Paths of the modules that contain an adapter's sites or own copies, at any depth; the root is not among them."""
+    owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
-
-
-def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
-    """Give the base the adapter's own copies; a tied tensor is untied rather than changed for its other readers."""
-    for base, path in adapter.replaced.items():
-        owner, _, last = base.rpartition(".")
-        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
-        if last in module._parameters:
-            module._parameters[last] = nn.Parameter(copy.detach().clone())
-        else:
-            module._buffers[last] = copy.detach().clone()
 
 
 def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -354,14 +339,14 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
-    if "forward" in vars(tree):  # the model's object has a forward of its own, wrapped by a library
+    if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
     name_self(tree)
     return tree  # type: ignore[return-value]
 
 
 def _empty(base: type[nn.Module]) -> AdaptedModel:
-    """An AdaptedModel that a copy or an unpickled state is put into."""
+    """An AdaptedModel without attributes, for copy and pickle to fill."""
     return object.__new__(_class_for(base))  # type: ignore[arg-type]
 
 

@@ -1,17 +1,20 @@
-"""What an adapted model says of itself, as values that print as tables: `report()` and `explain()`."""
+"""What `report()` and `explain()` of an adapted model return: values that print as tables."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..pipeline.step import Step
+from ..pipeline import Step
 from ..tables import table
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the pipeline did to each captured graph, and what merging holds. Prints as tables."""
+    """What the pipeline did to each captured graph, and the memory that merging takes. Prints as tables.
+
+    `graphs` are each graph's steps by its title; `merged` maps a weight's path to the bytes kept for it and its own.
+    """
 
     graphs: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     sites: int = 0
@@ -34,7 +37,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Call:
-    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given; and how its loss is computed."""
+    """A kind of call, and what serves it: "graph", or "sites" for the `reason` given.
+
+    `hits` counts the calls after the first, `why` says in what the call differed from earlier ones, `loss` how the
+    loss is computed.
+    """
 
     title: str
     served_by: str
@@ -49,8 +56,9 @@ class Call:
 class Explanation:
     """What serves each kind of call, the longest unused first. Prints as a table.
 
-    `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that had to make room.
-    `compiled` lists the pieces that were compiled, how many times each was, and torch's reasons for doing it again.
+    `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that were dropped because too
+    many were kept. `compiled` lists each compiled piece, how often it was compiled, and torch's reasons for doing it
+    again.
     """
 
     calls: tuple[Call, ...] = ()

@@ -1,18 +1,20 @@
-"""What an adapted model does with files: its adapters to a folder in PEFT's format, or to the Hub."""
+"""The saving of an adapted model: its adapters to a folder in PEFT's format, or to the Hub."""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..files import checkpoint
 from ..files.hub import upload
+from ..files.model_card import CARD, add_tags
 from ..tree.lookup import find_tensor
 from .state import State
 
@@ -34,9 +36,13 @@ class Saving(nn.Module):
     ) -> None:
         """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
 
-        `save_embedding_layers` also writes the base's embedding weights; `"auto"` does so when they are adapted or the
-        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
-        own, as a trainer that gathers shards does. Each folder is replaced atomically.
+        `selected_adapters` are names, None for all. `save_embedding_layers` also writes the base's embedding weights;
+        `"auto"` does so when they are adapted or the vocabulary was resized since the model was compiled. `state_dict`
+        gives values to write instead of the model's own, as a trainer that gathers shards has them. Nothing is written
+        unless `is_main_process`. The files of a folder are replaced at once.
+
+        Raises `CheckpointError` for what the file system refuses, and for `safe_serialization=False`; `AdapterError`
+        for an unknown name.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
@@ -45,6 +51,8 @@ class Saving(nn.Module):
         ledger = self._lorafx.ledger
         names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
         for adapter in [self._adapter(name) for name in names]:
+            if adapter.is_rescaled(self):
+                warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             embeddings = {
                 path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
@@ -69,24 +77,22 @@ class Saving(nn.Module):
         tags: Sequence[str] | None = None,
         **save: Any,
     ) -> CommitInfo:
-        """Write what `save_pretrained(**save)` writes to a repository on the Hub, which is made if need be.
+        """Upload what `save_pretrained(**save)` writes to a repository on the Hub, which is made if need be.
 
-        Arguments are those of transformers' `push_to_hub`; `tags` go into the model card. A card (README.md) that the
-        repository has already is left as it is. Returns the commit. Raises `CheckpointError`.
+        Arguments are those of transformers' `push_to_hub`; `tags` go into the model card. If the repository has a card
+        (README.md) already, that one stays. Returns the commit. Raises `CheckpointError`.
         """
         if not save.get("is_main_process", True):
             raise checkpoint.CheckpointError("push_to_hub writes on one process; call it there only")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save)
-            card = Path(folder) / checkpoint.CARD
+            card = Path(folder) / CARD
             if tags and card.exists():
-                loaded = ModelCard.load(card)
-                loaded.data.tags = [*loaded.data.tags, *tags]
-                loaded.save(card)
+                add_tags(card, tags)
             return upload(
                 folder,
                 repo_id,
-                keep=(checkpoint.CARD,),
+                keep=(CARD,),
                 private=private,
                 token=token,
                 revision=revision,

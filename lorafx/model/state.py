@@ -8,13 +8,16 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..merging.ledger import Ledger
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 
 
 @dataclass
 class State:
-    """The base, the dispatcher of calls, the adapters, which of them are active, and what is merged."""
+    """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
+
+    `base_requires_grad` has the base's flags by path, as they were before lorafx froze it.
+    """
 
     base: nn.Module
     dispatcher: Dispatcher
@@ -26,6 +29,6 @@ class State:
 
     @property
     def context(self) -> Context:
-        """The adapters that act, merged ones innermost: they are part of W."""
+        """The adapters that act, merged ones innermost, since they are part of W."""
         names = dict.fromkeys((*self.ledger.names, *self.active))
         return Context(tuple(self.adapters[name] for name in names), frozenset(self.ledger.names))

@@ -1,9 +1,9 @@
-"""What trainers ask of a model with adapters. They know PEFT's classes, so an adapted model answers as one of those.
+"""What trainers ask of a model with adapters. They look for PEFT's class, so an adapted model passes for an instance.
 
 transformers, trl and accelerate ask `isinstance(model, peft.PeftModel)` before they save, resume, load the best
 checkpoint or look for a reference model. `isinstance` looks at an object's type and then at its `__class__`, which
 here is the type with `PeftModel` added at the end of its method resolution order. The type itself has nothing of
-PEFT's: no method is inherited. Nor is peft imported: whoever asks has done that.
+PEFT's: no method is inherited. Nor is peft imported here: whoever asks has done that.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
-from ..files.checkpoint import CARD
+from ..files.model_card import CARD, say_it_is_an_adapter
 
-# What a saved adapter says of its origin or start. Two adapters that differ in nothing else compute the same.
+# Fields of a config about an adapter's origin, start values and choice of modules: with the same sites and tensors, two
+# adapters that differ in these alone compute the same.
 _ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
 _START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config"}
 _NAMES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 
 
 class SeenAsPeft(nn.Module):
-    """What makes an adapted model pass for one of PEFT's, where a trainer asks."""
+    """The part of an adapted model by which `isinstance(model, peft.PeftModel)` holds."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -41,7 +41,10 @@ class SeenAsPeft(nn.Module):
 
 
 class _Also(type):
-    """The metaclass of a class that claims one more base, without the order that inheriting from it would ask for."""
+    """The metaclass of a class with one more class, `claims`, at the end of its method resolution order.
+
+    Inheriting from it could ask for an order that is impossible.
+    """
 
     def mro(cls) -> list[type]:
         """The ordinary order; then the claimed base and its own bases."""
@@ -61,20 +64,16 @@ def _seen_as(cls: type, peft: type) -> type:
 
 
 class Trainable(SeenAsPeft):
-    """What else trainers call on PEFT's models."""
+    """What else trainers call on PEFT's models, and so on an adapted one."""
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""
-        file = Path(output_dir) / CARD
-        card = ModelCard.load(file) if file.exists() else ModelCard("---\nbase_model: null\n---\n")
-        data: Any = card.data
-        data.library_name = "peft"
-        data.base_model = getattr(getattr(self, "config", None), "name_or_path", None) or data.base_model
-        card.save(file)
+        base = getattr(getattr(self, "config", None), "name_or_path", None) or None
+        say_it_is_an_adapter(Path(output_dir) / CARD, base)
 
 
 class Inner:
-    """A model's inner model, which also knows the `model` it is part of: PEFT's users ask for `base_model.model`."""
+    """A model's inner model, with `model` as one more attribute: in PEFT `base_model.model` is the whole base model."""
 
     def __init__(self, inner: nn.Module, model: nn.Module):
         vars(self).update(inner=inner, model=model)
@@ -103,7 +102,7 @@ class Inner:
 
 
 def with_model(base_model: property) -> property:
-    """transformers' property `base_model`, so that `base_model.model` is the adapted model, as it is in PEFT."""
+    """transformers' property `base_model`, changed so that `base_model.model` is the adapted model, as in PEFT."""
 
     def inner_of(tree: nn.Module) -> Any:
         inner = base_model.__get__(tree)
@@ -119,7 +118,7 @@ def name_self(tree: nn.Module) -> None:
 
 
 def require_same(known: Adapter, found: Adapter, merged: Iterable[str]) -> None:
-    """Raise `AdapterError` unless an adapter's file can give its values to one of that name that is there already."""
+    """Raise `AdapterError` if the adapter `known` cannot take over the values of `found`, read from a file."""
     if known.name in merged:
         raise AdapterError(f"{known.name!r} is merged; unmerge it before loading other values into it")
     ignored = _ORIGIN | _START | _NAMES

@@ -1,7 +1,13 @@
-"""Operators that passes may write and ATen lacks, as `torch.ops.lorafx.…`; each is one file with its reference."""
+"""Operators that passes may write and ATen lacks, as `torch.ops.lorafx.…`.
+
+In come tensors; out come what the equation at the top of an operator's file says and, where a gradient is wanted, a
+backward of its own. Each operator is a file: the equation in torch's operators (`reference`), the formulas that run
+instead, and the function that chooses between them, which is what `lorafx.ops` exports. `library` makes operators of
+functions; `calls`, `dtypes` and `modes` answer what operators ask; `cpu/` has what is for one kind of CPU.
+`merged_linears` and `dropout` are parts of `lora_linear`, `deferral` and `offload` values that wait.
+"""
 
 from .attention import attention
-from .gated import gated
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
@@ -9,4 +15,4 @@ from .lora_linears import lora_linears
 from .rms_norm import rms_norm
 from .rotary import rotary
 
-__all__ = ["attention", "gated", "linear", "linear_cross_entropy", "lora_linear", "lora_linears", "rms_norm", "rotary"]
+__all__ = ["attention", "linear", "linear_cross_entropy", "lora_linear", "lora_linears", "rms_norm", "rotary"]

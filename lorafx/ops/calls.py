@@ -1,24 +1,25 @@
-"""Calls: what an operator asks about the tensors that it is given, and about who asks."""
+"""Calls: what an operator asks about the tensors that it is given, and about who calls it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from ..torch_private.tensors import is_within_transform
 
 
 def by_reference() -> bool:
-    """Whether a vmap or a forward-mode derivative is under way, which want the equation's own operators."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    """Whether the call is inside a vmap or a forward-mode derivative, which need the equation in torch's operators."""
+    return is_within_transform()
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether somebody may ask for a gradient."""
+    """Whether autograd records a call with these tensors, so that somebody may ask for a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_plain(tensor: object) -> bool:
-    """Whether a tensor is one of numbers in memory, and not what a compiler or a subclass puts in its place."""
+    """Whether a value is an ordinary tensor or parameter: no subclass, and no fake or functional one of a compiler."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 

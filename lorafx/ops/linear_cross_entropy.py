@@ -1,4 +1,4 @@
-"""linear_cross_entropy: an output head and the cross entropy of what it gives, without the logits ever being there.
+"""linear_cross_entropy: an output head and the cross entropy of its logits, which are never there all at once.
 
     l = c · tanh(k · (x Wᵀ + b + s · h Bᵀ) / c)          h Bᵀ: the head's own LoRA update, h = z Aᵀ; c: a soft cap
     loss = Σ -log softmax(l)[label]  over rows whose label is not `ignore_index`, or the mean of these
@@ -6,16 +6,16 @@
     g  = (softmax(l) - one-hot(label)) · k · (1 - (l / c)²)      the gradient of the sum with respect to the products
     dx = g W     dW = gᵀ x     db = Σ g     dh = s · g B     dB = s · gᵀ h
 
-Rows with ignored labels are left out first; the others go by in chunks of at least `ROWS`. A chunk's products are
-replaced in their own memory by g, a few rows at a time in float32, and what a gradient needs of g is added up before
-the next chunk: so the gradients are there when the forward pass ends, and backward scales them. It keeps what it gives:
-of a frozen head one tensor of the size of x. One chunk's products are the peak.
+Rows with ignored labels are left out first; the others are taken in chunks of at least `ROWS`. A chunk's products are
+replaced in their own memory by g, a few rows at a time in float32, and what each gradient needs of g is added up before
+the next chunk. So the gradients are there when the forward pass ends; backward scales them. What is kept is these
+gradients: for a frozen head one tensor of the size of x. The peak is one chunk's products.
 
-The method is that of chunked losses in Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989); chunks are large enough for
-their products to be bound by arithmetic. torch 2.13's own `linear_cross_entropy` goes by chunks too; there it has no
-soft cap, no update and no smoothing, multiplies ignored rows as well, and scales the gradients that it keeps in place.
-On two CPU cores (1024 rows, 32k classes, width 512) it took 3.9 times as long as logits and loss apart in float32 and
-3.6 in bfloat16, this one 0.98 and 0.73.
+The method is that of the chunked losses in Liger-Kernel, with chunks so large that arithmetic, not memory, bounds their
+products. torch 2.13's own `linear_cross_entropy` goes by chunks too, without soft cap, update or smoothing; it
+multiplies ignored rows as well, and scales in place the gradients that it keeps. On two CPU cores (1024 rows, 32k
+classes, width 512) torch's took 3.9 times as long as logits and loss apart in float32 and 3.6 in bfloat16, this one
+0.98 and 0.73.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
-from .cpu.products import linear, matmul, onednn_pays, over_rows
-from .cpu.wide import pays, wide
+from .cpu import add_over_rows, linear, matmul, wide_where_slow
+from .dtypes import at_least_float32
 from .library import LIBRARY, composite
 from .modes import autocast_dtype
 
-ROWS, ROWS_ON_CPU = 1024, 512  # of a chunk at least, so that its products are bound by arithmetic
-_CHUNK = 2**22  # logits, that make a chunk where so many rows are fewer
-_TILE, _TILE_ON_CPU = 2**22, 2**19  # of a chunk's logits so many are worked on at a time; on a GPU calls would show
+ROWS, ROWS_ON_CPU = 1024, 512  # at least in a chunk, so that its products are bound by arithmetic
+_CHUNK = 2**22  # logits in a chunk, where that makes more rows
+_TILE, _TILE_ON_CPU = 2**22, 2**19  # logits in float32 at a time; on a GPU smaller tiles would cost calls
 _MEAN = 1  # as aten numbers reductions; the sum is 2
 
 
@@ -52,14 +52,11 @@ def reference(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The equation. x is (…, in), `weight` (out, in), `hidden` (…, r), `lora_B` (out, r), `labels` (…) of int64.
-
-    Products are in the dtype of x (or wide), the rest in float32 (float64 for float64).
-    """
+    """The equation, in operators of torch: products in the dtype of x, the rest in float32 (float64 for float64)."""
     logits = F.linear(x, weight, bias)
     if hidden is not None and lora_B is not None:
         logits = logits + scaling * F.linear(hidden, lora_B)
-    logits = wide(logits).reshape(-1, weight.shape[0]) * scale
+    logits = at_least_float32(logits).reshape(-1, weight.shape[0]) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return torch.ops.aten.cross_entropy_loss(logits, labels.reshape(-1), None, reduction, ignore_index, label_smoothing)
@@ -91,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Last(torch.autograd.Function):
-    """Refuses the derivative of a gradient; autograd's own `once_differentiable` lets that of a loss pass as zero."""
+    """Refuses the derivative of a gradient; autograd's own `once_differentiable` lets that of a loss count as zero."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
@@ -118,9 +115,17 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """As `reference`, in chunks; vmap and forward-mode derivatives go by the reference itself.
+    """The cross entropy of softcap · tanh(scale · logits / softcap), logits = x Wᵀ + b + scaling · hidden Bᵀ, a scalar.
 
-    A second derivative raises. Under autocast the products are in its dtype.
+    x is (…, in), `weight` W (out, in), `bias` b (out,), `hidden` (…, r) and `lora_B` B (out, r) the head's LoRA update
+    or None; these of one floating dtype, on any one device. `labels` are class numbers (…) of int64; rows that have
+    `ignore_index` do not count. `reduction` is ATen's number, 1 for the mean and 2 for the sum; `label_smoothing` is
+    torch's. Without `softcap` it is the cross entropy of scale · logits. Products are in the dtype of x, or autocast's;
+    the rest, and the result, in float32 (float64 for float64). The method: chunked losses of Liger-Kernel, Hsu et al.,
+    2024, arXiv 2410.10989.
+
+    Raises ValueError for a number of labels that is not that of rows, IndexError (on a CPU) for a label that is no
+    class, RuntimeError for a second derivative. vmap and forward-mode derivatives go by the equation's own operators.
     """
     options = ignore_index, label_smoothing, softcap, scale
     if by_reference():
@@ -151,21 +156,19 @@ def _chunked(
     needs: list[bool],
     divided: bool,
 ) -> tuple[Tensor, ...]:
-    """The sum over rows, and its gradients with respect to the first five; an empty tensor where none is needed.
+    """The sum over rows, and its gradients with respect to the first five: empty tensors where none is needed.
 
-    The gradients are of the mean if `divided`.
+    The gradients are those of the mean if `divided`.
     """
-    given = rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B
-    if pays(x):
-        given = tuple(map(wide, given))
+    given = wide_where_slow(rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B)
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
     gradients = [_zeros(t, need, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
-    total, labels = wide(x.new_zeros(())), labels.reshape(-1)
+    total, labels = at_least_float32(x.new_zeros(())), labels.reshape(-1)
     counted = (labels != ignore_index).nonzero()[:, 0]
     _require_classes(labels[counted], weight.shape[0])
     options = label_smoothing, softcap, scale, 1 / max(1, len(counted)) if divided else 1.0
-    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or wide
+    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or in float32
         for chosen in counted.split(max(ROWS_ON_CPU if x.is_cpu else ROWS, _CHUNK // weight.shape[0])):
             total += _chunk(chosen, given, scaling, labels[chosen], options, needs, gradients)
     likes = x, weight, bias, hidden, lora_B
@@ -174,13 +177,13 @@ def _chunked(
 
 
 def _require_classes(labels: Tensor, classes: int) -> None:
-    """Raise what torch's loss raises; on a device the kernel of `gather` does, without a wait."""
+    """Raise what torch's loss raises. On a GPU the kernel of `gather` does, so that nobody waits for the labels."""
     if labels.is_cpu and (wrong := labels[(labels < 0) | (labels >= classes)]).numel():
         raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 
 
 def _zeros(tensor: Tensor | None, need: bool, by_rows: bool) -> Tensor:
-    """Where a gradient is put row by row, or, where chunks add up, at least in float32."""
+    """Zeros for a gradient, empty if none is needed. One that chunks add up to, not by rows, is at least in float32."""
     if tensor is None or not need:
         return torch.empty(0)
     dtype = tensor.dtype if by_rows else torch.promote_types(tensor.dtype, torch.float32)
@@ -196,7 +199,7 @@ def _chunk(
     needs: list[bool],
     gradients: list[Tensor],
 ) -> Tensor:
-    """The sum over a chunk; its gradients are added to `gradients`."""
+    """The sum over the `chosen` rows; what they add to the gradients is written to `gradients`."""
     x, weight, bias, hidden, lora_B = given
     x = x[chosen]
     products = linear(x, weight, bias)
@@ -207,21 +210,14 @@ def _chunk(
     if needs[0]:
         gradients[0][chosen] = matmul(products, weight)
     if needs[1]:
-        _add_over_rows(gradients[1], products, x, 1.0)
+        add_over_rows(gradients[1], products, x)
     if needs[2]:
         gradients[2] += products.sum(0, dtype=gradients[2].dtype)
     if needs[3]:
         gradients[3][chosen] = matmul(products, lora_B).mul_(scaling)
     if needs[4]:
-        _add_over_rows(gradients[4], products, hidden, scaling)
+        add_over_rows(gradients[4], products, hidden, scaling)
     return total
-
-
-def _add_over_rows(total: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    if total.dtype == left.dtype and not onednn_pays(right.t(), left.t()):
-        total.addmm_(left.t(), right, alpha=scaling)
-    else:
-        total.add_(over_rows(left, right), alpha=scaling)
 
 
 def _into_gradient(
@@ -233,11 +229,11 @@ def _into_gradient(
     weight: float,
     needed: bool,
 ) -> Tensor:
-    """The sum over a chunk of (rows, out); where a gradient is needed, the products become it, times `weight`."""
-    classes, total = products.shape[1], wide(products.new_zeros(()))
+    """The sum over a chunk's products (rows, out). If a gradient is needed they become it, times `weight`."""
+    classes, total = products.shape[1], at_least_float32(products.new_zeros(()))
     rows = max(1, (_TILE_ON_CPU if products.is_cpu else _TILE) // classes)
     for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
-        logits = wide(tile) if scale == 1.0 else wide(tile) * scale
+        logits = at_least_float32(tile) if scale == 1.0 else at_least_float32(tile) * scale
         capped = None
         if softcap is not None:
             capped = torch.tanh(logits / softcap)
@@ -268,7 +264,8 @@ def _shapes(x: Tensor, weight: Tensor, bias: Any, hidden: Any, lora_B: Any, *opt
 
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? lora_B, float scaling, Tensor labels"
-# Around an operator that compilers do not look into: they would unroll the chunks for one number of rows.
+# The chunks are an operator of their own, which compilers do not look into: they would unroll the loop over chunks for
+# one number of rows.
 composite(
     f"linear_cross_entropy({_HEAD}, int reduction=1, SymInt ignore_index=-100, float label_smoothing=0.0,"
     " float? softcap=None, float scale=1.0) -> Tensor",

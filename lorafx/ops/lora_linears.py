@@ -5,10 +5,8 @@
     g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
     dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ x           dBᵢ = sᵢ · dyᵢᵀ hᵢ
 
-So x is read once for all the small products, forward and backward, and dx has one buffer in which all products are
-summed up. Of the forward pass it keeps x and h. With `gemm="triton"` each yᵢ is written once, and g A is added to the
-first of dx's products before that is written, by the kernel of `gemm_update`, where that runs. In half precision a CPU
-may be faster by way of float32 (`wide`).
+So x is read once for all the small products, forward and backward, and dx has one piece of memory in which all products
+are summed up. Of the forward pass it keeps x and h.
 """
 
 from __future__ import annotations
@@ -19,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import merged_linears as merging
+from . import merged_linears
 from .calls import by_reference, needs_backward, rows
-from .cpu.products import accumulated, linear, matmul, over_rows
-from .cpu.wide import widened
+from .cpu import accumulated, linear, matmul, over_rows, product_with_update, widened_where_slow
 from .library import composite
-from .lora_linear import inferred, input_gradient, matrix_or_row, updated
+from .lora_linear import inferred, matrix_or_row
 from .lora_linear import reference as one
 
 Tensors = Sequence[Tensor]
@@ -34,7 +31,7 @@ Biases = Sequence[Tensor | None]
 def reference(
     x: Tensor, weights: Tensors, biases: Biases, lora_As: Tensors, lora_Bs: Tensors, scalings: Sequence[float]
 ) -> list[Tensor]:
-    """The equations: `lora_linear` of each, with shapes and dtypes as there; the ranks may differ."""
+    """The equations: `lora_linear` of each."""
     each = zip(weights, biases, lora_As, lora_Bs, scalings)
     return [one(x, weight, bias, None, lora_A, lora_B, scaling) for weight, bias, lora_A, lora_B, scaling in each]
 
@@ -43,43 +40,45 @@ class _LoraLinears(torch.autograd.Function):
     """Of matrices: x, then all weights, biases, As and Bs. h is an output, so that second derivatives are right."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, ctx.scalings, ctx.gemm, *tensors = args
-        *outputs, hidden = _outputs(*args)
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *outputs, hidden = _outputs(x, scalings, *tensors)
+        ctx.scalings = scalings
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, hidden, *tensors)
         return *outputs, hidden
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _gradients(*gradients, *ctx.saved_tensors, ctx.needs_input_grad, ctx.scalings, ctx.gemm)
-        return found[0], None, None, *found[1:]
+        needs_x, _, *needs = ctx.needs_input_grad
+        dx, *found = _gradients(*gradients, *ctx.saved_tensors, ctx.scalings, needs_x, needs)
+        return dx, None, *found
 
 
-@widened
-def _outputs(x: Tensor, scalings: tuple[float, ...], gemm: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+@widened_where_slow
+def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The yᵢ, and h."""
     weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
     hidden = linear(x, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
-        updated(x, weight, bias, part, lora_B, scaling, gemm)
+        product_with_update(x, weight.t(), part, lora_B.t(), bias, scaling)
         for weight, bias, part, lora_B, scaling in zip(weights, biases, parts, lora_Bs, scalings)
     ]
     return *outputs, hidden
 
 
-@widened
+@widened_where_slow
 def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     """Of x, then of all weights, biases, As and Bs: those that are needed.
 
-    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, what is needed, scalings and `gemm`.
+    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, scalings, and what is needed: the
+    gradient of x, and which of the others.
     """
-    *tensors, needs, scalings, gemm = given
+    *tensors, scalings, needs_x, needs = given
     count = len(scalings)
     dys, (d_hidden, x, hidden), tensors = tensors[:count], tensors[count : count + 3], tensors[count + 3 :]
     weights, _, lora_As, lora_Bs = _by_role(tensors, count)
-    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs[3:], count)
+    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs, count)
     ranks = [lora_A.shape[0] for lora_A in lora_As]
     each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
 
@@ -89,9 +88,9 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     ]
     g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
     products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
-    dx = _sum_of_products(products, g, torch.cat(lora_As), gemm) if needs[0] else None
+    dx = _sum_of_products(products, g, torch.cat(lora_As)) if needs_x else None
     d_As = over_rows(g, x).split(ranks) if any(needs_As) else [None] * count
-    if d_hidden is None:  # who is not used has no gradient, which is not one of zeros
+    if d_hidden is None:  # an output that nobody used has no gradient, which is not one of zeros
         d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
     d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
     d_biases = [dy.sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
@@ -101,8 +100,9 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     return dx, *d_weights, *d_biases, *d_As, *d_Bs
 
 
-def _by_role(tensors: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(tensors[place : place + count]) for place in range(0, 4 * count, count))
+def _by_role(flat: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
+    """What there is of weights, biases, As and Bs, of so many sites."""
+    return tuple(tuple(flat[place : place + count]) for place in range(0, 4 * count, count))
 
 
 def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:
@@ -112,11 +112,11 @@ def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | No
     return product if scaling == 1.0 else product * scaling
 
 
-def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor, gemm: str) -> Tensor:
-    """Σ dyᵢ Wᵢ + g A, in one buffer."""
+def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor) -> Tensor:
+    """Σ dyᵢ Wᵢ + g A, in one piece of memory."""
     if not products:
         return matmul(g, lora_A)
-    total = input_gradient(*products[0], g, lora_A, gemm)
+    total = product_with_update(*products[0], g, lora_A)
     for dy, weight in products[1:]:
         total = accumulated(total, dy, weight)
     return total
@@ -129,29 +129,29 @@ def lora_linears(
     lora_As: Tensors,
     lora_Bs: Tensors,
     scalings: Sequence[float],
-    gemm: str = "library",
     merge: bool = False,
 ) -> list[Tensor]:
-    """As `reference`, by the formulas above; vmap and forward-mode derivatives go by the reference itself.
+    """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · (x Aᵢᵀ) Bᵢᵀ, each (…, outᵢ): `lora_linear` of each, with x read once.
 
-    `gemm` is one of `gemm_update.GEMMS`. With `merge` it is `merging` instead where that pays.
+    x is (…, in), a weight (outᵢ, in), a bias (outᵢ,) or None, an A (rᵢ, in), a B (outᵢ, rᵢ); dtype, device, `merge`,
+    derivatives and errors are as with `lora_linear`.
     """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
-    if merge and merging.pays(x, lora_As, lora_Bs):
-        return merging.linears(x, weights, biases, lora_As, lora_Bs, scalings)
+    if merge and merged_linears.pays(x, lora_As, lora_Bs):
+        return merged_linears.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
-        outputs = _LoraLinears.apply(rows(x), tuple(scalings), gemm, *tensors)[:-1]
+        outputs = _LoraLinears.apply(rows(x), tuple(scalings), *tensors)[:-1]
     else:
-        flat = matrix_or_row(x, gemm)
+        flat = matrix_or_row(x)
         each = zip(weights, biases, lora_As, lora_Bs, scalings)
-        outputs = tuple(inferred(flat, w, bias, flat, lora_A, lora_B, s, gemm) for w, bias, lora_A, lora_B, s in each)
+        outputs = tuple(inferred(flat, w, bias, flat, lora_A, lora_B, s) for w, bias, lora_A, lora_B, s in each)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 composite(
     "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
-    ' str gemm="library", bool merge=False) -> Tensor[]',
+    " bool merge=False) -> Tensor[]",
     lora_linears,
 )

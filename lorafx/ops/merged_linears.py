@@ -1,15 +1,15 @@
-"""merging: linear layers of one input with W + ΔW put together on the fly, where that takes fewer multiplications.
+"""merged_linears: linear layers of one input with W + ΔW made on the fly, where that takes fewer multiplications.
 
     yᵢ = x W'ᵢᵀ + bᵢ        W'ᵢ = Wᵢ + sᵢ · Bᵢ Aᵢ
 
     dx = Σ dyᵢ W'ᵢ          dA = [s₁ · dy₁ B₁  s₂ · dy₂ B₂ …]ᵀ x,  the dAᵢ on top of one another
                             dBᵢ = sᵢ · dyᵢᵀ hᵢ,  h = [h₁ h₂ …] = x Aᵀ,  A the Aᵢ on top of one another
 
-(RunLoRA, Cherniuk et al., 2023, arXiv 2312.03415.) Of the forward pass it keeps x alone: backward makes W' anew, and h.
-W' is rounded to the dtype of W, so y and dx miss of ΔW what is below half a step of W: up to 2⁻⁸ of W in bfloat16, 2⁻¹¹
-in float16; where `wide` multiplies in float32, of nothing. dA and dB are those of `lora_linear`.
+(RunLoRA, Cherniuk et al., 2023, arXiv 2312.03415.) Of the forward pass it keeps x alone: backward makes W' and h again.
+W' is rounded to the dtype of W, so y and dx lose the part of ΔW that is below half a step of W: up to 2⁻⁸ of W in
+bfloat16 and 2⁻¹¹ in float16, unless products go by way of float32 (`ops/cpu`). dA and dB are those of `lora_linear`.
 
-What one site multiplies beside the products with W, for T rows of x, k in features, n out features and rank r:
+Multiplications of one site besides the product with W, for T rows of x, k in features, n out features and rank r:
 
         through h (`lora_linear`)              with W'
     y   T r k + T r n                          n r k
@@ -17,10 +17,10 @@ What one site multiplies beside the products with W, for T rows of x, k in featu
     dA  T r k, and dy B is there from dx       T r k + T r n
     dB  T r n, and h is there from y           T r k + T r n
 
-So W' pays in inference where T > n k / (n + k), and in training where T > 2 n k / (n + k): dB needs the h that y then
-does without. Without dx, as in a first layer, it pays where T > k. For sites that share x the sums of both columns are
-compared. Choosing for y (T > k) and dx (T > n) apart would save nothing more where k = n, and little elsewhere. What is
-done once for each element (adding, scaling) is not counted: that is 1 / r of what is.
+So W' pays in inference where T > n k / (n + k), and in training where T > 2 n k / (n + k), since dB needs an h that y
+has no use for. Without dx, as in a first layer, it pays where T > k. For sites that share x the sums of the columns are
+compared. Choosing apart for y (T > k) and dx (T > n) would save nothing more where k = n, and little elsewhere. What is
+done once for each element (adding, scaling) is not counted: it is 1 / r of the rest.
 """
 
 from __future__ import annotations
@@ -31,15 +31,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..torch_private.tensors import is_compiled_now
 from .calls import needs_backward, rows
-from .cpu.products import accumulated, linear, matmul, over_rows
-from .cpu.wide import widened
+from .cpu import accumulated, linear, matmul, over_rows, widened_where_slow
 
-# Flat, as autograd wants them: weight (out, in), bias (out) or None, A (r, in), B (out, r) of each site in turn.
-Flat = Sequence[Any]
+Flat = Sequence[Any]  # weight (out, in), bias (out,) or None, A (r, in) and B (out, r) of each site in turn
 
 
 def pays(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> bool:
@@ -55,8 +53,9 @@ def pays(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> boo
     cheaper = math.prod(x.shape[:-1]) * saved_a_row > spent
     if isinstance(cheaper, bool):
         return cheaper
-    # A compiler gets a guard on the rows. Who only asks for shapes is to learn nothing about sizes from it.
-    return TracingContext.try_get() is not None and guard_or_false(cheaper)
+    # A compiler puts a guard on the rows, and compiles once for either answer. Who asks for shapes only (fake tensors
+    # while a pass runs) is told no, without a guard.
+    return is_compiled_now() and guard_or_false(cheaper)
 
 
 class _Merging(torch.autograd.Function):
@@ -76,7 +75,7 @@ class _Merging(torch.autograd.Function):
         return dx, None, *gradients
 
 
-@widened
+@widened_where_slow
 def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
     return tuple(
         linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
@@ -84,9 +83,9 @@ def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Ten
     )
 
 
-@widened
+@widened_where_slow
 def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
-    """Of x, then of each site's tensors. `given` are the dys, x and these tensors, what is needed, and scalings."""
+    """Of x, then of each site's tensors. `given` are the dyᵢ, x and these tensors, what is needed, and scalings."""
     *tensors, (needs_x, _, *needs), scalings = given
     dys, x, tensors = tensors[: len(scalings)], tensors[len(scalings)], tensors[len(scalings) + 1 :]
     sites = zip(dys, scalings, _by_site(tensors), _by_site(needs))
@@ -94,7 +93,7 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     d_As, hidden = _stacked(x, used)
     dx, found = None, []
     for (dy, scaling, weight, _, lora_A, lora_B, needed), d_A, part in zip(used, d_As, hidden):
-        if needs_x:  # scaled elsewhere than in forward, or a compiler would find them equal and keep the first
+        if needs_x:  # scaled otherwise than in forward, or a compiler would see that W' is the same and keep it
             merged = torch.addmm(weight, lora_B * scaling, lora_A)
             dx = matmul(dy, merged) if dx is None else accumulated(dx, dy, merged)
         d_weight = over_rows(dy, x) if needed[0] else None
@@ -109,7 +108,7 @@ _NONE = (None,) * 4
 
 
 def _stacked(x: Tensor, used: list[tuple[Any, ...]]) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
-    """The dAᵢ and hᵢ of sites, if one needs them: x is read once for all of either."""
+    """The dAᵢ and the hᵢ of sites, if any is needed: x is read once for all dAᵢ, and once for all hᵢ."""
     lora_As = [lora_A for *_, lora_A, _, _ in used]
     ranks, nothing = [lora_A.shape[0] for lora_A in lora_As], [None] * len(used)
     d_As: Sequence[Tensor | None] = nothing
@@ -130,7 +129,7 @@ def linears(
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],
 ) -> list[Tensor]:
-    """yᵢ (…, outᵢ) of x (…, in), by the formulas above; tensors as `lora_linears` has them, all of one dtype."""
+    """yᵢ = x (Wᵢ + sᵢ · Bᵢ Aᵢ)ᵀ + bᵢ, each (…, outᵢ): arguments, dtypes and devices as `lora_linears` has them."""
     flat = [tensor for of_site in zip(weights, biases, lora_As, lora_Bs) for tensor in of_site]
     run = _Merging.apply if needs_backward(x, *flat) else _outputs
     outputs = run(rows(x), tuple(scalings), *flat)

@@ -1,4 +1,4 @@
-"""The modes that a call runs in: autocast, gradients, inference."""
+"""Modes that a call runs in: autocast, gradients, inference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes
 
 
-@functools.cache
+@functools.cache  # the machine stays the same
 def _devices() -> tuple[str, ...]:
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu", accelerator.type) if accelerator else ("cpu",)

@@ -1,7 +1,7 @@
-"""Offloading: what a checkpointed layer was given waits in the host's memory until backward needs it.
+"""Offloading: the inputs of a checkpointed layer wait in the host's memory until backward needs them.
 
-Copies run on a stream of their own beside the computation. While backward is at one layer, the input of the one before
-is on its way back (the scheme of Unsloth's gradient checkpointing, after Ren et al., 2021, arXiv 2101.06840).
+Copies run on a stream of their own beside the computation. While backward is at one layer, the input of the layer
+before it is on its way back (Unsloth's gradient checkpointing does so, after Ren et al., 2021, arXiv 2101.06840).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 class Waiting:
     """A tensor that leaves its device when `leave` is called, and is back, with the same bits, at the next `get`."""
 
-    last: weakref.ref[Waiting] | None = None  # the one that left last: backward comes to it first
+    # The one that left last. Of the process: backward runs layers in the reverse order, whichever model they are of.
+    last: weakref.ref[Waiting] | None = None
 
     def __init__(self, tensor: Tensor):
         self.here: Tensor | None = tensor
@@ -40,7 +41,7 @@ class Waiting:
             self._coming = to_device(self._host, self.device)
 
     def get(self) -> Tensor:
-        """The tensor; and the one that left before it is on its way now."""
+        """The tensor. The one that left before it starts to come back now, for backward needs it next."""
         if self.here is not None:
             return self.here
         self.come()
@@ -54,7 +55,7 @@ class Waiting:
 
 
 def offloaded(run: Any, moves: tuple[int, ...], *inputs: Any) -> Any:
-    """`run(*inputs)`, of which backward keeps the inputs alone, those numbered `moves` in the host's memory."""
+    """`run(*inputs)`, which runs again in backward: its inputs alone are kept, those numbered `moves` on the host."""
     waiting = [Waiting(value) if n in moves and _can_move(value) else value for n, value in enumerate(inputs)]
 
     def fetched(*held: Any) -> Any:
@@ -71,13 +72,13 @@ def _can_move(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-@functools.cache
+@functools.cache  # one on each device, of the process
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, which is complete when the device's copying stream has come to it."""
+    """A copy in pinned memory, complete when the stream for copies has come to it."""
     stream = _stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
@@ -88,7 +89,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def to_device(host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy on the device, and when it is complete."""
+    """A copy on the device, and the event after which it is complete."""
     with torch.cuda.stream(_stream(device)):
         return host.to(device, non_blocking=True), _stream(device).record_event()
 

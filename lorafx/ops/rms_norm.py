@@ -1,11 +1,11 @@
-"""rms_norm: root mean square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467) as one operator.
+"""rms_norm: root mean square normalisation as one operator.
 
     y  = x r w                 r = (mean(x²) + ε)^-½, of each row; w may be left out
 
     dx = r g - x r³ mean(g x),   g = dy w           dw = Σ dy x r, over rows
 
-On a CPU, where torch has no kernel of its own for it, by these formulas: they read and write about half of what
-autograd does of the operators apart, and keep x and r. Elsewhere, and where a compiler traces, it is torch's operator.
+On a CPU, for which torch has no kernel of it, training goes by these formulas: they read and write about half as much
+as autograd does for the single operators, and keep x and r. Elsewhere, and under a compiler, it is torch's operator.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .library import composite
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The equation. x is (…, n), `weight` (n,) of the same dtype."""
+    """torch's own operator."""
     return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each row with the other's; autocast would round these, and no other way to write a norm."""
-    with torch.autocast("cpu", enabled=False):  # as a decorator it would be one object for all threads, and mix them up
+    """The inner product of each row of a with that of b. Autocast would round it, unlike other ways to write a norm."""
+    with torch.autocast("cpu", enabled=False):  # not as a decorator: that is one object, and threads would share it
         return torch.linalg.vecdot(a, b)
 
 
@@ -59,7 +59,11 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """As `reference`; vmap and forward-mode derivatives go by the reference itself."""
+    """y = x (mean(x²) + ε)^-½ w, over the last dimension (Zhang and Sennrich, 2019, arXiv 1910.07467).
+
+    x is (…, n), `weight` w (n,) of its dtype or None, `eps` ε; y is (…, n). Floating dtypes on any device. All
+    derivatives can be taken. A weight of another size is torch's RuntimeError.
+    """
     own = x.device.type == "cpu" and needs_backward(x, weight) and is_plain(x) and not by_reference()
     return _RmsNorm.apply(x, weight, eps) if own else reference(x, weight, eps)
 

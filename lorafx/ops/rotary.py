@@ -1,15 +1,15 @@
-"""rotary: rotary position embedding (Su et al., 2021, arXiv 2104.09864) as one operator.
+"""rotary: rotary position embedding as one operator.
 
     y = x cos + turn(x) sin
 
-The last dimension is made of pairs (a, b): its two halves, or, interleaved, its even and its odd places. `turn` makes
-(-b, a) of them. Of the gradient, dx is the same with turn's transpose, which makes (b, -a):
+The last dimension is made of pairs (a, b): a its first half and b its second, or, interleaved, a its even places and b
+its odd ones. `turn` gives (-b, a). The gradient has turn's transpose in its place, `turn'`, which gives (b, -a):
 
     dx = dy cos + turn'(dy sin)
 
-cos and sin of a pair may differ. Where a gradient is wanted eagerly it goes by the pairs, in two passes over memory
-where the operators apart write down -b, the turned tensor and two products, and keeps nothing but cos and sin.
-Everywhere else it is the equation: a compiler fuses that itself, and inference gives the bits that the model gives.
+cos and sin may differ within a pair. In eager training both go pair by pair, in two passes over memory, where the
+single operators write down -b, the turned tensor and two products; nothing is kept but cos and sin. Everywhere else it
+is the equation: a compiler fuses that itself, and inference gives the bits that the model gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .library import composite
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """The equation. x is (…, n) with n even, cos and sin are of its dtype and can be broadcast to its shape."""
+    """The equation, in operators of torch."""
     a, b = _pairs(x, interleaved)
     turned = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
     return x * cos + turned * sin
@@ -61,7 +61,12 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """As `reference`; vmap, forward-mode derivatives and gradients of cos and sin go by the reference itself."""
+    """y = x cos + turn(x) sin, of the shape of x (Su et al., 2021, arXiv 2104.09864).
+
+    x is (…, n) with n even; cos and sin can be broadcast to its shape and are of its dtype, any floating one, on its
+    device. The pairs that turn are the halves of the last dimension or, `interleaved`, neighbours. All derivatives can
+    be taken, also of cos and sin. Shapes that do not fit are torch's RuntimeError.
+    """
     own = needs_backward(x) and not needs_backward(cos, sin) and is_plain(x) and not by_reference()
     return _Rotary.apply(x, cos, sin, interleaved) if own else reference(x, cos, sin, interleaved)
 

@@ -1,23 +1,15 @@
-"""Passes and pipelines: a pipeline is a tuple of passes that prints as text and parses back from that text."""
+"""Pipelines: a tuple of passes that is run on a graph in order, each pass followed by the verifier."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import io
-import re
 import time
-import tokenize
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import networkx as nx
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ..adapters.adapter import Adapter
-from ..adapters.selection import Selection, Site
 from ..errors import PipelineError, VerifyError
 from ..graph import SITE
 from ..graph.blocks import LAYERS, block_calls, blocks_of
@@ -25,14 +17,18 @@ from ..graph.modules import copied, copied_graph
 from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
 from ..graph.verify import Snapshot, snapshot, verify
+from ..torch_private.graphs import set_unused_graph
+from .context import Context
+from .definition import Pass
 from .step import Step
+from .text import parse_pass, split
 
 Observer = Callable[["Pass | None", GraphModule, "Pass | None"], None]
 
 
 @dataclass(frozen=True)
 class _Before:
-    """A graph before a pass: what the verifier compares with, and the text for a diff."""
+    """A graph before a pass: the snapshot that the verifier compares with, and a copy for the diff."""
 
     snapshot: Snapshot
     copy: GraphModule
@@ -40,80 +36,12 @@ class _Before:
     @classmethod
     def of(cls, gm: GraphModule) -> _Before:
         copy = GraphModule(nn.Module(), Graph())
-        copy.__dict__["_modules"] = dict(gm._modules)  # among them the blocks, as they are when the text is written
-        copy._graph = copied_graph(gm.graph)  # text only: never compiled, so nothing needs to resolve
+        copy.__dict__["_modules"] = dict(gm._modules)  # blocks are shared: a diff prints them as they are by then
+        set_unused_graph(copy, copied_graph(gm.graph))  # text only: never compiled, so nothing needs to resolve
         return cls(snapshot(gm), copy)
 
 
 States = dict[GraphModule, _Before]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a pass may need besides the graph.
-
-    That is the active adapters in order, the names of the merged ones, and the paths of base parameters that the user
-    trains along with them.
-    """
-
-    adapters: tuple[Adapter, ...] = ()
-    merged: frozenset[str] = frozenset()
-    trained: frozenset[str] = frozenset()
-
-    @property
-    def selection(self) -> Selection:
-        """The sites of all adapters."""
-        selection = Selection()
-        for adapter in self.adapters:
-            selection |= adapter.selection
-        return selection
-
-    def below(self, path: str) -> Context | None:
-        """The context of a graph over the module at `path`; None if an adapter on it has tensors elsewhere."""
-        adapters = [adapter.below(path) for adapter in self.adapters]
-        if None in adapters:
-            return None
-        acting = tuple(a for a in adapters if a is not None and (a.selection or a.replaced))
-        trained = frozenset(p.removeprefix(f"{path}.") for p in self.trained if p.startswith(f"{path}."))
-        return Context(acting, self.merged & {a.name for a in acting}, trained)
-
-    def signature(self, root: nn.Module) -> Hashable:
-        """Equal for contexts in which the same passes make the same of equal graphs."""
-        return tuple(adapter.signature(root) for adapter in self.adapters), self.merged
-
-    def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
-        """The sites of all adapters by the identity of the parameter they adapt."""
-        return {weight: site for adapter in self.adapters for weight, site in adapter.sites_by_weight(root).items()}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One graph transformation. A subclass is a frozen dataclass whose fields are its options.
-
-    `requires` and `establishes` name facts about the graph; a pipeline checks its order from them. A pass keeps no
-    state: what it decides goes into the graph and its nodes' `meta`. Defining a subclass makes its name parseable.
-    """
-
-    name: ClassVar[str] = ""
-    requires: ClassVar[frozenset[str]] = frozenset()
-    establishes: ClassVar[frozenset[str]] = frozenset()
-    known: ClassVar[dict[str, type[Pass]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        cls.requires, cls.establishes = frozenset(cls.requires), frozenset(cls.establishes)
-        Pass.known[cls.name] = cls
-
-    def rewrite(self, gm: GraphModule, context: Context) -> int:
-        """Change `gm.graph` in place and return how many rewrites were made."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        options = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        }
-        text = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        return f"{self.name}{{{text}}}" if text else self.name
 
 
 class Pipeline(tuple[Pass, ...]):
@@ -124,13 +52,13 @@ class Pipeline(tuple[Pass, ...]):
 
     @classmethod
     def of(cls, passes: Pipeline | Iterable[Pass] | str) -> Pipeline:
-        """A pipeline from itself, an iterable of passes, or its text."""
+        """A pipeline from itself, an iterable of passes, or its text (see `parse`)."""
         return cls.parse(passes) if isinstance(passes, str) else cls(*passes)
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Read `name, name{option=value}, …`; values are Python literals. `PipelineError` says what is wrong."""
-        return cls(*(_parse_pass(part) for part in _split(text)))
+        """Read `name, name{option=value}, …`; values are Python literals. Raises `PipelineError` for any other text."""
+        return cls(*(parse_pass(part) for part in split(text)))
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))
@@ -146,7 +74,7 @@ class Pipeline(tuple[Pass, ...]):
         return tuple(self)
 
     def without(self, *names: str) -> Pipeline:
-        """The pipeline with the passes of these names left out."""
+        """The pipeline without the passes of these names; `PipelineError` for a name that none has."""
         unknown = set(names) - {p.name for p in self}
         if unknown:
             raise PipelineError(f"no pass named {sorted(unknown)} in: {self}")
@@ -177,8 +105,9 @@ class Pipeline(tuple[Pass, ...]):
     ) -> tuple[Step, ...]:
         """Apply the passes to `gm` in place, verifying the graph before the first and after each.
 
-        Observers are called `(previous, graph, next)` between passes, None standing for either end. Returns what each
-        pass did. Raises `VerifyError` naming the pass at fault and those before it, with a diff.
+        Observers are called `(previous, graph, next)` before each pass and after the last, None standing for either
+        end. Returns what each pass did. Raises `PipelineError` as `check` does, what a pass raises, and `VerifyError`
+        for a broken invariant, naming the pass at fault and those before it, with a diff.
         """
         self.check()
         context = context or Context()
@@ -199,7 +128,7 @@ class Pipeline(tuple[Pass, ...]):
     def _apply(
         self, current: Pass, gm: GraphModule, context: Context, states: States, facts: frozenset[str], done: list[Step]
     ) -> tuple[States, Step]:
-        """Run one pass on the graph and on each of its blocks, once however many layers run it."""
+        """Run one pass on the graph and on each of its blocks: once, however many layers run the block."""
         start, rewrites, after = time.perf_counter(), 0, States()
         for part, within in _parts(gm, context):
             before = states.get(part) or _Before.of(part)
@@ -224,7 +153,7 @@ class Pipeline(tuple[Pass, ...]):
 
 
 def _fit(gm: GraphModule, context: Context) -> None:
-    """Give layers whose adapters differ blocks of their own, where a graph was captured with blocks."""
+    """Give layers whose adapters differ blocks of their own, in a graph that was captured with blocks."""
     kinds: dict[tuple[GraphModule, Hashable], GraphModule] = {}
     for call, block, layer in list(block_calls(gm)):
         within = context.below(layer)
@@ -241,7 +170,7 @@ def _fit(gm: GraphModule, context: Context) -> None:
 
 
 def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Context]]:
-    """A graph and its blocks, as far as there are any now, each with its context."""
+    """A graph and the blocks that it has at present, each with its context."""
     yield gm, context
     for block in blocks_of(gm):
         within = context.below(block.meta[LAYERS][0])
@@ -264,40 +193,3 @@ def _step(current: Pass, rewrites: int, before: States, after: States, milliseco
 def _observe(observers: Sequence[Observer], previous: Pass | None, gm: GraphModule, following: Pass | None) -> None:
     for observer in observers:
         observer(previous, gm, following)
-
-
-def _split(text: str) -> list[str]:
-    """The parts of a pipeline's text between commas that stand in no bracket."""
-    parts, depth, start = [], 0, 0
-    flat = " ".join(text.split("\n"))
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(flat).readline))
-    except (tokenize.TokenError, SyntaxError) as error:
-        raise PipelineError(f"cannot read the pipeline {text!r}: {error}") from error
-    for token in tokens:
-        depth += (token.string in ("{", "(", "[")) - (token.string in ("}", ")", "]"))
-        if token.string == "," and depth == 0:
-            parts.append(flat[start : token.start[1]])
-            start = token.end[1]
-    return [part.strip() for part in (*parts, flat[start:]) if part.strip()]
-
-
-def _parse_pass(text: str) -> Pass:
-    found = re.fullmatch(r"(\w+)\s*(?:\{(.*)\})?", text)
-    if not found:
-        raise PipelineError(f"{text!r} is no pass; write name or name{{option=value}}")
-    name, options = found[1], found[2] or ""
-    if name not in Pass.known:
-        raise PipelineError(f"unknown pass {name!r}; known: {', '.join(sorted(Pass.known))}")
-    return _construct(Pass.known[name], options, text)
-
-
-def _construct(cls: type[Pass], options: str, text: str) -> Pass:
-    try:
-        call = ast.parse(f"f({options})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        values: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return cls(**values)
-    except (SyntaxError, ValueError, AssertionError, TypeError) as error:
-        fields = ", ".join(f.name for f in dataclasses.fields(cls)) or "none"
-        raise PipelineError(f"cannot read {text!r}: {error or 'options are name=value'} (options: {fields})") from error

@@ -1,7 +1,9 @@
 """Serving: which program serves a call.
 
-In come an adapted tree and a call; out comes its result. `call_key` says what a graph was specialised on,
-`tree_state` and `attribute_guards` number the states of the tree, `programs` keeps what was made, `dispatcher` finds
-or makes it, `per_site` runs the model's own Python where a call cannot be one graph, `misses` explains why a program
-was made.
+In come an adapted tree and a call; out comes its result. `dispatcher` takes the call's key, finds a program for it and
+runs it; a new kind of call is given a program first. `call_key` says what a program was specialised on, `tree_state`
+and `attribute_guards` what of it lies in the tree, and `programs` keeps what was made. `graph_builder` makes a graph;
+`per_site` runs the model's own Python where a call cannot be one, by the `site_graphs`. What is decided on the way has
+a file for each idea: `free_counters` (which integers may be any), `misses` (in what a new kind of call differs),
+`site_policy` (what goes by sites, and why) and `settling` (models that change themselves once).
 """

@@ -1,13 +1,15 @@
-"""Watch: the Python values that modules and configs hold, which a graph has as constants.
+"""Attribute guards: whether the Python values that modules and configs hold are still what a graph was captured with.
 
-Every call asks whether one of them has changed. So the places to look at are found once, and looking is a comparison of
-identities; only what has changed is looked at closely.
+A graph has these values as constants, so every call asks. The dicts to read are found once; after that, asking is a
+comparison of the values with those of the last time, by identity for the most part, and only what has changed is looked
+at closely.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from operator import call, is_, itemgetter
 from typing import Any
@@ -15,78 +17,92 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..graph.description import DEPTH, LARGE, MODULES_OWN, PLAIN, content
+from ..graph.description import DEPTH, LARGE, MODULES_OWN, PLAIN, attribute_key
 
-_VALUES = (*PLAIN, list, tuple, dict, set, frozenset)
+_VALUES = (*PLAIN, list, tuple, dict, set, frozenset)  # what an object may hold to be taken for a config
 _NO_CONFIGS = ("torch.", "lorafx.", "transformers.generation", "functools")
-_STATES = 256
+_STATES = 256  # so many states are remembered, the oldest making room
 
 
-class Watch:
-    """Numbers the states that the attributes of some modules, and of the configs they hold, are seen in."""
+@dataclass(frozen=True, eq=False)
+class AttributeState:
+    """The attributes of a tree's modules and configs at one time. Equal states are one object while it is remembered.
+
+    `values` describes them by name. A description may hold an object's identity, so the objects are kept `alive` as
+    long as the state: no other object can have the same identity meanwhile.
+    """
+
+    values: Mapping[str, Hashable]
+    alive: tuple[Any, ...]
+
+    def differences(self, other: AttributeState) -> Iterator[str]:
+        """The names of the attributes in which two states differ."""
+        yield from (name for name in {**self.values, **other.values} if self._differs(other, name))
+
+    def _differs(self, other: AttributeState, name: str) -> bool:
+        return self.values.get(name) != other.values.get(name)
+
+
+class AttributeGuards:
+    """Watches the attributes of some modules, and of the configs that they hold."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[Hashable, ...], int] = OrderedDict()
-        # The states by number, and the objects that they know by identity, which must live as long.
-        self._states: dict[int, tuple[dict[str, Hashable], list[Any]]] = {}
-        self._next = 0
-        self._dicts: list[dict[str, Any]] = []
-        self._values: list[Any] = []
-        self._number = -1
-        self.modes: tuple[bool, ...] = ()  # whether each module trains; no part of the number
+        self._states: OrderedDict[tuple[Hashable, ...], AttributeState] = OrderedDict()
+        self._holders: list[dict[str, Any]] = []
+        self._values: list[tuple[Any, ...]] = []
+        self._now: tuple[AttributeState, tuple[bool, ...]] | None = None
 
-    def look_at(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Watch these modules from now on, but for how the root's forward is called."""
-        self._dicts, self._names = [], []
-        self._readers: list[Callable[[dict[str, Any]], Iterable[Any]]] = []
+    def watch(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Watch these modules from now on. The root's `forward` is left out: how it is called is no graph's concern."""
+        self._holders, self._names = [], []
+        self._readers: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
         for path, attributes in _holders(modules):
             names = [n for n in attributes if n not in MODULES_OWN and (n != "forward" or attributes is not vars(root))]
             names *= 2 if len(names) == 1 else 1  # of one name, itemgetter would not give a tuple
-            self._dicts.append(attributes)
+            self._holders.append(attributes)
             self._readers.append(itemgetter(*names) if names else lambda _: ())
             self._names += [f"{path}.{name}".lstrip(".") for name in names]
-        self._lengths, self._number = list(map(len, self._dicts)), -1
+        self._lengths, self._now = list(map(len, self._holders)), None
 
-    def number(self) -> int | None:
-        """The number of the state that they are in now; None if attributes have come or gone: look at them anew."""
-        if list(map(len, self._dicts)) != self._lengths:
+    def state(self) -> tuple[AttributeState, tuple[bool, ...]] | None:
+        """The state that the attributes are in now, and apart from it, whether each module trains.
+
+        None if attributes have come or gone: `watch` is to be called anew.
+        """
+        if list(map(len, self._holders)) != self._lengths:
             return None
         try:
-            values = list(map(call, self._readers, self._dicts))
+            values = list(map(call, self._readers, self._holders))
         except KeyError:
             return None
-        if self._number < 0 or not _equal(values, self._values) or self._filled():
+        if self._now is None or not _equal(values, self._values) or self._containers_have_changed():
             self._values = values
-            self._remember(list(chain.from_iterable(values)))
-        return self._number
+            self._now = self._look_closely(list(chain.from_iterable(values)))
+        return self._now
 
-    def _remember(self, values: list[Any]) -> None:
+    def _look_closely(self, values: list[Any]) -> tuple[AttributeState, tuple[bool, ...]]:
         named = dict(zip(self._names, values))
-        self.modes = tuple(value for name, value in named.items() if _is_mode(name))
-        state = {name: content(value) for name, value in named.items() if not _is_mode(name)}
-        key = tuple(state.items())
-        if key not in self._seen:
-            self._seen[key], self._next = self._next, self._next + 1
-            alive = [value for value in values if not isinstance(value, (Tensor, *PLAIN))]
-            self._states[self._seen[key]] = state, alive
-            if len(self._seen) > _STATES:  # a model that counts its calls is in a new one each time
-                del self._states[self._seen.popitem(last=False)[1]]
-        self._number = self._seen[key]
+        training = tuple(value for name, value in named.items() if _is_mode(name))
+        described = {name: attribute_key(value) for name, value in named.items() if not _is_mode(name)}
+        key = tuple(described.items())
+        if key not in self._states:
+            alive = tuple(value for value in values if not isinstance(value, (Tensor, *PLAIN)))
+            self._states[key] = AttributeState(described, alive)
+            if len(self._states) > _STATES:  # a model that counts its calls is in a new state each time
+                self._states.popitem(last=False)
+        self._remember_containers(values)
+        return self._states[key], training
+
+    def _remember_containers(self, values: list[Any]) -> None:
         containers = list({id(c): c for value in values for c in _containers(value)}.values())
         self._views = [*containers, *(dict.values(c) for c in containers if isinstance(c, dict))]
         self._sizes, self._items = list(map(len, self._views)), list(chain.from_iterable(self._views))
 
-    def _filled(self) -> bool:
-        """Whether something was put into a container, or taken out."""
+    def _containers_have_changed(self) -> bool:
+        """Whether something was put into a container, or taken out, since they were remembered."""
         if list(map(len, self._views)) != self._sizes:
             return True
         return not all(map(is_, chain.from_iterable(self._views), self._items))
-
-    def changes(self, new: int, old: int) -> Iterator[str]:
-        """Names of the attributes in which two states differ, as far as both are remembered."""
-        if new in self._states and old in self._states:
-            now, before = self._states[new][0], self._states[old][0]
-            yield from (name for name in now | before if now.get(name) != before.get(name))
 
 
 def _equal(values: list[Any], others: list[Any]) -> bool:
@@ -126,6 +142,7 @@ def _is_config(value: Any, depth: int = DEPTH) -> bool:
 
 
 def _containers(value: Any, depth: int = DEPTH) -> Iterator[Any]:
+    """The containers that a value is, or that are within it, as far as they can be filled and are looked into."""
     if isinstance(value, (list, tuple, dict, set)) and len(value) > LARGE:
         return
     if isinstance(value, (list, dict, set)) and depth:

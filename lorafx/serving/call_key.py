@@ -1,41 +1,85 @@
-"""A call, its key (what a captured graph was specialised on), and in what two calls differ."""
+"""A call, in the one form in which equal calls are equal, and its key: what a graph of it is specialised on."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import namedtuple
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# A leaf of a call: an argument's constant, or what a graph is specialised on in a tensor.
-Leaf = tuple[Any, ...]
-COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
+from ..capture.arguments import images
+from ..graph.description import argument_key, parameter_key
+from ..ops.modes import modes
+from ..pipeline import Context
+from ..torch_private.tensors import is_wrapped
+from ..tree.lookup import find_tensor
+from .attribute_guards import AttributeState
+from .tree_state import TreeState
+
+Leaf = tuple[Any, ...]  # an argument as `argument_key` describes it, or FREE_COUNTER
+FREE_COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised on
 
 
 class Call(NamedTuple):
-    """The arguments of a call, and the same taken apart once: its leaves, and their structure."""
+    """A call of the module at `path` below `tree`, with the adapters of `context`.
 
+    The arguments are there twice: as they are given to the module, and taken apart into `leaves` (tensors and
+    constants, in a pytree's order) and their `structure`.
+    """
+
+    tree: nn.Module
+    context: Context
+    path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
     structure: Hashable
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Its leaves are a pytree's; its structure is compared and hashed in C, where a pytree's is in Python."""
-        leaves: list[Any] = []
-        structure = tuple([_take_apart(value, leaves) for value in (*args, *kwargs.values())])
-        return cls(args, kwargs, leaves, (len(args), tuple(kwargs), structure))
+    def of(cls, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call in its one form."""
+        kwargs = in_one_order(type(tree.get_submodule(path)), kwargs)
+        return cls(tree, context, path, args, kwargs, *taken_apart(args, kwargs))
+
+
+def in_one_order(module: type[nn.Module], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of a forward's parameters, without those that say None where that is the default.
+
+    Those that the forward does not name come last, in the order that they are given in.
+    """
+    named = _named_parameters(module)  # type: ignore[arg-type]
+    given = {name: kwargs[name] for name in named if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in named}
+    return {name: value for name, value in given.items() if value is not None or named[name] is not None} | rest
+
+
+@functools.cache  # of classes, whose forwards stay as they are
+def _named_parameters(module: type[nn.Module]) -> dict[str, Any]:
+    """The parameters of a forward that can be given by name, and their defaults."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
+    """The leaves of arguments, as a pytree has them, and their structure.
+
+    A pytree's own structure says as much, but it is compared and hashed in Python, and this one in C.
+    """
+    leaves: list[Any] = []
+    structure = tuple([_take_apart(value, leaves) for value in (*args, *kwargs.values())])
+    return leaves, (len(args), tuple(kwargs), structure)
 
 
 def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
-    """Add a value's leaves, in a pytree's order; returns its structure, which is None where it is a leaf itself."""
+    """Add a value's leaves to `leaves`; the result is the value's structure, None for a leaf."""
     kind = type(value)
-    # Named tuples are registered as one, whatever is registered of their class.
+    # A named tuple is treated as one, whatever is registered for its class: pytrees do so.
     named = issubclass(kind, tuple) and kind is not tuple and pytree.is_namedtuple_instance(value)
     node = pytree.SUPPORTED_NODES.get(namedtuple if named else kind)  # type: ignore[arg-type]
     if node is None:
@@ -51,13 +95,13 @@ def _hashable(context: Any) -> Hashable:
     try:
         hash(context)
     except TypeError:
-        return _Compared(context)
+        return _Unhashed(context)
     return context
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """What cannot be hashed, by its equality alone."""
+class _Unhashed:
+    """Something that has no hash: it is compared, and all of its kind share one hash."""
 
     value: Any
 
@@ -66,9 +110,9 @@ class _Compared:
 
 
 class CallKey(NamedTuple):
-    """All that a graph is specialised on. `layout` and `attributes` number the tree's state (`layout.py`)."""
+    """All that a graph is specialised on. Calls of equal keys share programs."""
 
-    part: str
+    part: str  # the path of the module that is called
     structure: Hashable
     leaves: tuple[Leaf, ...]
     grad: bool
@@ -77,92 +121,39 @@ class CallKey(NamedTuple):
     layout: int
     adapters: tuple[Hashable, ...]
     merged: frozenset[str]
-    attributes: int
+    attributes: AttributeState | None  # None: whatever they are, for the model's own Python reads them
     full: tuple[str, ...]  # arguments that are masks and mask nothing
+
+    @classmethod
+    def of(cls, call: Call, state: TreeState) -> CallKey:
+        """The key of a call that finds the tree in a state."""
+        sizes = {id(image): tuple(image.shape[-2:]) for image in images(call.args, call.kwargs)}
+        leaves = tuple([argument_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
+        adapters, merged, masks = _adapters(call), call.context.merged, full_masks(call.kwargs)
+        return cls(
+            *(call.path, call.structure, leaves, *modes()),
+            *(state.layout, adapters, merged, state.attributes, masks),
+        )
+
+    def with_any_attributes(self) -> CallKey:
+        """The key of such calls whatever the attributes of the tree are."""
+        return self._replace(attributes=None)
+
+
+def _adapters(call: Call) -> tuple[Hashable, ...]:
+    """The acting adapters by name, dtype and device; of one whose tensors are gone, the name alone."""
+    first = [(adapter.form, find_tensor(call.tree, next(adapter.paths))) for adapter in call.context.adapters]
+    return tuple([(form, None if tensor is None else parameter_key(tensor)) for form, tensor in first])
 
 
 def full_masks(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of attention masks that are all ones: a graph for these can do without. One check a mask and call."""
-    masks = [(name, mask) for name, mask in kwargs.items() if name.endswith("attention_mask") and _is_plain(mask)]
+    masks = [(name, mask) for name, mask in kwargs.items() if name.endswith("attention_mask") and _is_readable(mask)]
     return tuple([name for name, mask in masks if bool((mask == 1).all())])
 
 
-def _is_plain(mask: Any) -> bool:
+def _is_readable(mask: Any) -> bool:
     """Whether a mask has a number for each token, and whether they can be looked at now."""
     if type(mask) is not Tensor or mask.ndim != 2 or mask.is_floating_point() or mask.is_meta:
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(mask) and not (
-        mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-
-
-def leaf_key(leaf: Any, sizes: tuple[int, ...] = ()) -> Leaf:
-    """A tensor's dtype, device, need of gradients and which of its sizes are 0 or 1; anything else is itself.
-
-    `sizes` are the tensor's last sizes where a graph is specialised on them.
-    """
-    if isinstance(leaf, Tensor):
-        shape = leaf.shape[: -len(sizes)] if sizes else leaf.shape
-        coarse = (*[2 if size > 1 else size for size in shape], *sizes)
-        return type(leaf), leaf.dtype, leaf.device, leaf.requires_grad, coarse
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), repr(leaf)
-    return type(leaf), leaf
-
-
-def is_counter(leaf: Leaf | Any) -> bool:
-    """Whether a leaf's key is that of an integer that a graph need not be specialised on: 0 and 1 often mean more."""
-    return len(leaf) == 2 and leaf[0] is int and leaf != COUNTER and leaf[1] > 1
-
-
-def changed_counters(new: CallKey, old: CallKey) -> frozenset[int]:
-    """The numbers of the leaves in which two calls differ, if these are counters and there is no other difference."""
-    if new._replace(leaves=()) != old._replace(leaves=()):
-        return frozenset()
-    pairs = [(number, a, b) for number, (a, b) in enumerate(zip(new.leaves, old.leaves)) if a != b]
-    counters = all(is_counter(a) and is_counter(b) for _, a, b in pairs)
-    return frozenset(number for number, _, _ in pairs) if counters else frozenset()
-
-
-def leaf_names(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to call each leaf of a call, as `input_ids`; `names` are those of the positional arguments."""
-    paths, _ = pytree.tree_flatten_with_path((dict(zip(names, args)), dict(kwargs)))
-    return tuple(".".join(_atom(k) for k in path[1:]) for path, _ in paths)
-
-
-def _atom(key: Any) -> str:
-    return str(next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key))
-
-
-def differences(new: CallKey, new_names: tuple[str, ...], old: CallKey, old_names: tuple[str, ...]) -> Iterator[str]:
-    """In what a call differs from an earlier one of the same part, a phrase each."""
-    now, before = dict(zip(new_names, new.leaves)), dict(zip(old_names, old.leaves))
-    for name in [*now, *(name for name in before if name not in now)]:
-        if now.get(name) != before.get(name):
-            yield f"{name}: {_leaf_text(before.get(name))} → {_leaf_text(now.get(name))}"
-    if new.structure != old.structure and now == before:
-        yield "the arguments' structure"
-    for field in ("grad", "inference", "autocast", "adapters", "merged", "full"):
-        if getattr(new, field) != getattr(old, field):
-            yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
-    if new.layout != old.layout:
-        yield "the model's modes (train or eval), dtypes, devices, hooks or modules"
-
-
-def _leaf_text(leaf: Leaf | None) -> str:
-    if leaf is None:
-        return "not given"
-    if len(leaf) == 2:
-        return repr(leaf[1]) if not isinstance(leaf[1], str) else leaf[1]
-    _, dtype, device, requires_grad, sizes = leaf
-    shape = ", ".join("n" if size == 2 else str(size) for size in sizes)  # type: ignore[attr-defined]
-    gradient = ", requires grad" if requires_grad else ""
-    return f"({shape}) {str(dtype).removeprefix('torch.')} on {device}{gradient}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (tuple, frozenset)):
-        return ", ".join(sorted(map(_text, value))) or "none"
-    return str(value).removeprefix("torch.")
+    return not is_wrapped(mask) and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,23 +1,25 @@
-"""Misses: in what a new kind of call differs from those that are kept, and what keeps differing."""
+"""Misses: in what a new kind of call differs from those that programs are kept for, and what keeps differing."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from .call_key import differences
+from torch.utils import _pytree as pytree
+
+from ..capture.arguments import argument_names
+from .call_key import Call, CallKey, Leaf
 from .programs import Program
-from .tree_state import ANY, Layout
 
-OFTEN = 4  # so many captures for one thing alone are too many
+OFTEN = 4  # so many programs for the sake of one thing alone are too many
 
 
 class Misses:
-    """Counts what made a capture necessary, where that was one thing alone."""
+    """Counts what made a new program necessary, where that was one thing alone."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self) -> None:
         self.arguments: Counter[str] = Counter()
         self.attributes: Counter[str] = Counter()
 
@@ -28,7 +30,7 @@ class Misses:
         where its own Python reads them, so that no graph is captured in each step.
         """
         same_part = [other for other in kept if other.key.part == program.key.part]
-        found = [self._differences(program, other) for other in same_part]
+        found = [(list(_arguments(program, other)), _attributes(program, other)) for other in same_part]
         if not found:
             return "the first call", ""
         arguments, attributes = min(found, key=lambda both: len(both[0]) + len(both[1]))
@@ -44,11 +46,6 @@ class Misses:
         reason = f"the attribute {often} keeps changing, and a graph has it as a constant" if often else ""
         return "; ".join([*every[:3], *more]), reason
 
-    def _differences(self, program: Program, other: Program) -> tuple[list[str], list[str]]:
-        new, old = program.key.attributes, other.key.attributes
-        changed = list(self.layout.watch.changes(new, old)) if ANY not in (new, old) and new != old else []
-        return list(differences(program.key, program.names, other.key, other.names)), changed
-
     def _count_constant(self, program: Program, name: str) -> None:
         if name not in program.names or len(program.key.leaves[program.names.index(name)]) != 2:
             return
@@ -58,3 +55,56 @@ class Misses:
                 f"the argument {name} has had {OFTEN + 1} values so far, and a graph is captured for each. Pass it as "
                 "a tensor, or as one value, to capture once."
             )
+
+
+def leaf_names(call: Call) -> tuple[str, ...]:
+    """What to call each leaf of a call: as `input_ids`, or `past_key_values.layers.0.keys`."""
+    positional = argument_names(call.tree.get_submodule(call.path).forward, call.args)
+    paths, _ = pytree.tree_flatten_with_path((dict(zip(positional, call.args)), dict(call.kwargs)))
+    return tuple(".".join(_atom(k) for k in path[1:]) for path, _ in paths)
+
+
+def _atom(key: Any) -> str:
+    return str(next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), key))
+
+
+def _attributes(new: Program, old: Program) -> list[str]:
+    """The attributes in which the model differs, if both programs depend on them."""
+    now, before = new.key.attributes, old.key.attributes
+    return [] if now is None or before is None or now is before else list(now.differences(before))
+
+
+def _arguments(new: Program, old: Program) -> Iterator[str]:
+    """In what else a call differs from an earlier one of the same part, a phrase each."""
+    now, before = dict(zip(new.names, new.key.leaves)), dict(zip(old.names, old.key.leaves))
+    for name in [*now, *(name for name in before if name not in now)]:
+        if now.get(name) != before.get(name):
+            yield f"{name}: {_leaf_text(before.get(name))} → {_leaf_text(now.get(name))}"
+    if new.key.structure != old.key.structure and now == before:
+        yield "the arguments' structure"
+    yield from _modes(new.key, old.key)
+
+
+def _modes(new: CallKey, old: CallKey) -> Iterator[str]:
+    for field in ("grad", "inference", "autocast", "adapters", "merged", "full"):
+        if getattr(new, field) != getattr(old, field):
+            yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
+    if new.layout != old.layout:
+        yield "the model's modes (train or eval), dtypes, devices, hooks or modules"
+
+
+def _leaf_text(leaf: Leaf | None) -> str:
+    if leaf is None:
+        return "not given"
+    if len(leaf) == 2:
+        return repr(leaf[1]) if not isinstance(leaf[1], str) else leaf[1]
+    _, dtype, device, requires_grad, sizes = leaf
+    shape = ", ".join("n" if size == 2 else str(size) for size in sizes)  # type: ignore[attr-defined]
+    gradient = ", requires grad" if requires_grad else ""
+    return f"({shape}) {str(dtype).removeprefix('torch.')} on {device}{gradient}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, frozenset)):
+        return ", ".join(sorted(map(_text, value))) or "none"
+    return str(value).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""By sites: where a call cannot be one graph, the model's own Python runs and each site is a graph by itself.
+"""Per site: where a call cannot be one graph, the model's own Python runs and each site is a graph by itself.
 
 A torch function that gets an adapted tensor is captured, rewritten by the same pipeline and kept, like a call of the
-whole model; every other function runs as it is. So an adapter acts wherever its weight is read, in whatever module,
-and a read that no site form covers is the same error here as there.
+whole model; every other function runs as it is. So an adapter acts wherever its weight is read, in whatever module, and
+a read that no reading covers is an error here as it is in a graph of the whole.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..capture.export import plain_operators, trace_operator
+from ..capture.contexts import plain_operators
+from ..capture.export import trace_operator
 from ..errors import CaptureError
+from ..graph.description import argument_key
 from ..ops.modes import modes
-from ..pipeline.pipeline import Context
+from ..pipeline import Context
 from ..tree.lookup import tensor_at
-from .call_key import leaf_key
+from ..tree.mirror import MIRRORED_AS
+from .call_key import Call
 
-_running = threading.local()
+_running = threading.local()  # the interpreter that is active in a thread: the modules that it calls must find it
 
 
-class BySites(TorchFunctionMode):
+class SiteInterpreter(TorchFunctionMode):
     """While active, torch functions that read what the adapters act on run as rewritten graphs.
 
-    `serve(key, inputs, capture)` runs the graph that is kept for a key; where there is none, `capture()` gives one to
-    rewrite, and the adapters that concern it.
+    `run_operator(key, inputs, capture)` runs the graph that is kept for a key; where there is none, `capture()` gives
+    one to rewrite, and the adapters that concern it.
     """
 
-    def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, serve: Callable[..., Any]):
+    def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, run_operator: Callable[..., Any]):
         super().__init__()
-        self.tree, self.context, self.layout, self.serve = tree, context, layout, serve
+        self.tree, self.context, self.layout, self.run_operator = tree, context, layout, run_operator
         self.parts, self.paused = [part], False
         weights = [site.weight for adapter in context.adapters for site in adapter.selection]
         replaced = [base for adapter in context.adapters for base in adapter.replaced]
@@ -47,16 +50,16 @@ class BySites(TorchFunctionMode):
         for known, paths in ((self.weights, weights), (self.replaced, replaced)):
             for path in paths:
                 self.owned[path.rpartition(".")[0]].append((known, path))
-        self.acting = tuple(adapter.name for adapter in context.adapters), context.merged
+        self.acting = tuple(adapter.form for adapter in context.adapters), context.merged
 
     @staticmethod
-    def running(tree: nn.Module) -> BySites | None:
-        """The mode that runs `tree`'s own Python in this thread now."""
+    def running(tree: nn.Module) -> SiteInterpreter | None:
+        """The interpreter that runs `tree`'s own Python in this thread now, if one does."""
         mode = getattr(_running, "mode", None)
         return mode if mode is not None and mode.tree is tree else None
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[BySites]:
+    def active(self) -> Iterator[SiteInterpreter]:
         """Run the tree's own Python inside."""
         outer = getattr(_running, "mode", None)
         _running.mode = self
@@ -79,7 +82,7 @@ class BySites(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run something as though the mode were not active."""
+        """Run something as though the interpreter were not active."""
         _running.mode, self.paused = None, True
         try:
             yield
@@ -104,7 +107,7 @@ class BySites(TorchFunctionMode):
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = self._paths(leaves)
-        keys = tuple(path or leaf_key(leaf) for path, leaf in zip(paths, leaves))
+        keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
         key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
@@ -117,7 +120,7 @@ class BySites(TorchFunctionMode):
                     func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
                 raise
 
-        return self.serve(key, inputs, capture)
+        return self.run_operator(key, inputs, capture)
 
     def _paths(self, leaves: list[Any]) -> list[str | None]:
         """Where in the tree the tensors among a call's leaves are: adapted ones, and the running module's own."""
@@ -157,3 +160,19 @@ class BySites(TorchFunctionMode):
 def _is_method(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__get__" or getattr(Tensor, name, None) is func
+
+
+def interpret(call: Call, layout: int, run_operator: Callable[..., Any]) -> Any:
+    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own."""
+    interpreter = SiteInterpreter(call.tree, call.context, layout, call.path, run_operator)
+    with interpreter.active():
+        return own_forward(call.tree, call.path)(*call.args, **call.kwargs)
+
+
+def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
+    """The forward that the module at `path` has of itself, below what lorafx put in its place."""
+    part = tree.get_submodule(path)
+    forward = vars(part).get("forward")
+    if "forward" in getattr(forward, "replaced", ()):
+        return forward.replaced["forward"]  # type: ignore[union-attr]
+    return getattr(type(part), MIRRORED_AS, type(part)).forward.__get__(part)

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch.fx import GraphModule
 
 from ..lowering.lower import Lowered
-from ..ops.deferred import describe_loss
-from ..pipeline.step import Step
-from .call_key import COUNTER, CallKey
+from ..ops.deferral import describe_loss
+from ..pipeline import Step
+from .call_key import FREE_COUNTER, CallKey
+
+CAPACITY = 64  # programs that an adapted model keeps
+T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
-    """What serves a kind of call, and how it came about: a rewritten graph, or (`gm` is None) the model by sites."""
+    """What serves a kind of call: a rewritten graph, or where `gm` is None, the model's own Python, site by site."""
 
     title: str
     key: CallKey
-    names: tuple[str, ...]
-    why: str
+    names: tuple[str, ...]  # of the call's leaves
+    why: str = ""  # it was made: in what the call differed from those before
     gm: GraphModule | None = None
     lowered: Lowered | None = None
-    reason: str = ""
+    reason: str = ""  # why it is no graph
     steps: tuple[Step, ...] = ()
     seconds: float = 0.0
-    hits: int = 0
-    failed: bool = False  # to be captured, as opposed to: it was never tried
-    changes: bool = False  # the model's attributes, which is why
+    hits: int = 0  # calls that it served without being made for them
+    failed: bool = False  # a graph was tried and could not be had
+    changes_model: bool = False  # that was because the call changes attributes of the model
 
     @property
     def loss(self) -> str:
@@ -39,36 +42,63 @@ class Program:
 
     @property
     def free(self) -> list[int]:
-        """The leaves that are integers and may be any other."""
-        return [number for number, leaf in enumerate(self.key.leaves) if leaf == COUNTER]
+        """The numbers of the leaves that are integers and may be any other."""
+        return [number for number, leaf in enumerate(self.key.leaves) if leaf == FREE_COUNTER]
 
 
-class Kept(OrderedDict[Hashable, list[Any]]):
-    """What serves, by key, several where sizes differ; the least recently used makes room beyond `capacity`."""
+class GuardFailed(Exception):
+    """A graph does not fit the sizes of a call. It says so before it computes anything."""
 
-    def __init__(self, capacity: int):
-        super().__init__()
+
+def guarded(run: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """What a graph gives for these inputs. Raises `GuardFailed` if it does not fit them."""
+    try:
+        return run(*inputs)
+    except AssertionError as error:
+        if str(error).startswith("Guard failed"):
+            raise GuardFailed(str(error)) from error
+        raise
+
+
+class ProgramCache(Generic[T]):
+    """Programs (or graphs) by key. A key may have several, for different sizes.
+
+    Beyond `capacity` the least recently used keys make room, each with all it has; `dropped` counts what went.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity, self.dropped = capacity, 0
+        self._kept: OrderedDict[Hashable, list[T]] = OrderedDict()
 
-    def of(self, key: Hashable) -> Sequence[Any]:
+    def __iter__(self) -> Iterator[T]:
+        return (program for kept in self._kept.values() for program in kept)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._kept.values()))
+
+    def of(self, key: Hashable) -> tuple[T, ...]:
         """What is kept for a key, which counts as used now."""
-        kept = self.get(key)
+        kept = self._kept.get(key)
         if kept is None:
             return ()
-        self.move_to_end(key)
-        return kept
+        self._kept.move_to_end(key)
+        return tuple(kept)
 
-    def keep(self, key: Hashable, served_by: Any) -> None:
+    def keep(self, key: Hashable, program: T) -> None:
         """Keep one more."""
-        self.setdefault(key, []).append(served_by)
-        self.move_to_end(key)
-        while len(self) > 1 and sum(map(len, self.values())) > self.capacity:
-            self.dropped += len(self.popitem(last=False)[1])
+        self._kept.setdefault(key, []).append(program)
+        self._kept.move_to_end(key)
+        while len(self._kept) > 1 and len(self) > self.capacity:
+            self.dropped += len(self._kept.popitem(last=False)[1])
 
-    def forget(self, served_by: Any) -> None:
-        """Keep this no longer."""
-        for key, kept in list(self.items()):
-            if served_by in kept:
-                kept.remove(served_by)
+    def forget(self, program: T) -> None:
+        """Keep this one no longer."""
+        for key, kept in list(self._kept.items()):
+            if program in kept:
+                kept.remove(program)
                 if not kept:
-                    del self[key]
+                    del self._kept[key]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()

@@ -7,7 +7,8 @@ Needs `hypothesis` (the `dev` extra); `import lorafx` does not import this modul
         lora = case.build(pipeline=my_pipeline)
         testing.assert_merged_equals_unmerged(lora, lambda model: model(**case.model.inputs()))
 
-Floating-point checks take no tolerance: they derive it, see `tolerance`. The others compare bits.
+Checks raise `AssertionError`. Those that compare numbers derive their tolerance, see `tolerance`; the others compare
+bits.
 """
 
 from .adapters import Adapted, adaptable, adapted, configs, randomize

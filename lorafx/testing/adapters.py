@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .. import api
-from ..adapters.config import LoraConfig
-from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, form_of
-from ..adapters.selection import Site
+from ..adapters.kinds.lora_config import LoraConfig
+from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, Reading
+from ..adapters.site import Site
+from ..adapters.storages import weights_of
 from ..model.adapted_model import AdaptedModel
 from ..tree.lookup import find_tensor, tensor_at
 from .checks import Call
@@ -31,11 +32,12 @@ def configs(
     replaces: bool = True,
     max_rank: int = 4,
 ) -> LoraConfig:
-    """Random configs that fit a model, with adapters that do not start at zero.
+    """Random LoRA configs that fit a model, for adapters that do not start at zero; ranks up to `max_rank`.
 
-    Targets come as a list, a regex or "all-linear"; ranks and alphas vary by pattern. `mergeable` leaves out what
-    cannot be merged: convolutions in groups, and `lora_bias` where a layer has no bias to take it. `replaces` allows
-    `bias` and `modules_to_save`, of which two adapters that are active together cannot both have the same.
+    Targets are a list, a regex or "all-linear"; ranks and alphas vary by pattern. `mergeable` leaves out what cannot
+    be merged: convolutions in groups, and `lora_bias` where a layer has no bias to merge it into. `replaces` allows
+    `bias` and `modules_to_save`: two adapters that replace the same tensor cannot be active together. If the least
+    common multiple of the layers' groups is larger than `max_rank`, ranks are that.
     """
     targets, chosen = draw(_targets(model, mergeable))
     saved = draw(_saved(model, chosen)) if replaces else None
@@ -60,10 +62,14 @@ def configs(
 
 
 def adaptable(model: nn.Module, mergeable: bool = False) -> list[str]:
-    """Names of the modules an adapter fits; of those whose weight it can be merged into, if `mergeable`."""
+    """Names of the modules that can be adapted; if `mergeable`, only those whose adapters can be merged."""
     named = model.named_modules(remove_duplicate=False)
-    fit = {name: module for name, module in named if name and form_of(module) is not None}
+    fit = {name: module for name, module in named if name and _readings(module)}
     return [name for name, module in fit.items() if not mergeable or getattr(module, "groups", 1) == 1]
+
+
+def _readings(module: nn.Module) -> list[Reading]:
+    return [reading for _, reading, _ in weights_of(module)]
 
 
 @st.composite
@@ -71,7 +77,7 @@ def _targets(draw: st.DrawFn, model: nn.Module, mergeable: bool) -> tuple[Any, l
     """`target_modules`, and the names of the modules that it matches."""
     names = adaptable(model, mergeable)
     ends = {name: picked for name in names if set(picked := _ending_in(model, name)) <= set(names)}
-    linear = [name for name in names if form_of(model.get_submodule(name)) in (LINEAR, CONV1D)]
+    linear = [name for name in names if {LINEAR, CONV1D}.intersection(_readings(model.get_submodule(name)))]
     style = draw(st.sampled_from(["regex"] + ["list"] * bool(ends) + ["all-linear"] * bool(linear)))
     if style == "all-linear":
         return style, linear
@@ -82,14 +88,14 @@ def _targets(draw: st.DrawFn, model: nn.Module, mergeable: bool) -> tuple[Any, l
 
 
 def _ending_in(model: nn.Module, end: str) -> list[str]:
-    """Names of the modules that an entry of a list of targets picks."""
+    """Names of the modules that the entry `end` of a list of targets picks."""
     names = (name for name, _ in model.named_modules(remove_duplicate=False))
     return [name for name in names if name == end or name.endswith(f".{end}")]
 
 
 @st.composite
 def _saved(draw: st.DrawFn, model: nn.Module, chosen: list[str]) -> list[str] | None:
-    """`modules_to_save`: usually None, else one module that leaves some target."""
+    """`modules_to_save`: usually None, else one module that does not contain every target."""
     owners = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
     possible = [name for name in owners if _can_be_saved(model, name, chosen)]
     wanted = draw(st.sampled_from([False, False, True])) and possible
@@ -97,7 +103,7 @@ def _saved(draw: st.DrawFn, model: nn.Module, chosen: list[str]) -> list[str] | 
 
 
 def _can_be_saved(model: nn.Module, saved: str, chosen: list[str]) -> bool:
-    """Some target is left, and none of those left shares a tensor with the saved module."""
+    """Whether some target is outside the saved module, and none of those shares a tensor with it."""
     left = [name for name in chosen if not _inside(name, [saved])]
     own = {id(parameter) for name in _ending_in(model, saved) for parameter in model.get_submodule(name).parameters()}
     return bool(left) and not any(id(p) in own for name in left for p in model.get_submodule(name).parameters())
@@ -112,13 +118,13 @@ def _site_patterns(sites: Sequence[str]) -> st.SearchStrategy[str]:
 
 
 def _takes_lora_bias(layers: Sequence[nn.Module], mergeable: bool) -> bool:
-    forms = [form_of(layer) for layer in layers]
-    return EMBEDDING not in forms and all(layer.bias is not None for layer in layers if mergeable)
+    readings = [reading for layer in layers for reading in _readings(layer)]
+    return EMBEDDING not in readings and all(layer.bias is not None for layer in layers if mergeable)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A random model, configs of adapters for it, and how large ΔW is beside W."""
+    """A random model, configs of adapters for it, and `scale`, the size of ΔW relative to W."""
 
     model: RandomModel
     configs: tuple[LoraConfig, ...]
@@ -127,9 +133,9 @@ class Adapted:
     names: tuple[str, ...] = field(default=("default", "second", "third", "fourth"), repr=False)
 
     def build(self, *, start: bool = False, **options: Any) -> AdaptedModel:
-        """A new base with all the adapters active, in eval mode. `options` go to `compile`.
+        """A new base model with all the adapters active, in eval mode. `options` go to `compile`.
 
-        The adapters' values are random, or at their `start`: B is zero then.
+        The adapters' values are random, or with `start` their start values, in which B is zero.
         """
         options = {"autocast_adapter_dtype": self.autocast_adapter_dtype, **options}
         first, *others = [config.replace(init_lora_weights=start) for config in self.configs]
@@ -142,7 +148,7 @@ class Adapted:
         return lora.eval()
 
     def call(self, seed: int = 0) -> Call:
-        """A call to compare models by."""
+        """A function that calls a model on the random model's inputs for this seed, as checks take it."""
         inputs = self.model.inputs(seed)
         return lambda model: model(**inputs)
 
@@ -157,7 +163,10 @@ def adapted(
     replaces: bool = True,
     scales: st.SearchStrategy[float] = st.sampled_from([1e-3, 0.05, 1.0]),  # noqa: B008
 ) -> Adapted:
-    """Random models with one to `adapters` adapters; of them only the first may replace biases and modules."""
+    """Random models with one to `adapters` adapters, whose ΔW has one of the `scales` relative to W.
+
+    `mergeable` and `replaces` are those of `configs`; only the first adapter may replace biases and modules.
+    """
     model = draw(models.filter(lambda m: not mergeable or adaptable(m.model, mergeable)))
     count = draw(st.integers(1, adapters))
     chosen = [draw(configs(model.model, mergeable=mergeable, replaces=replaces and not i)) for i in range(count)]
@@ -166,11 +175,11 @@ def adapted(
 
 @torch.no_grad()
 def randomize(lora: AdaptedModel, scale: float = 0.1, *, seed: int = 0) -> None:
-    """Give every adapter random values with ΔW about `scale` times W, in root mean square, at every site.
+    """Give every adapter random values, so that at every site rms(ΔW) is about `scale` times rms(W).
 
     With A ~ N(0, 1/r) and B ~ N(0, (scale · rms(W) / s)²) an element of s · B A has variance
-    s² · r · (1/r) · (scale · rms(W) / s)², which is (scale · rms(W))². A bias that an adapter adds gets the scale of
-    the base's bias, or else of W; own copies of base tensors move by as much.
+    s² · r · (1/r) · (scale · rms(W) / s)², which is (scale · rms(W))². A bias that an adapter adds is about `scale`
+    times the base's bias, or else W; own copies of base tensors move by `scale` times their rms.
     """
     rng = torch.Generator().manual_seed(seed)
     for adapter in lora._lorafx.adapters.values():

@@ -22,9 +22,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of each element as an integer, same shape, on the CPU: equal exactly when the elements are the same.
+    """The bits of each float as an integer, in a tensor of the same shape on the CPU; other dtypes as they are.
 
-    Unlike `torch.equal` on floats it tells -0 from +0, and finds a NaN equal to itself.
+    Unlike floats, these tell -0 from +0, and a NaN equals itself.
     """
     plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return plain.view(_INTEGERS[plain.element_size()]) if plain.is_floating_point() else plain
@@ -74,7 +74,7 @@ def backward_error(lora: AdaptedModel) -> float:
     lengths = [weight[0].numel() for p in lora.parameters() if (weight := p).ndim > 1]
     lengths += [max(weight.shape[:2]) for weight in lora.parameters() if weight.ndim == 2]
     shapes = [
-        [s for site in a.selection for s in a.kind.shapes(site, a.config).values() if len(s) > 1] for a in adapters
+        [s for site in a.selection for _, s in a.kind.tensors(site, a.config).values() if len(s) > 1] for a in adapters
     ]
     ranks = sum(max((min(shape[:2]) for shape in each), default=0) for each in shapes)
     roundings = _ROUNDINGS + 4 * len(adapters)
@@ -83,7 +83,7 @@ def backward_error(lora: AdaptedModel) -> float:
 
 @torch.no_grad()
 def condition(lora: AdaptedModel, call: Call, *, seed: int = 0) -> list[float]:
-    """How strongly each output leaf of a call answers a relative change of the weights: max |Δy| / η.
+    """How strongly each floating-point output of a call answers a relative change of the weights: max |Δy| / η.
 
     Every parameter is multiplied by 1 ± η with random signs and η = √eps, the step at which rounding and curvature
     weigh alike; the largest answer of four draws counts. The parameters get their bits back.
@@ -106,11 +106,11 @@ def condition(lora: AdaptedModel, call: Call, *, seed: int = 0) -> list[float]:
 
 
 def tolerance(lora: AdaptedModel, call: Call) -> list[float]:
-    """How far rounding may move each output leaf of a call, absolutely: `backward_error` times `condition`.
+    """How far rounding may move each floating-point output of a call, absolutely: `backward_error` times `condition`.
 
     The forward error of a computation is at most its backward error times its condition number (Higham, "Accuracy and
-    Stability of Numerical Algorithms", section 1.6). The first follows from dtypes and lengths alone, the second is a
-    property of the model's function and is measured on it as it stands, merged or not.
+    Stability of Numerical Algorithms", section 1.6). The first follows from dtypes and lengths alone; the second is a
+    property of the function, and is measured on the model as it is, merged or not.
     """
     error = backward_error(lora)
     return [error * number for number in condition(lora, call)]
@@ -127,7 +127,10 @@ def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_close(actual: Any, expected: Any, limits: Sequence[float]) -> None:
-    """Every floating-point leaf of `actual` lies within its limit of `expected`, and has its shape and dtype."""
+    """Every floating-point leaf of `actual` has the shape and dtype of that of `expected`, and is within its limit.
+
+    `limits` are the largest absolute differences allowed, one for each such leaf.
+    """
     for index, (a, e, limit) in enumerate(zip(_floats(actual), _floats(expected), limits, strict=True)):
         assert (a.shape, a.dtype) == (e.shape, e.dtype), f"output {index}: {a.shape} {a.dtype}, not {e.shape} {e.dtype}"
         distance = float((a.double() - e.double()).abs().max())
@@ -178,7 +181,8 @@ def assert_merged_equals_unmerged(lora: AdaptedModel, call: Call) -> None:
 def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module:
     """In eval mode, the plain model that `merge_and_unload` returns gives what the adapted one gave; returns it.
 
-    The plain model runs its own Python and no graph, so this checks the graphs against the model itself.
+    The limit is that of `assert_merged_equals_unmerged`. The plain model runs its own Python and no graph, so this
+    checks graphs against the model itself. `lora` is used up by it.
     """
     lora.eval()
     with torch.no_grad():
@@ -191,7 +195,7 @@ def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module
 
 
 def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
-    """An adapter at its start (B = 0) changes no bit of a call's output; gradients are not looked at."""
+    """An adapter with its start values (B = 0) changes no bit of a call's output; gradients are not compared."""
     actual, expected = _floats(call(lora)), _floats(call(base))
     assert len(actual) == len(expected), f"{len(actual)} tensors, not {len(expected)}"
     wrong = [index for index, pair in enumerate(zip(actual, expected)) if not same_bits(*pair)]
@@ -199,7 +203,10 @@ def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
 
 
 def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
-    """Every adapter that is saved loads again as it was: sites, tensors bit for bit; saved again, the same bytes."""
+    """Every adapter, saved and loaded, has the same sites and tensors, bit for bit; saved again, the same bytes.
+
+    Files are written into `tmp_path`.
+    """
     base = copy.deepcopy(lora._lorafx.base)
     lora.save_pretrained(tmp_path / "first")
     for name in lora.peft_config:
@@ -219,7 +226,7 @@ def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards each module is in the mode it was in."""
+    """Eval mode within a `with` block; afterwards each module is in the mode that it was in before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Random models: small graphs of layers that share, tie and rejoin, never square only."""
+"""Random models: small graphs of layers with shared modules, tied weights and joins. No layer but a norm is square."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = ("proj", "inner.proj", "inner.block.proj", "fc", "inner.fc", "layers.0.f
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a random model: (…, inputs) -> (…, outputs).
+    """One layer of a random model: (…, inputs) -> (…, outputs). `kind` is one of `KINDS`, `groups` a convolution's.
 
     `of` is the path of an earlier layer: `share="weight"` ties the two weights, `share="module"` makes this path a
     second name of the earlier module.
@@ -53,7 +53,7 @@ class Layer:
         return shapes.get(self.kind, ())
 
     def make(self) -> nn.Module:
-        """A new module of this kind, uninitialised in effect: `RandomModel` fills it."""
+        """A new module of this kind, whose values `RandomModel.build` sets."""
         i, o, groups, bias = self.inputs, self.outputs, self.groups, self.bias
         makers: dict[str, Callable[[], nn.Module]] = {
             "linear": lambda: nn.Linear(i, o, bias=bias),
@@ -67,7 +67,7 @@ class Layer:
         return makers[self.kind]()
 
     def run(self, module: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
-        """(batch, length, inputs) -> (batch, length, outputs); an embedding looks `ids` up, modulo its rows."""
+        """(batch, length, inputs) -> (batch, length, outputs); an embedding looks up `ids`, modulo its rows."""
         if self.kind == "embedding":
             return module(ids % self.inputs)
         if self.kind.startswith("conv1d"):
@@ -80,14 +80,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a random model: a layer by its path, an activation, or a join, and which earlier values it reads."""
+    """One step of a random model: a layer's path, an activation or a join, and the numbers of the values it reads.
+
+    Value 0 is the input x, and value n what the n-th step gave.
+    """
 
     op: str
     reads: tuple[int, ...]
 
 
 class Dag(nn.Module):
-    """The module of a random model: runs its steps in order and concatenates what no step has read."""
+    """The module of a random model: runs its steps in order and concatenates the values that no step reads."""
 
     def __init__(self, layers: tuple[Layer, ...], steps: tuple[Step, ...]):
         super().__init__()
@@ -128,7 +131,10 @@ def _place(root: nn.Module, layer: Layer) -> None:
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model as a value: its repr is the whole recipe, `model` is the module, `inputs` are arguments that fit it."""
+    """A random model as a value; its repr is the whole recipe. `model` is the module, `inputs` arguments for it.
+
+    `width` is that of the input x.
+    """
 
     width: int
     layers: tuple[Layer, ...]
@@ -137,7 +143,7 @@ class RandomModel:
     seed: int = 0
 
     def build(self) -> nn.Module:
-        """A new module, every weight normal with variance 1 / fan-in, biases small, in eval mode."""
+        """A new module in eval mode, with random values by `seed`: weights of variance 1 / fan-in, small biases."""
         model = Dag(self.layers, self.steps)
         rng = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -147,7 +153,7 @@ class RandomModel:
 
     @cached_property
     def model(self) -> nn.Module:
-        """One module, the same at every access."""
+        """The module, built at the first access."""
         return self.build()
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
@@ -179,8 +185,8 @@ def models(
 ) -> RandomModel:
     """Random models: a DAG of layers, activations and joins. No layer but a norm is square.
 
-    `kinds` are the layers to choose from, `widths` their numbers of features. `sharing` lets modules run twice, have
-    two names, and tie their weights, across kinds too.
+    `kinds` are the layers to choose from, `widths` their numbers of features; at least one layer is no norm. `sharing`
+    lets modules run twice, have two names, and tie their weights, across kinds too.
     """
     draft = _Draft(draw, tuple(kinds), tuple(widths))
     draft.new_layer(tuple(kind for kind in kinds if kind != "norm"))
@@ -191,7 +197,7 @@ def models(
 
 
 class _Draft:
-    """A random model while it is drawn: its layers, its steps, and the width of each value computed so far."""
+    """A random model that is being drawn: its layers, its steps, and the width of each value so far."""
 
     def __init__(self, draw: st.DrawFn, kinds: tuple[str, ...], widths: tuple[int, ...]):
         self.draw, self.kinds, self.choices = draw, kinds, widths
@@ -260,7 +266,7 @@ class _Draft:
         self.widths.append(width)
 
     def _path(self, kind: str) -> str:
-        """A free name; some names end in others, as those of real models do."""
+        """A name that is not taken; some names end in others, as in real models."""
         taken = {layer.path for layer in self.layers}
         free = [name for name in NAMES if name not in taken] if kind != "norm" else []
         return self.draw(st.sampled_from(free)) if free else f"{kind}_{len(self.layers)}"

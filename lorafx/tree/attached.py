@@ -1,18 +1,21 @@
-"""Attached: what adapters hang into a module tree, told apart from what is the model's own."""
+"""Attached tensors: hang an adapter's tensors into a module tree, and tell them from the model's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from .lookup import find_tensor
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
 
 
-def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
-    """Hang a parameter at `path`; modules that are missing on the way are made, and remembered as attached."""
+def attach(root: nn.Module, path: str, tensor: Tensor) -> None:
+    """Hang a tensor at `path`: a parameter, or a buffer that is not saved.
+
+    Modules that are missing on the way are made, and remembered as attached.
+    """
     *parents, last = path.split(".")
     owner = root
     for atom in parents:
@@ -20,13 +23,16 @@ def attach(root: nn.Module, path: str, tensor: nn.Parameter) -> None:
             owner.add_module(atom, nn.Module().train(owner.training))
             owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
         owner = owner.get_submodule(atom)
-    owner.register_parameter(last, tensor)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(last, tensor)
+    else:
+        owner.register_buffer(last, tensor, persistent=False)
 
 
 def detach(root: nn.Module, paths: Iterable[str]) -> None:
-    """Take parameters away again, and the modules that `attach` made for them once they are empty.
+    """Take tensors away again, and the modules that `attach` made for them once they are empty.
 
-    Those that went with a module that somebody took away are passed over.
+    A path that leads nowhere is skipped: its module may have been replaced or removed since.
     """
     for path in paths:
         if find_tensor(root, path) is None:
@@ -35,21 +41,21 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
         *parents, last = path.split(".")
         for atom in parents:
             owners.append(owners[-1].get_submodule(atom))
-        del owners[-1]._parameters[last]
+        delattr(owners[-1], last)
         for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
-            if atom in vars(owner).get(ATTACHED, ()) and not child._modules and not child._parameters:
+            if atom in vars(owner).get(ATTACHED, ()) and not (child._modules or child._parameters or child._buffers):
                 del owner._modules[atom]
                 owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
 
 
 def own_children(module: nn.Module) -> list[nn.Module]:
-    """The children of a module without those that adapters hung there."""
+    """The children of a module, without those that `attach` made."""
     attached = vars(module).get(ATTACHED, ())
     return [child for name, child in module._modules.items() if child is not None and name not in attached]
 
 
 def own_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a tree, each once, without those that adapters hung there."""
+    """The modules of a tree, each once, without those that `attach` made."""
     seen: set[int] = set()
     pending = [root]
     while pending:
@@ -61,12 +67,12 @@ def own_modules(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def has_copies_among_children(module: nn.Module) -> bool:
-    """Whether an adapter keeps copies below a module that has other children: a container that is saved as a whole."""
+    """Whether `attach` made children of a module that has its own too: a container in `modules_to_save`, say."""
     return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
 
 
 def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
-    """A bare tree with only these modules of `root`, live and under their own paths."""
+    """A new tree of empty modules that holds the modules of `root` at the paths `owners`, shared and not copied."""
     owners = sorted(set(owners), key=lambda path: path.count("."))
     if "" in owners:
         return root
@@ -83,7 +89,7 @@ def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
 
 
 def trained_paths(root: nn.Module) -> frozenset[str]:
-    """Paths of the parameters of the base itself that are trained."""
+    """Paths of the base's own parameters that require gradients."""
     own = {id(module) for module in own_modules(root)}
     return frozenset(
         f"{path}.{name}".lstrip(".")
@@ -95,7 +101,7 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
 
 
 def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
-    """Let exactly the parameters at these paths be trained."""
+    """Set `requires_grad` on the parameters at these paths, and clear it on all others."""
     wanted = {id(find_tensor(root, path)) for path in trainable}
     for parameter in root.parameters():
         flag = id(parameter) in wanted

@@ -25,6 +25,6 @@ def tensor_at(root: nn.Module, path: str) -> Tensor:
 
 
 def first_name(root: nn.Module, path: str) -> str:
-    """The first of the names that a parameter goes by."""
+    """The first path, in the tree's order, of the parameter at `path`, which may have several."""
     parameter = root.get_parameter(path)
     return next(name for name, other in root.named_parameters() if other is parameter)

@@ -1,4 +1,4 @@
-"""One tree of owners: a mirror of the base model's modules that shares every parameter and buffer.
+"""Mirrors: a copy of a model's modules that shares every parameter and buffer with the model.
 
 A mirror module is of the same class and has the same attributes as its original; its `_parameters` and `_buffers`
 are the original's own dicts, so a tensor replaced in one is replaced in both, while its `_modules` dict is its own:
@@ -12,22 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from ..torch_private.tensors import MODULE_HOOKS
 from .attached import ATTACHED
 
-_OWN_DICTS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-# On an adapted tree: its state. On its class: the base model's class.
+# Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class.
 STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
 
 
@@ -39,7 +27,7 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
     forward = vars(model).get("forward")
-    if getattr(forward, "lorafx", False) or STATE in vars(model):  # how an adapted tree serves a call of this module
+    if getattr(forward, "lorafx", False) or STATE in vars(model):  # `model` is adapted, and its `forward` serves calls
         copy.__dict__.pop("forward", None)
         copy.__dict__.update(getattr(forward, "replaced", {}))
     attached = vars(model).get(ATTACHED, ())
@@ -48,14 +36,14 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
         for name, child in model._modules.items()
         if name not in attached
     }
-    for name in _OWN_DICTS:
+    for name in MODULE_HOOKS:
         if name in vars(model):
             copy.__dict__[name] = vars(model)[name].copy()
     return copy
 
 
 def rebind(memo: dict[int, nn.Module]) -> None:
-    """Point what mirrored modules hold outside `_modules` at the mirrors: bound methods, modules, lists of them."""
+    """Redirect attributes of mirrors that hold originals to the mirrors: modules, bound methods, lists of them."""
     for copy in memo.values():
         for key, value in vars(copy).items():
             if key not in ("_modules", "_parameters", "_buffers"):
@@ -63,8 +51,8 @@ def rebind(memo: dict[int, nn.Module]) -> None:
 
 
 def without_hooks(module: nn.Module) -> None:
-    """Forget the hooks of a mirror itself: whoever calls its original runs them."""
-    for name in _OWN_DICTS:
+    """Clear a mirror's own hooks, not its children's: they run where the original is called."""
+    for name in MODULE_HOOKS:
         vars(module).get(name, {}).clear()
 
 
@@ -89,9 +77,9 @@ def mirrored(model: nn.Module) -> nn.Module:
 
 
 def isolated(copy: nn.Module) -> nn.Module:
-    """A complete mirror after its modules got containers of their own: nothing put into one is seen by the original.
+    """Give each module of a mirror its own copy of every dict, list and set that it holds, and return the mirror.
 
-    While a mirror is captured, its parameters are stand-ins, and the original may be running in another thread.
+    A capture puts stand-ins in the place of parameters; the original, which may run in another thread, must not see it.
     """
     memo: dict[int, Any] = {}
     for module in copy.modules():
@@ -105,7 +93,7 @@ def isolated(copy: nn.Module) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of plain containers, whatever else they hold; one that is found twice is one copy."""
+    """A copy of a list, dict or set; a container held in two places is copied once, any other value is shared."""
     if type(value) not in (list, dict, set) or id(value) in memo:
         return memo.get(id(value), value)
     own = memo[id(value)] = type(value)()

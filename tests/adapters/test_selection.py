@@ -78,7 +78,7 @@ def test_ranks_and_alphas_by_pattern(llama):
         5,
     ]
     adapter = lora._lorafx.adapters["default"]
-    scales = [adapter.kind.scalars(site, adapter.config)["scaling"] for site in lora.sites]
+    scales = [adapter.kind.numbers(site, adapter.config)["scaling"] for site in lora.sites]
     assert scales == [6 / 3, 16 / 5, 6 / 8, 16 / 5]
 
 

@@ -9,7 +9,6 @@ base       x Wᵀ, and dy W: the limit
 library    as `lora_linear` does it: the narrow product, then the wide one added to it
 extended   K-extension, W and B in one buffer: [x | s · h] [W | B]ᵀ, where x is copied beside h, or was written there by
            who made it ("x in place"); and dy [W | B], which is dy W beside dy B
-triton     the kernel of `lorafx/ops/gemm_update.py`, on CUDA
 tuned      `torch.compile(mode="max-autotune-no-cudagraphs")` of the equation, on CUDA: Inductor's templates
 
 In float32 at a small Llama's widths on a CPU, in bfloat16 at a Llama-3-8B's on CUDA. All are compared with the equation
@@ -30,8 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
-from lorafx.ops.gemm_update import runs
-from lorafx.ops.lora_linear import input_gradient, updated
+from lorafx.ops.cpu import product_with_update
 from lorafx.tables import table
 
 RANK, SCALING = 16, 2.0
@@ -55,18 +53,15 @@ def forward_ways(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> W
         torch.mul(F.linear(x, lora_A), SCALING, out=wide[:, inputs:])
         return wide @ both.t()
 
-    def by(gemm: str) -> Tensor:
-        return updated(x, weight, None, F.linear(x, lora_A), lora_B, SCALING, gemm)
-
     ways: Ways = {
         "base": lambda: F.linear(x, weight),
-        "library": lambda: by("library"),
+        "library": lambda: product_with_update(x, weight.t(), F.linear(x, lora_A), lora_B.t(), None, SCALING),
         "extended": lambda: extended(True),
         "extended, x in place": lambda: extended(False),
     }
-    if runs(x, weight):
+    if x.is_cuda:
         tuned = _tuned(lambda *of: F.linear(of[0], of[1]) + SCALING * F.linear(F.linear(of[0], of[2]), of[3]))
-        ways |= {"triton": lambda: by("triton"), "tuned": lambda: tuned(x, weight, lora_A, lora_B)}
+        ways["tuned"] = lambda: tuned(x, weight, lora_A, lora_B)
     return ways
 
 
@@ -77,13 +72,14 @@ def backward_ways(dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) ->
         product = dy @ both
         return product[:, :inputs].addmm_(product[:, inputs:], lora_A, alpha=SCALING)
 
-    def by(gemm: str) -> Tensor:
-        return input_gradient(dy, weight, (dy @ lora_B) * SCALING, lora_A, gemm)
-
-    ways: Ways = {"base": lambda: dy @ weight, "library": lambda: by("library"), "extended": extended}
-    if runs(dy, weight):
+    ways: Ways = {
+        "base": lambda: dy @ weight,
+        "library": lambda: product_with_update(dy, weight, (dy @ lora_B) * SCALING, lora_A),
+        "extended": extended,
+    }
+    if dy.is_cuda:
         tuned = _tuned(lambda *of: of[0] @ of[1] + SCALING * (of[0] @ of[3]) @ of[2])
-        ways |= {"triton": lambda: by("triton"), "tuned": lambda: tuned(dy, weight, lora_A, lora_B)}
+        ways["tuned"] = lambda: tuned(dy, weight, lora_A, lora_B)
     return ways
 
 

@@ -59,7 +59,7 @@ def test_contestants_agree_and_their_figures_are_recorded(smoke):
 @of_one_run
 def test_who_is_not_installed_is_a_row_that_says_so(smoke):
     folder, _, record = smoke
-    for name in ("liger", "unsloth", "torchtune"):
+    for name in ("liger", "unsloth"):
         row = rows_of(record)[name]
         assert row["seconds"] or row["failed"]
     page = (folder / "bench.md").read_text()

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapters.config import NOT_YET
+from lorafx.adapters.kinds.lora_config import NOT_YET
 from lorafx.errors import CheckpointError, ConfigError, LorafxError
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits

@@ -23,7 +23,8 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError
-from lorafx.files.checkpoint import CARD, CONFIG, OLD_WEIGHTS, WEIGHTS
+from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
+from lorafx.files.model_card import CARD
 from lorafx.testing import adapter_tensors, assert_same_tensors
 
 REPO, FILE = "somebody/adapter", "/{repo_id}/resolve/{revision}/{filename}"

@@ -9,7 +9,7 @@ import lorafx
 from lorafx.graph.blocks import LAYERS, blocks_of
 from lorafx.graph.modules import CAPTURED, accepts, by_leaves, copied, copied_graph, over, refresh
 from lorafx.passes import Canonicalize, OutlineBlocks
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 
 class WithConstants(nn.Module):

@@ -23,7 +23,7 @@ from lorafx.graph.outline import (
 )
 from lorafx.graph.regions import Region, families
 from lorafx.passes import Canonicalize
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 MAKER = Provenance("test")
 

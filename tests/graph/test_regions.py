@@ -7,7 +7,7 @@ from torch import nn
 import lorafx
 from lorafx.graph.regions import Region, families, is_size, signature
 from lorafx.passes import Canonicalize
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 
 def graph(model, x=None):

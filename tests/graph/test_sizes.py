@@ -8,7 +8,7 @@ import lorafx
 from lorafx.graph.masks.positions import integers
 from lorafx.graph.masks.sizes import ONES, AtSizes, DependsOnData, apart, is_written_to, symbols_of, together
 from lorafx.passes import Canonicalize
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 
 class Masked(nn.Module):

@@ -11,7 +11,7 @@ from graphs import Chain, adapted, context, run
 import lorafx
 from lorafx.errors import VerifyError
 from lorafx.passes import default
-from lorafx.pipeline.pipeline import Context, Pass, Pipeline
+from lorafx.pipeline import Context, Pass, Pipeline
 
 aten = torch.ops.aten
 

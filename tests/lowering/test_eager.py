@@ -10,7 +10,6 @@ from torch.nn.utils import parametrize
 import lorafx
 from lorafx.lowering.eager import _FUNCTIONS, _TORCHS, direct, reader
 from lorafx.ops import lora_linear
-from lorafx.ops.lora_linear import reference
 
 
 class Layer(nn.Module):
@@ -130,19 +129,3 @@ def test_a_reader_follows_replaced_modules_and_computed_tensors():
     with pytest.raises(AttributeError, match="proj"):
         del stack.layers[0].proj
         found()
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 4), (2, 4)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_single_row_is_computed_alike(shape, bias, apart):
-    x, z = torch.randn(shape).double(), torch.randn(shape).double() if apart else None
-    weight, A, B = torch.randn(6, 4).double(), torch.randn(2, 4).double(), torch.randn(6, 2).double()
-    given = x, weight, torch.randn(6).double() if bias else None, z, A, B, 1.7
-    found = lora_linear(*given)
-    assert found.shape == (*shape[:-1], 6)
-    torch.testing.assert_close(found, reference(*given), rtol=1e-13, atol=1e-13)
-    spread = torch.randn(4, 3).double().t()[:1].expand(1, 4)  # no row in memory
-    torch.testing.assert_close(
-        lora_linear(spread, *given[1:3], None, A, B, 1.7), reference(spread, *given[1:3], None, A, B, 1.7)
-    )

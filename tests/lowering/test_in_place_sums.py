@@ -1,4 +1,4 @@
-"""in_place: sums of products take the memory of the product that nobody else reads, and no other."""
+"""in_place_sums: sums of products take the memory of the product that nobody else reads, and no other."""
 
 import pytest
 import torch
@@ -6,8 +6,10 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.lowering.in_place_sums import POST_PASS, SumsInPlace
-from lorafx.lowering.lower import Backend, Piece
+from lorafx.lowering.backend import Backend
+from lorafx.lowering.inductor.in_place_sums import SumsInPlace
+from lorafx.lowering.pieces import Piece
+from lorafx.torch_private.compilers import POST_PASS
 
 aten = torch.ops.aten
 N, K, R = 6, 4, 2

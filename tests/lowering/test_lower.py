@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import Chain, adapted
+from losses import Own, both, shifted, times_asked
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -10,9 +11,11 @@ import lorafx
 from lorafx import ops
 from lorafx.errors import ConfigError
 from lorafx.graph.blocks import blocks_of
-from lorafx.lowering import lower
-from lorafx.lowering.in_place_sums import POST_PASS
-from lorafx.lowering.lower import Backend, OurPasses
+from lorafx.lowering import pieces
+from lorafx.lowering.backend import Backend
+from lorafx.lowering.inductor import OurPasses
+from lorafx.ops.deferral import Deferred
+from lorafx.torch_private.compilers import POST_PASS
 
 eps = torch.finfo(torch.float32).eps
 
@@ -53,10 +56,15 @@ def test_compiled_training_equals_eager(backend):
     assert lora(torch.randint(0, 11, (5, 9))).shape == (5, 3)
 
 
+def test_a_backend_that_is_none_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"backend='inductr' is none of auto, eager, .*inductor"):
+        lorafx.compile(Chain(), {"target_modules": ["first"]}, backend="inductr")
+
+
 def test_auto_is_eager_without_cuda():
     lora = adapted(Chain())
     lora(torch.randn(5, 4))
-    assert not lora._lorafx.dispatcher.lowering.pieces
+    assert not lora._lorafx.dispatcher.graphs.lowering.pieces
 
 
 class Layer(nn.Module):
@@ -140,6 +148,15 @@ def test_layers_share_a_compilation_and_keep_it():
     assert times(lora) == pieces
 
 
+def test_what_a_graph_defers_is_in_no_piece():
+    """A compiler would compute it."""
+    lora, _ = both(Own(shifted), ["inner", "head"], backend="aot_eager")
+    ids = torch.randint(0, 13, (3, 8))
+    loss, logits = lora(ids, ids)
+    loss.backward()
+    assert isinstance(logits, Deferred) and times_asked(lora) == "fused" and times(lora)
+
+
 @pytest.mark.slow
 def test_without_blocks_the_whole_graph_is_compiled():
     lora = deep(pipeline=lorafx.passes.default.without("outline_blocks", "checkpoint_blocks"))
@@ -161,7 +178,9 @@ def test_a_budget_keeps_less():
 
 def test_modes_are_inductors(monkeypatch):
     asked = []
-    monkeypatch.setattr(lower, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm)
+    monkeypatch.setattr(
+        pieces, "lookup_backend", lambda name: lambda gm, inputs, **options: asked.append(options) or gm
+    )
     lora = deep(backend="inductor", mode="reduce-overhead")
     lora(torch.randn(2, 5, 4))
     for options in asked:

@@ -1,4 +1,4 @@
-"""by_onednn: compiled graphs multiply float32 as eager ones do, where MKL does not use what the processor has."""
+"""onednn_products: compiled graphs multiply float32 as eager ones do, where MKL does not use what the processor has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.lowering.lower import Backend, OurPasses, Piece
-from lorafx.lowering.onednn_products import ProductsByOnednn
+from lorafx.lowering.backend import Backend
+from lorafx.lowering.inductor import OurPasses
+from lorafx.lowering.inductor.onednn_products import ProductsByOnednn
+from lorafx.lowering.pieces import Piece
 from lorafx.ops.cpu import products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

@@ -22,7 +22,8 @@ from checkpoints import (
 
 import lorafx
 from lorafx.errors import CheckpointError
-from lorafx.files.checkpoint import CARD, CONFIG, WEIGHTS
+from lorafx.files.checkpoint import CONFIG, WEIGHTS
+from lorafx.files.model_card import CARD
 from lorafx.testing import same_bits
 
 EMBEDDINGS = {f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"}

@@ -18,7 +18,7 @@ from lorafx.capture.export import trace
 from lorafx.ops import linear, linear_cross_entropy
 from lorafx.ops.cpu import products
 from lorafx.passes import Canonicalize, ChooseKernels
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 EPS = torch.finfo(torch.float32).eps
 T, K, N, R = 160, 130, 110, 12  # 160 · 130 · 110 multiplications are enough to go by oneDNN, 160 · 130 · 12 are not
@@ -239,8 +239,9 @@ def test_the_pass():
     gm = trace(model, x)
     assert Pipeline(Canonicalize(), ChooseKernels()).run(gm)
     assert [str(n.target) for n in gm.graph.nodes if "linear" in str(n.target)] == ["lorafx.linear.default"] * 2
-    with torch.no_grad():
+    with torch.no_grad(), Products() as asked:
         assert torch.equal(gm(x), model(x))  # inference keeps the bits of the model
+    assert asked.called and "linear_pointwise" not in asked.called
 
 
 def test_no_pass_elsewhere(monkeypatch):

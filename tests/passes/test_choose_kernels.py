@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from operators import ADAPTED, of_linear, of_lora_linear, of_lora_linears, of_merging
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from lorafx.capture.export import trace
 from lorafx.ops import attention, linear, linear_cross_entropy
-from lorafx.ops.cpu import products, wide
+from lorafx.ops.cpu import half_precision, products
 from lorafx.passes import Canonicalize, ChooseKernels
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -22,7 +25,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.fixture(autouse=True)
 def slow_cpu(monkeypatch):
     """A CPU without instructions for half precision, and of which MKL uses all, whatever this one is."""
-    monkeypatch.setattr(wide, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(half_precision, "multiplies", lambda dtype: False)
     monkeypatch.setattr(products, "mkl_leaves_avx512", lambda: False)
 
 
@@ -76,10 +79,33 @@ def test_so_is_the_loss_of_a_head(dtype):
         assert (ours - exact).norm() / exact.norm() < torch.finfo(dtype).eps
 
 
+class Multiplied(TorchDispatchMode):
+    """In which dtypes matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@HALF
+def test_the_loss_of_a_head_multiplies_in_float32(dtype):
+    x, W, h, B = (torch.randn(sizes).to(dtype) for sizes in ((40, 36), (50, 36), (40, 4), (50, 4)))
+    rest = 1.7, torch.randint(0, 50, (40,)), -100, 0.0, None, 1.0, [True] * 2 + [False] + [True] * 2, True
+    with Multiplied() as products:  # in the function itself: a mode does not see into the operator
+        sys.modules["lorafx.ops.linear_cross_entropy"]._chunked(x, W, None, h, B, *rest)
+    assert products.dtypes == {torch.float32}
+
+
 def test_half_precision_alone_is_widened_and_few_rows_are_not():
     x, W = torch.randn(2, 3, 8), torch.randn(6, 8)
-    assert wide.pays(x.bfloat16()) and wide.pays(x.half())
-    assert not any(map(wide.pays, (x, x.double(), x.bfloat16()[:1], x.bfloat16().to("meta"))))
+    assert half_precision.pays(x.bfloat16()) and half_precision.pays(x.half())
+    assert not any(map(half_precision.pays, (x, x.double(), x.bfloat16()[:1], x.bfloat16().to("meta"))))
     few = x[:1].bfloat16().requires_grad_()
     assert torch.equal(linear(few, W.bfloat16()), F.linear(few, W.bfloat16()))
 
@@ -166,7 +192,7 @@ def test_before_and_after():
 
 
 def test_a_cpu_that_multiplies_half_precision_is_left_to_do_it_in_linear_layers(monkeypatch):
-    monkeypatch.setattr(wide, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(half_precision, "multiplies", lambda dtype: True)
     _, ours = rewritten(Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16())
     assert ours == ["lorafx.attention.default"]
 

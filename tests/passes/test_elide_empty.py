@@ -8,7 +8,7 @@ from torch import nn
 
 from lorafx.capture.export import trace
 from lorafx.passes import Canonicalize, ElideEmpty
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 join = torch.ops.aten.cat.default
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorafx
 from lorafx.graph import ADAPTED_BY, SITE
-from lorafx.ops import dropped
+from lorafx.ops import dropout
 from lorafx.ops.lora_linear import reference
 from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora, MergeOnTheFly
 
@@ -29,7 +29,7 @@ def arguments(dtype=torch.float64, shape=(3, 5)):
 @pytest.fixture(params=[False, True], ids=["kept", "drawn again"])
 def redraws(request, monkeypatch):
     """The mask is kept, as on a CPU, or drawn again, as on a GPU."""
-    monkeypatch.setattr(dropped, "redraws", lambda x: request.param)
+    monkeypatch.setattr(dropout, "redraws", lambda x: request.param)
     return request.param
 
 

@@ -8,7 +8,7 @@ from modules import KINDS, Stack, cases
 import lorafx
 from lorafx.graph.blocks import blocks_of
 from lorafx.passes import Canonicalize, InlineBlocks, OutlineBlocks
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating", "an odd one"]))

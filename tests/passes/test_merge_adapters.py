@@ -9,7 +9,7 @@ from modules import EveryForm, Tied
 
 from lorafx.errors import VerifyError
 from lorafx.passes import MergeAdapters
-from lorafx.pipeline.pipeline import Context
+from lorafx.pipeline import Context
 
 
 def unnumbered(lines: list[str]) -> list[str]:

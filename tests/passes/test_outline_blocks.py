@@ -14,7 +14,7 @@ import lorafx
 from lorafx.graph.blocks import LAYERS, block_calls, blocks_of
 from lorafx.graph.printing import graph_lines
 from lorafx.passes import Canonicalize, InlineBlocks, OutlineBlocks
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
 

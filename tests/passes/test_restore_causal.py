@@ -15,7 +15,7 @@ import lorafx
 from lorafx.capture.export import trace
 from lorafx.graph.blocks import block_calls, blocks_of
 from lorafx.passes import Canonicalize, InlineBlocks, OutlineBlocks, RestoreCausal
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lorafx.capture.export import trace
 from lorafx.passes import Canonicalize, RestoreGqa
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 

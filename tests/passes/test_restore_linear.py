@@ -8,7 +8,7 @@ from torch import nn
 
 import lorafx
 from lorafx.passes import Canonicalize, RestoreLinear
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import nn
 from lorafx.capture.export import trace
 from lorafx.ops.rms_norm import reference
 from lorafx.passes import Canonicalize, ElideCasts, RestoreNorm
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 fused = torch.ops.lorafx.rms_norm
 

@@ -9,7 +9,7 @@ from torch import nn
 from lorafx.capture.export import trace
 from lorafx.ops.rotary import reference
 from lorafx.passes import Canonicalize, ElideCasts, RestoreRotary
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 fused = torch.ops.lorafx.rotary
 

@@ -13,7 +13,7 @@ import lorafx
 from lorafx.errors import ConfigError, UncoveredOperatorError
 from lorafx.graph.printing import graph_lines
 from lorafx.passes import Canonicalize, SplitReads
-from lorafx.pipeline.pipeline import Pipeline
+from lorafx.pipeline import Pipeline
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,7 +9,7 @@ from graphs import INSERT, Chain, adapted, context
 import lorafx
 from lorafx.errors import PipelineError
 from lorafx.passes import Canonicalize, FoldScaling, InsertAdapters, MatchTargets, default
-from lorafx.pipeline.pipeline import Pass, Pipeline
+from lorafx.pipeline import Pass, Pipeline
 
 aten = torch.ops.aten
 

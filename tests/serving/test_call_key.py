@@ -1,8 +1,10 @@
-"""A call taken apart: as a pytree takes it apart, with structures that are equal where a pytree's are."""
+"""A call and its key: taken apart as by a pytree, and what is told apart by the key."""
 
 from collections import OrderedDict, defaultdict, namedtuple
 
+import pytest
 import torch
+from graphs import Chain, adapted
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
@@ -10,7 +12,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from lorafx.capture.caches import register_caches
-from lorafx.serving.call_key import Call
+from lorafx.serving.call_key import Call, CallKey, full_masks, in_one_order, taken_apart
+from lorafx.serving.tree_state import TreeGuards
 
 register_caches(torch.nn.Module())
 Pair = namedtuple("Pair", "left right")
@@ -39,11 +42,14 @@ call = st.tuples(st.lists(value, max_size=2).map(tuple), st.dictionaries(names, 
 
 @given(call, call)
 def test_a_call_is_taken_apart_as_a_pytree(first, second):
-    calls, trees = [Call.of(*each) for each in (first, second)], [pytree.tree_flatten(each) for each in (first, second)]
-    for taken, (leaves, _) in zip(calls, trees):
-        assert len(taken.leaves) == len(leaves) and all(a is b for a, b in zip(taken.leaves, leaves))
-    assert (calls[0].structure == calls[1].structure) == (trees[0][1] == trees[1][1])
-    assert hash(calls[0].structure) == hash(Call.of(*first).structure)
+    calls, trees = (
+        [taken_apart(*each) for each in (first, second)],
+        [pytree.tree_flatten(each) for each in (first, second)],
+    )
+    for (taken, _), (leaves, _) in zip(calls, trees):
+        assert len(taken) == len(leaves) and all(a is b for a, b in zip(taken, leaves))
+    assert (calls[0][1] == calls[1][1]) == (trees[0][1] == trees[1][1])
+    assert hash(calls[0][1]) == hash(taken_apart(*first)[1])
 
 
 def test_caches_and_models_outputs_are_taken_apart_too():
@@ -54,11 +60,64 @@ def test_caches_and_models_outputs_are_taken_apart_too():
         return made
 
     args, kwargs = (BaseModelOutput(last_hidden_state=torch.zeros(1)),), {"past": cache(), "other": None}
-    taken = Call.of(args, kwargs)
-    assert all(a is b for a, b in zip(taken.leaves, pytree.tree_leaves((args, kwargs)), strict=True))
-    assert taken.structure == Call.of(args, {"past": cache(length=5), "other": 1}).structure
-    assert taken.structure != Call.of(args, {"past": cache(layers=3), "other": None}).structure
-    assert taken.structure != Call.of(args, {"other": None, "past": cache()}).structure
+    leaves, structure = taken_apart(args, kwargs)
+    assert all(a is b for a, b in zip(leaves, pytree.tree_leaves((args, kwargs)), strict=True))
+    assert structure == taken_apart(args, {"past": cache(length=5), "other": 1})[1]
+    assert structure != taken_apart(args, {"past": cache(layers=3), "other": None})[1]
+    assert structure != taken_apart(args, {"other": None, "past": cache()})[1]
     odd = cache()
     odd.seen = {"a set": bytearray()}, {1}  # cannot be hashed
-    hash(Call.of((), {"past": odd}).structure)
+    hash(taken_apart((), {"past": odd})[1])
+
+
+def test_keywords_have_one_order_and_none_where_that_is_the_default():
+    class Model(torch.nn.Module):
+        def forward(self, x, mask=None, scale=1.0, **more):
+            return x
+
+    given = in_one_order(Model, {"b": 2, "scale": None, "mask": None, "x": 0, "a": None})
+    assert list(given.items()) == [("x", 0), ("scale", None), ("b", 2), ("a", None)]
+
+
+@pytest.mark.parametrize(
+    "mask, full",
+    [
+        (torch.ones(2, 3, dtype=torch.long), True),
+        (torch.ones(2, 3, dtype=torch.bool), True),
+        (torch.tensor([[1, 1], [0, 1]]), False),
+        (torch.ones(2, 3), False),
+        (torch.ones(2, 1, 3, 3, dtype=torch.long), False),
+        (torch.ones(2, 3, dtype=torch.long, device="meta"), False),
+    ],
+    ids=["ones", "true", "padded", "added to scores", "4-D", "no values"],
+)
+def test_a_mask_that_masks_nothing_is_part_of_the_key(mask, full):
+    assert full_masks({"attention_mask": mask, "ids": mask}) == (("attention_mask",) if full else ())
+    inside = []
+    torch.func.vmap(lambda each: inside.append(full_masks({"attention_mask": each})) or each)(
+        torch.ones(2, 2, 3).long()
+    )
+    assert inside == [()], "its values cannot be looked at"
+
+
+def test_modes_and_acting_adapters_are_part_of_the_key():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    state = TreeGuards().state(lora)
+
+    def key(x=x):
+        return CallKey.of(Call.of(lora, lora._lorafx.context, "", (x,), {}), state)
+
+    keys = {key(), key(torch.randn(7, 4))}
+    assert len(keys) == 1
+    for mode in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        lora.disable_adapter(),
+    ):
+        with mode:
+            keys.add(key())
+    keys.add(key()._replace(layout=-1))
+    lora.merge_adapter()
+    assert len(keys | {key(), key(x.double())}) == 8
+    assert key().with_any_attributes().attributes is None

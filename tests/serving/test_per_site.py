@@ -202,25 +202,6 @@ def test_checkpointed_layers_run_again_with_their_adapters(reentrant):
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_hooks_on_inner_modules_are_called_each_time():
-    lora, seen = adapted(Chain()), []
-    before = lora(torch.ones(5, 4))
-    handle = lora.first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert torch.equal(lora(torch.ones(5, 4)), before) and torch.equal(lora(torch.ones(5, 4)), before)
-    assert seen == [(5, 6)] * 2
-    handle.remove()
-    lora(torch.ones(5, 4))
-    assert len(seen) == 2 and served(lora) == ["sites", "graph"]
-
-
-def test_hooks_and_a_graph_that_is_asked_for_exclude_each_other():
-    lora = lorafx.compile(Chain(), RANDOM, capture="graph")
-    lora(torch.ones(5, 4))
-    lora.first.register_forward_hook(lambda *_: None)
-    with pytest.raises(CaptureError, match="hooks"):
-        lora(torch.ones(5, 4))
-
-
 def test_merged_disabled_and_autocast_calls_go_by_sites_too():
     graph, sites = both_ways(Chain())
     x = torch.randn(5, 4)
@@ -243,3 +224,14 @@ def test_dropout_and_two_adapters_are_the_same_both_ways():
         torch.manual_seed(0)
         outputs.append(lora.train()(x))
     assert torch.equal(*outputs) and not torch.equal(outputs[1], sites.eval()(x))
+
+
+def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
+    """As with FSDP, where a module has a shard of its weight at other times."""
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    expected, shard = lora(x), lora.second.weight
+    whole = nn.Parameter(shard.detach().clone())
+    lora.second.register_forward_pre_hook(lambda module, args: setattr(module, "weight", whole))
+    lora.second.register_forward_hook(lambda module, args, output: setattr(module, "weight", shard))
+    torch.testing.assert_close(lora(x), expected)
+    assert served(lora)[-1] == "sites" and lora.second.weight is shard

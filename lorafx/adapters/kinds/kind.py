@@ -1,57 +1,152 @@
-"""What an adapter family must say about itself; passes and model know kinds only through this."""
+"""What a kind is: an adapter family's equation, its tensors, their start values, and the merged weight.
+
+An equation wraps the base operator, which stays where it is:
+
+    y = after(operator(before(x)), x)
+
+`before` and `after` are plain functions over `torch.ops.aten`. They are traced, and their operators are written into
+the graph. What else they need is in their last argument, `Operands`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig
-from ..selection import Site
+from ..config import AdapterConfig
+from ..readings import Operator
+from ..site import Site
+
+aten = torch.ops.aten
+SCALING = "scaling"  # the number that multiplies an update; a tensor once it was changed, see `adapter.scaled`
 
 
-class Kind(Protocol):
-    """An adapter family: one equation, its tensors, their start values, and the weight change they amount to."""
+class Spec(NamedTuple):
+    """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape."""
 
-    peft_type: str
+    suffix: str
+    shape: tuple[int, ...]
 
-    def check(self, site: Site, config: LoraConfig) -> None:
+
+@dataclass(frozen=True)
+class Operands:
+    """What a kind's functions are given besides x and y, at one site.
+
+    The adapter's tensors and numbers are attributes, by the names that the kind gives them (`at.lora_A`, `at.scaling`).
+    In an equation, `operator` is the one that reads the weight, `bound` its other arguments by name, `training` whether
+    the site's module is in training mode, and `weight` the dense weight, for a kind that `reads_weight`. For `merged`
+    there is no operator, and the tensors are float64.
+    """
+
+    site: Site
+    config: Any
+    tensors: Mapping[str, Any]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    operator: Operator | None = None
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    training: bool = False
+    weight: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        for known in (self.tensors, self.numbers):
+            if name in known:
+                return known[name]
+        raise AttributeError(f"there is no {name!r} at {self.site.name}: {[*self.tensors, *self.numbers]}")
+
+    def narrow(self, x: Any, a: Any) -> Any:
+        """The operator with A in place of its weight: (…, in) -> (…, r), or (batch, in, …) -> (batch, r, …)."""
+        assert self.operator is not None
+        return self.operator.narrow(x, a, **self.operator.given(self.operator.narrow, dict(self.bound)))
+
+    def wide(self, h: Any, b: Any, bias: Any = None) -> Any:
+        """From the r features of `narrow` to a result of the base operator's shape, by B; plus `bias`, (out,)."""
+        assert self.operator is not None
+        given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
+        return self.operator.wide(h, b, **given)
+
+    def dropout(self, x: Any, p: float) -> Any:
+        """x with a share p of it zeroed and the rest divided by 1 - p, in training; not where x holds row numbers."""
+        assert self.operator is not None
+        return x if self.operator.lookup else aten.dropout.default(x, p, self.training)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A as a change of the dense weight, in the weight's shape."""
+        return self.site.reading.product(a, b, self.site.weight_shape)
+
+
+class Kind:
+    """An adapter family. A subclass is one file; `lorafx.adapters.kinds.register` makes it known.
+
+    `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
+    that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
+    order. `reads_weight` says that its equation or its start values need the dense weight.
+    """
+
+    config: ClassVar[type[AdapterConfig]]
+    additive: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    def check(self, site: Site, config: Any) -> None:
         """Raise `ConfigError` if the config cannot be served at this site."""
-        ...
 
-    def rank(self, site: Site, config: LoraConfig) -> int:
-        """The rank of a site's update."""
-        ...
+    def tensors(self, site: Site, config: Any) -> dict[str, Spec]:
+        """The suffix and shape of each tensor at a site, by the name that the equation gives it."""
+        raise NotImplementedError
 
-    def scaling(self, site: Site, config: LoraConfig) -> float:
-        """What a site's update is multiplied by."""
-        ...
+    def numbers(self, site: Site, config: Any) -> dict[str, float]:
+        """The numbers of its equation; one called "scaling" can be changed while the adapter runs."""
+        return {}
 
-    def shapes(self, site: Site, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-        """Shape of each adapter tensor of a site, by the suffix that PEFT's files give it."""
-        ...
+    def init(
+        self, site: Site, config: Any, tensors: Mapping[str, Tensor], rng: torch.Generator | None, weight: Tensor | None
+    ) -> None:
+        """Fill the tensors of a site with their start values, in place.
 
-    def init(self, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
-        """Fill the tensors of a site with their start values, in place."""
-        ...
-
-    def equation(self, site: Site, pattern: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that replaces `pattern`, the form in which a graph reads the site's weight."""
-        ...
-
-    def scalars(self, site: Site, config: LoraConfig) -> dict[str, Any]:
-        """The numbers that the equation names."""
-        ...
-
-    def names(self, site: Site, config: LoraConfig) -> dict[str, str | None]:
-        """Which tensor (by suffix) each name of the equation stands for; None for one the config leaves out."""
-        ...
-
-    def delta(self, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The change the adapter makes to the site's base parameters, "weight" and "bias", in float64.
-
-        Raises `MergeError` for a site whose equation is no change of the base weight.
+        They are float32 or wider, on the CPU or on the meta device; `weight`, the dense base weight for a kind that
+        `reads_weight`, has their dtype and device. Without `rng`, numbers come from torch's global generator.
         """
-        ...
+        raise NotImplementedError
+
+    # --- what it computes --------------------------------------------------------------------------------------------
+
+    def before(self, x: Any, at: Operands) -> Any:
+        """What the base operator is given instead of x: the same shape. A kind without a `before` returns x itself."""
+        return x
+
+    def after(self, y: Any, x: Any, at: Operands) -> Any:
+        """What takes the place of the operator's result y: the same shape. x is what `before` was given."""
+        return y
+
+    def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The adapter's tensors for Wᵀ, by name, as which a tied weight may be read.
+
+        A kind that does not define this is refused where its weight is read so.
+        """
+        raise NotImplementedError
+
+    # --- the merged weight -------------------------------------------------------------------------------------------
+
+    def changes(self, site: Site, config: Any) -> tuple[str, ...]:
+        """Which of a site's base parameters merging changes: "weight", "bias" or both.
+
+        Raises `MergeError` for a site where no change of these gives what the equation gives.
+        """
+        return ("weight",)
+
+    def delta(self, name: str, at: Operands) -> Tensor:
+        """What an additive kind adds to a base parameter, "weight" or "bias": of its shape, in float64."""
+        raise NotImplementedError
+
+    def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
+        """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors are float64."""
+        return base + self.delta(name, at)
+
+    def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor | None:
+        """The inverse of `merged`, up to rounding; None if there is none, and the ledger keeps a copy instead."""
+        return merged - self.delta(name, at) if self.additive else None

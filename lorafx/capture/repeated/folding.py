@@ -1,4 +1,4 @@
-"""What a graph captured with `once` becomes: the layers that were traced are blocks, and those like them call these."""
+"""Folding: the first layer of each kind becomes a block of the graph, and it and those like it call the block."""
 
 from __future__ import annotations
 
@@ -11,44 +11,28 @@ from ...graph.effects import ASSERTIONS
 from ...graph.modules import CAPTURED
 from ...graph.outline import block_of, insert_call, list_layers, replace_region
 from ...graph.regions import Region, is_size
-from .recorder import layer_like
-
-
-class _Mark:
-    """A node that stands for a layer: one that was traced, or one that is like it."""
-
-    def __init__(self, node: Node):
-        self.node = node
-
-    path = property(lambda self: self.node.args[0])
-    kind = property(lambda self: self.node.args[1])
-    inputs = property(lambda self: self.node.args[2])
-    results = property(lambda self: self.node.args[3])  # by number, or the numbers of those that are wanted
-    nodes = property(lambda self: self.node.args[4] if len(self.node.args) > 4 else ())
-
-    def used(self) -> dict[Node, int]:
-        """The nodes that take one of the layer's results, by the result's number, if somebody uses them."""
-        return {part: self.results[part.args[1]] for part in self.node.users if part.users}
+from .marks import Mark, layer_like
 
 
 def fold(gm: GraphModule) -> None:
     """Turn the marks of layers into calls of blocks; a layer that no other is like stays inline."""
-    marks = [_Mark(node) for node in gm.graph.nodes if node.target is layer_like]
-    for mark in marks:
-        if mark.nodes:
-            _fold(gm, mark, [other for other in marks if other.kind == mark.kind and not other.nodes])
+    marks = [Mark(node) for node in gm.graph.nodes if node.target is layer_like]
+    for first in marks:
+        if first.nodes:
+            _fold(gm, first, [other for other in marks if other.kind == first.kind and not other.nodes])
     list_layers(gm)
     if marks:
         gm.recompile()
 
 
-def _fold(gm: GraphModule, mark: _Mark, likes: list[_Mark]) -> None:
-    inputs, results, nodes = mark.inputs, mark.results, mark.nodes
-    gm.graph.erase_node(mark.node)
+def _fold(gm: GraphModule, first: Mark, likes: list[Mark]) -> None:
+    """Fold the layers of one kind: the first, whose nodes are in the graph, and those like it, which are one node."""
+    inputs, results, nodes = first.inputs, first.results, first.nodes
+    gm.graph.erase_node(first.node)
     if not likes:
         return
     wanted = {results[number] for like in likes for number in like.used().values()}
-    region = Region(mark.path, _operators(gm, nodes), frozenset(wanted))
+    region = Region(first.path, _operators(gm, nodes), frozenset(wanted))
     _compute_sizes_outside(gm, region)
     block = block_of(gm, region)
     given, outputs = region.inputs, region.outputs
@@ -66,14 +50,14 @@ def _fold(gm: GraphModule, mark: _Mark, likes: list[_Mark]) -> None:
 
 
 def _of_all(node: Node) -> Node:
-    """What a layer reads besides its inputs, if all layers read it: a size, or a constant that the graph owns."""
+    """What the first layer reads besides its inputs, if the others read the same: a size, or the graph's constant."""
     if is_size(node) or (node.op == "get_attr" and str(node.target).startswith(f"{CAPTURED}.")):
         return node
     raise CaptureError(f"layers that are alike read {node.target}, which may be one layer's own")
 
 
 def _operators(gm: GraphModule, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """The operators among nodes in order, without assertions, and without sizes that are computed elsewhere."""
+    """The operators among a layer's nodes, in order, without assertions and sizes of what comes from outside."""
     found, inside = set(nodes), dict[Node, None]()
     for node in list(gm.graph.nodes):
         if node.target in ASSERTIONS and not found.isdisjoint(node.all_input_nodes):
@@ -86,7 +70,7 @@ def _operators(gm: GraphModule, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
 
 
 def _compute_sizes_outside(gm: GraphModule, region: Region) -> None:
-    """Let what uses a size that the region computes use one that is computed from the region's results."""
+    """Compute the sizes that a region computes once more behind it, from its results, for whoever uses them outside."""
     inside: set[Any] = set(region.nodes)
     copies: dict[Node, Node] = {}
     after = region.nodes[-1]

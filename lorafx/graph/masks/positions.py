@@ -1,8 +1,8 @@
-"""Positions: at which integers something that was computed of sizes may change, so that no larger sizes need be tried.
+"""Positions: the integers around which a mask may change its form, so that no sizes beyond them need be tried.
 
-A mask is made of positions, integers that grow with sizes, which are added and compared. As long as nothing else is
-done to them, what comes of a comparison changes at sums of the integers that are written in the graph, and what is
-computed of comparisons changes where they do.
+A mask is made of positions (integers that grow with sizes), which are added and compared. If nothing else is done to
+them, a comparison changes only at sums of the integers that are written in the graph, and whatever is computed from
+comparisons changes only where they do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CAST = {aten.to, aten._to_copy, aten.type_as}
 
 
 def integers(ran: AtSizes) -> set[int]:
-    """The integers at whose sums what was computed may change. Raises `DependsOnData` where others may do that too."""
+    """The integers at whose sums the computed values may change; `DependsOnData` if they may change elsewhere too."""
     found: set[int] = set()
     for at, node in ran.ran():
         value = at.values[node]
@@ -69,7 +69,7 @@ def _is_uniform(value: Tensor) -> bool:
 
 
 def _keeps_positions(node: Node, operands: list[Any], leaves: list[Any], value: Any) -> bool:
-    """Whether an operator on positions only adds or moves them, or compares them to one another and to integers."""
+    """Whether an operator on positions only adds, moves or casts them, or compares them to positions or integers."""
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     if packet is aten.index:
         source = operands[0]

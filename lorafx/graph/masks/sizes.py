@@ -1,4 +1,4 @@
-"""What a graph computes of sizes alone: a node is run on real tensors, for chosen values of the graph's symbols."""
+"""What a graph computes from sizes alone: nodes are run on real tensors, for chosen values of the graph's symbols."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ...torch_private.tracing import values_of_symbols
 from .. import resolve, writes
 from ..effects import may_share, must_stay
 from ..modules import CAPTURED
 
 aten = torch.ops.aten
-# They read of a tensor what it is like, and not what is in it.
+# They read a tensor's shape and dtype, and not its values.
 SHAPE_ONLY = {
     aten.new_ones.default,
     aten.new_zeros.default,
@@ -33,13 +34,13 @@ ONES = "ones"  # in an input's meta: whether it is known to be all ones
 
 
 class DependsOnData(Exception):
-    """A value is not decided by sizes."""
+    """A value depends on more than sizes."""
 
 
 class AtSizes:
-    """Runs nodes of a graph on the CPU, with its symbols as given, and keeps the values of all nodes that it ran.
+    """Runs nodes of a graph on the CPU, with `symbols` giving each symbol's value, and keeps the values of all it ran.
 
-    For a block, `inputs` says what its inputs are in the graph that runs it, and `outer` runs that graph's nodes.
+    For a block, `inputs` maps its inputs to nodes of the graph that runs it, and `outer` runs that graph's nodes.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class AtSizes:
         return self.values[node]
 
     def ran(self) -> list[tuple[AtSizes, Node]]:
-        """The nodes that were run, and who ran each: this or the one outside."""
+        """The nodes that were run, each with what ran it: this or `outer`."""
         return [(self, node) for node in self.values] + (self.outer.ran() if self.outer else [])
 
     def _value(self, node: Node) -> Any:
@@ -82,7 +83,7 @@ class AtSizes:
         return node.target(*args, **kwargs)
 
     def _like(self, value: Any) -> Any:
-        """A size in numbers; or a tensor of such a shape, which takes no memory and means nothing."""
+        """A size as a number; a tensor as one of the same shape and dtype that takes no memory, its values unused."""
         if isinstance(value, Tensor):
             return torch.zeros((), dtype=value.dtype).expand([self._like(size) for size in value.shape])
         if not isinstance(value, torch.SymInt):
@@ -95,7 +96,7 @@ class AtSizes:
 
 
 def is_written_to(ran: AtSizes) -> bool:
-    """Whether somebody writes to what was computed, or to a view of it."""
+    """Whether a node of the graph writes to one of the computed values, or to a view of one."""
     return any(_is_written_to(node, at.gm) for at, node in ran.ran())
 
 
@@ -111,18 +112,16 @@ def symbols_of(sizes: Sequence[Any]) -> list[Any]:
 
 
 def together(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
-    """Values of symbols: those in these sizes grow, and with each those that had its value when the graph was made."""
-    hints = next((_hints(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
+    """Values for symbols: `start`, `start + 1`, … for those in these sizes, `others` for the rest.
+
+    Symbols that had equal values at capture get equal values.
+    """
+    hints = next((values_of_symbols(size.node.shape_env) for size in sizes if isinstance(size, torch.SymInt)), {})
     grown = {hints.get(symbol): start + place for place, symbol in enumerate(symbols_of(sizes))}
     return lambda symbol: grown.get(hints.get(symbol), others)
 
 
-def _hints(shapes: Any) -> Mapping[Any, Any]:
-    """What symbols stood for when a graph was made; `var_to_val` is the name in torch 2.11."""
-    return shapes.backed_var_to_val if hasattr(shapes, "backed_var_to_val") else shapes.var_to_val
-
-
 def apart(sizes: Sequence[Any], start: int, others: int = 2) -> Callable[[Any], int]:
-    """Values of symbols: those in these sizes grow, and no others with them."""
+    """Values for symbols: `start`, `start + 1`, … for those in these sizes, `others` for all the rest."""
     grown = {symbol: start + place for place, symbol in enumerate(symbols_of(sizes))}
     return lambda symbol: grown.get(symbol, others)

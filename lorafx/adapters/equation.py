@@ -1,0 +1,156 @@
+"""Equations in a graph: a kind's `before` and `after` as graphs of operators, at one place where a weight is read.
+
+    y = to(after(operator(to(before(to(x)))), to(x)))        `to` casts, so that no kind has to think of dtypes
+
+The inner casts are to the dtype in which the pass wants updates computed, the outer ones to the dtype that the base
+operator's input and result had.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from ..errors import UncoveredOperatorError, user_line
+from ..graph import Attribute, Match, match
+from ..graph.match import template
+from ..tree.lookup import find_tensor
+from .adapter import Adapter
+from .kinds import SCALING, Kind, Operands
+from .readings import Operator, operators_for
+from .readings.reading import names_of
+from .site import Site
+from .storages import Storage
+
+aten = torch.ops.aten
+BOUND = "operator_"  # prefix of the operator's argument names, so that none is also the name of a kind's tensor
+
+
+def patterns(site: Site) -> dict[Operator, Graph]:
+    """The operators that may read a site's weight, each with its pattern on the weight as it is stored."""
+    return _patterns(operators_for(site.reading, len(site.weight_shape)), site.storage)
+
+
+@functools.cache
+def _patterns(operators: tuple[Operator, ...], storage: Storage) -> dict[Operator, Graph]:
+    own = {operator: template(operator.pattern, names_of(operator.pattern)) for operator in storage.operators}
+    return own | {operator: _on_stored(operator, storage) for operator in operators}
+
+
+def _on_stored(operator: Operator, storage: Storage) -> Graph:
+    """An operator's pattern, with the storage's expression of the dense weight as its weight."""
+    names, stored = names_of(operator.pattern), names_of(storage.expression)
+
+    def read(**given: Any) -> Any:
+        dense = storage.expression(**{name: given[name] for name in stored})
+        return operator.pattern(**{name: dense if name == "weight" else given[name] for name in names})
+
+    return template(read, dict.fromkeys((*names, *stored)))
+
+
+@dataclass(frozen=True)
+class Equation:
+    """What an adapter does where an operator reads its site's weight.
+
+    `bound` names the operator's arguments. `own` is False where another module reads the weight, because it is tied,
+    and adds a bias of its own: an adapter's bias has no place there.
+    """
+
+    adapter: Adapter
+    site: Site
+    operator: Operator
+    bound: tuple[str, ...]
+    training: bool
+    own: bool = True
+
+    @classmethod
+    def at(cls, root: nn.Module, base: Node, adapter: Adapter, site: Site) -> tuple[Equation, Match]:
+        """An adapter's equation where the node `base` reads its site's weight, and what the operator is given there.
+
+        Raises `UncoveredOperatorError` where the weight is read in a way in which the adapter cannot act.
+        """
+        training = root.get_submodule(site.module).training
+        for operator, pattern in patterns(site).items():
+            found = match(pattern, base)
+            if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
+                own = _reads_own_bias(root, found, site)
+                equation = cls(adapter, site, operator, tuple(found.bindings), training, own)
+                if not equation._is_impossible():
+                    return equation, found
+        raise UncoveredOperatorError(
+            f"site {site.name}: its weight is read by {base.target}, in which no adapter of its shape acts "
+            f"[{user_line(base)}]. Exclude the module (`exclude_modules`)."
+        )
+
+    def before(self) -> Graph:
+        """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
+
+        def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
+            cast = self._cast(x, dtype)
+            found = self.adapter.kind.before(cast, self._operands(given))
+            return x if found is cast else aten.to.dtype(found, result_dtype)
+
+        return self._template(equation, "x")
+
+    def after(self) -> Graph:
+        """The graph that computes y'; its inputs are `y`, `x`, `result_dtype` and the names that `given` has."""
+
+        def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
+            found = self.adapter.kind.after(y, self._cast(x, dtype), self._operands(given))
+            return y if found is y else aten.to.dtype(found, result_dtype)
+
+        return self._template(equation, "y", "x")
+
+    def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
+        """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
+        paths = self.adapter.tensors[self.site.name]
+        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self._suffixes().items()}
+        scale = self.adapter.scales.get(self.site.name)
+        scaling = {SCALING: Attribute(scale)} if scale else {}
+        return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
+
+    def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
+        scaling = [SCALING] if self.site.name in self.adapter.scales else []
+        names = *first, *self._suffixes(), *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
+        return template(equation, names)
+
+    def _suffixes(self) -> dict[str, str]:
+        """The suffixes of the tensors that the equation uses here, by the kind's names for them."""
+        specs = self.adapter.kind.tensors(self.site, self.adapter.config)
+        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.suffix.endswith("bias")}
+
+    def _operands(self, given: dict[str, Any]) -> Operands:
+        kind, bound = self.adapter.kind, {name: given[f"{BOUND}{name}"] for name in self.bound}
+        tensors = {name: given[name] for name in self._suffixes()}
+        if self.operator.transposed != self.site.reading.transposed:
+            tensors = kind.transposed(tensors)
+        numbers = dict(kind.numbers(self.site, self.adapter.config))
+        if SCALING in given:
+            numbers[SCALING] = given[SCALING]
+        weight = None
+        if kind.reads_weight:
+            expression = self.site.storage.expression
+            weight = expression(**{name: bound[name] for name in names_of(expression)})
+        config = self.adapter.config
+        return Operands(self.site, config, tensors, numbers, self.operator, bound, self.training, weight)
+
+    def _cast(self, x: Any, dtype: Any) -> Any:
+        return x if self.operator.lookup else aten.to.dtype(x, dtype)
+
+    def _is_impossible(self) -> bool:
+        """Whether the operator reads the weight transposed, and the kind does not define `transposed`."""
+        turned = self.operator.transposed != self.site.reading.transposed
+        return turned and type(self.adapter.kind).transposed is Kind.transposed
+
+
+def _reads_own_bias(root: nn.Module, found: Match, site: Site) -> bool:
+    """Whether this is the site's own module, and not a twin that shares its weight and has a bias of its own."""
+    bias = found.bindings.get("bias")
+    read = find_tensor(root, str(bias.target)) if isinstance(bias, Node) and bias.op == "get_attr" else None
+    return read is find_tensor(root, site.bias)

@@ -1,0 +1,126 @@
+"""LoraConfig: the fields of `peft.LoraConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ConfigError
+from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
+
+
+def _rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_numbers(config: LoraConfig) -> None:
+    require(_rank(config.r), "r", config.r, "a positive int")
+    require(is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "a number")
+    dropout = config.lora_dropout
+    require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
+
+
+def _check_flags(config: LoraConfig) -> None:
+    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora"):
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    init = config.init_lora_weights
+    require(isinstance(init, (bool, str)), "init_lora_weights", init, "True, False or a name")
+    if config.lora_bias and not isinstance(init, bool):
+        raise ConfigError(f"`lora_bias` needs `init_lora_weights` True or False, not {init!r}, as in PEFT")
+    require(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    for name, valid, expected in (
+        ("rank_pattern", _rank, "a dict of module names to positive ints"),
+        ("alpha_pattern", is_number, "a dict of module names to numbers"),
+    ):
+        value = getattr(config, name)
+        fits = isinstance(value, Mapping) and all(isinstance(k, str) and valid(v) for k, v in value.items())
+        require(fits, name, value, expected)
+    require_regexes(config, "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """What to adapt and how: the fields of `peft.LoraConfig`, with its names and defaults.
+
+    Lists are kept as tuples. Fields that lorafx does not implement yet are accepted, so that any PEFT config can be
+    read and written back; `compile` refuses a config that sets one. `extra` holds fields that lorafx does not know;
+    they are written back unchanged.
+
+    Raises `ConfigError` for a value of the wrong type or range, naming the field.
+    """
+
+    peft_type: str = "LORA"
+    # what
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    # for some modules
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    # not implemented yet: listed by `unsupported` if set
+    megatron_config: Any = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Any = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: Any = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: Any = None
+    target_parameters: Any = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    checks = _check_numbers, _check_flags, _check_patterns
+    null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
+
+    @property
+    def unsupported(self) -> dict[str, Any]:
+        """The fields that ask for something lorafx does not implement yet, with their values."""
+        defaults = defaults_of(LoraConfig)
+        asked = {
+            name: value  # in PEFT's files an empty list, too, means that a field is not set
+            for name in NOT_YET
+            if (value := getattr(self, name)) != defaults[name] and value not in ([], {}, ())
+        }
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            asked["init_lora_weights"] = self.init_lora_weights
+        return asked
+
+
+# Known to PEFT, refused by `compile` unless they hold their default.
+NOT_YET = (
+    "megatron_config",
+    "trainable_token_indices",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)

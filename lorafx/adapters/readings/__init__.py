@@ -1,0 +1,43 @@
+"""Readings: the operators by which graphs read weights, one file a family.
+
+A reading names the module classes that own such a weight, the operators as patterns over ATen, and for each operator
+two more of its family, with a narrow and a wide weight. Kinds are written in terms of these two, so that they work on
+every weight that has a reading. `register` adds a reading of your own.
+"""
+
+from __future__ import annotations
+
+from .convolution import CONVOLUTIONS
+from .embedding import EMBEDDING
+from .linear import CONV1D, LINEAR
+from .multihead import IN_PROJ
+from .reading import Operator, Reading
+
+# The first that fits a module counts. `register` adds at the front, so that a subclass can have a reading of its own.
+READINGS: list[Reading] = [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ]
+
+
+def register(reading: Reading) -> Reading:
+    """Make a reading known, so that modules of its classes can be adapted; returns it."""
+    READINGS.insert(0, reading)
+    return reading
+
+
+def operators_for(reading: Reading, dimensions: int) -> tuple[Operator, ...]:
+    """The operators that may read a weight: its own first, then, for a matrix, those of any other matrix."""
+    others = [other for other in READINGS if other.matrix] if reading.matrix and dimensions == 2 else []
+    return tuple(dict.fromkeys(operator for each in (reading, *others) for operator in each.operators))
+
+
+__all__ = [
+    "CONV1D",
+    "CONVOLUTIONS",
+    "EMBEDDING",
+    "IN_PROJ",
+    "LINEAR",
+    "READINGS",
+    "Operator",
+    "Reading",
+    "operators_for",
+    "register",
+]

@@ -1,0 +1,46 @@
+"""Linear layers: `nn.Linear`, with the weight stored (out, in), and GPT-2's `Conv1D`, which stores it (in, out)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .reading import Operator, Reading
+
+aten = torch.ops.aten
+
+
+def linear(x, weight, bias):
+    """(…, in), (out, in) -> (…, out)"""
+    return aten.linear.default(x, weight, bias)
+
+
+def narrow(x, a):
+    """(…, in), (r, in) -> (…, r)"""
+    return aten.linear.default(x, a)
+
+
+def wide(h, b, update_bias):
+    """(…, r), (out, r) -> (…, out)"""
+    return aten.linear.default(h, b, update_bias)
+
+
+def linear_of_rows(x, weight, bias, start, end):
+    """Some rows of a weight that packs several: (…, in), (out, in) -> (…, end - start)."""
+    return aten.linear.default(x, aten.slice.Tensor(weight, 0, start, end), bias)
+
+
+def wide_of_rows(h, b, update_bias, start, end):
+    """(…, r), (out, r) -> (…, end - start)"""
+    return aten.linear.default(h, aten.slice.Tensor(b, 0, start, end), update_bias)
+
+
+def addmm(x, weight, bias):
+    """(tokens, in), (in, out) -> (tokens, out)"""
+    return aten.addmm.default(bias, x, weight)
+
+
+OPERATORS = Operator(linear, narrow, wide), Operator(linear_of_rows, narrow, wide_of_rows)
+LINEAR = Reading("linear", (nn.Linear,), OPERATORS)
+CONV1D = Reading("addmm", (Conv1D,), (Operator(addmm, narrow, wide, transposed=True),))

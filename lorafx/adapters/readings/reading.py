@@ -1,0 +1,95 @@
+"""What a reading is: the operators by which a graph reads a weight, and the same operators with other weights.
+
+An update of low rank goes through two small weights instead of a large one: a *narrow* operator goes from the inputs to
+r features, a *wide* one from there to the outputs. Which operators these are depends on how the weight is read, so the
+reading says it, once for all kinds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+def matrix_features(shape: Shape, transposed: bool) -> tuple[int, int]:
+    """(in_features, out_features) of a matrix, stored (out, in), or (in, out) if it is transposed."""
+    rows, columns = shape
+    return (rows, columns) if transposed else (columns, rows)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator that reads a weight.
+
+    `pattern` is the operator as a plain function over `torch.ops.aten`. Its first argument is `x`, one is `weight`, the
+    others are whatever else the operator takes. `narrow(x, a)` and `wide(h, b)` are the operators for the factors A and
+    B of an update, with arguments in this order. They may have further ones: `wide` one named `update_bias`, which is
+    an adapter's bias or None, and both any of the pattern's (`stride`, `start`), with the same values. `transposed`
+    says that the weight is stored (in, out), `lookup` that x holds row numbers instead of features.
+    """
+
+    pattern: Callable[..., Any]
+    narrow: Callable[..., Any]
+    wide: Callable[..., Any]
+    transposed: bool = False
+    lookup: bool = False
+
+    def given(self, function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
+        """The values in `bound` of the arguments that `narrow` or `wide` has after its first two."""
+        return {name: bound[name] for name in names_of(function)[2:] if name in bound}
+
+
+def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's arguments."""
+    return tuple(inspect.signature(function).parameters)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How modules of certain classes read their weight.
+
+    `weight` and `bias` are the modules' names for the two parameters. The first of `operators` is that of the modules'
+    own forward. `matrix` says that operators of other `matrix` readings may read such a weight too, as a linear head
+    reads an embedding that it is tied to. `along` names children that are adapted whenever their module is.
+    """
+
+    name: str
+    modules: tuple[type[nn.Module], ...]
+    operators: tuple[Operator, ...]
+    weight: str = "weight"
+    bias: str = "bias"
+    matrix: bool = True
+    along: tuple[str, ...] = ()
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return self.operators[0].transposed
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the modules are given row numbers instead of features."""
+        return self.operators[0].lookup
+
+    def features(self, shape: Shape, groups: int) -> tuple[int, int]:
+        """(in_features, out_features) of a weight of this shape; for an embedding, (rows, features)."""
+        return matrix_features(shape, self.transposed)
+
+    def factors(self, shape: Shape, groups: int, rank: int) -> tuple[Shape, Shape]:
+        """The shapes of A, the narrow weight, and B, the wide one, for a weight of this shape."""
+        inputs, outputs = self.features(shape, groups)
+        return (rank, inputs), (outputs, rank)
+
+    def product(self, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
+        """B A as a change of a weight of this shape, transposed if that is stored (in, out)."""
+        change = b @ a
+        return change.t() if self.transposed else change
+
+    def __repr__(self) -> str:
+        return self.name

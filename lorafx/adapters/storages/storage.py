@@ -1,0 +1,59 @@
+"""What a storage is: a way of keeping a weight in memory, and how to get from there to a dense tensor and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..readings import Operator, Reading
+
+
+class Storage:
+    """A way of keeping weights. A subclass says which modules keep theirs so, and how.
+
+    `lossy` says that `dense(packed(W))` may differ from W by more than one rounding. `operators` are operators that
+    read the stored weight itself; besides them a graph may read it by any operator of its reading, on the result of
+    `expression`.
+    """
+
+    name = ""
+    lossy = False
+    operators: tuple[Operator, ...] = ()
+
+    def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
+        """The names of a module's parameters that are stored so, each with its reading; none for any other module."""
+        raise NotImplementedError
+
+    def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
+        """All tensors of the module that make up the weight, by the names of `expression`'s arguments."""
+        return {"weight": module.get_parameter(parameter)}
+
+    def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return tuple(module.get_parameter(parameter).shape)
+
+    def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
+        """The dtype of the dense weight, from which an adapter's parameters take theirs."""
+        return module.get_parameter(parameter).dtype
+
+    @staticmethod
+    def expression(weight: Any) -> Any:
+        """The dense weight as graphs compute it: a function over `torch.ops.aten`; `weight` is the parameter itself."""
+        return weight
+
+    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight, of the shape and dtype that `shape` and `dtype` give, from what `stored` gives."""
+        raise NotImplementedError
+
+    def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that keep another dense weight (float64), with shapes and dtypes as in `stored`.
+
+        Those that stay the same may be left out. Raises `MergeError` if there are no such tensors.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.name

@@ -1,0 +1,63 @@
+"""What is switched off, set or kept aside while a model is captured, each as a context."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..torch_private.tensors import has_saved_tensors_hooks, temporarily_clear_interpreter_stack
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave inference mode, torch.func's transforms and checkpointed functions, but keep the gradient mode."""
+    grad = torch.is_grad_enabled()
+    hooks: Any = contextlib.nullcontext()
+    if has_saved_tensors_hooks():
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.set_grad_enabled(grad), hooks:
+        yield
+
+
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Keep Python from collecting garbage: it would walk over large graphs, and tracing makes hardly any cycles."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging and printing pages before it raises an error: the reason is in the error."""
+    logger, printed = logging.getLogger("torch"), io.StringIO()
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        logger.setLevel(before)
+    sys.stderr.write(printed.getvalue())
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Keep torch.nn's encoder layers from running as one kernel, which reads many weights and no adapter can act in."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,31 @@
+"""Passes that Inductor runs on a graph of ATen operators after its own, while it compiles a piece of ours.
+
+In comes such a graph, out goes the same one rewritten in place: `onednn_products` writes products that a CPU has a
+faster way for, `in_place_sums` adds to a product in its own memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph
+
+from ...torch_private.compilers import CustomGraphPass
+from .in_place_sums import SumsInPlace
+from .onednn_products import ProductsByOnednn
+
+
+class OurPasses(CustomGraphPass):
+    """All of them, as the one pass for which Inductor has a setting."""
+
+    _passes = ProductsByOnednn(), SumsInPlace()
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self._passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        return [each.uuid() for each in self._passes]
+
+
+__all__ = ["POST_PASS", "OurPasses"]

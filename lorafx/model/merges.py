@@ -1,0 +1,98 @@
+"""The merging of an adapted model: adapters into the base weights, and out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..errors import MergeError
+from ..merging.ledger import Ledger
+from ..tree.lookup import tensor_at
+from .state import State
+
+
+class Merges(nn.Module):
+    """The part of an adapted model that merges and unmerges."""
+
+    _lorafx: State
+    _adapter: Callable[[str], Adapter]
+    _leave: Callable[[], nn.Module]
+
+    def merge_adapter(
+        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
+        """Write the merged weights (of LoRA, W + ΔW) in the place of the base's; `unmerge_adapter` undoes it exactly.
+
+        Merges the active adapters, or those named. W + ΔW is computed in float64 and rounded once. `safe_merge` refuses
+        a result that is not finite. Raises `MergeError`, with every weight as it was, when any site cannot be merged,
+        and `AdapterError` for an unknown name.
+        """
+        state = self._lorafx
+        names = state.active if adapter_names is None else tuple(adapter_names)
+        adapters = self._in_order([name for name in dict.fromkeys(names) if name not in state.ledger.names])
+        if not adapters:
+            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
+            return
+        acting = (*state.context.adapters, *adapters)
+        replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
+        state.ledger.merge(self, adapters, replaced, safe=safe_merge, progressbar=progressbar)
+
+    def _in_order(self, names: list[str]) -> list[Adapter]:
+        """These adapters in the order in which they act; `MergeError` if merging them would change the result.
+
+        Merged adapters become the innermost. Additive ones may trade places at a site, others may not.
+        """
+        active, adapters = list(self._lorafx.active), [self._adapter(name) for name in names]
+        order = {name: place for place, name in enumerate(active)}
+        adapters.sort(key=lambda adapter: order.get(adapter.name, -1))
+        for adapter in adapters:
+            inside = active[: order.get(adapter.name, 0)]
+            left = [self._adapter(name) for name in inside if name not in (*names, *self._lorafx.ledger.names)]
+            for other in left:
+                shared = set(adapter.sites_by_weight(self)) & set(other.sites_by_weight(self))
+                if shared and not (adapter.kind.additive and other.kind.additive):
+                    raise MergeError(
+                        f"{adapter.name!r} acts on what {other.name!r} gives, so it cannot be merged without that one; "
+                        f"merge both, or activate {adapter.name!r} first"
+                    )
+        return adapters
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
+        self._lorafx.ledger.unmerge(self)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
+    ) -> nn.Module:
+        """Merge for good and return the base model object, a plain model again.
+
+        Biases and modules that the adapters trained as a whole replace the base's. Arguments and errors are those of
+        `merge_adapter`.
+        """
+        names = list(self._lorafx.active if adapter_names is None else adapter_names)
+        new = [name for name in names if name not in self._lorafx.ledger.names]
+        if new:
+            self.merge_adapter(new, safe_merge, progressbar)
+        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
+            _keep_replaced(self, self._adapter(name))
+        self._lorafx.ledger = Ledger()
+        return self._leave()
+
+    def unload(self) -> nn.Module:
+        """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
+        self.unmerge_adapter()
+        return self._leave()
+
+
+def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
+    """Replace base tensors by the adapter's own copies. A tied tensor is untied: its other modules keep the old one."""
+    for base, path in adapter.replaced.items():
+        owner, _, last = base.rpartition(".")
+        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(copy.detach().clone())
+        else:
+            module._buffers[last] = copy.detach().clone()

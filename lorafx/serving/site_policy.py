@@ -1,0 +1,105 @@
+"""Site policy: which calls are served by the model's own Python, site by site, rather than by one graph, and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..capture.purity import Changed
+from ..errors import CaptureError, UncoveredOperatorError
+from ..pipeline import Context
+from ..tree.attached import has_copies_among_children
+from .call_key import CallKey
+from .per_site import SiteInterpreter, own_forward
+from .programs import Program
+from .settling import Settling
+from .tree_state import TreeState
+
+SIZES = 4  # a kind of call whose graphs fit one size each, as those of an unrolled loop do, gets no more than these
+Serve = Callable[[nn.Module, Context, str, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class SitePolicy:
+    """What goes by sites in one adapted model. `capture` is the dispatcher's."""
+
+    def __init__(self, capture: str) -> None:
+        self.capture = capture
+        self._settling = Settling()
+        self._calls: set[CallKey] = set()  # they go by sites, whatever the model's attributes are
+        self._interpreted: set[tuple[str, int]] = set()  # parts whose own Python ran within a call, and the layout then
+        self._graphs: set[str] = set()  # parts that are graphs of their own within such calls
+        self._warned = False
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def applied(self, key: CallKey) -> CallKey:
+        """The key, without the model's attributes where its own Python reads them."""
+        return any_key if self._calls and (any_key := key.with_any_attributes()) in self._calls else key
+
+    def reason_against_a_graph(self, key: CallKey, state: TreeState, kept: int) -> str:
+        """Why a new kind of call goes by sites without a graph being tried; empty if it may be a graph.
+
+        `kept` is how many graphs for other sizes there are.
+        """
+        if self.capture == "sites" and key.part not in self._graphs:
+            return "asked for by capture='sites'"
+        if state.hooked:
+            return "somebody's hooks on inner modules expect to be called"
+        if state.sharded:
+            return "its parameters are sharded, and whole only while a module's own forward runs"
+        if (key.part, key.layout) in self._interpreted and key.part not in self._graphs:
+            return "it is part of a call that is served by sites"
+        many = kept >= SIZES and self.capture != "graph"
+        return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
+
+    def step_down(self, program: Program, error: CaptureError) -> None:
+        """Have a program go by sites, because its graph cannot be had. Raises that error if graphs were asked for."""
+        if self.capture == "graph":
+            raise error
+        program.gm, program.reason, program.failed = None, str(error), True
+        program.changes_model = isinstance(error.__cause__, Changed)
+
+    def settle(self, program: Program) -> None:
+        """Remember that calls like a program's go by sites, unless a graph is worth another try."""
+        if program.gm is None and not self._settling.may_be_done(program):
+            self._calls.add(program.key.with_any_attributes())
+
+    def forget(self, program: Program) -> None:
+        """Forget that calls like a program's go by sites."""
+        self._calls.discard(program.key.with_any_attributes())
+
+    def warn_once(self, program: Program) -> None:
+        """Say once that a graph was tried in vain."""
+        if program.failed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{program.reason}\nThe model's own Python runs instead, with a graph for each site: same results, "
+                "less fusion. `explain()` lists such calls; capture='graph' makes them an error."
+            )
+
+    # --- parts of a call that goes by sites --------------------------------------------------------------------------
+
+    def step_into(
+        self, interpreter: SiteInterpreter, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], serve: Serve
+    ) -> Any:
+        """Run the own Python of a part that the running model calls.
+
+        Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
+        """
+        tree = interpreter.tree
+        self._interpreted.add((path, interpreter.layout))
+        if has_copies_among_children(tree.get_submodule(path)):
+            self._graphs.add(path)  # a Sequential would run the copies as layers of its own
+        if path not in self._graphs:
+            try:
+                with interpreter.inside(path):
+                    return own_forward(tree, path)(*args, **kwargs)
+            except UncoveredOperatorError:
+                if any(other.startswith(f"{path}.") for other, _ in self._interpreted):
+                    raise
+                self._graphs.add(path)
+        with interpreter.suspended():
+            return serve(tree, interpreter.context, path, args, kwargs)

@@ -1,0 +1,87 @@
+"""What torch knows about tensors, the transforms that they run in, and hooks of modules, and does not document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import TracingContext
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    # Whether a tensor's subclass is made of other tensors, as DTensor is. Without it, kernels would be given such.
+    "is_traceable_wrapper_subclass",
+    # A context outside all torch.func transforms. Without it, a model called within one could not be captured.
+    "temporarily_clear_interpreter_stack",
+]
+
+# Contexts in which torch calls no `__torch_function__`: of modes and subclasses, or of subclasses alone. Without them,
+# what lorafx asks about a tensor would be taken for what the model asks, and deferred logits would ask themselves.
+DisableTorchFunction = torch._C.DisableTorchFunction
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+# Makes a tensor of a Python class without memory. Without it, logits could not be computed when they are asked for.
+make_wrapper_subclass = Tensor._make_wrapper_subclass
+
+# Whether torch may use oneDNN at present. Without it, `torch.backends.mkldnn.flags` would not be obeyed.
+is_mkldnn_enabled = torch._C._get_mkldnn_enabled
+
+# The dicts of a module that hold hooks around its forward and backward. Without them, graphs would pass hooks by.
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# All dicts of a module that hold hooks, or say how to call them. Without them, a mirror would share its original's.
+MODULE_HOOKS = (
+    *CALL_HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def call_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """The dicts of `CALL_HOOKS` of a module."""
+    return [vars(module)[name] for name in CALL_HOOKS]
+
+
+def global_call_hooks() -> list[dict[int, Any]]:
+    """The same for hooks around every module of the process. Without it, graphs would pass these by."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    return [vars(torch_module)[name] for name in names]
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to. Without it, a write between forward and backward would go unnoticed."""
+    return tensor._version
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one that only a torch.func transform sees. Without it, lorafx would look at its values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched_gradient(tensor: Tensor) -> bool:
+    """Whether a gradient is several at once (`is_grads_batched`). Without it, formulas would write to such in place."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_within_transform() -> bool:
+    """Whether a torch.func transform or a forward-mode derivative runs. Without it, fused formulas would, too."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether `saved_tensors_hooks` are on. Without it, no model could be captured inside a checkpointed function."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+
+
+def is_compiled_now() -> bool:
+    """Whether a compiler traces what runs now. Without it, who only asks for shapes would leave guards on sizes."""
+    return TracingContext.try_get() is not None

@@ -1,0 +1,143 @@
+"""What torch.export traces with: fake tensors, nodes that stand for tensors, and what it notes of each node."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.dynamic_shapes import _IntWrapper
+from torch.fx import Node, Proxy
+from torch.fx.experimental.proxy_tensor import (
+    _ProxyTensor,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    maybe_enable_thunkify,
+    set_proxy_slot,
+)
+from torch.utils._mode_utils import no_dispatch
+
+from .tensors import DisableTorchFunction
+
+__all__ = [
+    # Tensors without values, and the mode that makes them. Without them, new nodes would have no shapes.
+    "FakeTensor",
+    "FakeTensorMode",
+    "detect_fake_mode",
+    # Lets composite operators run on symbolic sizes. Without it, new nodes of such would have no shapes.
+    "enable_python_dispatcher",
+    # The mode that writes nodes while a model is traced; None at other times. Without it, no layer would be replayed.
+    "get_proxy_mode",
+    # Makes nodes of what Python computes of sizes only where they are used. Without it, layers would differ by nodes.
+    "maybe_enable_thunkify",
+]
+
+# An integer argument for which torch.export may leave a graph open. Without it, each number would get its own graph.
+IntWrapper = _IntWrapper
+
+
+def values_of_symbols(shape_env: Any) -> Mapping[Any, Any]:
+    """What symbolic sizes were when a graph was made. Without it, `restore_causal` could not try a mask at others.
+
+    `var_to_val` is its name in torch 2.11.
+    """
+    return shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+
+
+# --- fake tensors that stand in for others ---------------------------------------------------------------------------
+
+
+def meta_like(tensor: Tensor) -> Tensor:
+    """The memory that a fake tensor like this one needs: it says its size and strides, and has no bytes."""
+    with no_dispatch():  # or a fake tensor would come out, of the mode that is on
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def fake_tensor(mode: FakeTensorMode, like: Tensor, device: torch.device, requires_grad: bool) -> Tensor:
+    """A fake tensor over `meta_like` memory. Without it, a layer's answers could not be given to another layer."""
+    with no_dispatch():
+        tensor = FakeTensor(mode, like, device)
+        return tensor.requires_grad_() if requires_grad else tensor
+
+
+def pass_for_parameter(tensor: Tensor) -> None:
+    """Let `isinstance(tensor, nn.Parameter)` hold. Without it, models that ask would not see hidden parameters."""
+    tensor._is_param = True  # type: ignore[attr-defined]
+
+
+class _Result(torch.autograd.Function):
+    """Makes a tensor the result of an operator on another one, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, real: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+
+def replace_by(mine: Tensor, real: Tensor, tracer: Any) -> None:
+    """Let a fake tensor count as another that was traced: the same node, known value and need of gradients.
+
+    Without it, a layer that turns out to differ could not be traced after all: Python holds the first tensor.
+    """
+    set_proxy_slot(mine, tracer, get_proxy_slot(real, tracer))
+    mine.constant = real.constant  # type: ignore[attr-defined]
+    if mine.requires_grad:  # a leaf must not be written to in place, an operator's result may
+        with DisableTorchFunction(), disable_proxy_modes_tracing():
+            _Result.apply(mine.requires_grad_(False), real)
+
+
+# --- nodes of tensors ------------------------------------------------------------------------------------------------
+# While a model is traced, each tensor has a slot that says which node computes it. Without these functions, no node
+# could stand for a whole layer, or for a parameter that is hidden: repeated layers would all be traced.
+
+
+def slot_of(tensor: Tensor, tracer: Any) -> Any:
+    """A tensor's slot, whose `proxy` is that of its node; None if the graph has no node for it."""
+    return get_proxy_slot(tensor, tracer, None)
+
+
+def node_of(tensor: Tensor, tracer: Any) -> Node | None:
+    """The node that computes a tensor, if the graph has one."""
+    slot = get_proxy_slot(tensor, tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+def set_slot(tensor: Tensor, tracer: Any, slot: Any) -> None:
+    """Let a tensor have this slot, which it had before."""
+    set_proxy_slot(tensor, tracer, slot)
+
+
+def set_node(tensor: Tensor, tracer: Any, proxy: Proxy) -> None:
+    """Let the node of a proxy be what computes a tensor."""
+    set_proxy_slot(tensor, tracer, _ProxyTensor(proxy, None))
+
+
+@contextlib.contextmanager
+def within_modules(tracer: Any, stack: Any) -> Iterator[None]:
+    """Nodes that are made here say that they are in these modules. Without it, layers traced late would be nowhere."""
+    before, tracer.module_stack = tracer.module_stack, stack
+    try:
+        yield
+    finally:
+        tracer.module_stack = before
+
+
+def module_stack_of(tracer: Any) -> Any:
+    """The modules that run now, as export notes them in each node when it calls a module (and not its forward)."""
+    return tracer.module_stack.copy()
+
+
+@contextlib.contextmanager
+def without_stack_traces(tracer: Any) -> Iterator[None]:
+    """Nodes that are made here get no line of the model. Without it, marks of layers would have one of lorafx."""
+    before, tracer.record_stack_traces = tracer.record_stack_traces, False
+    try:
+        yield
+    finally:
+        tracer.record_stack_traces = before

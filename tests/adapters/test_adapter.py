@@ -1,0 +1,100 @@
+"""An adapter: where its tensors hang, its parts, and two of a module's weights adapted side by side."""
+
+import pytest
+import torch
+from graphs import Chain, adapted
+from modules import Stack
+from torch import nn
+
+import lorafx
+from lorafx.adapters import storages
+from lorafx.adapters.adapter import plan
+from lorafx.adapters.readings import LINEAR
+from lorafx.adapters.storages import Dense
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+class Pair(nn.Module):
+    """(…, 5) -> (…, 4): two weights in one module, under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(4, 7))
+
+    def forward(self, x):
+        return nn.functional.linear(torch.tanh(nn.functional.linear(x, self.up)), self.down)
+
+
+class DensePair(Dense):
+    """The two weights of a `Pair`."""
+
+    def weights(self, module):
+        if isinstance(module, Pair):
+            yield from (("up", LINEAR), ("down", LINEAR))
+
+
+@pytest.fixture
+def pair():
+    storage = storages.register(DensePair())
+    yield nn.Sequential(Pair(), nn.Linear(4, 3)).double()
+    storages.STORAGES.remove(storage)
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_two_weights_of_a_module_are_two_sites(pair, capture, tmp_path):
+    x, layer = torch.randn(6, 5, dtype=torch.float64), pair[0]
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": False}
+    lora = lorafx.compile(pair, config, capture=capture)
+    assert [site.name for site in lora.sites] == ["0.up", "0.down"]
+    assert [tuple(p.shape) for n, p in lora.named_parameters() if "lora_A" in n] == [(2, 5), (2, 7)]
+    up, down = (
+        3
+        * lora.get_parameter(f"0.{name}_lora_B.default.weight")
+        @ lora.get_parameter(f"0.{name}_lora_A.default.weight")
+        for name in ("up", "down")
+    )
+    expected = pair[1](torch.tanh(x @ (layer.up + up).T) @ (layer.down + down).T)
+    torch.testing.assert_close(lora(x), expected, **CLOSE)
+    before = {name: tensor.clone() for name, tensor in pair.state_dict().items()}
+    lora.merge_adapter()
+    torch.testing.assert_close(pair(x), expected, **CLOSE)
+    lora.unmerge_adapter()
+    assert all(torch.equal(before[name], tensor) for name, tensor in pair.state_dict().items())
+    lora.save_pretrained(tmp_path)
+    torch.testing.assert_close(lorafx.load(lora.unload(), tmp_path, capture=capture)(x), expected, **CLOSE)
+
+
+def test_planning_touches_nothing():
+    model = Chain()
+    before = dict(model.named_modules()), dict(model.named_parameters())
+    planned = plan(model, "task", lorafx.LoraConfig(target_modules=["second"], bias="lora_only"))
+    assert (dict(model.named_modules()), dict(model.named_parameters())) == before
+    assert sorted(planned.paths) == [
+        "second.lora_A.task.weight",
+        "second.lora_B.task.weight",
+        "second.trained_bias.task.bias",
+    ]
+
+
+def test_the_part_below_a_layer_has_the_layers_names():
+    lora = adapted(Stack(depth=2), target_modules=["up", "head"])
+    lora.set_scale("default", 0.5)
+    adapter = lora._lorafx.adapters["default"]
+    inner = adapter.below("layers.1")
+    assert [site.name for site in inner.selection] == ["up"]
+    expected = {"up.lora_A.default.weight", "up.lora_B.default.weight", "up.adapter_scaling.default"}
+    assert set(inner.paths) == expected
+    assert adapter.below("head") is None, "the module itself is adapted: what hangs there is not below it"
+    assert not adapter.below("layers.1.down").selection
+    one = adapter.only(["layers.0.up.weight"], [])
+    assert [site.name for site in one.selection] == ["layers.0.up"] and list(one.scales) == ["layers.0.up"]
+
+
+def test_layers_are_of_one_form_if_their_equations_and_tensors_are():
+    lora = adapted(Stack(depth=3), target_modules=["up"], rank_pattern={"layers.2.up": 1})
+    adapter = lora._lorafx.adapters["default"]
+    forms = [adapter.below(f"layers.{i}").signature(lora.get_submodule(f"layers.{i}")) for i in range(3)]
+    assert forms[0] == forms[1] != forms[2]
+    lora.layers[1].up.eval()
+    assert adapter.below("layers.1").signature(lora.layers[1]) != forms[0], "dropout depends on the mode"

@@ -1,0 +1,88 @@
+"""caches: pytrees see their tensors and counters, and one graph fits a sliding window however full it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from lorafx.capture.caches import branchless_windows, is_cache, is_length, register_caches
+
+register_caches(nn.Module())
+
+
+def filled(layers=2, length=3):
+    cache = DynamicCache()
+    for layer in range(layers):
+        cache.update(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4), layer)
+    return cache
+
+
+def test_a_cache_is_its_tensors_and_comes_back():
+    cache = filled()
+    leaves, spec = pytree.tree_flatten(cache)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert len(tensors) == 4 and tensors[0] is cache.layers[0].keys and tensors[3] is cache.layers[1].values
+    again = spec.unflatten(leaves)
+    assert type(again) is DynamicCache and again is not cache and vars(again).keys() == vars(cache).keys()
+    assert [vars(layer) for layer in again.layers] == [vars(layer) for layer in cache.layers]
+
+
+def test_flags_are_structure_and_counters_are_leaves():
+    one, other = DynamicSlidingWindowLayer(sliding_window=5), DynamicSlidingWindowLayer(sliding_window=5)
+    other.cumulative_length = 7
+    assert pytree.tree_structure(one) == pytree.tree_structure(other)
+    assert 7 in pytree.tree_leaves(other) and False not in pytree.tree_leaves(other)
+    other.is_initialized = True
+    assert pytree.tree_structure(one) != pytree.tree_structure(other)
+
+
+def test_what_a_tree_map_puts_there_can_be_mapped_back():
+    cache = filled(1)
+    names = pytree.tree_map(lambda leaf: "text", cache)
+    assert type(names) is DynamicCache and names.layers[0].keys == "text"
+    assert pytree.tree_structure(names) == pytree.tree_structure(cache)
+
+
+class NotesCache:
+    """A cache class of a model's own, as some define beside the model."""
+
+    def __init__(self):
+        self.state, self.name = torch.ones(2), "notes"
+
+
+class Model(transformers.PreTrainedModel):
+    config_class = transformers.LlamaConfig
+
+
+def test_a_models_own_cache_is_registered_by_its_name():
+    assert not is_cache(NotesCache())
+    register_caches(Model(transformers.LlamaConfig()))
+    assert is_cache(NotesCache()) and len(pytree.tree_leaves(NotesCache())) == 1
+
+
+def test_which_leaves_count_tokens():
+    assert is_length("past_key_values.layers.0.cumulative_length") and not is_length("past_key_values.layers.0.keys")
+
+
+def windows(steps, branchless):
+    """What a layer with a window of 5 gives for tokens that come in these steps, and what it then holds."""
+    torch.manual_seed(0)
+    layer, seen = DynamicSlidingWindowLayer(sliding_window=5), []
+    for tokens in steps:
+        with branchless_windows() if branchless else torch.no_grad():
+            sizes = tuple(map(int, layer.get_mask_sizes(tokens)))
+            keys, values = layer.update(torch.randn(1, 1, tokens, 2), torch.randn(1, 1, tokens, 2))
+        seen += [torch.tensor(sizes), keys, values, layer.keys, layer.values]
+    return seen
+
+
+@pytest.mark.parametrize("steps", [(3,), (4,), (5,), (9,), (3, 1, 1, 1, 1), (7, 1, 1), (2, 6)], ids=str)
+def test_windows_without_branches_hold_what_transformers_holds(steps):
+    own = DynamicSlidingWindowLayer.update
+    assert all(map(torch.equal, windows(steps, True), windows(steps, False)))
+    assert DynamicSlidingWindowLayer.update is own

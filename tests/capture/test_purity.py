@@ -1,0 +1,113 @@
+"""purity: what prints, draws random numbers or changes the model is no call that a graph can serve."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lorafx.capture.purity import Changed, no_unrolling, pure, unchanging
+from lorafx.errors import CaptureError
+
+
+def test_what_prints_is_refused_by_its_line_and_not_shown(capsys):
+    with pytest.raises(CaptureError, match=r"it prints, .*test_purity\.py:\d+: print\(.seen.\)"), pure():
+        print("seen")
+    assert capsys.readouterr().out == ""
+
+
+def test_other_threads_print_to_the_screen(capsys):
+    with pure():
+        thread = threading.Thread(target=print, args=("from elsewhere",))
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().out == "from elsewhere\n"
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand], ids=["Python", "numpy"])
+def test_random_numbers_are_refused_and_come_again(draw):
+    random.seed(0)
+    numpy.random.seed(0)
+    expected = draw()
+    random.seed(0)
+    numpy.random.seed(0)
+    with pytest.raises(CaptureError, match="random numbers from Python or numpy"), pure():
+        draw()
+    assert draw() == expected
+
+
+def test_what_computes_and_draws_from_torch_is_let_through():
+    with pure():
+        torch.rand(2)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count, self.seen, self.notes = 0, {"last": []}, None
+        self.register_buffer("mean", torch.zeros(1))
+
+
+def count(model):
+    model.count += 1
+
+
+def add(model):
+    model.seen["last"].append(1)
+
+
+def new(model):
+    model.extra = 1
+
+
+def forget(model):
+    del model.notes
+
+
+@pytest.mark.parametrize(("act", "name"), [(count, "0.count"), (add, "0.seen"), (new, "0.extra"), (forget, "0.notes")])
+def test_a_change_of_the_model_is_refused_by_its_name(act, name):
+    model = nn.Sequential(Remembers())
+    with pytest.raises(Changed, match=f"it changes {name} of the model"), unchanging(model):
+        act(model[0])
+
+
+def test_buffers_may_be_written_to():
+    model = Remembers()
+    with unchanging(model):
+        model.mean.add_(1)
+
+
+class Scan(nn.Module):
+    """A loop over a size, or over a number."""
+
+    def __init__(self, steps=None):
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x):
+        for _ in range(x.shape[0] if self.steps is None else self.steps):
+            x = x + 1
+        return x
+
+
+def test_a_loop_over_a_size_is_refused_by_its_line():
+    model = Scan()
+    with (
+        pytest.raises(CaptureError, match=r"loops over a size.*test_purity\.py:\d+: for _ in range"),
+        no_unrolling(model),
+    ):
+        make_fx(model, tracing_mode="symbolic")(torch.ones(3))
+
+
+def test_a_loop_over_a_number_is_not_and_range_comes_back():
+    model = Scan(steps=2)
+    with no_unrolling(model):
+        gm = make_fx(model, tracing_mode="symbolic")(torch.ones(3))
+    assert torch.equal(gm(torch.ones(4)), torch.full((4,), 3.0))
+    assert "range" not in vars(sys.modules[__name__])

@@ -1,0 +1,94 @@
+"""All that can be done with an adapter, for kinds, storages and readings that lorafx did not bring along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.graph.blocks import blocks_of
+
+FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
+
+
+class Layers(nn.Module):
+    """(…, n) -> (…, n): equal layers one after another, each added to what it was given."""
+
+    def __init__(self, make: Callable[[], nn.Module], depth: int = 3):
+        super().__init__()
+        self.layers = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def randomize(lora: lorafx.AdaptedModel, name: str = "default") -> None:
+    """Give an adapter values that make a difference."""
+    with torch.no_grad():
+        for path in lora._lorafx.adapters[name].paths:
+            tensor = lora.get_parameter(path)
+            tensor.add_(torch.randn_like(tensor) / 4)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def hold(
+    build: Callable[[], nn.Module],
+    config: object,
+    x: Tensor,
+    formula: Callable[[lorafx.AdaptedModel, Tensor], Tensor],
+    folder: Path,
+    *,
+    merges_to: float | None = 1e-12,
+) -> None:
+    """Adapt a model of equal layers and use it in every way; `formula` says what it computes.
+
+    `merges_to` is how near the merged model comes to that: 1e-12 in float64, less near for a storage that rounds.
+    """
+    torch.manual_seed(0)
+    base = build()
+    untouched, plain = bits(base), base(x)
+    lora = lorafx.compile(base, config, capture="graph")
+    randomize(lora)
+    expected = formula(lora, x)
+    assert (expected - plain).abs().max() > 0.01, "the adapter makes a difference"
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(lora(x), expected, **close)
+    assert blocks_of(lora.graph(x)), "equal layers share a block"
+    lora.save_pretrained(folder)
+
+    for options in ({"capture": "sites"}, {"backend": "aot_eager"}, {"pipeline": FLAT}):
+        loaded = lorafx.load(build_like(build, base), folder, is_trainable=True, **options)
+        torch.testing.assert_close(loaded(x), expected, **close)
+
+    given = torch.autograd.grad(formula(lora, x).square().sum(), trained(lora))
+    lora(x).square().sum().backward()
+    for parameter, gradient in zip(trained(lora), given):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
+
+    lora.merge_adapter()
+    torch.testing.assert_close(base(x), expected, rtol=merges_to, atol=merges_to)
+    torch.testing.assert_close(lora(x), expected, rtol=merges_to, atol=merges_to)
+    lora.unmerge_adapter()
+    assert bits(base) == untouched
+    torch.testing.assert_close(lora(x), expected, **close)
+    assert lora.unload() is base and bits(base) == untouched
+    torch.testing.assert_close(base(x), plain, rtol=0, atol=0)
+
+
+def trained(lora: lorafx.AdaptedModel) -> list[Tensor]:
+    return [parameter for parameter in lora.parameters() if parameter.requires_grad]
+
+
+def build_like(build: Callable[[], nn.Module], base: nn.Module) -> nn.Module:
+    """Another base model with the same weights."""
+    other = build()
+    other.load_state_dict(base.state_dict())
+    return other

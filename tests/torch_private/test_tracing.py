@@ -1,0 +1,59 @@
+"""tracing: fake tensors that stand in for others, and the nodes that compute them."""
+
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from lorafx.torch_private import tracing
+
+
+def test_a_fake_tensor_is_like_another():
+    like = torch.empty(3, 2, dtype=torch.bfloat16).t()
+    with tracing.FakeTensorMode() as mode:
+        made = tracing.fake_tensor(mode, tracing.meta_like(like), like.device, requires_grad=True)
+    assert type(made) is tracing.FakeTensor and made.fake_mode is mode and made.requires_grad and made.is_leaf
+    assert (made.shape, made.stride(), made.dtype, made.device) == (like.shape, like.stride(), like.dtype, like.device)
+    assert not isinstance(made, nn.Parameter)
+    tracing.pass_for_parameter(made)
+    assert isinstance(made, nn.Parameter)
+
+
+def test_a_node_can_be_said_to_compute_a_tensor():
+    outside = torch.ones(1)
+
+    def run(x):
+        tracer = get_proxy_mode().tracer
+        y, z = x * 2, x * 3
+        slot = tracing.slot_of(y, tracer)
+        assert tracing.node_of(y, tracer) is slot.proxy.node and tracing.node_of(outside, tracer) is None
+        tracing.set_node(y, tracer, tracing.slot_of(z, tracer).proxy)
+        assert tracing.node_of(y, tracer) is tracing.node_of(z, tracer)
+        tracing.set_slot(y, tracer, slot)
+        assert tracing.node_of(y, tracer) is slot.proxy.node
+        tracing.replace_by(y, z, tracer)
+        return y
+
+    gm = make_fx(run, tracing_mode="fake")(torch.ones(2))
+    assert torch.equal(gm(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_what_a_tracer_notes_of_nodes_is_set_and_put_back():
+    class Tracer:
+        module_stack, record_stack_traces = {"": "model"}, True
+
+    tracer = Tracer()
+    with tracing.within_modules(tracer, {"0": "layer"}), tracing.without_stack_traces(tracer):
+        assert tracing.module_stack_of(tracer) == {"0": "layer"} and not tracer.record_stack_traces
+    assert tracing.module_stack_of(tracer) == {"": "model"} and tracer.record_stack_traces
+
+
+def test_values_of_symbols_are_what_sizes_were():
+    found = {}
+
+    def run(x):
+        size = x.shape[0]
+        found[str(size)] = tracing.values_of_symbols(size.node.shape_env)[size.node.expr]
+        return x
+
+    make_fx(run, tracing_mode="symbolic")(torch.ones(5, 7))
+    assert list(map(int, found.values())) == [5]
