@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,6 +86,12 @@ KINDS = {
     "an odd one": (lambda number: Layer(inner=9 if number == 2 else 6), [[0, 1, 3], [2]]),
     "none": (lambda number: Layer(inner=6 + number), []),
 }
+
+
+def cases(names, *, quick):
+    """A parametrisation by name, of which these names are in the quick part."""
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def tiny_llama(**options) -> LlamaForCausalLM:

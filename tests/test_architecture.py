@@ -232,6 +232,7 @@ def test_a_module_of_more_than_a_hundred_lines_has_a_test_of_its_name():
     assert missing == []
 
 
+@pytest.mark.slow
 def test_importing_lorafx_imports_no_test_or_demo_dependency():
     script = "import sys, lorafx; print(*{'peft', 'hypothesis', 'matplotlib', 'bitsandbytes'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -222,6 +222,7 @@ def test_what_from_pretrained_cannot_honour_is_an_error(saved, asked):
         lorafx.PeftModel.from_pretrained(base_model(), saved, **asked)
 
 
+@pytest.mark.slow
 def test_training_goes_on_exactly_where_it_left_off(tmp_path):
     lora = lorafx.get_peft_model(base_model(), lorafx.LoraConfig(**SETTINGS))
     losses = _train(lora, 3)

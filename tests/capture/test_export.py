@@ -137,6 +137,7 @@ def test_modes_dtypes_and_autocast_are_told_apart():
         assert not lora(x.double()).requires_grad
 
 
+@pytest.mark.slow
 def test_a_setting_of_the_models_config_is_told_apart():
     lora = lorafx.compile(tiny_llama(num_hidden_layers=1), {"target_modules": ["q_proj"]}).eval()
     with torch.no_grad():

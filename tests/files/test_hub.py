@@ -209,6 +209,7 @@ def test_a_download_that_never_completes_is_one_error_and_the_next_try_is_clean(
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_push_and_a_load_give_the_adapter_back(files, tmp_path):
     """In a process that knows the Hub by HF_ENDPOINT alone."""
     lines = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from graphs import adapted
-from modules import KINDS, Layer, Stack
+from modules import KINDS, Layer, Stack, cases
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -52,7 +52,7 @@ def test_before_and_after():
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating", "a constant", "an odd one", "none"]))
 def test_layers_fall_into_kinds(kind):
     make, expected = KINDS[kind]
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", cases(ADAPTERS, quick=["some layers", "two scalings", "a saved layer"]))
 def test_layers_whose_adapters_differ_are_told_apart(case):
     config, expected = ADAPTERS[case]
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         return self.inner(x, y, y, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("bias", ["none", pytest.param("all", marks=pytest.mark.slow)])
 def test_files_and_outputs_are_pefts(tmp_path, bias):
     torch.manual_seed(0)
     base, call = Attention(), (torch.randn(2, 5, 12), torch.randn(2, 7, 12))

@@ -40,7 +40,7 @@ def examples(count):
 
 
 @pytest.mark.slow
-@examples(20)
+@examples(12)
 @given(testing.adapted(adapters=2))
 def test_merged_and_unloaded_equal_unmerged(case):
     """The unloaded base runs its own Python without any graph: a reference for every kind of site, own copy and tie."""
@@ -66,7 +66,7 @@ def test_one_graph_serves_other_sizes(case, seed):
 
 
 @pytest.mark.slow
-@examples(15)
+@examples(10)
 @given(testing.adapted(mergeable=False, adapters=2))
 def test_zero_B_changes_no_bit_of_the_output(case):
     """In eval mode, with gradients; in groups and with own copies of biases and modules too."""
@@ -76,7 +76,7 @@ def test_zero_B_changes_no_bit_of_the_output(case):
 # --- merging is exact ---
 
 
-@examples(60)
+@examples(40)
 @given(
     testing.adapted(testing.models(dtypes=REAL), adapters=4, scales=ANY_SCALE),
     st.integers(1, 3),
@@ -90,7 +90,7 @@ def test_unmerging_restores_every_bit(case, cycles, one_by_one, random):
     testing.assert_merge_is_exact(lora, names, cycles=cycles, one_by_one=one_by_one)
 
 
-@examples(40)
+@examples(25)
 @given(testing.adapted(testing.models(dtypes=REAL), adapters=4, scales=ANY_SCALE), st.randoms())
 def test_the_merged_weights_depend_neither_on_order_nor_on_grouping(case, random):
     """One rounding of W + ΣΔW, where the sum may be taken in any order: in float64, then rounded to float32.
@@ -108,7 +108,7 @@ def test_the_merged_weights_depend_neither_on_order_nor_on_grouping(case, random
         torch.testing.assert_close(actual[path], tensor, rtol=unit, atol=0)
 
 
-@examples(40)
+@examples(25)
 @given(testing.adapted(testing.models(dtypes=HALF), scales=ANY_SCALE))
 def test_merging_rounds_once(case):
     """W' is within half a unit in the last place of W + ΔW as float64 has it, and one float32 rounding."""
@@ -128,7 +128,7 @@ def test_merging_rounds_once(case):
         torch.testing.assert_close(merged.double(), value, rtol=unit, atol=smallest)
 
 
-@examples(40)
+@examples(25)
 @given(testing.adapted(testing.models(dtypes=REAL), adapters=2), st.integers(0, 2**32), st.booleans())
 def test_any_finite_weights_come_back(case, seed, hostile):
     """Weights of random bits (subnormals, -0, values near the largest), and adapters as random as those."""
@@ -167,7 +167,7 @@ LARGE = testing.models(
 )
 
 
-@examples(40)
+@examples(20)
 @given(testing.adapted(LARGE, adapters=4, scales=st.floats(1e-4, 0.05)))
 def test_small_adapters_keep_under_a_quarter_of_the_weight(case):
     """Of 4,096 elements and more, all adapters together changing W by 5 % at most: their ΔW add up in quadrature."""
@@ -178,7 +178,7 @@ def test_small_adapters_keep_under_a_quarter_of_the_weight(case):
             assert kept < 0.25 * size, f"{path}: {kept} of {size} bytes"
 
 
-@examples(40)
+@examples(20)
 @given(testing.adapted(testing.models(dtypes=REAL) | LARGE, adapters=4, scales=st.floats(1e-3, 100)))
 def test_no_adapter_keeps_more_than_a_copy_of_the_weight(case):
     lora = case.build()
@@ -244,13 +244,13 @@ def _failing(where, countdown):
 # --- files ---
 
 
-@examples(60)
+@examples(25)
 @given(testing.adapted(mergeable=False, adapters=3))
 def test_saving_and_loading_is_the_identity(tmp_path_factory, case):
     testing.assert_roundtrip(case.build(), tmp_path_factory.mktemp("adapter"))
 
 
-@examples(20)
+@examples(10)
 @given(testing.adapted(adapters=3))
 def test_a_merged_model_saves_the_same_files(tmp_path_factory, case):
     folder = tmp_path_factory.mktemp("adapter")
@@ -311,7 +311,7 @@ PASSES = st.one_of(
 )
 
 
-@examples(300)
+@examples(100)
 @given(st.lists(PASSES, max_size=5))
 def test_pipelines_print_and_parse_to_themselves(passes):
     pipeline = Pipeline(*passes)
@@ -320,7 +320,7 @@ def test_pipelines_print_and_parse_to_themselves(passes):
 
 
 @pytest.mark.slow
-@examples(15)
+@examples(8)
 @given(testing.adapted(adapters=3, replaces=False), st.randoms())
 def test_merging_all_adapters_reverses_their_insertion(case, random):
     """The graph before insertion and after merging is the same text up to node numbering, in any order of adapters."""

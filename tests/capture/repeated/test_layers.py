@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 import zoo
+from modules import cases
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
@@ -192,6 +193,9 @@ MODELS = {  # and the layers that are blocks, as they come from tracing
 }
 
 
+QUICK = ["a number that chooses", "two kinds in turn", "views of one result", "results by number", "writing to buffers"]
+
+
 def flat(gm):
     """Each operator with its arguments, when blocks are inline."""
     Pipeline(Canonicalize(), ElideCasts(), InlineBlocks(), Canonicalize(), ElideCasts()).run(gm)
@@ -200,7 +204,7 @@ def flat(gm):
     return [(str(n.target), str(n.meta["val"])) for n in nodes], set(reads)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", cases(MODELS, quick=QUICK))
 def test_it_is_the_graph_that_tracing_all_layers_gives(name):
     make, expected = MODELS[name]
     torch.manual_seed(0)
