@@ -36,6 +36,25 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.embed(ids)))
 
 
+class DeeperTied(Tied):
+    """The same with a linear layer in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.Linear(5, 5)
+
+    def forward(self, ids):
+        return self.head(self.middle(self.embed(ids)))
+
+
+class Gates(nn.Module):
+    """(…), (…) -> two of (…): a gate that opens itself, and one that does not."""
+
+    def forward(self, x, y):
+        gated = torch.sigmoid(x) * x
+        return gated + y, torch.sigmoid(y) * x
+
+
 class Fork(nn.Module):
     """(…, 4) -> (…, 3): three linear layers of one value, and one of another."""
 

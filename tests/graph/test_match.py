@@ -1,6 +1,7 @@
 """match: what a pattern is found at, and why it is not found where it is not."""
 
 import torch
+from modules import Gates
 from torch import nn
 from torch.fx import Graph
 
@@ -8,12 +9,6 @@ import lorafx
 from lorafx.graph import Match, NoMatch, match
 
 aten = torch.ops.aten
-
-
-class Gates(nn.Module):
-    def forward(self, x, y):
-        gated = torch.sigmoid(x) * x
-        return gated + y, torch.sigmoid(y) * x
 
 
 def graph():
@@ -34,7 +29,7 @@ def test_a_name_that_occurs_twice_stands_for_one_value():
     refused = match(silu, second)
     assert isinstance(refused, NoMatch) and not refused
     assert "`x` would stand for both" in refused.reason
-    assert "test_match.py" in str(refused) and "torch.sigmoid(y) * x" in str(refused)
+    assert "modules.py" in str(refused) and "torch.sigmoid(y) * x" in str(refused)
 
 
 def test_an_operator_or_a_number_that_differs_is_named():

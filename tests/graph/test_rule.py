@@ -1,18 +1,13 @@
 """Rules: what matches, what does not and why, and what is left behind."""
 
 import torch
+from modules import Gates
 from torch import nn
 
 import lorafx
 from lorafx.graph import Match, NoMatch, Provenance, Rule, made_by
 
 aten = torch.ops.aten
-
-
-class Gates(nn.Module):
-    def forward(self, x, y):
-        gated = torch.sigmoid(x) * x
-        return gated + y, torch.sigmoid(y) * x
 
 
 def graph():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from graphs import Chain, adapted, change
-from modules import Tied
+from modules import DeeperTied, Tied
 from torch import nn
 
 import lorafx
@@ -289,15 +289,7 @@ def test_unload_is_the_base_object_as_it_was():
 
 
 def test_unloading_a_saved_module_unties_rather_than_changes_its_twin():
-    class Deeper(Tied):
-        def __init__(self):
-            super().__init__()
-            self.middle = nn.Linear(5, 5)
-
-        def forward(self, ids):
-            return self.head(self.middle(self.embed(ids)))
-
-    model, ids = Deeper(), torch.randint(0, 11, (2, 6))
+    model, ids = DeeperTied(), torch.randint(0, 11, (2, 6))
     lora = adapted(model, target_modules=["middle"], modules_to_save=["head"])
     with torch.no_grad():
         lora.get_parameter("head.modules_to_save.default.weight").mul_(3)

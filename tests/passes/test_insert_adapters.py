@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from graphs import INSERT, PREPARE, Chain, adapted, context, run, text
-from modules import EveryForm, Tied
+from modules import DeeperTied, EveryForm, Tied
 from torch import nn
 
 import lorafx
@@ -194,15 +194,7 @@ def test_without_adapters_nothing_changes():
 
 
 def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
-    class Deeper(Tied):
-        def __init__(self):
-            super().__init__()
-            self.middle = nn.Linear(5, 5)
-
-        def forward(self, ids):
-            return self.head(self.middle(self.embed(ids)))
-
-    model, ids = Deeper(), torch.randint(0, 11, (2, 6))
+    model, ids = DeeperTied(), torch.randint(0, 11, (2, 6))
     lora = adapted(model, target_modules=["middle"], modules_to_save=["head"])
     with torch.no_grad():
         lora.get_parameter("head.modules_to_save.default.weight").zero_()
