@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .. import api
+from ..adapters.kinds.lora import rank as rank_of
 from ..adapters.kinds.lora_config import LoraConfig
 from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, Reading
 from ..adapters.site import Site
@@ -193,8 +194,8 @@ def randomize(lora: AdaptedModel, scale: float = 0.1, *, seed: int = 0) -> None:
 
 def _randomize_site(adapter: Any, lora: AdaptedModel, site: Site, scale: float, rng: torch.Generator) -> None:
     weight, bias = tensor_at(lora, site.weight), find_tensor(lora, site.bias)
-    scaling = adapter.kind.scaling(site, adapter.config)
-    rank = adapter.kind.rank(site, adapter.config)
+    scaling = adapter.kind.numbers(site, adapter.config)["scaling"]
+    rank = rank_of(site, adapter.config)
     for suffix, tensor in adapter.tensors_at(lora, site).items():
         if suffix.endswith("bias"):
             deviation = scale * _rms(weight if bias is None else bias) / scaling
