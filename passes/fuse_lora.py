@@ -64,7 +64,9 @@ def _one_dtype_and_a_number(found: Match) -> str | None:
 
 
 def _one_dtype_and_a_tensor(found: Match) -> str | None:
-    scaling = found.bindings["scaling"]
+    scaling, maker = found.bindings["scaling"], made_by(found.anchor)
+    if maker is None or not maker.adapter:
+        return "a tensor scales the model's own update"
     if not isinstance(scaling, Node) or scaling.meta["val"].ndim:
         return "the scaling is no tensor of one number"
     return _one_dtype(found)

@@ -39,7 +39,7 @@ def this_process_frees_memory(monkeypatch):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    names = ("base", "peft", "lorafx", "liger", "unsloth", "torchtune")
+    names = ("base", "peft", "lorafx", "liger", "unsloth")
     return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora", "--contestants", *names)
 
 
