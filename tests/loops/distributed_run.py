@@ -20,7 +20,7 @@ STEPS, BATCH = 3, 4
 
 def fresh() -> lorafx.AdaptedModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "use_cache": False}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     config = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}

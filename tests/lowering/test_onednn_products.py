@@ -129,7 +129,9 @@ def test_what_it_gives_is_what_compilers_were_told():
 
 
 @pytest.mark.slow
-@cases
+@pytest.mark.parametrize(
+    "function", [a_product, over_rows, an_update, over_nothing, in_double], ids=lambda function: function.__name__
+)
 def test_inductor_calls_it(function, monkeypatch):
     """For sizes that it was compiled for and others."""
     monkeypatch.setenv("CI", "true")  # where Inductor refuses what it knows another way to do
