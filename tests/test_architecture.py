@@ -4,6 +4,7 @@ import ast
 import functools
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import networkx as nx
@@ -233,6 +234,12 @@ def test_a_module_of_more_than_a_hundred_lines_has_a_test_of_its_name():
 
 
 @pytest.mark.slow
+def test_a_wheel_has_every_package():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent.relative_to(ROOT) for file in CORE.rglob("__init__.py") if file.parent.name != "passes"]
+    assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["lorafx.passes"])
+
+
 def test_importing_lorafx_imports_no_test_or_demo_dependency():
     script = "import sys, lorafx; print(*{'peft', 'hypothesis', 'matplotlib', 'bitsandbytes'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
