@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import RecomputeError
+from ..ops.modes import is_recorded
 from ..ops.offload import offloaded
 from ..torch_private.tensors import version_of
 
@@ -32,7 +33,10 @@ def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *input
 
 def checkpoint_block(block: Any, layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
     """Run a block and keep only its inputs for backward, which runs it again (Chen et al., 2016, arXiv 1604.06174)."""
-    return checkpoint(_call_unchanged, block, layer, _versions(layer), *inputs, use_reentrant=False)
+    # While a CUDA graph is recorded the state of random numbers cannot be read: layers that draw some are not recorded.
+    preserve = not is_recorded()
+    run = partial(_call_unchanged, block, layer, _versions(layer))
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def offload_block(block: Any, layer: nn.Module, *inputs: Any, moves: tuple[int, ...]) -> tuple[Any, ...]:

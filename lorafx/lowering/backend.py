@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from ..errors import ConfigError
-from ..torch_private.compilers import inductor_modes
+from ..torch_private.compilers import CUDA_GRAPHS, inductor_modes, settings_of_mode
 
 _OURS = "auto", "eager"
+_GRAPHS = "reduce-overhead"  # the mode that is nothing but CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Backend:
     """How graphs are compiled: by whom, in which of Inductor's modes, with which activation memory budget.
 
     `name` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
-    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`. `budget` is AOTAutograd's, from 0
+    graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`. Where that has CUDA graphs in it,
+    lorafx records them itself, of eager graphs too: Inductor's own cannot have one compiled layer feed the next call of
+    itself, and training fails. `budget` is AOTAutograd's, from 0
     (recompute all) to 1 (keep all that it would keep by itself); None is that without norms and activations. Raises
     `ConfigError` for what is none of these.
     """
@@ -34,10 +38,21 @@ class Backend:
             raise ConfigError(f"backend={self.name!r} is none of {', '.join([*_OURS, *backends])}")
         if self.mode is None:
             return
-        if self.name not in ("auto", "inductor"):
+        if self.name not in ("auto", "inductor") and not (self.name == "eager" and self.mode == _GRAPHS):
             raise ConfigError(f"mode={self.mode!r} is one of Inductor's, and backend={self.name!r} has none")
         if self.mode not in (known := inductor_modes()):
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(known)}")
+
+    @property
+    def records(self) -> bool:
+        """Whether calls on CUDA are recorded and replayed."""
+        return self.mode is not None and settings_of_mode(self.mode).get(CUDA_GRAPHS, False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the mode sets of Inductor's configuration."""
+        settings = settings_of_mode(self.mode) if self.mode else {}
+        return {name: value for name, value in settings.items() if name != CUDA_GRAPHS}
 
     def on(self, gm: GraphModule) -> str:
         """The name of what compiles this graph."""

@@ -24,6 +24,7 @@ from ..graph.regions import Region, is_size, signature
 from ..ops.deferral import heads, is_deferral
 from ..torch_private.graphs import output_spec_of
 from .backend import Backend
+from .cuda_graphs import Cuda, Replayed, device_of
 from .eager import direct
 from .pieces import Compiled, CompiledBlock, Piece
 
@@ -37,6 +38,11 @@ class Lowered(NamedTuple):
     run: Callable[..., Any]  # the graph itself, or a compiled form of it
     output: pytree.TreeSpec
 
+    @property
+    def launched(self) -> str:
+        """How often a CUDA graph was launched instead, or why none is; empty where nobody asked for any."""
+        return str(self.run) if isinstance(self.run, Replayed) else ""
+
 
 class Lowering:
     """What compiles graphs for one adapted model, and the pieces it has compiled. Sizes stay dynamic."""
@@ -44,9 +50,18 @@ class Lowering:
     def __init__(self, backend: Backend):
         self.backend = backend
         self.pieces: dict[Hashable, Piece] = {}
+        self._devices: dict[torch.device, Cuda] = {}
 
     def lower(self, gm: GraphModule) -> Lowered:
         """What serves calls of `gm`."""
+        lowered = self._lower(gm)
+        device = device_of(gm) if self.backend.records else None
+        if device is None:
+            return lowered
+        recorder = self._devices.setdefault(device, Cuda(device))
+        return lowered._replace(run=Replayed(lowered.run, lowered.graph, recorder))
+
+    def _lower(self, gm: GraphModule) -> Lowered:
         compiler, output = self.backend.on(gm), output_spec_of(gm)
         if compiler == "eager":
             graph = direct(gm)

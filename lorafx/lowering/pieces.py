@@ -21,7 +21,6 @@ from ..torch_private.compilers import (
     inductor,
     lookup_backend,
     recompile_reason,
-    settings_of_mode,
 )
 from .backend import Backend
 from .inductor import OurPasses
@@ -38,7 +37,7 @@ class Piece:
         self._settings: dict[str, Any] = {KEEP_MATERIALIZED: backend.budget == 1}
         if backend.budget is not None:
             self._settings[ACTIVATION_BUDGET] = backend.budget
-        self._options: dict[str, Any] = {"config_patches": _patches(backend.mode)} if compiler == "inductor" else {}
+        self._options: dict[str, Any] = {"config_patches": _patches(backend)} if compiler == "inductor" else {}
         self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
     def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
@@ -49,10 +48,9 @@ class Piece:
             return self._backend(gm, inputs, **options, **self._options)
 
 
-def _patches(mode: str | None) -> dict[str, Any]:
+def _patches(backend: Backend) -> dict[str, Any]:
     """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
-    settings: dict[str, Any] = settings_of_mode(mode) if mode else {}
-    return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | settings
+    return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | backend.settings
 
 
 def _reason() -> str:

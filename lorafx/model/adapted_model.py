@@ -133,7 +133,7 @@ class AdaptedModel(Trainable, Merges, Saving):
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
         dispatcher = self._lorafx.dispatcher
         calls = [
-            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss)
+            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss, p.launched)
             for p in dispatcher
         ]
         pieces = dispatcher.graphs.lowering.pieces.values()

@@ -40,7 +40,7 @@ class Call:
     """A kind of call, and what serves it: "graph", or "sites" for the `reason` given.
 
     `hits` counts the calls after the first, `why` says in what the call differed from earlier ones, `loss` how the
-    loss is computed.
+    loss is computed, `cuda_graph` how many calls a CUDA graph was launched for, or why none is.
     """
 
     title: str
@@ -50,6 +50,7 @@ class Call:
     why: str
     reason: str = ""
     loss: str = ""
+    cuda_graph: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class Explanation:
     compiled: tuple[tuple[str, int, str], ...] = ()
 
     def __str__(self) -> str:
-        columns = ("call", "served by", "hits", "capture s", "captured because of", "loss")
-        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why, c.loss) for c in self.calls]
+        columns = ("call", "served by", "hits", "capture s", "captured because of", "loss", "CUDA graph")
+        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why, c.loss, c.cuda_graph) for c in self.calls]
+        if not any(call.cuda_graph for call in self.calls):
+            columns, rows = columns[:-1], [row[:-1] for row in rows]  # type: ignore[assignment, misc]
         reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
         counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
         pieces = [table("compiled pieces", ("piece", "times", "again because"), self.compiled)] if self.compiled else []

@@ -10,7 +10,7 @@ it is an error, as autograd makes it one. Merging, which writes to weights, comp
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,16 @@ def describe_loss(gm: GraphModule) -> str:
     asked = sum(head.meta.get(ASKED, 0) for head in heads(gm).values())
     times = f"logits asked for {asked} time{'s' * (asked != 1)}" if fused and asked else ""
     return "; ".join(filter(None, ("fused" if fused else "", times, *(f"not fused: {reason}" for reason in why))))
+
+
+def deferred_again(tensor: Deferred) -> tuple[tuple[Any, ...], Callable[[Sequence[Any]], Tensor]]:
+    """What a deferred tensor is computed from, and a function that defers the same of other such inputs.
+
+    The tensor itself is not waited for any longer: merging does not compute it.
+    """
+    later, described = tensor.later, (tensor.shape, tensor.dtype, tensor.device)
+    _waiting.discard(later)
+    return later.inputs, lambda inputs: _Later(later.function, tuple(inputs)).tensor(*described)
 
 
 # Of the process, since a weight that is written to does not know the models that read it. Nothing is kept alive by it.

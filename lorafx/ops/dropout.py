@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from .calls import is_plain
+from .modes import is_recorded
 
 Redraw = Callable[[Tensor], Tensor]
 
 
 def can_draw(x: Tensor, p: float) -> bool:
     """Whether dropout may go this way. A compiler, and a CUDA graph that is being captured, get torch's operator."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return is_plain(x) and (x.is_cpu or x.is_cuda) and 0 < p < 1
+    return not is_recorded() and is_plain(x) and (x.is_cpu or x.is_cuda) and 0 < p < 1
 
 
 def draw(x: Tensor, p: float) -> tuple[Tensor, Redraw | None]:

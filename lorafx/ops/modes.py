@@ -1,4 +1,4 @@
-"""Modes that a call runs in: autocast, gradients, inference."""
+"""Modes that a call runs in: autocast, gradients, inference, recording."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def is_recorded() -> bool:
+    """Whether a CUDA graph is being recorded, so that nothing may be read from the device."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..adapters.adapter import Adapter
 from ..capture.arguments import images
 from ..graph.description import argument_key, parameter_key
-from ..ops.modes import modes
+from ..ops.modes import is_recorded, modes
 from ..pipeline import Context
 from ..torch_private.tensors import is_wrapped
 from ..tree.lookup import find_tensor
@@ -162,4 +162,4 @@ def _is_readable(mask: Any) -> bool:
     """Whether a mask has a number for each token, and whether they can be looked at now."""
     if type(mask) is not Tensor or mask.ndim != 2 or mask.is_floating_point() or mask.is_meta:
         return False
-    return not is_wrapped(mask) and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_wrapped(mask) and not is_recorded()

@@ -41,6 +41,11 @@ class Program:
         return describe_loss(self.gm) if self.gm else ""
 
     @property
+    def launched(self) -> str:
+        """How often a CUDA graph was launched for its calls, or why none is, where CUDA graphs were asked for."""
+        return self.lowered.launched if self.lowered else ""
+
+    @property
     def free(self) -> list[int]:
         """The numbers of the leaves that are integers and may be any other."""
         return [number for number, leaf in enumerate(self.key.leaves) if leaf == FREE_COUNTER]

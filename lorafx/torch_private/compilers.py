@@ -30,6 +30,9 @@ __all__ = [
 # Inductor's setting for a pass after its own on ATen operators.
 POST_PASS = "post_grad_custom_post_pass"
 
+# Inductor's setting for its own CUDA graphs.
+CUDA_GRAPHS = "triton.cudagraphs"
+
 # AOTAutograd's settings: how much to keep for backward, from 0 to 1; not to recompute what backward needs in memory.
 ACTIVATION_BUDGET = "activation_memory_budget"
 KEEP_MATERIALIZED = "ban_recompute_materialized_backward"

@@ -82,6 +82,11 @@ def has_saved_tensors_hooks() -> bool:
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
 
 
+def moves_saved_tensors() -> bool:
+    """Whether somebody keeps what backward needs elsewhere. Without it, a CUDA graph would be recorded with that."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
+
+
 def is_compiled_now() -> bool:
     """Whether a compiler traces what runs now. Without it, who only asks for shapes would leave guards on sizes."""
     return TracingContext.try_get() is not None

@@ -1,0 +1,57 @@
+"""Device: what records kernels instead of running them, and launches them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .pool import Pool
+
+T = TypeVar("T")
+
+
+class Cuda:
+    """Records on one CUDA device. What its recordings compute lies in one pool of memory, which they share."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, Pool()
+        self._memory: Any = None  # made with the first recording, for a model may never have one
+        self._stream: Any = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether kernels on this device read a tensor where it is."""
+        return tensor.device == self.device
+
+    def record(self, body: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """What `body` gives, its kernels recorded and not run, and a function that launches them."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            if self._memory is None:
+                self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            # Other threads, as those of data loaders, may use the device meanwhile.
+            with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+                result = body()
+        return result, graph.replay
+
+    def random_state(self) -> Tensor:
+        """The state of the device's random numbers."""
+        return torch.cuda.get_rng_state(self.device)
+
+    @contextmanager
+    def with_random_state(self, state: Tensor) -> Iterator[None]:
+        """Draw from this state inside, and go on outside as if nothing had been drawn."""
+        with torch.random.fork_rng([self.device]):
+            torch.cuda.set_rng_state(state, self.device)
+            yield
+
+
+def device_of(gm: GraphModule) -> torch.device | None:
+    """The device that a graph can be recorded on: the one CUDA device that has all its parameters, or None."""
+    devices = {parameter.device for parameter in gm.parameters()}
+    found = next(iter(devices), None)
+    return found if found is not None and len(devices) == 1 and found.type == "cuda" else None

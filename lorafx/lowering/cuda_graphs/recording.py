@@ -1,0 +1,207 @@
+"""A recording: forward and backward of one kind of call at one set of sizes, launched with other values.
+
+The arguments are copied to where they were when forward was recorded, except those that the call writes to (a static
+cache): they are used where they are, so a recording serves the one cache. Parameters are read where the model has them.
+Forward keeps what backward needs in the device's pool of memory until backward has run, so while one call waits for
+its backward, no other recording may run (`pool.py`). Gradients go to the parameters as autograd brings them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ...graph.modules import PLAIN
+from ...ops.modes import autocast_dtype
+from .device import Cuda
+from .outputs import Outputs
+from .pool import Ticket
+
+Run = Callable[..., Sequence[Any]]
+_needs_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+class ModelTensors:
+    """The tensors that a graph may read from its module tree, as they are at a call."""
+
+    def __init__(self, gm: GraphModule):
+        owners: list[dict[str, Any]] = [
+            owned  # type: ignore[misc]
+            for module in gm.modules()
+            for owned in (module._parameters, module._buffers)
+            if owned
+        ]
+        self._owners = list({id(owned): owned for owned in owners}.values())
+        self._root, self._plain = vars(gm), gm.meta.get(PLAIN, [])
+
+    def read(self) -> list[Tensor]:
+        """Each tensor, in the same order each time."""
+        owned = [tensor for owned in self._owners for tensor in owned.values() if tensor is not None]
+        return [*owned, *(self._root[name] for name in self._plain)]
+
+    @contextmanager
+    def replaced(self, others: dict[int, nn.Parameter]) -> Iterator[None]:
+        """With other parameters in the place of those whose ids are given."""
+        before = [(owned, dict(owned)) for owned in self._owners]
+        try:
+            for owned in self._owners:
+                owned.update({name: others[id(t)] for name, t in owned.items() if id(t) in others})
+            yield
+        finally:
+            for owned, tensors in before:
+                owned.update(tensors)
+
+
+def state_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
+    """Where tensors lie, and which want gradients: a recording is right as long as that stays so."""
+    return list(map(Tensor.data_ptr, tensors)), list(map(_needs_grad, tensors))
+
+
+class Recording:
+    """Forward of a call, recorded when this is made, and its backward, recorded when it is first asked for."""
+
+    def __init__(self, device: Cuda, run: Run, model: ModelTensors, leaves: list[Any], written: set[int]):
+        self.device, self._run, self._model, self._written = device, run, model, written
+        self._autocast = autocast_dtype(device.device.type)
+        tensors = model.read()
+        self._state = state_of(tensors)
+        self._places = {n: state_of([leaves[n]]) for n in written}
+        # Aliases, so that gradients are taken with respect to them, and nothing of the parameters' own is recorded.
+        self._aliases = {id(t): nn.Parameter(t.detach()) for t in tensors if t.requires_grad}
+        self._leaves = [leaf if n in written else _buffer(leaf) for n, leaf in enumerate(leaves)]
+        stand_ins = [*self._leaves, *(self._aliases.get(id(t), t) for t in tensors)]
+        self._wanted = [n for n, t in enumerate(stand_ins) if isinstance(t, Tensor) and t.requires_grad]
+        self._inputs = [stand_ins[n] for n in self._wanted]
+        found, self._launch = device.record(self._forward)
+        self._outputs = Outputs(found, {id(t): n for n, t in enumerate(stand_ins) if isinstance(t, Tensor)})
+        self._backward: Backward | None = None
+        self.failed = ""  # why backward could not be recorded
+        self.needs_backward = any(map(_needs_grad, self._outputs.computed))
+
+    def fits(self, leaves: list[Any]) -> bool:
+        """Whether the model's tensors, and the arguments that are written to, are where they were."""
+        places = all(state_of([leaves[n]]) == place for n, place in self._places.items())
+        return places and state_of(self._model.read()) == self._state
+
+    def replay(self, leaves: list[Any]) -> list[Any]:
+        """The leaves of the output of a call that fits."""
+        given = [*leaves, *self._model.read()]
+        if not self.needs_backward:
+            self._launch_with(leaves)
+            return self._outputs.make(given, [value.clone() for value in self._outputs.computed])
+        computed = _Replay.apply(self, leaves, *(given[n] for n in self._wanted))
+        return self._outputs.make(given, computed)
+
+    def _forward(self) -> list[Any]:
+        with self._model.replaced(self._aliases), self._autocasting():
+            return list(self._run(*self._leaves))
+
+    def _autocasting(self) -> torch.autocast:
+        """Autocast as it was, without keeping casts: another recording would write over them."""
+        on = self._autocast is not None
+        return torch.autocast(self.device.device.type, dtype=self._autocast, enabled=on, cache_enabled=False)
+
+    def _launch_with(self, leaves: list[Any]) -> None:
+        for n, (own, leaf) in enumerate(zip(self._leaves, leaves)):
+            if n in self._written:
+                torch.autograd.graph.increment_version(leaf)
+            elif isinstance(own, Tensor):
+                own.data.copy_(leaf, non_blocking=True)  # its version is what autograd saved
+        self._launch()
+
+    def gradients(self, ticket: Ticket, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """The gradients of the inputs that want one, of those of the computed outputs."""
+        if not self.device.pool.holds(ticket):
+            raise RuntimeError(
+                "backward a second time through a call that was replayed from a CUDA graph, which keeps nothing after "
+                "the first; leave `mode` out to do that"
+            )
+        wanted = [n for n, gradient in enumerate(given) if gradient is not None]
+        if self._backward is None and not self.failed:
+            try:
+                self._backward = Backward(self.device, self._outputs.computed, self._inputs, wanted)
+            except Exception as error:
+                self.failed = why_not(error)
+        ticket.done = True
+        if self._backward is None or self._backward.wanted != wanted:
+            return self._recomputed(ticket, given)
+        return self._backward.run(given)
+
+    def _recomputed(self, ticket: Ticket, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """The same without a recording, for gradients of other outputs than those it was recorded for."""
+        with self.device.with_random_state(ticket.random), torch.enable_grad():
+            found = Outputs(self._forward(), {id(t): 0 for t in (*self._leaves, *self._aliases.values())})
+        pairs = [(value, g) for value, g in zip(found.computed, given) if g is not None]
+        roots, gradients = zip(*pairs)
+        return list(torch.autograd.grad(roots, self._inputs, gradients, allow_unused=True))
+
+
+class Backward:
+    """Backward of a recorded forward, for the gradients of some of its outputs.
+
+    All gradients are written into one tensor for each dtype, so that one copy a dtype makes them the caller's own.
+    """
+
+    def __init__(self, device: Cuda, outputs: list[Tensor], inputs: list[Tensor], wanted: list[int]):
+        self.wanted = wanted
+        roots = [outputs[n] for n in wanted]
+        self._given = [torch.empty_like(root) for root in roots]
+        found, self._launch = device.record(lambda: _flat_gradients(roots, self._given, inputs))
+        self._flat, self._spots = found
+
+    def run(self, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        for own, n in zip(self._given, self.wanted):
+            own.copy_(given[n])  # type: ignore[arg-type]
+        self._launch()
+        pieces = {
+            dtype: iter(flat.clone().split([size.numel() for spot, size in self._spots if spot == dtype]))
+            for dtype, flat in self._flat.items()
+        }
+        return [None if dtype is None else next(pieces[dtype]).view(size) for dtype, size in self._spots]
+
+
+Spot = tuple[torch.dtype | None, torch.Size]
+
+
+def _flat_gradients(
+    roots: list[Tensor], given: list[Tensor], inputs: list[Tensor]
+) -> tuple[dict[torch.dtype, Tensor], list[Spot]]:
+    """The gradients one after the other in a tensor for each dtype; where each is, by dtype and shape."""
+    found = torch.autograd.grad(roots, inputs, given, allow_unused=True)
+    spots: list[Spot] = [(None, torch.Size()) if g is None else (g.dtype, g.shape) for g in found]
+    dtypes = dict.fromkeys(g.dtype for g in found if g is not None)
+    flat = {d: torch.cat([g.reshape(-1) for g in found if g is not None and g.dtype == d]) for d in dtypes}
+    return flat, spots
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, leaves: list[Any], *wanted: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording, ctx.ticket = recording, Ticket(recording.device.random_state())
+        recording.device.pool.take(ctx.ticket)
+        recording._launch_with(leaves)
+        ctx.set_materialize_grads(False)
+        computed = recording._outputs.computed
+        copies = tuple([value.detach().clone() for value in computed])
+        ctx.mark_non_differentiable(*(c for c, value in zip(copies, computed) if not value.requires_grad))
+        return copies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.recording.gradients(ctx.ticket, gradients)
+
+
+def why_not(error: Exception) -> str:
+    """What people are told of an error while recording."""
+    return f"not recorded: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def _buffer(leaf: Any) -> Any:
+    """Memory for an argument, in which its values stand before each replay."""
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
