@@ -1,4 +1,4 @@
-"""Training steps on a GPU in which the host waits for nothing: it launches the next step while the GPU is at this one."""
+"""Training steps on a GPU in which the host waits for nothing, so that it can launch what comes next meanwhile."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_step_does_not_wait(backend, dropout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_loss_can_be_captured_in_a_cuda_graph(dtype):
-    """Replayed on other labels, other rows of which do not count; float64 is what no kernel is for."""
+    """Replayed with other labels, of which some do not count; float64 is what no kernel is for. Sums of at most 40."""
     x = torch.randn(7, 16, device="cuda", dtype=dtype, requires_grad=True)
     weight, labels = torch.randn(40, 16, device="cuda", dtype=dtype), torch.randint(0, 40, (7,), device="cuda")
 
@@ -63,4 +63,5 @@ def test_the_loss_can_be_captured_in_a_cuda_graph(dtype):
         captured = step()
     labels.copy_(labels.flip(0)), labels[2:4].fill_(-100)
     graph.replay()
-    assert all(map(torch.equal, captured, step()))
+    for replayed, again in zip(captured, step()):
+        assert (replayed - again).abs().max() <= 40 * torch.finfo(dtype).eps * again.abs().max()
