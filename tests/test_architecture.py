@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,7 +24,19 @@ ORDER = [
 # The same within the larger rooms, where a folder is one step.
 INSIDE = {
     "ops": [
-        *("modes", "calls", "dtypes", "library", "cpu", "offload", "deferral", "dropout", "linear", "attention"),
+        *(
+            "modes",
+            "calls",
+            "dtypes",
+            "library",
+            "cpu",
+            "cuda",
+            "offload",
+            "deferral",
+            "dropout",
+            "linear",
+            "attention",
+        ),
         *("rms_norm", "rotary", "merged_linears", "lora_linear", "lora_linears", "linear_cross_entropy"),
     ],
     "graph": [
@@ -116,9 +129,18 @@ def test_the_graph_core_knows_nothing_of_printing_and_waiting_logits():
             assert target not in ("graph.printing", "ops.deferral"), name
 
 
-def test_what_is_for_one_kind_of_cpu_has_one_entrance():
+@pytest.mark.parametrize("kind", ["ops.cpu.", "ops.cuda."])
+def test_what_is_for_one_kind_of_device_has_one_entrance(kind):
     edges = imports().edges
-    assert [f"{a} imports {b}" for a, b in edges if "ops.cpu." in b and not a.startswith("ops.cpu.")] == []
+    assert [f"{a} imports {b}" for a, b in edges if kind in b and not a.startswith(kind)] == []
+
+
+def test_triton_is_imported_by_kernels_alone():
+    """It is not there on every platform. `test_importing_lorafx…` says that kernels are loaded when needed."""
+    importing = [
+        file.stem for file in CORE.rglob("*.py") if re.search(r"^\s*(import|from) triton", file.read_text(), re.M)
+    ]
+    assert importing and all(name.endswith("_kernel") for name in importing)
 
 
 @pytest.mark.parametrize("file", sorted(PASSES.glob("*.py")), ids=lambda file: file.stem)
@@ -240,7 +262,8 @@ def test_a_wheel_has_every_package():
     assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["lorafx.passes"])
 
 
-def test_importing_lorafx_imports_no_test_or_demo_dependency():
-    script = "import sys, lorafx; print(*{'peft', 'hypothesis', 'matplotlib', 'bitsandbytes'} & set(sys.modules))"
+def test_importing_lorafx_imports_no_test_or_demo_dependency_and_no_kernel():
+    names = {"peft", "hypothesis", "matplotlib", "bitsandbytes", "lorafx.ops.cuda.cross_entropy_kernel"}
+    script = f"import sys, lorafx; print(*{names} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

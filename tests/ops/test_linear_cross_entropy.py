@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
@@ -33,13 +35,26 @@ def gradients(function, arguments, *options):
     return value.detach(), torch.autograd.grad(value * 1.3, own)
 
 
+@pytest.fixture
+def unread(small_chunks, monkeypatch):
+    """A CPU taken for a device whose labels the host may not look at, in chunks of 4 rows."""
+    monkeypatch.setattr(module, "_is_readable", lambda labels: False)
+    monkeypatch.setattr(module, "ROWS", 4)
+
+
+@pytest.fixture(params=["small_chunks", "unread"])
+def chunks(request):
+    """Of rows that count, or of all rows."""
+    return request.getfixturevalue(request.param)
+
+
 OPTIONS = list(itertools.product([1, 2], [-100], [0.0, 0.2], [None, 2.0], [1.0, 0.3]))
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_equation_and_all_gradients(small_chunks, lora, bias, options):
+def test_the_equation_and_all_gradients(chunks, lora, bias, options):
     """float64; 12 of 15 rows in three chunks, products of sums over at most 15."""
     arguments = given(lora=lora, bias=bias)
     value, found = gradients(fused, arguments, *options)
@@ -50,7 +65,7 @@ def test_the_equation_and_all_gradients(small_chunks, lora, bias, options):
 
 
 @pytest.mark.parametrize("rows, ignored", [((9,), 0), ((4,), 0), ((5,), 1), ((1,), 0), ((2, 3, 1), 2)])
-def test_any_number_of_rows(small_chunks, rows, ignored):
+def test_any_number_of_rows(chunks, rows, ignored):
     arguments = given(rows=rows, ignored=ignored)
     value, found = gradients(fused, arguments)
     expected, wanted = gradients(module.reference, arguments)
@@ -70,7 +85,7 @@ def test_a_chunk_holds_as_many_logits_as_it_may_and_no_fewer_rows_than_it_must(s
 
 @pytest.mark.parametrize("reduction", [1, 2])
 @pytest.mark.parametrize("rows, ignored", [((0,), 0), ((5,), 5)])
-def test_no_row_counts(small_chunks, rows, ignored, reduction):
+def test_no_row_counts(chunks, rows, ignored, reduction):
     """As torch: the mean is nan, the sum is 0, gradients are 0."""
     arguments = given(rows=rows, ignored=ignored)
     value, found = gradients(fused, arguments, reduction)
@@ -80,7 +95,7 @@ def test_no_row_counts(small_chunks, rows, ignored, reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision(small_chunks, dtype):
+def test_low_precision(chunks, dtype):
     """Products round once to the dtype, gradients twice (g, and the product of g): a few eps of the largest sum."""
     arguments = given(dtype=dtype, rows=(6, 5), width=16)
     exact = [
@@ -175,3 +190,45 @@ def test_a_label_that_is_no_class_is_torchs_error(wrong):
     labels[0, 0] = wrong
     with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
         fused(x, weight, *rest, labels)
+
+
+def test_no_label_is_looked_at(unread, monkeypatch):
+    """The fake tensors below refuse it, as is seen where labels may be looked at."""
+    step_on_a_gpu_that_is_not_there()
+    monkeypatch.setattr(module, "_is_readable", lambda labels: True)
+    with pytest.raises(RuntimeError):
+        step_on_a_gpu_that_is_not_there()
+
+
+def test_no_label_is_looked_at_with_a_kernel(unread, monkeypatch):
+    kernels = pytest.importorskip("lorafx.ops.cuda.cross_entropy_kernel", reason="Triton is not for this platform")
+    starts = Starts()
+    monkeypatch.setattr(module, "has_cross_entropy_for", lambda products, labels: True)
+    monkeypatch.setattr(kernels, "cross_entropy_of_a_row", starts)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    step_on_a_gpu_that_is_not_there()
+    assert starts.grids == [(4,), (4,), (4,), (3,)]
+
+
+class Starts:
+    """Stands for a kernel, and keeps the grids that it is started with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **options: None
+
+
+def step_on_a_gpu_that_is_not_there():
+    """A training step with fake tensors, which have no values that anybody could read."""
+    arguments = given(dtype=torch.bfloat16)
+    with FakeTensorMode(), torch.no_grad():
+        tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") if torch.is_tensor(t) else t for t in arguments]
+        *rest, labels = tensors
+        total, *found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, True)
+    assert [(g.shape, g.dtype, g.device.type) for g in (total, *found)] == [
+        ((), torch.float32, "cuda"),
+        *((t.shape, torch.bfloat16, "cuda") for t in rest if torch.is_tensor(t)),
+    ]
