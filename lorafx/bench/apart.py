@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -98,7 +99,8 @@ def main(folder: str, name: str) -> None:
     saved: Job = torch.load(Path(folder) / "job.pt", weights_only=False)
     dtype = getattr(torch, saved.case.dtype)
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "base", dtype=dtype)
-    job = replace(saved, base=base.to(saved.device).train().requires_grad_(False))
+    base = base.to(saved.device).train().requires_grad_(False)
+    job = replace(saved, base=base, began=time.perf_counter())
     del base
     rows = {name: Row(name, apart=True)}
     runners = set_up_all(job, rows, MAKERS, lambda now: None)

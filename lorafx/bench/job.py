@@ -6,13 +6,13 @@ import gc
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from .cases import Case
 from .contestants import COARSER, Maker, Missing, first_line
-from .measure import Runner, differences, peak, runner, seconds
+from .measure import Runner, differences, peak, pools, runner, seconds
 from .models import Batch
 from .record import Row
 from .reference import Reference, tidy
@@ -32,11 +32,13 @@ class Job:
     expected: Reference
     device: str
     rounds: int
+    began: float = field(default_factory=time.perf_counter)
 
 
 def set_up(job: Job, row: Row, maker: Maker) -> Runner:
     """Set up a contestant, compare its outputs, warm it up and take its peak memory, for `row`."""
-    case, began = job.case, time.perf_counter()
+    case, cuda, began = job.case, job.device == "cuda", time.perf_counter()
+    before = pools(cuda)
     made = runner(case, maker(case, job.base), job.batch)
     found, expected = made.outcome(), job.expected
     if expected.outcome and (case.decode or found.gradients):
@@ -47,7 +49,7 @@ def set_up(job: Job, row: Row, maker: Maker) -> Runner:
     del found
     for _ in range(case.warm_up or WARM_UP[job.device]):
         made.step()
-    row.held_bytes, row.peak_bytes = made.held(), peak(made.step, job.device == "cuda")
+    row.held_bytes, row.peak_bytes = made.held(), peak(made.step, cuda) + pools(cuda) - before
     row.setup = time.perf_counter() - began
     return made
 
@@ -55,9 +57,8 @@ def set_up(job: Job, row: Row, maker: Maker) -> Runner:
 def set_up_all(job: Job, rows: dict[str, Row], makers: dict[str, Maker], tell: Tell) -> dict[str, Runner]:
     """Set up those of the rows, one by one, until the case's budget is spent; who fails has a row that says why."""
     runners: dict[str, Runner] = {}
-    began = time.perf_counter()
     for name, row in rows.items():
-        if job.case.budget and time.perf_counter() - began > job.case.budget:
+        if job.case.budget and time.perf_counter() - job.began > job.case.budget:
             row.failed = f"left out: the case's {job.case.budget} s were over"
             continue
         tell(name)

@@ -51,7 +51,7 @@ def run(
 
 
 def _job(case: Case, device: str, rounds: int, tell: Tell) -> Job:
-    base = build(case, device)
+    began, base = time.perf_counter(), build(case, device)
     batch = batch_of(case, base)
     tell("reference")
-    return Job(case, base, batch, reference(case, base, batch), device, rounds)
+    return Job(case, base, batch, reference(case, base, batch), device, rounds, began)

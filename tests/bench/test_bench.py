@@ -190,7 +190,8 @@ def test_the_quick_cases_fit_their_minutes():
 
 @pytest.mark.slow
 def test_the_quick_cases_run_in_their_order_and_nothing_else_does(tmp_path, monkeypatch):
-    small = dataclasses.replace(SMOKE[0], contestants=("base",), references=("base",), budget=60, warm_up=1)
+    chosen = {"contestants": ("base",), "references": ("base",), "budget": 60, "warm_up": 1}
+    small = dataclasses.replace(SMOKE[0], part="linears", **chosen)
     monkeypatch.setattr(command, "QUICK", (dataclasses.replace(small, name="second"), small))
     code, record = bench(tmp_path, "--quick-gpu")
     assert code == 0 and [case["case"]["name"] for case in record["cases"]] == ["second", "smoke"]
@@ -200,11 +201,11 @@ def test_the_quick_cases_run_in_their_order_and_nothing_else_does(tmp_path, monk
 
 
 def test_who_comes_after_the_budget_is_left_out(monkeypatch):
-    clock = iter(range(0, 100, 10))
+    clock = iter(range(10, 100, 10))
     monkeypatch.setattr(job.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(job, "set_up", lambda *of: "a runner")
     rows = {name: Row(name) for name in ("first", "second", "third")}
-    tiny = Job(dataclasses.replace(SMOKE[0], budget=15), None, None, None, "cpu", 1)
+    tiny = Job(dataclasses.replace(SMOKE[0], budget=15), None, None, None, "cpu", 1, began=0)
     assert list(set_up_all(tiny, rows, dict.fromkeys(rows), lambda now: None)) == ["first"]
     assert rows["first"].failed == "" and rows["third"].failed == "left out: the case's 15 s were over"
 
@@ -248,7 +249,6 @@ def test_a_contestant_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     assert "| peft (own process) | " in (tmp_path / "bench.md").read_text()
 
 
-@pytest.mark.slow
 def test_what_an_own_process_wrote_last_says_why_it_failed(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("raise RuntimeError('no accelerator')")
     monkeypatch.setitem(apart.FIRST_IMPORT, "unsloth", "broken")
