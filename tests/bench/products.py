@@ -15,9 +15,9 @@ merged     Wᵢ + s · Bᵢ Aᵢ written to a buffer, which all linears of the m
 tuned      `torch.compile(mode="max-autotune-no-cudagraphs")` of "stacked": minutes a shape, so only if asked for
 
 In float32 at a small Llama's widths on a CPU, in bfloat16 at a Llama-3-8B's on CUDA, where each way is a CUDA graph:
-the device's time is compared. Several copies of all tensors are gone through, or small weights would lie in a cache. All
-ways are compared with the equation in float64 first. They take turns in another order each round, and a ratio is taken
-within a round; "layer" are the sums of all linears.
+the device's time is compared. Several copies of all tensors are gone through, or small weights would lie in a cache.
+All ways are compared with the equation in float64 first. They take turns in another order each round, and a ratio is
+taken within a round; "layer" are the sums of all linears.
 """
 
 from __future__ import annotations
