@@ -201,10 +201,11 @@ def _quick(name: str, budget: int, contestants: str, new_name: str = "", **chang
 
 
 _eight_layers = dataclasses.replace(_8b, layers=8)
-_FULL = "base lorafx-compiled peft-compiled lorafx-graphs base-compiled lorafx-float8 merging-compiled"
+_STEP = "base lorafx-compiled peft-compiled lorafx-graphs base-compiled lorafx-float8 merging-compiled"
+_PRODUCTS = "base lorafx-compiled peft-compiled merging-compiled lorafx-float8"
 QUICK = (
-    _quick("8b-4096", 70, _FULL, "8b-4096-8-layers", shape=_eight_layers),
-    _quick("8b-linears", 40, _FULL.replace("lorafx-graphs ", "")),
+    _quick("8b-4096", 70, _STEP, "8b-4096-8-layers", shape=_eight_layers),
+    _quick("8b-linears", 40, _PRODUCTS),
     _quick("1b-512", 45, "peft-compiled lorafx-graphs lorafx-compiled base-compiled"),
     _quick("1b-decode-graphs", 35, "merged-graphs lorafx-graphs"),
     _quick("8b-4096", 40, "base lorafx-compiled peft-compiled lorafx-float8"),

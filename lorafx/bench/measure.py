@@ -181,7 +181,7 @@ def peak(step: Callable[[], object], cuda: bool) -> int:
 def pools(cuda: bool) -> int:
     """The bytes that CUDA graphs keep to themselves: no peak counts them, for graphs allocate nothing as they run."""
     segments = torch.cuda.memory_snapshot() if cuda else []
-    return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) != (0, 0))
+    return sum(each["total_size"] for each in segments if tuple(each.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
