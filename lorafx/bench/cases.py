@@ -202,14 +202,14 @@ def _quick(name: str, budget: int, contestants: str, new_name: str = "", **chang
 
 # Fewer layers where all of them take long to set up: capturing a step of decoding goes through each.
 _8_layers, _4_layers = dataclasses.replace(_8b, layers=8), dataclasses.replace(_1b, layers=4)
-_STEP = "base lorafx-compiled peft-compiled lorafx-graphs base-compiled lorafx-float8 merging-compiled"
+_STEP = "base lorafx-compiled peft-compiled lorafx-graphs peft-default base-compiled lorafx-float8 merging-compiled"
 _PRODUCTS = "base lorafx-compiled peft-compiled merging-compiled lorafx-float8"
 QUICK = (
     _quick("8b-4096", 70, _STEP, "8b-4096-8-layers", shape=_8_layers),
     _quick("8b-linears", 40, _PRODUCTS),
     _quick("1b-512", 45, "peft-compiled lorafx-graphs lorafx-compiled base-compiled"),
     _quick("1b-decode-graphs", 35, "merged-graphs lorafx-graphs", "1b-decode-graphs-4-layers", shape=_4_layers),
-    _quick("8b-4096", 40, "base lorafx-compiled peft-compiled lorafx-float8"),
+    _quick("8b-4096", 40, "base lorafx-compiled peft-compiled peft-default lorafx-float8"),
 )
 
 # These try everything out within seconds, and run only when asked for by name.
