@@ -1,7 +1,8 @@
 """Cases: which model, on how many tokens, in which dtype; who runs it; and which bars they are held to.
 
 A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, or
-decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one GPU.
+decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one GPU, and `QUICK` are
+what four minutes of one GPU should go to, the most important first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
 _PEFT_COMPILED = ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole")
-COMPILED = ("base", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
+COMPILED = ("base", "base-compiled", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
 PEERS = ("liger", "unsloth")
 
 
@@ -64,6 +65,8 @@ class Case:
     references: tuple[str, ...] = ("base", "peft")
     bars: tuple[Bar, ...] = ()
     rounds: int = 0  # at most this many; 0: as many as asked for
+    warm_up: int = 0  # steps before the clock runs; 0: what is usual on the device
+    budget: int = 0  # seconds after which nobody else is set up; 0: however long it takes
 
     @property
     def tokens(self) -> int:
@@ -137,40 +140,76 @@ CPU = (
 
 _1b = Shape(2048, 8192, 16, 32, 8, 128256)
 _8b = Shape(4096, 14336, 32, 32, 8, 128256)
-_ours = (*EAGER, *COMPILED[1:], "merging-compiled")
+_ours = (*EAGER, *COMPILED[1:], "lorafx-graphs", "lorafx-float8", "merging-compiled")
 _real = Case("1b-4096", _1b, dtype="bfloat16", batch=1, sequence=4096, contestants=_ours + PEERS)
 _layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestants=_ours)
-_graphs = ("merged-graphs", "lorafx-graphs")
-_GAINS = {"peft-compiled*": 1.15, "peft-default": 1.6, "unsloth": 1.1}  # how many times as fast as each
-STEP_BARS = (
-    *(Bar("lorafx-compiled", rival, 1 / gain) for rival, gain in _GAINS.items()),
-    *(Bar("lorafx-compiled", rival, 1.0, of="peak") for rival in _GAINS),
-)
-
+_offloading = (*_real.contestants, "lorafx-offloaded")
 _linears = _variant(_layer, "", batch=2, contestants=(*_layer.contestants, "lorafx-tuned"))
+_graphs = ("merged-graphs", "lorafx-graphs")
+STEP_BARS = (
+    *(Bar("lorafx-compiled", *of) for of in (("peft-compiled*", 0.88), ("unsloth", 0.90), ("peft-default", 0.55))),
+    *(Bar("lorafx-compiled", *of, of="peak") for of in (("peft-compiled*", 0.70), ("unsloth", 0.80))),
+    Bar("lorafx-compiled", "peft-default", 0.47, of="peak"),
+    Bar("lorafx-float8", "lorafx-compiled", 0.75),
+)
+OFFLOAD_BARS = (Bar("lorafx-offloaded", "unsloth", 0.95), Bar("lorafx-offloaded", "unsloth", 0.90, of="peak"))
+LINEARS_BARS = (Bar("lorafx-[!f]*", "base", 1.10),)  # float8 multiplies other products than the base does
+SHORT_BARS = (Bar("lorafx-graphs", "peft-compiled", 0.35),)
+_8b_4096 = _variant(_real, "8b-4096", shape=_8b, bars=STEP_BARS)
+_1b_decode = _variant(
+    _decode, "1b-decode", shape=_1b, dtype="bfloat16", sequence=512, decode=8, rounds=6, warm_up=2, bars=()
+)
 
 CUDA = (
     _variant(_linears, "8b-linear", part="linear"),
-    _variant(_linears, "8b-linears", part="linears", bars=(Bar("lorafx*", "base", 1.10),)),
+    _variant(_linears, "8b-linears", part="linears", bars=LINEARS_BARS),
     *(_variant(_layer, f"8b-block-{n}", part="block", sequence=n) for n in (512, 2048, 8192, 16384)),
-    *(_variant(_real, f"1b-{n}", sequence=n) for n in (512, 2048, 4096, 8192)),
-    _variant(_real, "1b-16384-checkpointing", sequence=16384, checkpointing=True),
+    _variant(_real, "1b-512", sequence=512, bars=SHORT_BARS),
+    *(_variant(_real, f"1b-{n}", sequence=n) for n in (2048, 4096, 8192)),
+    _variant(_real, "1b-16384-checkpointing", sequence=16384, checkpointing=True, contestants=_offloading),
     _variant(_real, "1b-4096-dropout", dropout=0.05),
-    _variant(_real, "8b-4096", shape=_8b, bars=STEP_BARS),
+    _8b_4096,
     _variant(_real, "8b-4096-dropout", shape=_8b, dropout=0.05),
-    _variant(_real, "8b-16384-checkpointing", shape=_8b, sequence=16384, checkpointing=True),
-    _variant(_decode, "1b-decode", shape=_1b, dtype="bfloat16", sequence=512),
     _variant(
-        _decode,
+        _real,
+        "8b-16384-checkpointing",
+        shape=_8b,
+        sequence=16384,
+        checkpointing=True,
+        contestants=_offloading,
+        bars=OFFLOAD_BARS,
+    ),
+    _variant(_1b_decode, "1b-decode", bars=(Bar("lorafx", "merged", 1.15),)),
+    _variant(
+        _1b_decode,
         "1b-decode-graphs",
-        shape=_1b,
-        dtype="bfloat16",
-        sequence=512,
         static_cache=True,
         contestants=_graphs,
         references=_graphs[:1],
         bars=(Bar("lorafx-graphs", "merged-graphs", 1.05),),
     ),
+)
+
+
+def _quick(name: str, budget: int, contestants: str, new_name: str = "", **changes: object) -> Case:
+    """A case of `CUDA` with a few contestants, the most important first, and few steps."""
+    (case,) = [each for each in CUDA if each.name == name]
+    names = tuple(contestants.split())
+    limits = tuple(name for name in ("base", "merged-graphs", "peft-compiled") if name in names)
+    own: dict[str, object] = {"contestants": names, "references": limits, "rounds": 6, "warm_up": 3}
+    return _variant(case, new_name or name, budget=budget, **own | changes)
+
+
+# Fewer layers where all of them take long to set up: capturing a step of decoding goes through each.
+_8_layers, _4_layers = dataclasses.replace(_8b, layers=8), dataclasses.replace(_1b, layers=4)
+_STEP = "base lorafx-compiled peft-compiled lorafx-graphs peft-default base-compiled lorafx-float8 merging-compiled"
+_PRODUCTS = "base lorafx-compiled peft-compiled merging-compiled lorafx-float8"
+QUICK = (
+    _quick("8b-4096", 70, _STEP, "8b-4096-8-layers", shape=_8_layers),
+    _quick("8b-linears", 40, _PRODUCTS),
+    _quick("1b-512", 45, "peft-compiled lorafx-graphs lorafx-compiled base-compiled"),
+    _quick("1b-decode-graphs", 35, "merged-graphs lorafx-graphs", "1b-decode-graphs-4-layers", shape=_4_layers),
+    _quick("8b-4096", 40, "base lorafx-compiled peft-compiled peft-default lorafx-float8"),
 )
 
 # These try everything out within seconds, and run only when asked for by name.
@@ -184,6 +223,10 @@ SMOKE = (
     _variant(_decode, "smoke-static", shape=_tiny, sequence=8, decode=4, rounds=3, static_cache=True, bars=()),
     _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),
 )
+
+
+# Contestants that a list may name before they are there.
+COMING = frozenset({"lorafx-float8"})
 
 
 def of_device(device: str) -> tuple[Case, ...]:

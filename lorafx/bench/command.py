@@ -22,7 +22,7 @@ import lorafx
 from ..errors import PipelineError
 from ..tables import table
 from ..torch_private.compilers import dynamo
-from .cases import SMOKE, Case, of_device
+from .cases import QUICK, SMOKE, Case, of_device
 from .contestants import MAKERS, Maker, of_case, without
 from .record import Result, environment, write_json
 from .report import BARS, bars, draw, markdown
@@ -36,10 +36,12 @@ class Unknown(Exception):
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--list", action="store_true", help="print the cases of the device, and who runs them")
+    parser.add_argument("--quick-gpu", action="store_true", help="what matters most on a GPU, in about four minutes")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or patterns; default: all but smoke*")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="names or patterns; default: the case's own")
     parser.add_argument("--without", default="", metavar="PASS[,PASS]", help="add lorafx, eager, without each of these")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--packages", default="", help="a folder that only contestants in an own process import from")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of bench.json, bench.md, bench.png")
 
 
@@ -69,7 +71,7 @@ def main(asked: argparse.Namespace) -> int:
 
 
 def _cases(asked: argparse.Namespace) -> list[Case]:
-    usual = of_device(asked.device)
+    usual = QUICK if asked.quick_gpu else of_device(asked.device)
     known = {case.name: case for case in usual + SMOKE}
     if not asked.cases:
         return [*usual, *SMOKE] if asked.list else list(usual)
@@ -98,15 +100,19 @@ def _run(plans: list[tuple[Case, list[str]]], makers: dict[str, Maker], asked: a
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for number, (case, names) in enumerate(plans):
-            title = f"{case.name} ({number + 1} of {len(plans)})"
+            title = f"{case.name} ({number + 1} of {len(plans)}{f', {case.budget} s for set-ups' * bool(case.budget)})"
             tell = partial(_tell, progress, task, title)
-            results.append(run_case(case, names, makers, asked.device, asked.rounds, tell))
+            results.append(run_case(case, names, makers, asked.device, asked.rounds, tell, asked.packages))
             _write(results, asked)
+        draw(results, asked.out / "bench.png")
     return results
 
 
 def _tell(progress: Progress, task: TaskID, title: str, now: str) -> None:
+    """A line that changes on a terminal, and lines with the seconds so far in a log."""
     progress.update(task, description=f"{title}: {now}")
+    if not progress.console.is_terminal:
+        print(f"{progress.tasks[task].elapsed or 0.0:6.1f} s  {title}: {now}", file=sys.stderr, flush=True)
 
 
 def _write(results: list[Result], asked: argparse.Namespace) -> None:
@@ -115,4 +121,3 @@ def _write(results: list[Result], asked: argparse.Namespace) -> None:
     where = environment(asked.device) | {"lorafx": lorafx.__version__}
     write_json(results, where, asked.out / "bench.json")
     (asked.out / "bench.md").write_text(markdown(results, where))
-    draw(results, asked.out / "bench.png")

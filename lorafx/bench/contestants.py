@@ -6,7 +6,6 @@ filled with random numbers seeded by their names; B too, since with B = 0 the gr
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,11 +23,12 @@ from transformers.models.llama import modeling_llama
 import lorafx
 
 from ..torch_private.compilers import ACTIVATION_BUDGET, aot_autograd, lookup_backend
-from .cases import Case
+from .cases import COMING, Case
 from .models import twin
 
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
+COARSER = frozenset({"lorafx-float8"})  # by their users' wish: differences are shown, and not judged
 MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
 
 
@@ -50,12 +50,12 @@ class Setup:
 Maker = Callable[[Case, nn.Module], Setup]
 
 
-def base_model(case: Case, base: nn.Module) -> Setup:
-    """The limit: no adapter at all."""
+def base_model(case: Case, base: nn.Module, compiled: bool = False) -> Setup:
+    """The limit: no adapter at all; eager, or compiled as PEFT is."""
     model = twin(base)
     if case.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    return Setup(model)
+    return Setup(_compiled(model) if compiled else model)
 
 
 def with_peft(case: Case, base: nn.Module, default: bool = False) -> Setup:
@@ -74,7 +74,11 @@ def _peft(case: Case, base: nn.Module, default: bool = False) -> nn.Module:
 
 def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: bool = False) -> Setup:
     """PEFT compiled layer by layer (equal layers share one compilation) or as a whole, for the sizes of the case."""
-    model, inductor = _peft(case, base), lookup_backend("inductor")
+    return Setup(_compiled(_peft(case, base), budget, whole))
+
+
+def _compiled(model: nn.Module, budget: float = 1.0, whole: bool = False) -> nn.Module:
+    inductor = lookup_backend("inductor")
 
     def backend(gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         """Inductor with this budget. A new function for each, or Dynamo would reuse what another budget compiled."""
@@ -84,7 +88,7 @@ def with_compiled_peft(case: Case, base: nn.Module, budget: float = 1.0, whole: 
     layers = [module for module in model.modules() if isinstance(module, modeling_llama.LlamaDecoderLayer)]
     for module in [model] if whole or not layers else layers:
         module.compile(backend=backend, dynamic=False)
-    return Setup(model)
+    return model
 
 
 def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: Any) -> Setup:
@@ -103,7 +107,7 @@ def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
             setattr(own.get_submodule(parent), last, nn.Parameter(parameter.clone(), requires_grad=False))
     model = _peft(case, own).merge_and_unload()  # type: ignore[operator]
     if mode:
-        model.compile(mode=mode)
+        model.compile(mode=mode, dynamic=False)  # it decodes one token a call, into a cache of one size
     return Setup(model)
 
 
@@ -130,17 +134,16 @@ def _patched(patches: dict[str, Any]) -> Iterator[None]:
 
 
 def with_unsloth(case: Case, base: nn.Module) -> Setup:
-    """Unsloth, which loads a saved copy of the base itself. Importing it changes transformers for all contestants."""
+    """Unsloth, which loads the folder that the base was loaded from. Importing it changes transformers for all."""
     _need("unsloth")
     from unsloth import FastLanguageModel
 
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)  # type: ignore[operator]
-        options = {"load_in_4bit": False, "dtype": getattr(torch, case.dtype)}
-        model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=case.sequence, **options)
+    options = {"load_in_4bit": False, "dtype": getattr(torch, case.dtype)}
+    model, _ = FastLanguageModel.from_pretrained(base.name_or_path, max_seq_length=case.sequence, **options)
     adapters = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": list(case.targets)}
-    options = {"lora_dropout": case.dropout, "use_gradient_checkpointing": case.checkpointing}
-    return Setup(filled(FastLanguageModel.get_peft_model(model, **adapters, **options).train(), case))
+    checkpoints = {"use_gradient_checkpointing": "unsloth" if case.checkpointing else False}
+    model = FastLanguageModel.get_peft_model(model, **adapters, **checkpoints, lora_dropout=case.dropout)
+    return Setup(filled(model.train(), case))
 
 
 def _need(library: str) -> None:
@@ -156,6 +159,7 @@ def first_line(error: Exception) -> str:
 
 MAKERS: dict[str, Maker] = {
     "base": base_model,
+    "base-compiled": partial(base_model, compiled=True),
     "merged": merged,
     "merged-graphs": partial(merged, mode="reduce-overhead"),
     "peft-default": partial(with_peft, default=True),
@@ -171,6 +175,7 @@ MAKERS: dict[str, Maker] = {
     "lorafx-compiled-1.0": partial(with_lorafx, backend="inductor", activation_budget=1.0),
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
+    "lorafx-offloaded": partial(with_lorafx, backend="inductor", gradient_checkpointing="offload"),
     "merging": partial(with_lorafx, pipeline=MERGING),  # rounds more, so no bar's `lorafx*` may match
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
@@ -182,12 +187,13 @@ def without(name: str) -> tuple[str, Maker]:
 
 
 def of_case(case: Case, extra: tuple[str, ...] = ()) -> list[str]:
-    """Who runs a case: its contestants and `extra`, without those that would run the same as another.
+    """Who runs a case: its contestants and `extra`, less those that run the same as another or are yet to come.
 
     In float32 the defaults of PEFT and lorafx are what runs anyway; with dropout nothing is merged on the fly.
     """
     same = {"peft-default", "lorafx-default"} if case.dtype == "float32" else set()
     same |= {"merging", "merging-compiled"} if case.dropout else set()
+    same |= COMING - MAKERS.keys()
     return [name for name in (*case.contestants, *extra) if name not in same]
 
 

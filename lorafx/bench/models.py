@@ -79,10 +79,14 @@ def twin(base: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Batch:
-    """A model's arguments, and the gradients of its outputs for backward (None for a loss)."""
+    """A model's arguments, the gradients of its outputs for backward (None for a loss), and what a cache holds.
+
+    `past` are keys and values of each layer, (batch, heads, prefix, head width), for decoding.
+    """
 
     arguments: dict[str, Tensor]
     gradients: tuple[Tensor | None, ...]
+    past: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def as_dtype(self, dtype: torch.dtype) -> Batch:
         """The same values in another dtype."""
@@ -90,7 +94,8 @@ class Batch:
             name: value.detach().to(dtype).requires_grad_() if value.is_floating_point() else value
             for name, value in self.arguments.items()
         }
-        return Batch(arguments, tuple(each if each is None else each.to(dtype) for each in self.gradients))
+        gradients = tuple(each if each is None else each.to(dtype) for each in self.gradients)
+        return Batch(arguments, gradients, tuple((keys.to(dtype), values.to(dtype)) for keys, values in self.past))
 
 
 def batch_of(case: Case, base: nn.Module) -> Batch:
@@ -101,7 +106,8 @@ def batch_of(case: Case, base: nn.Module) -> Batch:
     if case.part == "model":
         size = case.batch, case.sequence + case.decode
         ids = torch.randint(0, shape.vocabulary, size, generator=rng, device=weight.device)
-        return Batch({"input_ids": ids, "labels": ids.clone()}, (None,))
+        past = _past(base, ids[:, : case.sequence]) if case.decode else ()
+        return Batch({"input_ids": ids, "labels": ids.clone()}, (None,), past)
 
     def random(width: int) -> Tensor:
         size = case.batch, case.sequence, width
@@ -111,6 +117,14 @@ def batch_of(case: Case, base: nn.Module) -> Batch:
     widths = (shape.hidden, keys, keys, shape.intermediate, shape.hidden) if case.part == "linears" else (shape.hidden,)
     name = "inputs_embeds" if case.part == "block" else "x"
     return Batch({name: random(shape.hidden).requires_grad_()}, tuple(map(random, widths)))
+
+
+@torch.no_grad()
+def _past(base: nn.Module, ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The frozen base's keys and values of a prefix: nobody has to run, capture or compile it to decode after it."""
+    cache: Any = transformers.DynamicCache()
+    base(input_ids=ids, past_key_values=cache, use_cache=True)
+    return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
 def outputs(found: Any) -> tuple[Tensor, ...]:

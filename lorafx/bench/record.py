@@ -32,6 +32,8 @@ class Row:
     seconds: list[float] = field(default_factory=list)  # by round
     peak_bytes: int = 0  # of a step, above what is held
     held_bytes: int = 0  # weights, adapters and the optimizer's state
+    setup: float = 0.0  # seconds until it was made, compiled, compared and warm
+    apart: bool = False  # in a process of its own, by itself
     output_difference: float | None = None
     gradient_difference: float | None = None
     parity: bool | None = None  # None: it has no adapter, so there is nothing to agree with
@@ -54,6 +56,7 @@ class Result:
     rows: list[Row]
     reference: str  # what outputs and gradients were compared with
     load: float = 0.0  # the machine's load average: well above `threads`, something else was using it
+    took: float = 0.0  # seconds for all of the case
 
     def measured(self, pattern: str) -> list[Row]:
         return [row for row in self.rows if not row.failed and fnmatchcase(row.contestant, pattern)]
@@ -102,6 +105,7 @@ def write_json(results: list[Result], where: dict[str, Any], path: Path) -> None
             "case": dataclasses.asdict(result.case),
             "reference": result.reference,
             "load": result.load,
+            "took": result.took,
             "rows": [dataclasses.asdict(row) for row in result.rows],
             "bars": [dataclasses.asdict(bar) | {"measured": result.judged(bar)} for bar in result.case.bars],
         }

@@ -17,7 +17,8 @@ def markdown(results: list[Result], where: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     parts = [f"{where['date']}, {where['device']}, {where['threads']} threads; {versions}."]
     for result in results:
-        about = f"{result.case}. Compared with {result.reference}. Load average {result.load:.1f}."
+        about = f"{result.case}. Compared with {result.reference}. Load average {result.load:.1f}. "
+        about += f"In all {result.took:.0f} s" + f", of {result.case.budget} for set-ups." * bool(result.case.budget)
         parts += [f"### {result.case.name}", about, _rows(result)]
     if judged := bars(results):
         parts += ["### Bars", _table(BARS, judged)]
@@ -43,7 +44,7 @@ def bars(results: list[Result]) -> list[tuple[str, ...]]:
 def _rows(result: Result) -> str:
     references = _references(result)
     columns = ("contestant", "median ms", "tokens/s", *(f"to {name}" for name in references))
-    columns += ("peak MiB", "of it held", "output off by", "gradients off by")
+    columns += ("peak MiB", "of it held", "output off by", "gradients off by", "set-up s")
     return _table(columns, [_cells(result, row, references) for row in result.rows])
 
 
@@ -54,15 +55,16 @@ def _references(result: Result) -> list[str]:
 
 
 def _cells(result: Result, row: Row, references: Sequence[str]) -> list[str]:
+    name = row.contestant + " (own process)" * row.apart
     if row.failed:
-        return [row.contestant, row.failed, *[""] * (len(references) + 5)]
-    cells = [row.contestant, f"{row.median * 1e3:,.1f}", f"{result.case.tokens / row.median:,.0f}"]
-    for name in references:
-        lower, middle, upper = ratios(row, result.measured(name)[0])
+        return [name, row.failed, *[""] * (len(references) + 6)]
+    cells = [name, f"{row.median * 1e3:,.1f}", f"{result.case.tokens / row.median:,.0f}"]
+    for reference in references:
+        lower, middle, upper = ratios(row, result.measured(reference)[0])
         cells.append(f"{middle:.3f} ({lower:.3f} to {upper:.3f})")
     cells += [f"{row.total_bytes / MIB:,.0f}", f"{row.held_bytes / MIB:,.0f}"]
     mark = " **too much**" if row.parity is False else ""
-    return [*cells, _off(row.output_difference), _off(row.gradient_difference) + mark]
+    return [*cells, _off(row.output_difference), _off(row.gradient_difference) + mark, f"{row.setup:.1f}"]
 
 
 def _off(difference: float | None) -> str:

@@ -9,11 +9,13 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from lorafx.__main__ import main
-from lorafx.bench import contestants, run
-from lorafx.bench.cases import CPU, CUDA, SMOKE, Bar
+from lorafx.bench import apart, command, contestants, job, reference, run
+from lorafx.bench.cases import COMING, CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, Bar
+from lorafx.bench.job import Job, set_up_all
 from lorafx.bench.measure import peak
-from lorafx.bench.models import build, twin
+from lorafx.bench.models import batch_of, build, twin
 from lorafx.bench.record import Result, Row, ratios
+from lorafx.bench.reference import GRADIENTS_OFF
 
 
 def bench(folder, *options):
@@ -95,11 +97,11 @@ def test_compiled_contestants_run(tmp_path, monkeypatch):
     made = contestants.MAKERS["lorafx-compiled-1.0"]
     options = {**made.keywords, "backend": "aot_eager"}
     monkeypatch.setitem(contestants.MAKERS, "lorafx-compiled-1.0", functools.partial(made.func, **options))
-    names = ("base", "peft-compiled", "lorafx-compiled-1.0")
+    names = ("base-compiled", "peft-compiled", "lorafx-compiled-1.0")
     code, record = bench(tmp_path, "--cases", "smoke-compiled", "--contestants", *names)
     assert code == 0
     assert {name: row["parity"] for name, row in rows_of(record).items()} == dict.fromkeys(names[1:], True) | {
-        "base": None
+        "base-compiled": None
     }
 
 
@@ -168,15 +170,101 @@ def test_unknown_names_are_errors(options, named, tmp_path, capsys):
 
 
 def test_the_list(capsys):
-    for device, cases in (("cpu", CPU), ("cuda", CUDA)):
-        assert main(["bench", "--device", device, "--list"]) == 0
+    for options, cases in ((["--device", "cpu"], CPU), (["--device", "cuda"], CUDA), (["--quick-gpu"], QUICK)):
+        assert main(["bench", *options, "--list"]) == 0
         printed = capsys.readouterr().out
         assert [case.name for case in (*cases, *SMOKE) if f" {case.name} " not in printed] == []
 
 
 def test_cases_name_contestants_that_exist():
-    for case in (*CPU, *CUDA, *SMOKE):
-        assert set(case.contestants) <= set(contestants.MAKERS) and set(case.references) <= set(case.contestants)
+    for case in (*CPU, *CUDA, *QUICK, *SMOKE):
+        assert set(case.contestants) <= set(contestants.MAKERS) | COMING
+        assert set(case.references) <= set(case.contestants)
+        assert set(contestants.of_case(case)) <= set(contestants.MAKERS)
+
+
+def test_the_quick_cases_fit_their_minutes():
+    assert all(case.budget and case.rounds and case.warm_up for case in QUICK)
+    assert sum(case.budget for case in QUICK) <= 240
+
+
+@pytest.mark.slow
+def test_the_quick_cases_run_in_their_order_and_nothing_else_does(tmp_path, monkeypatch):
+    chosen = {"contestants": ("base",), "references": ("base",), "budget": 60, "warm_up": 1}
+    small = dataclasses.replace(SMOKE[0], part="linears", **chosen)
+    monkeypatch.setattr(command, "QUICK", (dataclasses.replace(small, name="second"), small))
+    code, record = bench(tmp_path, "--quick-gpu")
+    assert code == 0 and [case["case"]["name"] for case in record["cases"]] == ["second", "smoke"]
+    assert rows_of(record)["base"]["setup"] > 0
+    page = (tmp_path / "bench.md").read_text()
+    assert "of 60 for set-ups" in page and "set-up s |" in page
+
+
+def test_who_comes_after_the_budget_is_left_out(monkeypatch):
+    clock = iter(range(10, 100, 10))
+    monkeypatch.setattr(job.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(job, "set_up", lambda *of: "a runner")
+    rows = {name: Row(name) for name in ("first", "second", "third")}
+    tiny = Job(dataclasses.replace(SMOKE[0], budget=15), None, None, None, "cpu", 1, began=0)
+    assert list(set_up_all(tiny, rows, dict.fromkeys(rows), lambda now: None)) == ["first"]
+    assert rows["first"].failed == "" and rows["third"].failed == "left out: the case's 15 s were over"
+
+
+def tiny_job():
+    """A small case in bfloat16, in which rounding shows."""
+    case = dataclasses.replace(SMOKE[0], dtype="bfloat16")
+    base = build(case, "cpu")
+    return case, base, batch_of(case, base)
+
+
+def test_a_large_case_is_compared_with_float32_as_far_as_rounding_explains(monkeypatch):
+    monkeypatch.setattr(reference, "EXACT_BELOW", 0)
+    monkeypatch.setitem(reference.GRADIENTS_OFF, "bfloat16", 0.0)
+    expected = reference.reference(*tiny_job())
+    assert expected.by == "PEFT in float32"
+    assert {value.dtype for value in expected.outcome.gradients.values()} == {torch.float32}
+    assert 2**-9 < expected.gradients_off < GRADIENTS_OFF["float32"] + 0.2  # twice of what PEFT itself is off
+
+
+def test_where_float32_does_not_fit_the_cases_own_dtype_is_the_reference(monkeypatch):
+    def too_large(*of):
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(reference, "EXACT_BELOW", 0)
+    monkeypatch.setattr(reference, "_wider", too_large)
+    expected = reference.reference(*tiny_job())
+    assert expected.by == "PEFT in bfloat16, for float32 does not fit"
+    assert expected.gradients_off == GRADIENTS_OFF["bfloat16"]
+    assert {value.dtype for value in expected.outcome.gradients.values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_contestant_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(apart.FIRST_IMPORT, "peft", "peft")
+    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft")
+    assert code == 0
+    row = rows_of(record)["peft"]
+    assert row["apart"] and row["parity"] is True and row["gradient_difference"] < 1e-5
+    assert len(row["seconds"]) == 2 and row["held_bytes"] > rows_of(record)["base"]["held_bytes"]
+    assert "| peft (own process) | " in (tmp_path / "bench.md").read_text()
+
+
+def test_what_an_own_process_wrote_last_says_why_it_failed(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no accelerator')")
+    monkeypatch.setitem(apart.FIRST_IMPORT, "unsloth", "broken")
+    assert apart.run("unsloth", tmp_path, str(tmp_path)).failed == "RuntimeError: no accelerator"
+
+
+def test_who_cannot_run_apart_says_so_before_anything_is_saved():
+    whole, part = SMOKE[:2]
+    assert apart.row("unsloth", part, "").failed == "runs in a process of its own, on whole models alone"
+    assert apart.row("unsloth", whole, "").failed in ("", "not importable: unsloth")
+
+
+def test_no_bar_of_the_linears_is_held_by_coarser_products():
+    rows = [Row("base", [1.0]), Row("lorafx-compiled", [1.2]), Row("lorafx-float8", [0.7])]
+    (bar,) = LINEARS_BARS
+    assert Result(SMOKE[0], rows, "PEFT in float64").judged(bar) == pytest.approx(1.2)
 
 
 def test_twins_share_every_tensor_and_no_module():
