@@ -60,6 +60,11 @@ class TapeDevice(Cuda):
     def holds(self, tensor: Tensor) -> bool:
         return tensor.is_cpu
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._lock:
+            yield
+
     def record(self, body: Callable):
         with self.with_random_state(self.random_state()), Tape() as tape:
             result = body()

@@ -40,13 +40,14 @@ INSIDE = {
         *("rms_norm", "rotary", "merged_linears", "lora_linear", "lora_linears", "linear_cross_entropy"),
     ],
     "graph": [
-        *("description", "match", "emit", "writes", "effects", "rule", "blocks", "modules", "regions", "outline"),
+        *("description", "match", "emit", "writes", "blocks", "effects", "rule", "modules", "regions", "outline"),
         *("masks", "verify", "printing"),
     ],
     "adapters": [
         *("config", "default_targets", "readings", "storages", "site", "kinds", "selection", "adapter", "equation"),
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
+    "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "lower"],
     "capture": ["arguments", "contexts", "caches", "purity", "written_arguments", "repeated", "export"],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),

@@ -207,7 +207,8 @@ def _example(tensor: Tensor) -> Tensor:
     if is_wrapped(tensor):
         with temporarily_clear_interpreter_stack():
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    with torch.inference_mode(False):  # or the model could not write to it while torch.export looks on
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _reason(error: Exception) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from ..torch_private.graphs import is_vmap_bracket, schema_of
 from . import writes
+from .blocks import is_block_call
 
 aten = torch.ops.aten
 # Their schemas do not say that the result may be the input itself.
@@ -57,3 +60,34 @@ def may_share(node: Node) -> bool:
     if schema is None or node.target in _MAY_PASS_ON:
         return True
     return any(result.alias_info is not None for result in schema.returns)
+
+
+def written_inputs(gm: GraphModule) -> set[int]:
+    """The numbers of a graph's inputs that it may write to, itself or in its blocks."""
+    inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    sources = (_source(value) for node in gm.graph.nodes for value in _written(node, gm))
+    return {inputs[source] for source in sources if source in inputs}
+
+
+def _written(node: Node, gm: GraphModule) -> list[Node]:
+    """The values that a node may write to; of an operator that runs graphs which write, all that it is given."""
+    given: list[Any]
+    if is_block_call(node):
+        block = gm.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+        given = [node.args[2 + number] for number in written_inputs(block)]  # type: ignore[arg-type]
+    elif not writes(node, gm):
+        return []
+    else:
+        given = list(node.args)
+        schema = schema_of(node.target)
+        if schema is not None:
+            values = {a.name: v for a, v in zip(schema.arguments, node.args)} | node.kwargs
+            given = [values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Node)]
+
+
+def _source(node: Node) -> Node:
+    """The value whose memory a node's result may be."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node) and may_share(node):
+        node = node.args[0]
+    return node

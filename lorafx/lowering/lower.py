@@ -59,7 +59,7 @@ class Lowering:
         if device is None:
             return lowered
         recorder = self._devices.setdefault(device, Cuda(device))
-        return lowered._replace(run=Replayed(lowered.run, lowered.graph, recorder))
+        return lowered._replace(run=Replayed(lowered.run, gm, recorder))
 
     def _lower(self, gm: GraphModule) -> Lowered:
         compiler, output = self.backend.on(gm), output_spec_of(gm)

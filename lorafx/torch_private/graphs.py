@@ -17,7 +17,7 @@ GUARDS = "_guards_fn"
 use_lazy_graph_module = _use_lazy_graph_module
 
 # torch's activations and attention, written in C; `torch.nn.functional` has them in Python. Without it, eager graphs
-# would call operators, which takes longer.
+# would call operators, which takes longer. It also takes one tensor apart into many by one call, as replays do.
 C_FUNCTIONS = torch._C._nn
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,22 +22,36 @@ class Cuda:
 
     def __init__(self, device: torch.device):
         self.device, self.pool = device, Pool()
-        self._memory: Any = None  # made with the first recording, for a model may never have one
+        self._memory: Any = None
         self._stream: Any = None
+        self._recordings: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._last: Any = None  # the stream that used the recordings last
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether kernels on this device read a tensor where it is."""
         return tensor.device == self.device
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While nobody else uses the recordings: threads wait for each other, and streams on the device too."""
+        with self._lock:
+            stream = torch.cuda.current_stream(self.device)
+            if self._last not in (None, stream):
+                stream.wait_stream(self._last)
+            self._last = stream
+            yield
+
     def record(self, body: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What `body` gives, its kernels recorded and not run, and a function that launches them."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            if self._memory is None:
+            if not self._recordings:  # torch takes a pool back with the last recording in it
                 self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
             # Other threads, as those of data loaders, may use the device meanwhile.
             with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
                 result = body()
+        self._recordings.add(graph)
         return result, graph.replay
 
     def random_state(self) -> Tensor:

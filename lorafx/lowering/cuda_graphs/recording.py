@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from ...graph.modules import PLAIN
 from ...ops.modes import autocast_dtype
+from ...torch_private.graphs import C_FUNCTIONS
 from .device import Cuda
 from .outputs import Outputs
 from .pool import Ticket
@@ -70,7 +71,7 @@ class Recording:
         self._autocast = autocast_dtype(device.device.type)
         tensors = model.read()
         self._state = state_of(tensors)
-        self._places = {n: state_of([leaves[n]]) for n in written}
+        self._places = {n: _place(leaves[n]) for n in written}
         # Aliases, so that gradients are taken with respect to them, and nothing of the parameters' own is recorded.
         self._aliases = {id(t): nn.Parameter(t.detach()) for t in tensors if t.requires_grad}
         self._leaves = [leaf if n in written else _buffer(leaf) for n, leaf in enumerate(leaves)]
@@ -85,8 +86,9 @@ class Recording:
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the model's tensors, and the arguments that are written to, are where they were."""
-        places = all(state_of([leaves[n]]) == place for n, place in self._places.items())
-        return places and state_of(self._model.read()) == self._state
+        return all(_place(leaves[n]) == place for n, place in self._places.items()) and (
+            state_of(self._model.read()) == self._state
+        )
 
     def replay(self, leaves: list[Any]) -> list[Any]:
         """The leaves of the output of a call that fits."""
@@ -109,7 +111,8 @@ class Recording:
     def _launch_with(self, leaves: list[Any]) -> None:
         for n, (own, leaf) in enumerate(zip(self._leaves, leaves)):
             if n in self._written:
-                torch.autograd.graph.increment_version(leaf)
+                if not leaf.is_inference():
+                    torch.autograd.graph.increment_version(leaf)
             elif isinstance(own, Tensor):
                 own.data.copy_(leaf, non_blocking=True)  # its version is what autograd saved
         self._launch()
@@ -151,32 +154,36 @@ class Backward:
         self.wanted = wanted
         roots = [outputs[n] for n in wanted]
         self._given = [torch.empty_like(root) for root in roots]
-        found, self._launch = device.record(lambda: _flat_gradients(roots, self._given, inputs))
-        self._flat, self._spots = found
+        (self._flat, self._numbers), self._launch = device.record(lambda: _flat_gradients(roots, self._given, inputs))
+        self._shapes = {
+            dtype: [torch.empty(inputs[n].shape, device="meta") for n in numbers]
+            for dtype, numbers in self._numbers.items()
+        }
+        self._inputs = len(inputs)
 
     def run(self, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """The gradient of each input, None where it has none."""
         for own, n in zip(self._given, self.wanted):
             own.copy_(given[n])  # type: ignore[arg-type]
         self._launch()
-        pieces = {
-            dtype: iter(flat.clone().split([size.numel() for spot, size in self._spots if spot == dtype]))
-            for dtype, flat in self._flat.items()
-        }
-        return [None if dtype is None else next(pieces[dtype]).view(size) for dtype, size in self._spots]
-
-
-Spot = tuple[torch.dtype | None, torch.Size]
+        found: list[Tensor | None] = [None] * self._inputs
+        for dtype, flat in self._flat.items():
+            views = C_FUNCTIONS.unflatten_dense_tensors(flat.clone(), self._shapes[dtype])
+            for number, view in zip(self._numbers[dtype], views):
+                found[number] = view
+        return found
 
 
 def _flat_gradients(
     roots: list[Tensor], given: list[Tensor], inputs: list[Tensor]
-) -> tuple[dict[torch.dtype, Tensor], list[Spot]]:
-    """The gradients one after the other in a tensor for each dtype; where each is, by dtype and shape."""
+) -> tuple[dict[torch.dtype, Tensor], dict[torch.dtype, list[int]]]:
+    """The gradients one after the other in a tensor for each dtype, and the numbers of the inputs that they are of."""
     found = torch.autograd.grad(roots, inputs, given, allow_unused=True)
-    spots: list[Spot] = [(None, torch.Size()) if g is None else (g.dtype, g.shape) for g in found]
-    dtypes = dict.fromkeys(g.dtype for g in found if g is not None)
-    flat = {d: torch.cat([g.reshape(-1) for g in found if g is not None and g.dtype == d]) for d in dtypes}
-    return flat, spots
+    numbers: dict[torch.dtype, list[int]] = {}
+    for n, gradient in enumerate(found):
+        if gradient is not None:
+            numbers.setdefault(gradient.dtype, []).append(n)
+    return {d: torch.cat([found[n].reshape(-1) for n in own]) for d, own in numbers.items()}, numbers  # type: ignore[union-attr]
 
 
 class _Replay(torch.autograd.Function):
@@ -194,7 +201,12 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.recording.gradients(ctx.ticket, gradients)
+        with ctx.recording.device.turn():
+            return None, None, *ctx.recording.gradients(ctx.ticket, gradients)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.stride()
 
 
 def why_not(error: Exception) -> str:

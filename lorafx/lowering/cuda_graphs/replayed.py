@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ...graph.blocks import checkpoint_block, offload_block
+from ...graph.effects import written_inputs
 from ...ops.calls import by_reference
 from ...ops.modes import is_recorded
-from ...torch_private.tensors import moves_saved_tensors, version_of
+from ...torch_private.tensors import moves_saved_tensors
 from .device import Cuda
 from .recording import ModelTensors, Recording, Run, why_not
 
@@ -26,7 +27,7 @@ _TRIES = 64  # sets of sizes that are watched for one that comes again
 class Calls:
     """The calls of one set of sizes so far."""
 
-    written: set[int] | None = None  # the arguments that such a call writes to; None: there was no call yet
+    ran: bool = False  # as it is, so that all is compiled that it needs
     had_backward: bool = False
     recording: Recording | None = None
 
@@ -34,15 +35,15 @@ class Calls:
 class Replayed:
     """Runs a lowered graph; does so by replaying a recording where a call is like one before.
 
-    The first call of each set of sizes is run as it is, with its backward: then all is compiled that it needs, and it
-    is known which arguments it writes to. The second is recorded. A call is run as it is, too, while another one waits
-    for its backward, and where it cannot be recorded, for the `reason`.
+    The first call of each set of sizes is run as it is, with its backward: then all is compiled that it needs. The
+    second is recorded. A call is run as it is, too, while another one waits for its backward, and where it cannot be
+    recorded, for the `reason`.
     """
 
     def __init__(self, run: Run, gm: GraphModule, device: Cuda):
         self._run, self._gm, self._device = run, gm, device
         self._calls: dict[Any, Calls] = {}
-        targets = {node.target for node in gm.graph.nodes}
+        self._written, targets = written_inputs(gm), {node.target for node in gm.graph.nodes}
         self._recomputes = checkpoint_block in targets
         self.replays = 0
         self.reason = "not recorded: layers' inputs wait in the host's memory" if offload_block in targets else ""
@@ -51,28 +52,20 @@ class Replayed:
         return self.reason or f"{self.replays} replayed"
 
     def __call__(self, *leaves: Any) -> Sequence[Any]:
-        if self.reason or not self._may_replay(leaves):
+        if self.reason:
             return self._run(*leaves)
-        calls = self._of_size(leaves)
-        if calls is None:
-            return self._run(*leaves)
-        if calls.recording is not None and calls.recording.failed:
-            self.reason = calls.recording.failed
-            return self._run(*leaves)
-        if calls.recording is not None and not calls.recording.fits(list(leaves)):
-            calls.recording, calls.written = None, None
-        recording = calls.recording or self._record(calls, list(leaves))
-        if recording is None:
-            return self._watched(calls, leaves)
-        self.replays += 1
-        return recording.replay(list(leaves))
+        with self._device.turn():
+            calls = self._of_size(leaves) if self._may_replay(leaves) else None
+            recording = calls and self._recording(calls, list(leaves))
+            if recording:
+                self.replays += 1
+                return recording.replay(list(leaves))
+        return self._watched(calls, leaves) if calls else self._run(*leaves)
 
     def _may_replay(self, leaves: Sequence[Any]) -> bool:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not all(map(self._device.holds, tensors)):
             self.reason = f"not recorded: an argument is not on {self._device.device}"
-        if any(map(Tensor.is_inference, tensors)):
-            self.reason = "not recorded: torch does not say whether a call writes to tensors of inference mode"
         others = by_reference() or moves_saved_tensors() or is_recorded()
         return not self.reason and not others and self._device.pool.is_free()
 
@@ -87,39 +80,36 @@ class Replayed:
             self._calls = {key: self._calls[key] for key in recorded}
         return self._calls.setdefault(sizes, calls or Calls())
 
+    def _recording(self, calls: Calls, leaves: list[Any]) -> Recording | None:
+        """The recording of such calls, made now if one has run before; None where it is too early, or cannot be had."""
+        found = calls.recording
+        if found is not None and (found.failed or not found.fits(leaves)):
+            self.reason, calls.recording, calls.ran = found.failed, None, False
+        waits = torch.is_grad_enabled() and not calls.had_backward
+        full = sum(each.recording is not None for each in self._calls.values()) >= _MOST
+        if calls.recording is None and calls.ran and not (waits or full or self.reason):
+            try:
+                calls.recording = Recording(self._device, self._run, ModelTensors(self._gm), leaves, self._written)
+            except Exception as error:
+                self.reason = why_not(error)
+        return calls.recording
+
     def _watched(self, calls: Calls, leaves: Sequence[Any]) -> Sequence[Any]:
-        """Run a call as it is, and see what it writes to and whether its backward comes."""
-        before, random = _versions(leaves), self._device.random_state()
-        found = self._run(*leaves)
-        calls.written = {n for n, (old, new) in enumerate(zip(before, _versions(leaves))) if old != new}
+        """Run a call as it is, and see whether its backward comes, and whether it draws random numbers."""
+        random, found = self._device.random_state(), self._run(*leaves)
         if self._recomputes and not torch.equal(random, self._device.random_state()):
             self.reason = "not recorded: checkpointed layers draw random numbers, and the same ones again in backward"
         histories = [value.grad_fn for value in found if isinstance(value, Tensor) and value.grad_fn is not None]
-        calls.had_backward |= not histories
+        calls.ran, calls.had_backward = True, calls.had_backward or not histories
         own = weakref.ref(calls)
         for history in histories:
             history.register_prehook(lambda _: _note_backward(own))
         return found
 
-    def _record(self, calls: Calls, leaves: list[Any]) -> Recording | None:
-        """A recording of a call like one that has run; None where it is too early, or cannot be had."""
-        waits = torch.is_grad_enabled() and not calls.had_backward
-        if calls.written is None or waits or sum(each.recording is not None for each in self._calls.values()) >= _MOST:
-            return None
-        try:
-            calls.recording = Recording(self._device, self._run, ModelTensors(self._gm), leaves, calls.written)
-        except Exception as error:
-            self.reason = why_not(error)
-        return calls.recording
-
 
 def _size(leaf: Any) -> Any:
     """What may differ between calls of one kind: a tensor's shape, or a number."""
     return leaf.shape if isinstance(leaf, Tensor) else leaf if type(leaf) in (int, float) else None
-
-
-def _versions(leaves: Sequence[Any]) -> list[int]:
-    return [version_of(leaf) if isinstance(leaf, Tensor) else 0 for leaf in leaves]
 
 
 def _note_backward(own: weakref.ref[Calls]) -> None:
