@@ -13,10 +13,12 @@ BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 DROPOUTS = [0.0, 0.5]
 
 
-def stepping(backend, dropout):
+def stepping(backend, dropout, mode=None):
     """A function that makes one training step, after those in which things are captured and compiled."""
     config = {"r": 4, "target_modules": "all-linear", "lora_dropout": dropout}
-    model = lorafx.compile(models.llama().cuda().bfloat16(), config, backend=backend, capture="graph").train()
+    model = lorafx.compile(
+        models.llama().cuda().bfloat16(), config, backend=backend, mode=mode, capture="graph"
+    ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(0, models.VOCABULARY, (2, 9), device="cuda")
 
@@ -32,10 +34,11 @@ def stepping(backend, dropout):
     return step
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("dropout", DROPOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_does_not_wait(backend, dropout):
-    step = stepping(backend, dropout)
+def test_a_step_does_not_wait(backend, dropout, mode):
+    step = stepping(backend, dropout, mode)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
