@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..ops.modes import is_recorded
 from ..torch_private.compilers import (
     ACTIVATION_BUDGET,
     KEEP_MATERIALIZED,
@@ -41,6 +42,8 @@ class Piece:
         self.run = torch.compile(function, backend=self._compile, dynamic=True)
 
     def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        if is_recorded():  # kernels are tried out, which would spoil the recording
+            raise RuntimeError(f"{self.title}: to be compiled while a CUDA graph is recorded: {_reason()}")
         self.compiled += 1
         if self.compiled > 1:
             self.reasons.append(_reason())

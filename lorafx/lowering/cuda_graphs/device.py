@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ...torch_private.cuda import end_pool
 from .pool import Pool
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class Cuda:
         self._memory: Any = None
         self._stream: Any = None
         self._recordings: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._lock = threading.RLock()
         self._last: Any = None  # the stream that used the recordings last
 
@@ -48,11 +50,27 @@ class Cuda:
         with torch.cuda.device(self.device):
             if not self._recordings:  # torch takes a pool back with the last recording in it
                 self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-            # Other threads, as those of data loaders, may use the device meanwhile.
-            with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
-                result = body()
+            try:
+                # Other threads, as those of data loaders, may use the device meanwhile.
+                with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
+                    result = body()
+            except BaseException:
+                self._end_failed(graph)
+                raise
         self._recordings.add(graph)
         return result, graph.replay
+
+    def _end_failed(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that torch could not end: or else no random number could be drawn, and memory not freed.
+
+        The device's allocator is told, and the random numbers' generator is by another recording, of one kernel.
+        """
+        self._failed.append(graph)  # the allocator may still ask it
+        with suppress(RuntimeError):  # there was nothing left to end
+            end_pool(self.device, self._memory)
+        one = torch.zeros(1, device=self.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            one.add_(1)
 
     def random_state(self) -> Tensor:
         """The state of the device's random numbers."""

@@ -100,13 +100,12 @@ class Recording:
         return self._outputs.make(given, computed)
 
     def _forward(self) -> list[Any]:
-        with self._model.replaced(self._aliases), self._autocasting():
-            return list(self._run(*self._leaves))
-
-    def _autocasting(self) -> torch.autocast:
-        """Autocast as it was, without keeping casts: another recording would write over them."""
-        on = self._autocast is not None
-        return torch.autocast(self.device.device.type, dtype=self._autocast, enabled=on, cache_enabled=False)
+        torch.clear_autocast_cache()  # of casts that are no part of the recording
+        try:
+            with self._model.replaced(self._aliases):
+                return list(self._run(*self._leaves))
+        finally:
+            torch.clear_autocast_cache()  # of casts that the next recording writes over
 
     def _launch_with(self, leaves: list[Any]) -> None:
         for n, (own, leaf) in enumerate(zip(self._leaves, leaves)):
@@ -137,7 +136,8 @@ class Recording:
 
     def _recomputed(self, ticket: Ticket, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The same without a recording, for gradients of other outputs than those it was recorded for."""
-        with self.device.with_random_state(ticket.random), torch.enable_grad():
+        autocast = torch.autocast(self.device.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+        with self.device.with_random_state(ticket.random), torch.enable_grad(), autocast:
             found = Outputs(self._forward(), {id(t): 0 for t in (*self._leaves, *self._aliases.values())})
         pairs = [(value, g) for value, g in zip(found.computed, given) if g is not None]
         roots, gradients = zip(*pairs)

@@ -33,7 +33,8 @@ def taped(monkeypatch):
 def made(mode, dropout=0.0, **options):
     """An adapted model with values in B, the same each time."""
     config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "lora_dropout": dropout, "init_lora_weights": False}
-    return lorafx.compile(llama().to(DEVICE), config, backend="eager", mode=mode, random_state=0, **options).train()
+    options = {"backend": "eager", "mode": mode, "random_state": 0, **options}
+    return lorafx.compile(llama().to(DEVICE), config, **options).train()
 
 
 def both(**options):
@@ -300,6 +301,21 @@ def test_under_autocast():
 
     assert_same(*(trained(each, losses) for each in (plain, graphs)))
     assert launched(graphs) == "4 replayed"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_compiled_while_recording(monkeypatch, autocast):
+    """What is compiled is tried out on the device, and that cannot be recorded."""
+    monkeypatch.setattr(Backend, "records", True)
+    monkeypatch.setattr(Recorder, "record", lambda self, body: (body(), lambda: None))
+    lora = made(None, backend="aot_eager")
+    for n in range(3):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+            loss = lora(input_ids=ids(n), labels=ids(n)).loss
+        loss.backward()
+        if n == 0:
+            compiled = lora.explain().compiled
+    assert launched(lora) == "2 replayed" and lora.explain().compiled == compiled
 
 
 def test_modes():
