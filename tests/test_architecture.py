@@ -25,6 +25,7 @@ INSIDE = {
     "ops": [
         *("modes", "calls", "dtypes", "library", "cpu", "offload", "deferral", "dropout", "linear", "attention"),
         *("rms_norm", "rotary", "merged_linears", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
         *("description", "match", "emit", "writes", "effects", "rule", "blocks", "modules", "regions", "outline"),

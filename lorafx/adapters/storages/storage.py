@@ -45,7 +45,7 @@ class Storage:
         return weight
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, of the shape and dtype that `shape` and `dtype` give, from what `stored` gives."""
+        """The dense weight, of the shape that `shape` gives and the dtype of `dtype` or a wider one, from `stored`'s."""
         raise NotImplementedError
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
