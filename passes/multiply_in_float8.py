@@ -4,10 +4,10 @@ linear(x, from_float8(Q, s), b)                      ->  float8_linear(x, Q, s, 
 lora_linear(x, from_float8(Q, s), b, z, A, B, c)     ->  float8_lora_linears(x, [Q], [s], [b], z, [A], [B], [c])[0]
 lora_linears(x, [from_float8(Q, s), …], …)           ->  float8_lora_linears(x, [Q, …], [s, …], …)
 
-A GPU multiplies so twice as fast as in bfloat16, and no weight is made dense. It is not in the default pipeline because
-it rounds activations and gradients to float8, too (`lorafx/ops/float8.py`; docs/performance.md has what that does to
-training); the adapters' products see them unrounded. Hopper or later, or a CPU, where the same numbers are multiplied in
-float32. It goes at the end, and the base is converted first:
+No weight is made dense, and a GPU multiplies float8 up to twice as fast as bfloat16. It is not in the default pipeline
+because it rounds activations and gradients to float8, too (`lorafx/ops/float8.py`; docs/performance.md has what that
+does to training); the adapters' products see them unrounded. On a CPU the same numbers are multiplied in float32. It
+goes at the end, and the base is converted first:
 
     model = lorafx.to_float8(model.requires_grad_(False))
     lorafx.compile(model, config, pipeline=lorafx.passes.default + [lorafx.passes.MultiplyInFloat8()])
@@ -120,7 +120,8 @@ def _places(node: Node) -> list[int]:
     given = arguments(node)
     if given["merge"]:
         return []
-    return [place for place, weight in enumerate(_weights(node)) if weight.target is _dense and _fits(given["x"], weight)]
+    weights = enumerate(_weights(node))
+    return [place for place, weight in weights if weight.target is _dense and _fits(given["x"], weight)]
 
 
 def _fits(x: Node, dense: Node) -> bool:

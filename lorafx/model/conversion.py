@@ -21,10 +21,10 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
     """Hold the weights of a base's linear layers in float8 from now on, and return the model. In place.
 
     A weight takes a byte a number and four a row; each number is off by at most 1/16 of itself, which no conversion
-    brings back. Layers are replaced one by one, so that besides the model only one weight's worth of copies is in memory;
+    brings back. Layers are replaced one by one, so that besides the model there are copies of one weight in memory;
     biases are the same parameters. Any device, also meta. Convert before `lorafx.compile`: adapters are selected,
     trained and saved as ever, and the pass `lorafx.passes.MultiplyInFloat8` multiplies in float8. Without it W is made
-    dense in each call.
+    dense in each call, and in eager training kept so until backward.
 
     Args:
         modules: which layers, as in `target_modules`: endings of names, or a regex for whole names. None means all but
@@ -41,7 +41,7 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
         raise AdapterError("the model is adapted already; convert its base before `lorafx.compile`")
     chosen = _chosen(model, modules)
     if not chosen:
-        raise SelectionError(f"no nn.Linear to convert (modules={modules!r}) with sizes that are multiples of {MULTIPLE}")
+        raise SelectionError(f"no nn.Linear of sizes that are multiples of {MULTIPLE} to convert (modules={modules!r})")
     if trained := next((name for name, layer in chosen.items() if layer.weight.requires_grad), None):
         raise ConfigError(
             f"{trained}.weight is trainable, and a weight in float8 gets no gradient: freeze the base first "

@@ -3,13 +3,13 @@
     A  ≈  diag(s) Q                    Q of float8_e4m3fn, s of float32
     diag(s) P (diag(t) Q)ᵀ  =  s_i (P Qᵀ)_ij t_j
 
-e4m3 has four significant bits from 2⁻⁶ to 448, so a number is off by at most 1/16 of itself, wherever its row's
-largest one lies. A weight's scales are powers of two: what it stands for is then exact in bfloat16, float32 and float64,
-and multiplying by a scale rounds nothing. Activations and gradients, which are rounded anew in each call, have the
-scale that makes their largest number 448 (one for each row, as in SwitchBack: Wortsman et al., 2023, arXiv 2304.13013).
+e4m3 has four significant bits from 2⁻⁶ to 448, so a number is off by at most 1/16 of itself, unless it is less than
+2⁻¹³ of its row's largest. A weight's scales are powers of two: what it stands for is then exact in bfloat16, float32
+and float64, and multiplying by a scale rounds nothing. Activations and gradients, which are rounded anew in each call,
+have the scale that makes a row's largest number 448 (as in SwitchBack: Wortsman et al., 2023, arXiv 2304.13013).
 
-GPUs from capability 8.9 on multiply P and Q as they are, twice as fast as bfloat16; Hopper's need rows of both, not
-columns, to lie in one piece. Everywhere else the same numbers are multiplied in float32 (float64 for float64).
+GPUs from capability 8.9 on multiply P and Q as they are, up to twice as fast as bfloat16; Hopper's need rows of both,
+not columns, to lie in one piece. Everywhere else the same numbers are multiplied in float32 (float64 for float64).
 """
 
 from __future__ import annotations

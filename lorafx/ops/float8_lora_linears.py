@@ -6,8 +6,8 @@
     g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
     dx = Σ dyᵢ Wᵢ + g A                dA = gᵀ z           dBᵢ = sᵢ · dyᵢᵀ hᵢ       (g A to dz where z is not x)
 
-x̂ is x rounded to float8, once for all layers, and Σ dyᵢ Wᵢ one product of float8 (`ops/float8.py`). Updates are computed
-in the dtype of x, which is not rounded for them. Of the forward pass it keeps x (or z) and h.
+x̂ is x rounded to float8, once for all layers, and Σ dyᵢ Wᵢ one product of float8 (`ops/float8.py`). Updates are
+computed in the dtype of x, which is not rounded for them. Of the forward pass it keeps x (or z) and h.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ class _Float8LoraLinears(torch.autograd.Function):
         dx = dz = None
         if needs_x:
             dx = through(*zip(*[used for used in zip(dys, weights, scales) if used[0] is not None]))
-        if needs_x and ctx.reads_x:
-            dx = accumulated(dx, g, torch.cat(lora_As))
-        elif needs_z:
+            dx = accumulated(dx, g, torch.cat(lora_As)) if ctx.reads_x else dx
+        if needs_z:
             dz = matmul(g, torch.cat(lora_As))
         return dx, dz, None, *gradients
 
@@ -137,12 +136,12 @@ def float8_lora_linears(
 ) -> list[Tensor]:
     """yᵢ = x̂ (diag(sᵢ) Qᵢ)ᵀ + bᵢ + sᵢ · (z Aᵢᵀ) Bᵢᵀ, each (…, outᵢ): `float8_linear` of each, with its LoRA update.
 
-    x and z are (…, in), a weight (outᵢ, in) of float8_e4m3fn, its scale (outᵢ,) of float32, a bias (outᵢ,) or None, an A
-    (rᵢ, in), a B (outᵢ, rᵢ): but for weights and scales of one floating dtype, on one device, any. z is x where it is
+    x and z are (…, in), a weight (outᵢ, in) of float8_e4m3fn, its scale (outᵢ,) of float32, a bias (outᵢ,) or None, an
+    A (rᵢ, in), a B (outᵢ, rᵢ): but for weights and scales of one floating dtype, on one device, any. z is x where it is
     None; with `dropout`, a probability, it is None and becomes what dropout leaves of x.
 
-    First derivatives of all but weights and scales. vmap and forward-mode derivatives go by `reference`. Sizes or dtypes
-    that do not fit are torch's RuntimeError.
+    First derivatives of all but weights and scales. vmap and forward-mode derivatives go by `reference`. Sizes or
+    dtypes that do not fit are torch's RuntimeError.
     """
     if dropout:
         z = F.dropout(x, dropout)

@@ -87,12 +87,18 @@ def test_refusals_leave_the_model_as_it_was():
     model.model.layers[1].mlp.up_proj.weight.requires_grad_()
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is trainable.*freeze the base"):
         lorafx.to_float8(model)
-    with pytest.raises(SelectionError, match=r"no nn\.Linear to convert \(modules=\['q'\]\)"):
+    with pytest.raises(SelectionError, match=r"to convert \(modules=\['q'\]\)"):
         lorafx.to_float8(model, ["q"])
     assert converted(model) == []
     lora = lorafx.compile(model, {"r": 2, "target_modules": ["q_proj"]})
     with pytest.raises(AdapterError, match="adapted already"):
         lorafx.to_float8(lora)
+
+
+def test_a_layer_in_float8_cannot_be_trained_as_a_whole():
+    model = lorafx.to_float8(frozen_llama())
+    with pytest.raises(ConfigError, match=r"would train \S+\.gate_proj, whose weight is stored as float8"):
+        lorafx.compile(model, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["mlp"]})
 
 
 @pytest.mark.filterwarnings("ignore:.*is stored as float8")

@@ -25,8 +25,8 @@ _from_float8 = torch.ops.lorafx.from_float8
 class Float8Linear(nn.Module):
     """(…, in) -> (…, out): a linear layer with `weight` Q (out, in), `scale` s (out,) and `bias` (out,) or None.
 
-    Weight and scale get no gradient, and stay what they are when a module is cast (`.to(dtype)`). `dtype` is that of the
-    layer it was made of; it computes in the dtype of x.
+    Weight and scale get no gradient, and stay what they are when a module is cast (`.to(dtype)`). `dtype` is that of
+    the layer it was made of; it computes in the dtype of x.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -44,7 +44,7 @@ class Float8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
-        """Move or cast as nn.Module does, with weight and scale as integers, which go along and which no cast changes."""
+        """Move or cast as nn.Module does, with weight and scale as integers, which no cast changes."""
         integers = {id(self.weight): torch.uint8, id(self.scale): torch.int32}
 
         def kept(tensor: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class Float8Linear(nn.Module):
 class Float8(Storage):
     """The weights of `Float8Linear`."""
 
-    name, lossy = "float8", True
+    name = "float8"
+    lossy = True
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
         if isinstance(module, Float8Linear):
@@ -72,7 +73,7 @@ class Float8(Storage):
         return module.dtype
 
     @staticmethod
-    def expression(weight: Any, scale: Any, dtype: Any) -> Any:
+    def expression(weight: Any, scale: Any, dtype: Any) -> Any:  # type: ignore[override]
         return _from_float8.default(weight, scale, dtype)
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:

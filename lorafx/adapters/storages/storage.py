@@ -45,7 +45,7 @@ class Storage:
         return weight
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, of the shape that `shape` gives and the dtype of `dtype` or a wider one, from `stored`'s."""
+        """The dense weight from what `stored` gives: in the shape of `shape`, and the dtype of `dtype` or a wider."""
         raise NotImplementedError
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
