@@ -67,6 +67,18 @@ def test_a_product_is_that_of_what_the_factors_stand_for(dtype):
     assert ((found.double() - expected).abs() <= sums + torch.finfo(dtype).eps * expected.abs()).all()
 
 
+def test_torchs_own_product_gives_the_same(monkeypatch):
+    """The operator that a GPU has is there on CPUs too, slowly."""
+    (p, s), (q, t) = float8.quantised(tensor(5, 48)), float8.packed(tensor(32, 48))
+    expected = float8.product(p, s, q, t, torch.bfloat16)
+    monkeypatch.setattr(float8, "multiplies", lambda device: True)
+    try:
+        found = float8.product(p, s, q, t, torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"not on this CPU: {error}")
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
+
+
 def test_gradients_go_through_several_weights_in_one_product():
     weights, scales = zip(*[float8.packed(tensor(n, 24)) for n in (32, 16)])
     dys = [tensor(5, 32), 100 * tensor(5, 16)]
