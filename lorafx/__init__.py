@@ -20,6 +20,7 @@ from .compat import (
 )
 from .graph.printing import diff
 from .model.adapted_model import AdaptedModel
+from .model.conversion import to_float8
 from .pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
@@ -48,5 +49,6 @@ __all__ = [
     "get_peft_model",
     "load",
     "passes",
+    "to_float8",
     "trace",
 ]

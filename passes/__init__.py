@@ -19,6 +19,7 @@ from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
 from .merge_on_the_fly import MergeOnTheFly
+from .multiply_in_float8 import MultiplyInFloat8
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
 from .restore_gqa import RestoreGqa
@@ -73,6 +74,7 @@ __all__ = [
     "MatchTargets",
     "MergeAdapters",
     "MergeOnTheFly",
+    "MultiplyInFloat8",
     "OutlineBlocks",
     "RestoreCausal",
     "RestoreGqa",

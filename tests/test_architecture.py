@@ -38,6 +38,7 @@ INSIDE = {
             "attention",
         ),
         *("rms_norm", "rotary", "merged_linears", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
         *("description", "match", "emit", "writes", "blocks", "effects", "rule", "modules", "regions", "outline"),

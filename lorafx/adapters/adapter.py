@@ -16,6 +16,7 @@ from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
 from .selection import saved_modules, select
 from .site import Selection, Site
+from .storages import weights_of
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -164,6 +165,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     for site in selection:
         kind.check(site, config)
     _require_free_names(kind, config, selection)
+    _require_dense(root, saved_modules(root, config))
     tensors = {
         site.name: {spec.suffix: _placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
         for site in selection
@@ -178,6 +180,16 @@ def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection)
         names = {*kind.tensors(site, config), *kind.numbers(site, config)}
         if wrong := sorted(names & taken):
             raise ConfigError(f"kinds cannot call their tensors or numbers {', '.join(wrong)}; {config.peft_type} does")
+
+
+def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:
+    """Raise `ConfigError` for a module to train as a whole whose weights are kept in a way that cannot be trained."""
+    for path in saved:
+        for name, module in root.get_submodule(path).named_modules(prefix=path):
+            if packed := next((storage for *_, storage in weights_of(module) if storage.lossy), None):
+                raise ConfigError(
+                    f"`modules_to_save` would train {name}, whose weight is stored as {packed}: leave it dense"
+                )
 
 
 def _placed(site: Site, suffix: str, name: str) -> str:

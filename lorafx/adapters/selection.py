@@ -85,17 +85,18 @@ def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     all_linear = _all_linear(model, config) if config.all_linear else None
 
     def matches(name: str) -> bool:
-        if _named(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):
+        if is_named(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):
             return False
         if all_linear is not None:
             return name in all_linear and _in_layers(config, name)
         exactly = not isinstance(targets, str) and name in targets  # a full name says its layer itself
-        return exactly or (_named(targets, name) and _in_layers(config, name))
+        return exactly or (is_named(targets, name) and _in_layers(config, name))
 
     return matches
 
 
-def _named(names: str | Sequence[str] | None, name: str) -> bool:
+def is_named(names: str | Sequence[str] | None, name: str) -> bool:
+    """Whether a module is named by a regex for its whole name, or by one of several endings."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(_is_suffix(suffix, name) for suffix in names or ())

@@ -30,6 +30,7 @@ _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
 COARSER = frozenset({"lorafx-float8"})  # by their users' wish: differences are shown, and not judged
 MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
+IN_FLOAT8 = lorafx.passes.default + [lorafx.passes.MultiplyInFloat8()]
 
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -96,6 +97,11 @@ def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: A
     config = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets, "lora_dropout": case.dropout}
     chosen: dict[str, Any] = {"backend": "eager", "gradient_checkpointing": case.checkpointing} | options
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
+
+
+def with_float8(case: Case, base: nn.Module) -> Setup:
+    """lorafx, compiled, with the weights of the base in float8 and products of float8."""
+    return with_lorafx(case, lorafx.to_float8(twin(base)), backend="inductor", pipeline=IN_FLOAT8)
 
 
 def merged(case: Case, base: nn.Module, mode: str | None = None) -> Setup:
@@ -176,6 +182,7 @@ MAKERS: dict[str, Maker] = {
     "lorafx-tuned": partial(with_lorafx, backend="inductor", mode="max-autotune-no-cudagraphs"),
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "lorafx-offloaded": partial(with_lorafx, backend="inductor", gradient_checkpointing="offload"),
+    "lorafx-float8": with_float8,
     "merging": partial(with_lorafx, pipeline=MERGING),  # rounds more, so no bar's `lorafx*` may match
     "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }

@@ -4,10 +4,14 @@ In come tensors; out come what the equation at the top of an operator's file say
 backward of its own. Each operator is a file: the equation in torch's operators (`reference`), the formulas that run
 instead, and the function that chooses between them, which is what `lorafx.ops` exports. `library` makes operators of
 functions; `calls`, `dtypes` and `modes` answer what operators ask; `cpu/` has what is for one kind of CPU.
-`merged_linears` and `dropout` are parts of `lora_linear`, `deferral` and `offload` values that wait.
+`merged_linears` and `dropout` are parts of `lora_linear`, `float8` of those that begin so, `deferral` and `offload`
+values that wait.
 """
 
 from .attention import attention
+from .float8 import from_float8
+from .float8_linear import float8_linear
+from .float8_lora_linears import float8_lora_linears
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
@@ -15,4 +19,15 @@ from .lora_linears import lora_linears
 from .rms_norm import rms_norm
 from .rotary import rotary
 
-__all__ = ["attention", "linear", "linear_cross_entropy", "lora_linear", "lora_linears", "rms_norm", "rotary"]
+__all__ = [
+    "attention",
+    "float8_linear",
+    "float8_lora_linears",
+    "from_float8",
+    "linear",
+    "linear_cross_entropy",
+    "lora_linear",
+    "lora_linears",
+    "rms_norm",
+    "rotary",
+]

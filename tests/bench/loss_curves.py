@@ -75,7 +75,7 @@ class Task:
     lr: float
 
 
-def llama(sizes: Options | None = None, rows: int = 4, tokens: int = 32) -> Task:
+def llama(sizes: Options | None = None, rows: int = 4, tokens: int = 32, steps: int = STEPS) -> Task:
     """A small Llama with random weights, and text in which each token has two likely successors."""
     chosen = {"vocab_size": 211, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2} | (sizes or {})
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "initializer_range": 0.1}
@@ -87,7 +87,7 @@ def llama(sizes: Options | None = None, rows: int = 4, tokens: int = 32) -> Task
 
     rng = torch.Generator().manual_seed(1)
     successors = torch.randint(0, SYMBOLS, (SYMBOLS, 2), generator=rng)
-    texts = [_text(successors, rows, tokens, rng) for _ in range(STEPS)]
+    texts = [_text(successors, rows, tokens, rng) for _ in range(steps)]
     axes = config.hidden_size, config.intermediate_size
     adapters = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
     return Task(base, adapters, [{"input_ids": ids, "labels": ids} for ids in texts], axes, lr=1e-2)
@@ -101,7 +101,7 @@ def _text(successors: Tensor, rows: int, tokens: int, rng: torch.Generator) -> T
     return torch.stack(text, 1)
 
 
-def demo(rows: int = 4) -> Task:
+def demo(rows: int = 4, steps: int = STEPS) -> Task:
     """The quickstart's, with smaller batches."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
     import quickstart
@@ -120,7 +120,7 @@ def demo(rows: int = 4) -> Task:
         return model
 
     adapters = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
-    return Task(base, adapters, list(islice(batches, STEPS)), (1536,), lr=1.5e-3)
+    return Task(base, adapters, list(islice(batches, steps)), (1536,), lr=1.5e-3)
 
 
 TASKS = {"llama": llama, "demo": demo}

@@ -66,8 +66,15 @@ def a_sum_read_again(x, w, v, h, b, row):
     return torch.addmm(first, x, v), first.relu()
 
 
+def a_product_of_float8(x, w, _, h, b, row):
+    left, right = x.to(torch.float8_e4m3fn), w.t().contiguous().to(torch.float8_e4m3fn).t()
+    scale = x.new_ones(())
+    return torch.addmm(aten._scaled_mm.default(left, right, scale, scale, None, None, x.dtype), h, b)
+
+
 CASES = {
     an_update: 1,
+    a_product_of_float8: 1,
     a_sum_of_three: 2,
     a_view: 1,
     read_again: 0,

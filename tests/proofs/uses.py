@@ -36,7 +36,8 @@ def randomize(lora: lorafx.AdaptedModel, name: str = "default") -> None:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().reshape(-1) for name, tensor in model.state_dict().items()}
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
 
 
 def hold(

@@ -12,10 +12,11 @@ from torch import nn
 
 from ..readings import Reading
 from .dense import DENSE, Dense
+from .float8 import FLOAT8, Float8, Float8Linear
 from .storage import Storage
 
 # The first that finds a weight in a module says how it is stored; those that `register` adds are asked first.
-STORAGES: list[Storage] = [DENSE]
+STORAGES: list[Storage] = [FLOAT8, DENSE]
 
 
 def register(storage: Storage) -> Storage:
@@ -33,4 +34,4 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Reading, Storage]]:
             return
 
 
-__all__ = ["DENSE", "STORAGES", "Dense", "Storage", "register", "weights_of"]
+__all__ = ["DENSE", "FLOAT8", "STORAGES", "Dense", "Float8", "Float8Linear", "Storage", "register", "weights_of"]

@@ -45,7 +45,7 @@ class Storage:
         return weight
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, of the shape and dtype that `shape` and `dtype` give, from what `stored` gives."""
+        """The dense weight from what `stored` gives: in the shape of `shape`, and the dtype of `dtype` or a wider."""
         raise NotImplementedError
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from ...torch_private.compilers import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
 
 aten = torch.ops.aten
-_PRODUCTS = aten.mm.default, aten.addmm.default
+_PRODUCTS = aten.mm.default, aten.addmm.default, aten._scaled_mm.default
 _VIEWS = aten.view.default, aten.reshape.default, aten._unsafe_view.default
 
 
