@@ -18,7 +18,6 @@ from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
 from .merge_adapters import MergeAdapters
-from .merge_on_the_fly import MergeOnTheFly
 from .multiply_in_float8 import MultiplyInFloat8
 from .outline_blocks import OutlineBlocks
 from .restore_causal import RestoreCausal
@@ -73,7 +72,6 @@ __all__ = [
     "InsertAdapters",
     "MatchTargets",
     "MergeAdapters",
-    "MergeOnTheFly",
     "MultiplyInFloat8",
     "OutlineBlocks",
     "RestoreCausal",

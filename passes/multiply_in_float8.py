@@ -56,7 +56,7 @@ RULES = Rule(dense, in_float8, _check), Rule(dense_by_own_kernel, in_float8, _ch
 
 @dataclass(frozen=True)
 class MultiplyInFloat8(Pass):
-    """Afterwards no weight in float8 is made dense for a linear layer, but where `merge_on_the_fly` adds ΔW to it.
+    """Afterwards no weight in float8 is made dense for a linear layer.
 
     Raises `ConfigError` on a CUDA device that has no products of float8.
     """
@@ -117,11 +117,8 @@ def _weights(node: Node) -> list[Node]:
 
 def _places(node: Node) -> list[int]:
     """Which layers of an adapted linear have their weight in float8."""
-    given = arguments(node)
-    if given["merge"]:
-        return []
-    weights = enumerate(_weights(node))
-    return [place for place, weight in weights if weight.target is _dense and _fits(given["x"], weight)]
+    x, weights = arguments(node)["x"], enumerate(_weights(node))
+    return [place for place, weight in weights if weight.target is _dense and _fits(x, weight)]
 
 
 def _fits(x: Node, dense: Node) -> bool:

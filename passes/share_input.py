@@ -71,7 +71,7 @@ def _groups(gm: GraphModule) -> Iterator[list[Node]]:
 def _is_plain(node: Node) -> bool:
     """Whether an adapted linear has no dropout, and leaves the order of its products as it is."""
     given = arguments(node)
-    return given["z"] is None and not given["merge"] and not given["dropout"]
+    return given["z"] is None and not given["dropout"]
 
 
 def _reads(node: Node) -> list[Node] | None:

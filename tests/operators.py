@@ -2,7 +2,7 @@
 
 import torch
 
-from lorafx.ops import linear, lora_linear, lora_linears, merged_linears
+from lorafx.ops import linear, lora_linear, lora_linears
 
 
 def of_lora_linear(x, W, b, A, B):
@@ -19,12 +19,8 @@ def of_lora_linears(x, W, b, A, B):
     return torch.cat((one, two), -1)
 
 
-def of_merging(x, W, b, A, B):
-    return merged_linears.linears(x, [W], [b], [A], [B], [1.7])[0]
-
-
 def of_linear(x, W, b, A, B):
     return linear(x, W, b)
 
 
-ADAPTED = [of_lora_linear, of_two_values, of_lora_linears, of_merging]
+ADAPTED = [of_lora_linear, of_two_values, of_lora_linears]

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx", "merging")
+EAGER = ("base", "peft-default", "peft", "lorafx-default", "lorafx")
 _PEFT_COMPILED = ("peft-compiled", "peft-compiled-0.9", "peft-compiled-whole")
 COMPILED = ("base", "base-compiled", *_PEFT_COMPILED, "lorafx-compiled", "lorafx-compiled-1.0")
 PEERS = ("liger", "unsloth")
@@ -140,7 +140,7 @@ CPU = (
 
 _1b = Shape(2048, 8192, 16, 32, 8, 128256)
 _8b = Shape(4096, 14336, 32, 32, 8, 128256)
-_ours = (*EAGER, *COMPILED[1:], "lorafx-graphs", "lorafx-float8", "merging-compiled")
+_ours = (*EAGER, *COMPILED[1:], "lorafx-graphs", "lorafx-float8")
 _real = Case("1b-4096", _1b, dtype="bfloat16", batch=1, sequence=4096, contestants=_ours + PEERS)
 _layer = _variant(_real, "", shape=dataclasses.replace(_8b, layers=1), contestants=_ours)
 _offloading = (*_real.contestants, "lorafx-offloaded")
@@ -202,8 +202,8 @@ def _quick(name: str, budget: int, contestants: str, new_name: str = "", **chang
 
 # Fewer layers where all of them take long to set up: capturing a step of decoding goes through each.
 _8_layers, _4_layers = dataclasses.replace(_8b, layers=8), dataclasses.replace(_1b, layers=4)
-_STEP = "base lorafx-compiled peft-compiled lorafx-graphs peft-default base-compiled lorafx-float8 merging-compiled"
-_PRODUCTS = "base lorafx-compiled peft-compiled merging-compiled lorafx-float8"
+_STEP = "base lorafx-compiled peft-compiled lorafx-graphs peft-default base-compiled lorafx-float8"
+_PRODUCTS = "base lorafx-compiled peft-compiled lorafx-float8"
 QUICK = (
     _quick("8b-4096", 70, _STEP, "8b-4096-8-layers", shape=_8_layers),
     _quick("8b-linears", 40, _PRODUCTS),
@@ -223,10 +223,6 @@ SMOKE = (
     _variant(_decode, "smoke-static", shape=_tiny, sequence=8, decode=4, rounds=3, static_cache=True, bars=()),
     _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),
 )
-
-
-# Contestants that a list may name before they are there.
-COMING = frozenset({"lorafx-float8"})
 
 
 def of_device(device: str) -> tuple[Case, ...]:

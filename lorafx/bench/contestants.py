@@ -23,13 +23,12 @@ from transformers.models.llama import modeling_llama
 import lorafx
 
 from ..torch_private.compilers import ACTIVATION_BUDGET, aot_autograd, lookup_backend
-from .cases import COMING, Case
+from .cases import Case
 from .models import twin
 
 _PEFT_PREFIX = "base_model.model."
 WITHOUT = "lorafx-without-"
 COARSER = frozenset({"lorafx-float8"})  # by their users' wish: differences are shown, and not judged
-MERGING = lorafx.passes.default + [lorafx.passes.MergeOnTheFly()]
 IN_FLOAT8 = lorafx.passes.default + [lorafx.passes.MultiplyInFloat8()]
 
 
@@ -183,8 +182,6 @@ MAKERS: dict[str, Maker] = {
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "lorafx-offloaded": partial(with_lorafx, backend="inductor", gradient_checkpointing="offload"),
     "lorafx-float8": with_float8,
-    "merging": partial(with_lorafx, pipeline=MERGING),  # rounds more, so no bar's `lorafx*` may match
-    "merging-compiled": partial(with_lorafx, pipeline=MERGING, backend="inductor"),
 }
 
 
@@ -194,13 +191,11 @@ def without(name: str) -> tuple[str, Maker]:
 
 
 def of_case(case: Case, extra: tuple[str, ...] = ()) -> list[str]:
-    """Who runs a case: its contestants and `extra`, less those that run the same as another or are yet to come.
+    """Who runs a case: its contestants and `extra`, less those that run the same as another.
 
-    In float32 the defaults of PEFT and lorafx are what runs anyway; with dropout nothing is merged on the fly.
+    In float32 the defaults of PEFT and lorafx are what runs anyway.
     """
     same = {"peft-default", "lorafx-default"} if case.dtype == "float32" else set()
-    same |= {"merging", "merging-compiled"} if case.dropout else set()
-    same |= COMING - MAKERS.keys()
     return [name for name in (*case.contestants, *extra) if name not in same]
 
 

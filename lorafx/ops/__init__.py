@@ -4,8 +4,7 @@ In come tensors; out come what the equation at the top of an operator's file say
 backward of its own. Each operator is a file: the equation in torch's operators (`reference`), the formulas that run
 instead, and the function that chooses between them, which is what `lorafx.ops` exports. `library` makes operators of
 functions; `calls`, `dtypes` and `modes` answer what operators ask; `cpu/` has what is for one kind of CPU.
-`merged_linears` and `dropout` are parts of `lora_linear`, `float8` of those that begin so, `deferral` and `offload`
-values that wait.
+`dropout` is a part of `lora_linear`, `float8` of those that begin so, `deferral` and `offload` are values that wait.
 """
 
 from .attention import attention

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import merged_linears
 from .calls import by_reference, is_plain, needs_backward, rows
 from .cpu import accumulated, linear, matmul, over_rows, product_with_update, widened_where_slow
 from .dropout import Redraw, can_draw, draw
@@ -148,15 +147,13 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    merge: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
     """y = x Wᵀ + b + s · (z Aᵀ) Bᵀ (LoRA: Hu et al., 2021, arXiv 2106.09685), of shape (…, out).
 
     x and z are (…, in), `weight` is W (out, in), `bias` b (out,), `lora_A` (r, in), `lora_B` (out, r), `scaling` s:
     tensors of one floating dtype on one device, any. z is x where it is None. With `dropout`, a probability, z is None
-    and becomes what dropout leaves of x; `ops/dropout.py` says what is kept of that. With `merge`, W + s · B A is made
-    wherever that takes fewer multiplications and there is no dropout (`ops/merged_linears.py`).
+    and becomes what dropout leaves of x; `ops/dropout.py` says what is kept of that.
 
     All derivatives can be taken, also second ones; vmap and forward-mode derivatives go by the equation's own
     operators. Sizes or dtypes that do not fit are torch's RuntimeError.
@@ -169,8 +166,6 @@ def lora_linear(
         z, scaling = torch.where(mask, x.detach(), 0), scaling / (1 - dropout)
     if by_reference():
         return reference(x, weight, bias, z, lora_A, lora_B, scaling)
-    if merge and z is None and merged_linears.pays(x, [lora_A], [lora_B]):
-        return merged_linears.linears(x, [weight], [bias], [lora_A], [lora_B], [scaling])[0]
     if needs_backward(x, weight, bias, z, lora_A, lora_B):
         flat_z = None if z is None else rows(z)
         kept = None if mask is None or redraw is not None else rows(mask)
@@ -183,6 +178,6 @@ def lora_linear(
 
 composite(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor lora_A, Tensor lora_B, float scaling,"
-    " bool merge=False, float dropout=0.0) -> Tensor",
+    " float dropout=0.0) -> Tensor",
     lora_linear,
 )

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import merged_linears
 from .calls import by_reference, needs_backward, rows
 from .cpu import accumulated, linear, matmul, over_rows, product_with_update, widened_where_slow
 from .library import composite
@@ -129,17 +128,14 @@ def lora_linears(
     lora_As: Tensors,
     lora_Bs: Tensors,
     scalings: Sequence[float],
-    merge: bool = False,
 ) -> list[Tensor]:
     """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · (x Aᵢᵀ) Bᵢᵀ, each (…, outᵢ): `lora_linear` of each, with x read once.
 
-    x is (…, in), a weight (outᵢ, in), a bias (outᵢ,) or None, an A (rᵢ, in), a B (outᵢ, rᵢ); dtype, device, `merge`,
+    x is (…, in), a weight (outᵢ, in), a bias (outᵢ,) or None, an A (rᵢ, in), a B (outᵢ, rᵢ); dtype, device,
     derivatives and errors are as with `lora_linear`.
     """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
-    if merge and merged_linears.pays(x, lora_As, lora_Bs):
-        return merged_linears.linears(x, weights, biases, lora_As, lora_Bs, scalings)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
         outputs = _LoraLinears.apply(rows(x), tuple(scalings), *tensors)[:-1]
@@ -151,7 +147,7 @@ def lora_linears(
 
 
 composite(
-    "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings,"
-    " bool merge=False) -> Tensor[]",
+    "lora_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings)"
+    " -> Tensor[]",
     lora_linears,
 )

@@ -10,7 +10,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from lorafx.__main__ import main
 from lorafx.bench import apart, command, contestants, job, reference, run
-from lorafx.bench.cases import COMING, CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, Bar
+from lorafx.bench.cases import CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, Bar
 from lorafx.bench.job import Job, set_up_all
 from lorafx.bench.measure import peak
 from lorafx.bench.models import batch_of, build, twin
@@ -178,7 +178,7 @@ def test_the_list(capsys):
 
 def test_cases_name_contestants_that_exist():
     for case in (*CPU, *CUDA, *QUICK, *SMOKE):
-        assert set(case.contestants) <= set(contestants.MAKERS) | COMING
+        assert set(case.contestants) <= set(contestants.MAKERS)
         assert set(case.references) <= set(case.contestants)
         assert set(contestants.of_case(case)) <= set(contestants.MAKERS)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from operators import ADAPTED, of_linear, of_lora_linear, of_lora_linears, of_merging
+from operators import ADAPTED, of_linear, of_lora_linear, of_lora_linears
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -121,7 +121,7 @@ def test_autocast_leaves_what_is_wide_as_it_is():
         assert all(map(torch.equal, plain, cast)), function.__name__
 
 
-@pytest.mark.parametrize("function", [of_lora_linear, of_lora_linears, of_merging, of_linear, of_attention])
+@pytest.mark.parametrize("function", [of_lora_linear, of_lora_linears, of_linear, of_attention])
 def test_nothing_wide_is_kept_for_backward(function):
     given = [torch.randn(3, 11, 36), torch.randn(7, 36), torch.randn(7), torch.randn(4, 36), torch.randn(7, 4)]
     kept = []

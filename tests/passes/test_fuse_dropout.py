@@ -13,7 +13,7 @@ import lorafx
 from lorafx.graph import ADAPTED_BY, SITE
 from lorafx.ops import dropout
 from lorafx.ops.lora_linear import reference
-from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora, MergeOnTheFly
+from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora
 
 FUSED = (*INSERT, ElideCasts(), ElideDropout(), FuseLora())
 fused = torch.ops.lorafx.lora_linear
@@ -56,12 +56,6 @@ def test_before_and_after():
     assert after == [*before[:-2], f"lora_linear_1 = lorafx.lora_linear({read.format('None')}, dropout=0.5)"]
     marks = [next(iter(gm.graph.find_nodes(op="call_function", target=fused.default))).meta for gm in (apart, joint)]
     assert marks[0][SITE] == marks[1][SITE] and marks[0][ADAPTED_BY] == marks[1][ADAPTED_BY]
-
-
-def test_it_is_not_merged_on_the_fly():
-    gm = run(adapted(Chain(), lora_dropout=0.5), (*FUSED, FuseDropout(), MergeOnTheFly()), torch.randn(5, 4))
-    found = list(gm.graph.find_nodes(op="call_function", target=fused.default))
-    assert [node.kwargs for node in found] == [{"dropout": 0.5}] * 2
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5), (0, 5)])

@@ -11,7 +11,7 @@ from torch import nn
 import lorafx
 from lorafx.errors import ConfigError
 from lorafx.ops import float8
-from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora, MergeOnTheFly, MultiplyInFloat8, ShareInput
+from lorafx.passes import ElideCasts, ElideDropout, FuseDropout, FuseLora, MultiplyInFloat8, ShareInput
 from lorafx.torch_private.tracing import FakeTensorMode
 
 FUSED = (*INSERT, ElideCasts(), ElideDropout(), FuseLora(), ShareInput(), FuseDropout())
@@ -89,11 +89,6 @@ def test_dropout_is_before_the_adapters_alone():
         torch.manual_seed(1)
         outputs.append(gm(x))
     near(*outputs[::-1])
-
-
-def test_what_is_to_be_merged_on_the_fly_stays():
-    gm = run(adapted(), (*FUSED, MergeOnTheFly(), MultiplyInFloat8()), torch.randn(5, 16))
-    assert operators(gm).count(own.from_float8.default) == 4 and own.float8_lora_linears.default not in operators(gm)
 
 
 def test_other_dtypes_and_autocast_stay():

@@ -1,0 +1,117 @@
+"""Recordings: what a replayed call gives is what the call gives, and the caller's own."""
+
+import pytest
+import torch
+from replays import DEVICE, assert_same, both, decoded, gradients, ids, launched, layers, loss_of, made, trained
+from transformers import StaticCache
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_is_the_same_bits(dropout):
+    """With gradients that add up over steps, an optimizer that writes to parameters, and dropout's own numbers."""
+    plain, graphs = both(dropout=dropout)
+    found = [trained(each, loss_of) for each in (plain, graphs)]
+    assert_same(*found)
+    assert launched(graphs) == "4 replayed" and launched(plain) == ""
+
+
+def test_logits_that_nobody_asked_for_wait_as_they_do_without():
+    plain, graphs = both()
+    for n in range(4):
+        outputs = [lora(input_ids=ids(n), labels=ids(n)) for lora in (plain, graphs)]
+        for output in outputs:
+            output["loss"].backward()
+        assert_same(*([output["logits"] + 0] for output in outputs))
+        if n == 2:
+            for lora in (plain, graphs):
+                lora.merge_adapter()
+                lora.unmerge_adapter()
+
+
+def test_outputs_are_the_callers_own():
+    """A later replay writes over nothing that an earlier one has given: outputs, gradients, logits that wait."""
+    _, graphs = both()
+    for n in range(3):
+        output = graphs(input_ids=ids(n), labels=ids(n))
+        output["loss"].backward()
+    loss, grads = output["loss"].detach().clone(), [g.clone() for g in gradients(graphs)]
+    held = gradients(graphs)
+    graphs.zero_grad()
+    other = graphs(input_ids=ids(7), labels=ids(7))
+    other["loss"].backward()
+    assert output["loss"] == loss != other["loss"]
+    assert_same(held, grads)
+    assert_same([output["logits"] + 0], [made(None)(input_ids=ids(2))["logits"]])
+
+
+def test_gradients_of_other_outputs_than_before():
+    """Backward is recorded for the loss; where logits have a gradient too, the call is computed again."""
+    plain, graphs = both(dropout=0.3)
+
+    def losses(lora, n):
+        output = lora(input_ids=ids(n), labels=ids(n))
+        return output["loss"] + output["logits"].square().mean() if n == 3 else output["loss"]
+
+    assert_same(*(trained(each, losses) for each in (plain, graphs)))
+
+
+def test_gradients_of_inputs():
+    plain, graphs = both()
+    for n in range(4):
+        values = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+        embeds = [values.clone().requires_grad_() for _ in range(2)]
+        for lora, each in zip((plain, graphs), embeds):
+            lora(inputs_embeds=each)["logits"].square().mean().backward()
+        assert_same(*([each.grad, *gradients(lora)] for lora, each in zip((plain, graphs), embeds)))
+    assert launched(graphs) == "3 replayed"
+
+
+def test_what_is_frozen_or_moved_is_recorded_again():
+    plain, graphs = both()
+
+    def losses(lora, n):
+        first = next(p for p in lora.parameters() if p.requires_grad or p.ndim == 7)
+        if n == 3:
+            first.requires_grad_(False)
+        if n == 6:
+            with torch.no_grad():
+                weight = lora.get_parameter("head.weight")
+                weight.data = weight.data * 1.5
+        return lora(input_ids=ids(n), labels=ids(n))["loss"]
+
+    assert_same(*(trained(each, losses, steps=9) for each in (plain, graphs)))
+
+
+def test_a_second_backward_is_refused():
+    _, graphs = both()
+    for n in range(3):
+        loss = graphs(input_ids=ids(n), labels=ids(n))["loss"]
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward a second time through a call that was replayed"):
+        loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modes", [torch.no_grad, torch.inference_mode])
+def test_static_caches_are_filled_where_they_are(modes):
+    """A second cache is recorded anew, and the first one stays as it was."""
+    plain, graphs = (lora.eval() for lora in both(model=layers))
+    with modes():
+        caches = [StaticCache(config=plain.config, max_cache_len=12) for _ in range(3)]
+        expected = decoded(plain, caches[0], 5)
+        assert_same(expected, decoded(graphs, caches[1], 5))
+        kept = caches[1].layers[0].keys.clone()
+        assert_same(expected, decoded(graphs, caches[2], 5))
+    assert torch.equal(kept, caches[1].layers[0].keys) and torch.equal(kept, caches[0].layers[0].keys)
+    assert launched(graphs) == "8 replayed"
+
+
+def test_under_autocast():
+    plain, graphs = both()
+
+    def losses(lora, n):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            return lora(input_ids=ids(n), labels=ids(n))["loss"]
+
+    assert_same(*(trained(each, losses) for each in (plain, graphs)))
+    assert launched(graphs) == "4 replayed"
