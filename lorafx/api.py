@@ -52,8 +52,8 @@ def compile(
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
-        mode: of Inductor: "max-autotune", …; None for its default. "reduce-overhead" launches each kind of call on a GPU
-            as CUDA graphs, forward and backward, from the second call of the same sizes on; with "eager", too.
+        mode: of Inductor: "max-autotune", …; None for its default. "reduce-overhead" launches each kind of call on a
+            GPU as CUDA graphs, forward and backward, from the second call of the same sizes on; with "eager", too.
         capture: "auto" captures each kind of call as one graph and, where that is impossible, runs the model's own
             Python with a graph for each site; "graph" makes this an error; "sites" always runs by sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
