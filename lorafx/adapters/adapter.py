@@ -241,7 +241,7 @@ def build(
     `random_state` seeds a generator for them, None uses torch's global one.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
-    made: dict[str, nn.Parameter] = {}
+    made: dict[str, Tensor] = {}
     for site in adapter.selection:
         dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
         dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
@@ -254,11 +254,11 @@ def build(
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
-        made[path] = nn.Parameter(start, requires_grad=tensor.is_floating_point())
+        made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
     hung: list[str] = []
     try:
         for path, parameter in made.items():
-            attach(root, path, parameter)
+            attach(root, path, parameter, persistent=True)
             hung.append(path)
     except BaseException:
         detach(root, hung)
@@ -307,6 +307,6 @@ def remove(root: nn.Module, adapter: Adapter) -> None:
 
 
 def trainable_paths(root: nn.Module, adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of the tensors that these adapters train: all that are floats, except of adapters in inference mode."""
+    """Paths of the tensors that these adapters train: all their parameters, except of adapters in inference mode."""
     paths = [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
-    return [path for path in paths if (t := find_tensor(root, path)) is not None and t.is_floating_point()]
+    return [path for path in paths if isinstance(find_tensor(root, path), nn.Parameter)]

@@ -226,15 +226,22 @@ def _embedding_path(key: str, base: nn.Module) -> str | None:
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:
     """Paths of the parameters of input and output embeddings, for models that have transformers' getters for them."""
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    layers = [getattr(base, getter)() for getter in getters if hasattr(base, getter)]
+    layers = [_got(base, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
     return tuple(
         f"{name}.{last}"
         for name, module in base.named_modules(remove_duplicate=False)
-        if any(module is layer for layer in layers)
+        if any(module is layer for layer in layers if layer is not None)
         for last in module._parameters
         if module._parameters[last] is not None
     )
+
+
+def _got(base: nn.Module, getter: str) -> nn.Module | None:
+    """What one of transformers' getters gives; None for a model without it, or whose getter raises, as many do."""
+    try:
+        return getattr(base, getter)()
+    except Exception:
+        return None
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -308,12 +308,17 @@ class AdaptedModel(Trainable, Merges, Saving):
         return self._lorafx.adapters[name]
 
     def _set_trainable(self) -> None:
+        """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
-        set_trainable(self, trainable_paths(self, [state.adapters[name] for name in state.active]))
+        owned = [path for adapter in state.adapters.values() for path in adapter.paths]
+        set_trainable(self, owned, trainable_paths(self, [state.adapters[name] for name in state.active]))
 
     def _leave(self) -> nn.Module:
-        """Drop the adapters and give the base its `requires_grad` flags back."""
+        """Drop the adapters; give the base its `requires_grad` flags back, and the modes that its modules have here."""
         state = self._lorafx
+        for path, module in state.base.named_modules():
+            with contextlib.suppress(AttributeError):  # it was taken away here since
+                module.training = self.get_submodule(path).training
         for adapter in state.adapters.values():
             remove(self, adapter)
         state.adapters, state.active = {}, ()
@@ -346,6 +351,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
+    tree.requires_grad_(False)
     if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
     name_self(tree)

@@ -93,9 +93,12 @@ class SiteInterpreter(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused or not any(self._acts_on(value) for value in (*args, *kwargs.values())):
             return func(*args, **kwargs)
-        if _is_method(func):  # of a weight: its shape, its dtype …
-            result = func(*args, **kwargs)
-            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)) or result is args[0]:
+        if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
+            first = self._copy(args[0]) if id(args[0]) in self.replaced else args[0]
+            result = func(first, *args[1:], **kwargs)
+            if result is first:
+                return args[0]
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
                 return result
         return self._through_a_graph(func, args, kwargs)
 
@@ -103,6 +106,11 @@ class SiteInterpreter(TorchFunctionMode):
         if isinstance(value, (list, tuple)):
             return any(map(self._acts_on, value))
         return id(value) in self.weights or id(value) in self.replaced
+
+    def _copy(self, base: Tensor) -> Tensor:
+        """The adapter's own copy of a tensor that it replaces."""
+        path = self.replaced[id(base)]
+        return tensor_at(self.tree, next(a.replaced[path] for a in self.context.adapters if path in a.replaced))
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))

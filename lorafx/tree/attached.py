@@ -11,8 +11,8 @@ from .lookup import find_tensor
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
 
 
-def attach(root: nn.Module, path: str, tensor: Tensor) -> None:
-    """Hang a tensor at `path`: a parameter, or a buffer that is not saved.
+def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> None:
+    """Hang a tensor at `path`: a parameter, or a buffer, which is part of the `state_dict` if `persistent`.
 
     Modules that are missing on the way are made, and remembered as attached.
     """
@@ -26,7 +26,7 @@ def attach(root: nn.Module, path: str, tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(last, tensor)
     else:
-        owner.register_buffer(last, tensor, persistent=False)
+        owner.register_buffer(last, tensor, persistent=persistent)
 
 
 def detach(root: nn.Module, paths: Iterable[str]) -> None:
@@ -100,10 +100,10 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
     )
 
 
-def set_trainable(root: nn.Module, trainable: Iterable[str]) -> None:
-    """Set `requires_grad` on the parameters at these paths, and clear it on all others."""
-    wanted = {id(find_tensor(root, path)) for path in trainable}
-    for parameter in root.parameters():
-        flag = id(parameter) in wanted
-        if parameter.requires_grad != flag:
-            parameter.requires_grad_(flag)
+def set_trainable(root: nn.Module, paths: Iterable[str], trainable: Iterable[str]) -> None:
+    """Set `requires_grad` on those tensors among `paths` that are in `trainable`, and clear it on the others."""
+    wanted = set(trainable)
+    for path in paths:
+        tensor = find_tensor(root, path)
+        if tensor is not None and tensor.requires_grad != (path in wanted):
+            tensor.requires_grad_(path in wanted)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import models
 import pytest
+import torch
 from checkpoints import (
     A_KEY,
     B_KEY,
@@ -19,6 +20,7 @@ from checkpoints import (
     load,
     tensors_of,
 )
+from graphs import Chain
 
 import lorafx
 from lorafx.errors import CheckpointError
@@ -148,3 +150,17 @@ def test_a_resized_vocabulary_is_saved_by_itself(tmp_path: Path) -> None:
     base.resize_token_embeddings(models.VOCABULARY + 6)
     again = load(tmp_path, base)
     assert same_bits(again.model.embed_tokens.weight, lora.model.embed_tokens.weight)
+
+
+def test_a_model_whose_embeddings_cannot_be_asked_for_is_saved(tmp_path):
+    """As transformers' vision and audio models: they have the getters, which raise."""
+
+    class Chain2(Chain):
+        def get_input_embeddings(self):
+            raise NotImplementedError("no embeddings")
+
+    lora = lorafx.compile(Chain2(), {"r": 2, "target_modules": ["first"], "init_lora_weights": False})
+    lora.save_pretrained(tmp_path)
+    x, fresh = torch.randn(5, 4), Chain2()
+    fresh.load_state_dict({name: lora.get_parameter(name) for name in Chain().state_dict()})
+    assert torch.equal(lorafx.load(fresh, tmp_path)(x), lora.eval()(x))

@@ -87,8 +87,11 @@ def test_a_branch_has_the_live_modules_and_no_others():
 
 
 def test_what_trains_is_what_was_said():
-    model = hung(PATH)
-    set_trainable(model, [PATH, "head.bias", "nowhere.weight"])
+    model = hung(PATH).requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    set_trainable(model, [PATH, "head.bias", "nowhere.weight"], [PATH, "head.bias", "nowhere.weight"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {PATH, "head.bias", "head.weight"}
+    set_trainable(model, [PATH, "head.weight"], [PATH])
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {PATH, "head.bias"}
     assert trained_paths(model) == {"head.bias"}, "an adapter's own are not the base's"
     model.scale = nn.Parameter(torch.ones(1))
