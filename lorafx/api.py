@@ -94,10 +94,14 @@ def load(
     is_trainable: bool = False,
     config: AdapterConfig | Mapping[str, Any] | None = None,
     weights_only: bool = False,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     backend: str = "auto",
     mode: str | None = None,
     capture: str = "auto",
     pipeline: Passes | None = None,
+    observers: Iterable[Observer] = (),
+    gradient_checkpointing: bool | str = False,
+    activation_budget: float | None = None,
     autocast_adapter_dtype: bool = True,
     adapter_compute_dtype: torch.dtype | str | None = None,
     **hub: Any,
@@ -107,21 +111,32 @@ def load(
     For inference unless `is_trainable`: the adapter is frozen and the result in eval mode. `config` is used instead of
     the folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`. `weights_only=True` also takes an old `adapter_model.bin`, read through torch's restricted
-    unpickler. The other options are those of `compile`. Embedding weights in the file are written into the base's.
+    unpickler. The other options are those of `compile`; what makes start values has no place here, for the file has
+    the values. Embedding weights in the file are written into the base's.
 
-    Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, and `AdapterError` or
-    `PipelineError` as `compile` does; the model is as it was.
+    Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, `ConfigError` for an
+    option that there is not, and `AdapterError` or `PipelineError` as `compile` does; the model is as it was.
     """
-    chosen = _pipeline(pipeline, adapter_compute_dtype=adapter_compute_dtype)
+    chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
-    adapted = adapt(model, Dispatcher(chosen, Backend(backend, mode), capture=capture), autocast_adapter_dtype)
-    adapted._install(fitted, values=values)
-    adapted.set_adapter(adapter_name)
+    dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
+    adapted = adapt(model, dispatcher, autocast_adapter_dtype)
+    try:
+        adapted._install(fitted, values=values)
+        adapted.set_adapter(adapter_name)
+        _checkpoint_by_sites(adapted, gradient_checkpointing)
+        if not is_trainable:
+            adapted.eval()
+        if example_inputs is not None:
+            _capture(adapted, example_inputs)
+    except BaseException:
+        adapted._leave()
+        raise
     copy_into(adapted, embeddings)
-    return adapted if is_trainable else adapted.eval()
+    return adapted
 
 
 def _checkpoint_by_sites(adapted: AdaptedModel, wanted: bool | str) -> None:

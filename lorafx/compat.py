@@ -27,6 +27,7 @@ SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 EMBEDDINGS = ("embed_tokens", "lm_head")
 HUB = tuple(field.name for field in dataclasses.fields(Source) if field.name != "place")
 LOAD = (*HUB, "weights_only", "backend", "mode", "capture", "pipeline", "adapter_compute_dtype")
+LOAD += ("example_inputs", "observers", "gradient_checkpointing", "activation_budget")
 
 
 class TaskType(StrEnum):

@@ -5,7 +5,7 @@ import torch
 from graphs import Chain, adapted
 
 import lorafx
-from lorafx.errors import AdapterError, PipelineError
+from lorafx.errors import AdapterError, CaptureError, ConfigError, PipelineError
 from lorafx.passes import default
 
 aten = torch.ops.aten
@@ -39,3 +39,22 @@ def test_the_pipeline_is_the_users():
     assert plain.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     text = lorafx.compile(Chain(), config, pipeline=str(default))
     assert not text.graph(x).graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+
+
+def test_loading_takes_what_compiling_takes(tmp_path):
+    saved = lorafx.compile(Chain(), {"r": 2, "target_modules": ["first"]})
+    saved.save_pretrained(tmp_path)
+    seen, x = [], torch.randn(5, 4)
+    options = {"observers": [lambda *at: seen.append(at)], "activation_budget": 0.5, "gradient_checkpointing": True}
+    lora = lorafx.load(Chain(), tmp_path, example_inputs=(x,), is_trainable=True, **options)
+    assert seen and len(lora.explain().calls) == 1
+    with pytest.raises(ConfigError, match="no option random_state, nonsense for loading an adapter"):
+        lorafx.load(Chain(), tmp_path, random_state=3, nonsense=1)
+
+
+def test_a_load_whose_example_fails_leaves_the_model_as_it_was(tmp_path):
+    lorafx.compile(Chain(), {"r": 2, "target_modules": ["first"]}).save_pretrained(tmp_path)
+    model = Chain().train()
+    with pytest.raises(CaptureError):
+        lorafx.load(model, tmp_path, example_inputs=(torch.randn(5, 7),), capture="graph")
+    assert model.training and all(p.requires_grad for p in model.parameters())

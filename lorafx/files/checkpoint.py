@@ -70,9 +70,9 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
     `hub` is `subfolder`, and for a repository `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`; only the adapter's own files are fetched. `weights_only=True` also takes an old
     `adapter_model.bin`, through torch's restricted unpickler. Raises `CheckpointError`, naming the file and the key,
-    for whatever is missing, unreadable, of the wrong type or not finite.
+    for whatever is missing, unreadable, of the wrong type or not finite, and `ConfigError` for other keywords.
     """
-    folder = Source(os.fspath(source), **hub).folder((CONFIG,), (WEIGHTS, OLD_WEIGHTS))
+    folder = Source.of(source, **hub).folder((CONFIG,), (WEIGHTS, OLD_WEIGHTS))
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder, weights_only)
     for key, tensor in tensors.items():
@@ -83,7 +83,7 @@ def read(source: str | os.PathLike[str], *, weights_only: bool = False, **hub: A
 
 def read_config(source: str | os.PathLike[str], **hub: Any) -> AdapterConfig:
     """Read an adapter's config alone; arguments and errors are those of `read`."""
-    return _read_config(Source(os.fspath(source), **hub).folder((CONFIG,)) / CONFIG)
+    return _read_config(Source.of(source, **hub).folder((CONFIG,)) / CONFIG)
 
 
 def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Module) -> dict[str, Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitInfo, errors
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 
 # What an error of huggingface_hub means to the caller; the first class that fits counts.
 _MEANINGS: tuple[tuple[type[Exception], str], ...] = (
@@ -38,6 +41,15 @@ class Source:
     cache_dir: str | Path | None = None
     force_download: bool = False
     local_files_only: bool = False
+
+    @classmethod
+    def of(cls, place: str | os.PathLike[str], **options: Any) -> Source:
+        """The source at a place, with these options. Raises `ConfigError` for one that there is not."""
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "place"]
+        unknown = ", ".join(name for name in options if name not in known)
+        if unknown:
+            raise ConfigError(f"there is no option {unknown} for loading an adapter; for where, {', '.join(known)}")
+        return cls(os.fspath(place), **options)
 
     def folder(self, *wanted: Sequence[str]) -> Path:
         """The adapter's folder. `wanted` are groups of file names; of each, the first in the repository is fetched.

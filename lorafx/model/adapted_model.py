@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,16 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
+ROWS = "adapter_names"  # PEFT's keyword of a call
+
+
+class LoadResult(NamedTuple):
+    """What `load_adapter` returns, by PEFT's names: keys that the file lacks, and keys that no site takes."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 class AdaptedModel(Trainable, Merges, Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
@@ -80,6 +91,10 @@ class AdaptedModel(Trainable, Merges, Saving):
         return program.gm
 
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if ROWS in kwargs and ROWS not in inspect.signature(type(self._lorafx.base).forward).parameters:
+            raise AdapterError(
+                f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows by themselves"
+            )
         return self._lorafx.dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -165,45 +180,63 @@ class AdaptedModel(Trainable, Merges, Saving):
         self,
         adapter_name: str,
         peft_config: AdapterConfig | Mapping[str, Any] | Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
         *,
         random_state: int | None = None,
     ) -> None:
-        """Add a new adapter; `set_adapter` makes it active. `random_state` is that of `compile`.
+        """Add a new adapter; `set_adapter` makes it active. The options are those of `compile`, by default as there.
 
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
-        self._install(plan(mirrored(self), adapter_name, config_of(peft_config)), random_state=random_state)
+        adapter = plan(mirrored(self), adapter_name, config_of(peft_config))
+        self._install(adapter, autocast_adapter_dtype, random_state=random_state, on_meta=low_cpu_mem_usage)
 
     def load_adapter(
         self,
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool | None = None,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         *,
         weights_only: bool = False,
         **hub: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`.
+
+        Positions and names are PEFT's. `torch_device` and `low_cpu_mem_usage` change nothing: values go from the file
+        to where the base's weights are. `ConfigError` for `ephemeral_gpu_offload`, `key_mapping` and
+        `ignore_mismatched_sizes`. What is returned has no keys: a missing or unexpected one is a `CheckpointError`.
 
         An adapter of that name that is there already takes the file's values, in place: its parameters stay the same
         objects, as a trainer that resumes needs. Raises `AdapterError` if it differs in more than values, or is merged.
         """
+        require(not ephemeral_gpu_offload, "ephemeral_gpu_offload", ephemeral_gpu_offload, "False")
+        require(not key_mapping, "key_mapping", key_mapping, "None")
+        require(not ignore_mismatched_sizes, "ignore_mismatched_sizes", ignore_mismatched_sizes, "False")
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
         adapter, values, embeddings = checkpoint.fit(mirrored(self), adapter_name, found, is_trainable)
         if adapter_name in self._lorafx.adapters:
             require_same(self._adapter(adapter_name), adapter, self._lorafx.ledger.names)
             copy_into(self, values)
         else:
-            self._install(adapter, values=values)
+            self._install(adapter, autocast_adapter_dtype, values=values)
         copy_into(self, embeddings)
         if not is_trainable:
             self.eval()
+        return LoadResult([], [])
 
-    def _install(self, adapter: Adapter, **how: Any) -> None:
+    def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> None:
         state = self._lorafx
         if adapter.name in state.adapters:
             raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
-        build(self, adapter, autocast_adapter_dtype=state.autocast_adapter_dtype, **how)
+        wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
+        build(self, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
         for path in _parts(adapter):
             part = self.get_submodule(path)
@@ -215,8 +248,10 @@ class AdaptedModel(Trainable, Merges, Saving):
         """Make these adapters, and no others, active and (unless in inference mode) trainable.
 
         The first acts innermost. A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown
-        name, or for adapters that both replace one tensor (a bias, a saved module).
+        name, for adapters that both replace one tensor (a bias, a saved module), and for weights.
         """
+        if isinstance(adapter_name, Mapping):
+            raise AdapterError("adapters have no weights here: activate them by name, and give each its `set_scale`")
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         adapters = [self._adapter(name) for name in names]
         replaced = [base for adapter in adapters for base in adapter.replaced]
@@ -314,11 +349,8 @@ class AdaptedModel(Trainable, Merges, Saving):
         set_trainable(self, owned, trainable_paths(self, [state.adapters[name] for name in state.active]))
 
     def _leave(self) -> nn.Module:
-        """Drop the adapters; give the base its `requires_grad` flags back, and the modes that its modules have here."""
+        """Drop the adapters and give the base its `requires_grad` flags back."""
         state = self._lorafx
-        for path, module in state.base.named_modules():
-            with contextlib.suppress(AttributeError):  # it was taken away here since
-                module.training = self.get_submodule(path).training
         for adapter in state.adapters.values():
             remove(self, adapter)
         state.adapters, state.active = {}, ()

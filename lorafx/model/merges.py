@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -83,11 +84,18 @@ class Merges(nn.Module):
         for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
             _keep_replaced(self, self._adapter(name))
         self._lorafx.ledger = Ledger()
-        return self._leave()
+        return self._given_back()
 
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
         self.unmerge_adapter()
+        return self._given_back()
+
+    def _given_back(self) -> nn.Module:
+        """The base model object without adapters, its modules training or not as they are here."""
+        for path, module in self._lorafx.base.named_modules():
+            with contextlib.suppress(AttributeError):  # it was taken away here since
+                module.training = self.get_submodule(path).training
         return self._leave()
 
 

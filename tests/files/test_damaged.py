@@ -349,11 +349,11 @@ def test_a_failure_while_tensors_are_hung_in_changes_nothing(
 ) -> None:
     base, calls, real = base_model(), [0], lorafx.adapters.adapter.attach
 
-    def attach(*args: Any) -> None:
+    def attach(*args: Any, **how: Any) -> None:
         calls[0] += 1
         if calls[0] == n:
             raise MemoryError("injected")
-        real(*args)
+        real(*args, **how)
 
     lora = load(saved, is_trainable=True)
     before, lora_before = State.of(base), State.of(lora)

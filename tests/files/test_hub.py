@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorafx
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lorafx.files.model_card import CARD
 from lorafx.testing import adapter_tensors, assert_same_tensors
@@ -172,7 +172,7 @@ def test_what_is_missing_is_one_clear_error(hub, files, tmp_path):
     assert_refused(REPO, "revision v9", "no such revision", revision="v9")
     assert_refused(REPO, "subfolder nowhere", "no such file", CONFIG, subfolder="nowhere")
     assert_refused("no/such/folder", "is no folder here", "no id of a repository", source="./no/such/folder")
-    with pytest.raises(TypeError, match="revison"):
+    with pytest.raises(ConfigError, match="no option revison"):
         load(tmp_path / "saved", revison="v1")
 
 

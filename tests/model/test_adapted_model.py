@@ -10,7 +10,7 @@ from modules import ids, tiny_llama
 from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError
+from lorafx.errors import AdapterError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,27 @@ def test_hooks_of_the_base_stay_with_the_base():
     assert seen == []
     lora(torch.randn(5, 4))
     assert seen == ["lora"]
+
+
+def test_pefts_keywords_of_adding_and_loading(tmp_path):
+    lora = adapted(Chain().bfloat16())
+    lora.save_pretrained(tmp_path)
+    result = lora.load_adapter(tmp_path, "other", False, "cpu", autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    lora.add_adapter("third", lora.peft_config["default"], low_cpu_mem_usage=True, autocast_adapter_dtype=True)
+    dtypes = [lora.get_parameter(f"first.lora_A.{name}.weight").dtype for name in ("default", "other", "third")]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    assert lora.get_parameter("first.lora_A.third.weight").is_meta
+    for refused in ({"ephemeral_gpu_offload": True}, {"key_mapping": {"a": "b"}}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ConfigError, match=next(iter(refused))):
+            lora.load_adapter(tmp_path, "fourth", **refused)
+    with pytest.raises(ConfigError, match="no option nonsense"):
+        lora.load_adapter(tmp_path, "fourth", nonsense=1)
+
+
+def test_what_is_not_there_is_refused_and_not_dropped():
+    lora = adapted(Chain())
+    with pytest.raises(AdapterError, match="set_scale"):
+        lora.set_adapter({"default": 0.7})
+    with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
+        lora(torch.randn(5, 4), adapter_names=["default"] * 5)
