@@ -97,7 +97,7 @@ def match(pattern: Pattern, anchor: Node) -> Match | NoMatch:
     given: list[Node] = []
     map_arg(tuple(bindings.values()), given.append)
     if inner := next((node for node in given if node in covered), None):
-        return NoMatch(inner, "it would be a part of the pattern, and what that is given")
+        return NoMatch(inner, "the pattern would take it for one of its own operators and for one of its inputs")
     return Match(anchor, tuple(covered), bindings)
 
 
