@@ -84,7 +84,7 @@ class Equation:
                 if not equation._is_impossible():
                     return equation, found
         raise UncoveredOperatorError(
-            f"site {site.name}: {base.target} reads its weight, and the adapter's tensors have no place in that operator "
+            f"site {site.name}: {base.target} reads its weight, where the adapter's tensors have no place "
             f"[{user_line(base)}]. Exclude the module (`exclude_modules`)."
         )
 
