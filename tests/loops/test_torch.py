@@ -45,7 +45,7 @@ def steps(model, inputs, *, count=4, dtype=None) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 2e-5), (torch.bfloat16, 5e-3), (torch.float16, 5e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 2e-5), (torch.float16, 5e-3)])
 def test_a_plain_loop_trains_as_with_peft(tmp_path, dtype, tolerance):
     ours, theirs = twins(tmp_path)
     inputs = models.call("llama")
