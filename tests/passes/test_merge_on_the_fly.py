@@ -82,11 +82,11 @@ def test_the_pipeline_as_text():
         lorafx.Pipeline(MergeOnTheFly(), *lorafx.passes.default).check()
 
 
-def llama(pipeline, dtype=torch.float32, **options):
+def llama(pipeline, dtype=torch.float32, layers=1, **options):
     """The same model in every dtype: its values are all bfloat16 numbers. Updates are as large as its weights."""
     config = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"}
     options |= {"pipeline": pipeline, "autocast_adapter_dtype": False}
-    lora = lorafx.compile(models.llama(num_hidden_layers=2).to(dtype), config, **options).train()
+    lora = lorafx.compile(models.llama(num_hidden_layers=layers).to(dtype), config, **options).train()
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -101,7 +101,7 @@ def step(lora, batch=4, length=40):
     loss = lora(**models.call(lora, batch=batch, length=length)).loss
     loss.backward()
     gradients = [p.grad.double() for p in lora.parameters() if p.requires_grad]
-    assert len(gradients) == 2 * 7 * 2
+    assert len(gradients) in (7 * 2, 2 * 7 * 2)
     return [loss.detach().double(), *gradients]
 
 
@@ -123,13 +123,11 @@ def exact():
 )
 def test_a_llama_trains_as_without_the_pass(dtype, autocast, checkpointing, exact, merges):
     """As near to the exact step as the default is, which rounds as often, up to a factor of two."""
-    if autocast and (checkpointing or dtype == torch.float32):
-        pytest.skip("one of a kind will do; and in two dtypes nothing is fused")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = distance(step(llama(lorafx.passes.default, dtype)), exact)
         assert merges == [] and 0 < plain < 8 * torch.finfo(dtype).eps
         found = distance(step(llama(MERGING, dtype, gradient_checkpointing=checkpointing)), exact)
-    assert len(merges) == 2 * 4 * (1 + checkpointing) and set(merges) == {160}
+    assert len(merges) == 4 * (1 + checkpointing) and set(merges) == {160}
     assert found <= 2 * plain
 
 
@@ -137,7 +135,7 @@ def test_a_llama_trains_as_without_the_pass(dtype, autocast, checkpointing, exac
 def test_inference_merges_prefill_and_not_single_tokens(merges):
     plain, lora = (llama(pipeline).eval() for pipeline in (lorafx.passes.default, MERGING))
     with torch.no_grad():
-        for length, counted in ((40, 8), (1, 0)):
+        for length, counted in ((40, 4), (1, 0)):
             merges.clear()
             call = models.call(lora, batch=2, length=length, labels=False)
             torch.testing.assert_close(lora(**call).logits, plain(**call).logits)
@@ -187,7 +185,7 @@ def test_a_base_weight_that_trains_gets_its_gradient(merges):
 @pytest.mark.slow
 def test_a_compiled_llama_keeps_no_merged_weight_and_compiles_once_more_for_few_rows():
     """Cut into forward and backward as with Inductor: by what has to be kept."""
-    plain, lora = llama(lorafx.passes.default), llama(MERGING, backend="aot_eager_decomp_partition")
+    plain, lora = llama(lorafx.passes.default, layers=2), llama(MERGING, layers=2, backend="aot_eager_decomp_partition")
     sizes = 160 * torch.finfo(torch.float32).eps  # no sum has more terms
     assert distance(step(lora), step(plain)) <= sizes
     own, kept = {p.untyped_storage().data_ptr() for p in lora.parameters()}, []

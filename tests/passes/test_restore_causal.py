@@ -205,14 +205,14 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def language_model(name):
+def language_model(name, **more):
     special = {
         "Gemma3ForCausalLM": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
         "MistralForCausalLM": {"sliding_window": 4},
         "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4},
         "BertForMaskedLM": {},
     }
-    options = {**SIZES, **HEADS, **special.get(name, {}), "pad_token_id": 0, "attn_implementation": "sdpa"}
+    options = {**SIZES, **HEADS, **special.get(name, {}), "pad_token_id": 0, "attn_implementation": "sdpa", **more}
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     return cls(cls.config_class(**options)).eval()
@@ -225,12 +225,10 @@ def adapted(model):
 
 @pytest.fixture(scope="module")
 def llama():
-    return adapted(language_model("LlamaForCausalLM"))
+    return adapted(language_model("LlamaForCausalLM", num_hidden_layers=1))
 
 
-MODELS = {
-    "LlamaForCausalLM": {True},
-    "MistralForCausalLM": {None},
+MODELS = {  # those of Llama are below
     "Gemma3ForCausalLM": {True, None},
     "GPT2LMHeadModel": {True},
     "BertForMaskedLM": {False},

@@ -19,7 +19,7 @@ from zoo.entry import pretrained, sequences
 
 import lorafx
 
-TOKENS, MOST_CAPTURES = 40, 4
+TOKENS, MOST_CAPTURES = 24, 4
 LONG = {"max_position_embeddings": 256}
 MODELS = {
     "llama": causal("Llama", ATTENTION + GATED, **LONG),
@@ -31,11 +31,11 @@ MODELS = {
 }
 # Each way of a plain decoder, and of each other model what it does otherwise: windows, positions, encoders, experts.
 CASES = [
-    *(("llama", way) for way in ("greedy", "sampling", "beam search", "left-padded", "static cache")),
+    *(("llama", way) for way in ("greedy", "beam search", "left-padded", "static cache")),
     *(("gemma3", way) for way in ("greedy", "static cache")),
     *(("gpt2", way) for way in ("greedy", "left-padded")),
     *(("t5", way) for way in ("sampling", "beam search")),
-    *(("mixtral", way) for way in ("greedy", "beam search")),
+    *(("mixtral", way) for way in ("greedy",)),
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
