@@ -106,7 +106,9 @@ def test_a_copy_of_the_whole_model_computes_the_same_and_is_another(family, how)
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in lora.state_dict().items() if k in base.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64))]
+)
 def test_dtypes_change_for_base_and_adapter_at_once(dtype):
     lora, (x,) = adapted()
     exact = lora(x)

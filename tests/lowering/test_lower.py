@@ -115,6 +115,7 @@ def test_an_eager_graph_calls_our_operators_as_functions():
     assert torch.equal(pytree.tree_leaves(program.gm(x))[0], output)
 
 
+@pytest.mark.slow
 def test_layers_share_a_compilation_and_keep_it():
     """Sizes, adapters of the same shapes and the values of weights compile nothing again.
 
@@ -148,6 +149,7 @@ def test_layers_share_a_compilation_and_keep_it():
     assert times(lora) == pieces
 
 
+@pytest.mark.slow
 def test_what_a_graph_defers_is_in_no_piece():
     """A compiler would compute it."""
     lora, _ = both(Own(shifted), ["inner", "head"], backend="aot_eager")

@@ -348,6 +348,7 @@ def test_fingerprints_tell_single_bits_and_places_apart():
     assert len(prints) == 6 and fingerprint(tensor.clone()) == fingerprint(tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one site")
 def test_adapters_that_know_a_tied_weight_by_different_names_act_and_merge_together():
     model, ids = Tied().double(), torch.randint(0, 11, (2, 6))

@@ -165,6 +165,7 @@ def test_evaluation(off, waiting):
     assert (logits - expected).abs().max() <= 1e-6 and not (logits + 0).requires_grad
 
 
+@pytest.mark.slow
 def test_under_autocast_logits_wait_in_its_dtype(waiting):
     lora, ids, _ = waiting
     plain = both(Own(shifted), ["inner", "head"])[1]

@@ -106,6 +106,7 @@ def test_transformers_layers_wait_on_the_host_too(monkeypatch):
     assert all(call.kwargs["moves"] for call in calls)
 
 
+@pytest.mark.slow
 def test_only_training_is_checkpointed():
     lora, x = stack(gradient_checkpointing=True), torch.randn(5, 4)
     assert all(node.target is checkpoint_block for node, _, _ in block_calls(lora.graph(x)))

@@ -1,5 +1,6 @@
 """fold_scaling: α / r is the `alpha` of the operator that adds the update."""
 
+import pytest
 import torch
 from graphs import INSERT, Chain, adapted, in_float32, run, text
 from modules import EveryForm
@@ -48,6 +49,7 @@ def test_a_single_vector_works_too():
     torch.testing.assert_close(run(lora, FOLDED, x)(x), run(lora, PLAIN, x)(x), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_no_form_keeps_a_multiplication():
     lora = adapted(EveryForm().double(), target_modules=["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"])
     ids = torch.randint(0, 11, (2, 8))

@@ -113,6 +113,7 @@ def test_before_and_after(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_no_tensor_is_as_large_as_the_logits(small_chunks):
     """Forward, backward and what waits: nothing of rows x classes elements is ever made."""
     lora, plain = both(Own(shifted), ["inner", "head"])

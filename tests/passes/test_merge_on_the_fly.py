@@ -142,6 +142,7 @@ def test_inference_merges_prefill_and_not_single_tokens(merges):
             assert len(merges) == counted
 
 
+@pytest.mark.slow
 def test_by_sites(merges):
     """A call that is no graph: each site is an operator by itself."""
 

@@ -79,6 +79,7 @@ def test_models(name):
     assert_as_peft(ours, theirs, **batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
@@ -89,12 +90,14 @@ def test_heads_that_train(config):
     assert_as_peft(ours, theirs, **batch())
 
 
+@pytest.mark.slow
 def test_number_of_items():
     ours, theirs = against_peft(models.llama(num_hidden_layers=1))
     assert_as_peft(ours, theirs, **batch(), num_items_in_batch=7)
     assert_as_peft(ours, theirs, **batch(), num_items_in_batch=torch.tensor(11))
 
 
+@pytest.mark.slow
 def test_dropout_before_an_adapted_head_is_that_of_the_logits():
     ours, _ = against_peft(models.llama(num_hidden_layers=1), target_modules=["lm_head"], lora_dropout=0.5)
     call = batch()
@@ -103,6 +106,7 @@ def test_dropout_before_an_adapted_head_is_that_of_the_logits():
     assert torch.allclose(loss, again, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Loss and logits agree to the dtype; gradients pass two layers of roundings of eps = 2⁻⁷."""
     ours, theirs = against_peft(models.llama().bfloat16(), target_modules=["q_proj", "v_proj"])

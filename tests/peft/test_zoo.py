@@ -171,7 +171,7 @@ def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> Non
 
 @pytest.mark.slow
 def test_merged_it_is_what_peft_merges(pair: Pair) -> None:
-    """Merging rounds every weight once, and PEFT rounds it in another order. Where `EVALUATED`, it computes the same."""
+    """Merging rounds every weight once, and PEFT in another order. Where `EVALUATED`, the models compute the same."""
     before, evaluates = weights(pair.ours._lorafx.base), pair.entry.name in EVALUATED
     unmerged = pair.outputs(pair.ours, SIZES[0]) if evaluates else []
     if any(site.groups > 1 for site in pair.ours.sites):

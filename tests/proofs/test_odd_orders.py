@@ -62,7 +62,7 @@ def both_known():
     del kinds.KINDS["BOTH"]
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
+@pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
 @pytest.mark.parametrize("order", [["both"], ["lora", "both"], ["both", "ia3"], ["ia3", "both", "lora"]])
 def test_a_kind_on_both_sides_is_taken_away_whole(order, capture):
     model, x = nn.Sequential(nn.Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.float64)
@@ -101,6 +101,7 @@ class Turned(nn.Module):
         return self.conv(torch.tanh(self.linear(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one site")
 @pytest.mark.parametrize(
     ("model", "targets", "width"), [(Attention, ["att"], 8), (Turned, ["linear"], 5), (Turned, ["conv"], 5)]

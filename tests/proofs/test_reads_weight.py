@@ -79,6 +79,7 @@ def formula(lora, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is stored as int8 by rows")
 @pytest.mark.parametrize("linear", [nn.Linear, Int8Linear])
 def test_it_is_used_like_one_that_does_not(linear, tmp_path):

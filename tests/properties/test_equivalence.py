@@ -311,7 +311,7 @@ PASSES = st.one_of(
 )
 
 
-@examples(100)
+@examples(50)
 @given(st.lists(PASSES, max_size=5))
 def test_pipelines_print_and_parse_to_themselves(passes):
     pipeline = Pipeline(*passes)
