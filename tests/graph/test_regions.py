@@ -62,6 +62,15 @@ def test_a_result_may_be_wanted_that_nobody_uses_outside():
     assert Region(first.path, first.nodes, frozenset({inner})).outputs == (inner, first.nodes[-1])
 
 
+def test_what_runs_in_the_middle_of_a_layer_keeps_it_inline():
+    gm = graph(Stack(depth=3))
+    ((first, *_),) = found(gm)
+    with gm.graph.inserting_after(first.nodes[1]):
+        between = gm.graph.call_function(torch.ops.aten.neg.default, (first.nodes[1],))
+    between.meta["val"] = first.nodes[1].meta["val"]
+    assert found(gm) == []
+
+
 class Nested(nn.Module):
     """Layers that differ, of parts that are alike."""
 

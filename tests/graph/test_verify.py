@@ -38,6 +38,14 @@ def wrong_value(gm):
     new.meta["val"] = node.meta["val"].to(torch.float16)
 
 
+def wrong_size(gm):
+    """A number for a size that is a symbol, and another than the symbol stands for: 5."""
+    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_function(aten.relu.default, (node,))
+    new.meta.update(node.meta, lorafx=lorafx.graph.Provenance("break"), val=torch.empty(7, 6))
+
+
 def other_input(gm):
     node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
     node.args = (gm.graph.find_nodes(op="placeholder")[0],)  # 4 features, where there were 6
@@ -95,6 +103,7 @@ def inserted_twice(gm):
     ("action", "message"),
     [
         (wrong_value, "true_values.*claims.*float16"),
+        (wrong_size, "true_values.*relu.* gives .* and claims .*'7', '6'"),
         (other_input, r"true_values.*relu.* gives \(.*'4'.* and claims \(.*'6'"),
         (input_of_other_dtype, "true_values.*relu.* gives .*float64.*claims.*float32"),
         (no_maker, "provenance.*does not say who made it"),

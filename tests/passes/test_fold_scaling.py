@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import INSERT, Chain, adapted, in_float32, run, text
+from graphs import INSERT, Chain, adapted, context, in_float32, run, text
 from modules import EveryForm
 
 from lorafx.passes import ElideCasts, ElideDropout, FoldScaling
@@ -80,6 +80,16 @@ def test_the_models_own_arithmetic_is_left():
 
     lora = adapted(Scaled(), target_modules=["second"])
     assert sum("mul.Tensor" in line for line in text(run(lora, FOLDED, torch.randn(5, 4)))) == 1
+
+
+def test_a_number_for_each_feature_is_no_scaling():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    gm = run(lora, PLAIN, x)
+    (scaled,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    (gains,) = (node for node in gm.graph.nodes if node.target == "second.bias")
+    scaled.args = (scaled.args[0], gains)
+    before = text(gm)
+    assert FoldScaling().rewrite(gm, context(lora)) == 0 and text(gm) == before
 
 
 def test_gradients_are_those_of_the_plain_equation():

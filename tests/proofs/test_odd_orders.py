@@ -137,6 +137,16 @@ def test_a_gain_on_a_weight_of_modules_with_biases_of_their_own_is_not_merged():
         lora.merge_adapter()
 
 
+def test_a_gain_on_a_module_that_another_is_like_in_all_is_merged():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double(), torch.randn(3, 6, dtype=torch.float64)
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    lora = lorafx.compile(model, Ia3Config(target_modules=["0"]))
+    randomize(lora, "default")
+    before = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), before, **CLOSE)
+
+
 def test_disabling_for_a_while_puts_merged_adapters_back_in_their_order():
     model, x = nn.Sequential(nn.Linear(6, 7)).double(), torch.randn(3, 6, dtype=torch.float64)
     lora = lorafx.compile(model, LORA | {"target_modules": ["0"]})
