@@ -90,7 +90,7 @@ def test_ranks_and_alphas_by_pattern(llama):
         "target_modules": ["q_proj", "v_proj"],
         "r": 8,
         "lora_alpha": 16,
-        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v_proj": 5},
+        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v": 1, "v_proj": 5},  # "v" is no whole name
         "alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 6},
     }
     lora = lorafx.compile(llama, config)

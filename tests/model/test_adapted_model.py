@@ -98,6 +98,19 @@ def test_graphs_follow_the_tree():
     assert torch.equal(lora(x), torch.full((5, 3), 3.0))
 
 
+def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
+    lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
+    before = lora(x)
+    lora.delete_adapter("default")
+    again = {"r": 2, "lora_alpha": 10, "target_modules": "all-linear", "init_lora_weights": False}
+    lora.add_adapter("default", again, random_state=0)
+    lora.set_adapter("default")
+    found = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(found, lora._lorafx.base(x), rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(found, before), "its scaling is another"
+
+
 def test_deepcopy_is_independent():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     before = lora(x)

@@ -40,6 +40,15 @@ def test_what_the_user_trains_besides_trains_on():
     assert FreezeBase().rewrite(gm, replace(context(lora), trained=frozenset({"first.weight"}))) == 0
 
 
+def test_what_trains_is_the_same_after_adapters_were_disabled_for_a_while():
+    lora = adapted(Chain(), target_modules=["second"])
+    lora.first.weight.requires_grad_(True)
+    before = trainable(lora)
+    with lora.disable_adapter():
+        assert trainable(lora) == set()
+    assert trainable(lora) == before == {"first.weight", "second.lora_A.default.weight", "second.lora_B.default.weight"}
+
+
 def test_an_inactive_adapter_does_not_train():
     lora = adapted(Chain(), target_modules=["second"])
     lora.add_adapter("other", {"target_modules": ["first"]})
