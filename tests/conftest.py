@@ -1,5 +1,6 @@
 """Shared by all tests: quiet libraries, a fixed seed, a text form of graphs."""
 
+import gc
 import math
 import os
 import sys
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if shared := params.get("pair") or params.get("ran"):
             item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__} {shared}"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: Python's collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

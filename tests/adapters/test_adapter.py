@@ -7,10 +7,11 @@ from modules import Stack
 from torch import nn
 
 import lorafx
-from lorafx.adapters import storages
+from lorafx.adapters import readings, storages
 from lorafx.adapters.adapter import plan
-from lorafx.adapters.readings import LINEAR
+from lorafx.adapters.readings import LINEAR, Reading
 from lorafx.adapters.storages import Dense
+from lorafx.tree.attached import attach
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -41,7 +42,7 @@ def pair():
     storages.STORAGES.remove(storage)
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
+@pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
 def test_two_weights_of_a_module_are_two_sites(pair, capture, tmp_path):
     x, layer = torch.randn(6, 5, dtype=torch.float64), pair[0]
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": False}
@@ -63,6 +64,22 @@ def test_two_weights_of_a_module_are_two_sites(pair, capture, tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in pair.state_dict().items())
     lora.save_pretrained(tmp_path)
     torch.testing.assert_close(lorafx.load(lora.unload(), tmp_path, capture=capture)(x), expected, **CLOSE)
+
+
+def test_the_first_reading_and_the_first_storage_that_fit_count():
+    class Own(nn.Linear):
+        pass
+
+    class Twin(Dense):
+        pass
+
+    reading, storage = readings.register(Reading("own", (Own,), LINEAR.operators)), storages.register(Twin())
+    try:
+        assert list(storages.weights_of(Own(4, 3))) == [("weight", reading, storage)]
+        assert list(storages.weights_of(nn.Linear(4, 3))) == [("weight", LINEAR, storage)]
+    finally:
+        readings.READINGS.remove(reading)
+        storages.STORAGES.remove(storage)
 
 
 def test_planning_touches_nothing():
@@ -89,6 +106,40 @@ def test_the_part_below_a_layer_has_the_layers_names():
     assert not adapter.below("layers.1.down").selection
     one = adapter.only(["layers.0.up.weight"], [])
     assert [site.name for site in one.selection] == ["layers.0.up"] and list(one.scales) == ["layers.0.up"]
+
+
+def test_there_is_no_part_below_a_layer_whose_copies_hang_above_it():
+    lora = adapted(nn.ModuleDict({"stack": Stack(depth=2)}), target_modules=["head"], modules_to_save=["layers"])
+    assert lora._lorafx.adapters["default"].below("stack.layers.0") is None
+
+
+def test_a_bias_of_a_saved_module_is_trained_there():
+    config = lorafx.LoraConfig(target_modules=["first"], modules_to_save=["second"], bias="all")
+    assert plan(Chain(), "task", config).replaced == {
+        "second.weight": "second.modules_to_save.task.weight",
+        "second.bias": "second.modules_to_save.task.bias",
+    }
+
+
+def test_only_what_is_called_bias_is_trained():
+    """As in PEFT: the packed bias of an attention stays."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    planned = plan(model, "task", lorafx.LoraConfig(r=2, target_modules=["attention"], bias="lora_only"))
+    assert planned.replaced == {"attention.out_proj.bias": "attention.out_proj.trained_bias.task.bias"}
+
+
+def test_a_failure_half_way_hangs_nothing_in(monkeypatch):
+    lora, calls = adapted(Chain()), []
+
+    def failing(*args):
+        calls.append(args)
+        return attach(*args) if len(calls) < 3 else 1 / 0
+
+    before = dict(lora.named_parameters()).keys()
+    monkeypatch.setattr("lorafx.adapters.adapter.attach", failing)
+    with pytest.raises(ZeroDivisionError):
+        lora.add_adapter("other", {"target_modules": "all-linear"})
+    assert dict(lora.named_parameters()).keys() == before and list(lora.peft_config) == ["default"]
 
 
 def test_layers_are_of_one_form_if_their_equations_and_tensors_are():

@@ -9,7 +9,7 @@ from modules import tiny_llama
 from torch import nn
 
 import lorafx
-from lorafx.adapters.selection import select
+from lorafx.adapters.selection import saved_modules, select
 from lorafx.errors import ConfigError, SelectionError
 
 
@@ -61,12 +61,36 @@ def test_layers_and_exclusions_narrow(llama):
     assert len(names(llama, **chosen, modules_to_save=["1.self_attn.v_proj"])) == 3
 
 
+def test_a_whole_name_says_its_layer_itself(llama):
+    chosen = ["model.layers.1.self_attn.q_proj", "v_proj"]
+    assert names(llama, target_modules=chosen, layers_to_transform=[0]) == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_a_saved_module_within_a_saved_one_is_saved_once():
+    model = nn.ModuleDict({"head": nn.ModuleDict({"norm": nn.LayerNorm(3)}), "norm": nn.LayerNorm(3)})
+    config = lorafx.LoraConfig(target_modules=["x"], modules_to_save=["norm", "head"])
+    assert saved_modules(model, config) == ("head", "norm")
+
+
+def test_a_classifiers_scores_are_left_out_for_the_task_alone():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.classifier = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    assert names(Classifier(), target_modules="all-linear") == ["body", "classifier"]
+    assert names(Classifier(), target_modules="all-linear", task_type="SEQ_CLS") == ["body"]
+
+
 def test_ranks_and_alphas_by_pattern(llama):
     config = {
         "target_modules": ["q_proj", "v_proj"],
         "r": 8,
         "lora_alpha": 16,
-        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v_proj": 5},
+        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "v": 1, "v_proj": 5},  # "v" is no whole name
         "alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 6},
     }
     lora = lorafx.compile(llama, config)

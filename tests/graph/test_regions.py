@@ -1,5 +1,6 @@
 """Regions: which parts of a graph are calls of sibling modules, and which of them compute the same."""
 
+import pytest
 import torch
 from modules import KINDS, Layer, Stack
 from torch import nn
@@ -60,6 +61,36 @@ def test_a_result_may_be_wanted_that_nobody_uses_outside():
     ((first, *_),) = found(graph(Stack()))
     inner = first.nodes[1]
     assert Region(first.path, first.nodes, frozenset({inner})).outputs == (inner, first.nodes[-1])
+
+
+@pytest.mark.parametrize("act", [torch.relu, lambda x: x.relu().sin().cos()], ids=["two and four", "three and four"])
+def test_what_runs_in_the_middle_of_a_layer_keeps_it_inline(act):
+    gm = graph(Stack(lambda number: Layer(act=act), depth=3))
+    ((first, *_),) = found(gm)
+    middle = first.nodes[-5]
+    with gm.graph.inserting_after(middle):
+        between = gm.graph.call_function(torch.ops.aten.neg.default, (middle,))
+    between.meta["val"] = middle.meta["val"]
+    assert found(gm) == []
+
+
+class Few(nn.Module):
+    """A layer of one operator more than the functions in `steps`."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x, scale):
+        x = x * scale
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize(("steps", "families"), [((torch.sin,), 0), ((torch.sin, torch.cos), 1)])
+def test_a_layer_has_three_operators_or_more(steps, families):
+    assert len(found(graph(Stack(lambda number: Few(steps))))) == families
 
 
 class Nested(nn.Module):

@@ -70,6 +70,18 @@ def test_what_is_written_to_between_a_patterns_lines_keeps_it():
     assert isinstance(Rule(gated, one).find(products(gm)[-1]), Match)
 
 
+def test_what_a_patterns_own_lines_write_is_no_hindrance():
+    class Rectified(nn.Module):
+        def forward(self, x, y):
+            return torch.relu_(x * 1) * y
+
+    def written(x, y):
+        return aten.mul.Tensor(aten.relu_.default(x), y)
+
+    gm = lorafx.trace(Rectified(), torch.randn(5, 4), torch.randn(5, 4))
+    assert isinstance(Rule(written, silu).find(products(gm)[-1]), Match)
+
+
 def test_a_rule_whose_output_matches_again_runs_once_a_match():
     def relu(x):
         return aten.relu.default(x)

@@ -10,6 +10,7 @@ from graphs import Chain, adapted, context, run
 
 import lorafx
 from lorafx.errors import VerifyError
+from lorafx.graph import verify as verifier
 from lorafx.passes import default
 from lorafx.pipeline import Context, Pass, Pipeline
 
@@ -35,6 +36,27 @@ def wrong_value(gm):
         new = gm.graph.call_function(aten.relu.default, (node,))
     new.meta.update(node.meta, lorafx=lorafx.graph.Provenance("break"))
     new.meta["val"] = node.meta["val"].to(torch.float16)
+
+
+def wrong_size(gm):
+    """A number for a size that is a symbol, and another than the symbol stands for: 5."""
+    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_function(aten.relu.default, (node,))
+    new.meta.update(node.meta, lorafx=lorafx.graph.Provenance("break"), val=torch.empty(7, 6))
+
+
+def other_input(gm):
+    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    node.args = (gm.graph.find_nodes(op="placeholder")[0],)  # 4 features, where there were 6
+
+
+def input_of_other_dtype(gm):
+    node = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(aten.to.dtype, (node.args[0], torch.float64))
+    new.meta.update(node.meta, lorafx=lorafx.graph.Provenance("break"), val=node.args[0].meta["val"].double())
+    node.args = (new,)
 
 
 def no_maker(gm):
@@ -81,6 +103,9 @@ def inserted_twice(gm):
     ("action", "message"),
     [
         (wrong_value, "true_values.*claims.*float16"),
+        (wrong_size, "true_values.*relu.* gives .* and claims .*'7', '6'"),
+        (other_input, r"true_values.*relu.* gives \(.*'4'.* and claims \(.*'6'"),
+        (input_of_other_dtype, "true_values.*relu.* gives .*float64.*claims.*float32"),
         (no_maker, "provenance.*does not say who made it"),
         (missing_attribute, "well_formed.*nowhere.weight, which does not exist"),
         (other_output, "same_interface: outputs were"),
@@ -97,6 +122,22 @@ def test_the_verifier_names_the_pass_at_fault(action, message):
     with pytest.raises(VerifyError, match=message) as caught:
         Pipeline(*default, breaking(action.__name__, action)).run(gm, context(lora))
     assert f"after {action.__name__} (before it: canonicalize" in str(caught.value)
+
+
+def test_a_value_is_not_computed_again_where_no_input_is_another_kind_of_tensor(monkeypatch):
+    lora, computed = adapted(Chain(), target_modules=["second"]), []
+    gm = lorafx.trace(lora, torch.randn(5, 4))
+    relu = gm.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+    before = verifier.snapshot(gm)
+    with gm.graph.inserting_before(relu):
+        twin = gm.graph.node_copy(relu.args[0])
+    relu.args = (twin,)
+    monkeypatch.setattr(verifier, "fake_value", lambda node, *rest: computed.append(node) or node.meta["val"])
+    assert verifier.true_values(verifier.State(gm, before, (), frozenset(), frozenset())) is None
+    assert computed == [twin]
+    relu.meta["val"] = relu.meta["val"].clone()  # what a pass claims anew is looked at again
+    verifier.true_values(verifier.State(gm, before, (), frozenset(), frozenset()))
+    assert computed == [twin, twin, relu]
 
 
 def test_the_graph_that_a_pass_broke_is_shown():

@@ -47,44 +47,62 @@ def train(
     return losses
 
 
-def main(how: str, folder: Path) -> None:
-    accelerator = accelerate.Accelerator() if how == "accelerate" else None
-    if accelerator is None:
-        dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def main(folder: Path, *ways: str) -> None:
+    accelerator = accelerate.Accelerator()  # sets up the processes, for the other ways too
+    assert dist.get_world_size() == 2
     alone = fresh()
     expected = train(alone)
+    for way in ways:
+        try_out(way, folder / way, accelerator if way == "accelerate" else None, alone, expected)
+    dist.destroy_process_group()
+
+
+def try_out(
+    way: str,
+    folder: Path,
+    accelerator: accelerate.Accelerator | None,
+    alone: lorafx.AdaptedModel,
+    expected: list[float],
+) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     lora = fresh()
     model: nn.Module = lora
-    if how == "ddp":
+    if way == "ddp":
         model = nn.parallel.DistributedDataParallel(lora)
-    elif how == "fsdp":
+    elif way == "fsdp":
         for layer in lora.blocks:
             fully_shard(layer)
         fully_shard(lora)
     found = train(model, rank, world, accelerator)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
-    assert len(set(found)) == STEPS and [call.hits for call in lora.explain().calls] == [STEPS - 1]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0, msg=way)
+    assert len(set(found)) == STEPS and [call.hits for call in lora.explain().calls] == [STEPS - 1], way
+    assert_saved(lora, alone, folder / f"rank{rank}")
+    assert_state_goes_on(lora, folder / "state")
+    dist.barrier()
 
-    lora.save_pretrained(folder / f"rank{rank}")
-    saved = lorafx.load(fresh().unload(), folder / f"rank{rank}")
+
+def assert_saved(lora: lorafx.AdaptedModel, alone: lorafx.AdaptedModel, folder: Path) -> None:
+    """What each process saves is the adapter that one process alone has trained."""
+    lora.save_pretrained(folder)
+    saved = lorafx.load(fresh().unload(), folder)
     for name, parameter in saved.named_parameters():
         torch.testing.assert_close(parameter, alone.get_parameter(name), rtol=1e-4, atol=1e-6)
 
+
+def assert_state_goes_on(lora: lorafx.AdaptedModel, folder: Path) -> None:
+    """A distributed checkpoint gives back every value."""
     before = {name: value.clone() for name, value in lora.state_dict().items()}
-    checkpoint.save(lora.state_dict(), checkpoint_id=folder / "state")
+    checkpoint.save(lora.state_dict(), checkpoint_id=folder)
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.zero_()
     state = lora.state_dict()
-    checkpoint.load(state, checkpoint_id=folder / "state")
+    checkpoint.load(state, checkpoint_id=folder)
     lora.load_state_dict(state)
     for name, value in lora.state_dict().items():
         whole, then = (getattr(t, "full_tensor", lambda t=t: t)() for t in (value, before[name]))
         assert torch.equal(whole, then), name
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -96,9 +96,10 @@ def assert_equal_runs(mine, other, expected: set[str]) -> None:
         np.testing.assert_allclose(values, second[key], rtol=1e-4, atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("more", [{"eval_strategy": "steps", "eval_steps": 2}, {"gradient_checkpointing": True}])
-def test_sft_trains_as_peft_does(tmp_path, more):
+def test_sft_trains_as_peft_does(tmp_path):
+    """With checkpointed layers in training, and evaluation without."""
     ours, theirs = twins(tmp_path)
+    more = {"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
     runs = [sft(model, tmp_path / name, **more) for name, model in (("ours", ours), ("theirs", theirs))]
     for run in runs:
         run.train()
@@ -107,7 +108,7 @@ def test_sft_trains_as_peft_does(tmp_path, more):
     calls = ours.explain().calls
     assert all(call.served_by == "graph" for call in calls)
     kinds = {call.title.partition(",")[0] for call in calls}
-    assert len(kinds) == (2 if "eval_steps" in more else 1)  # each for batches with padding, without, or both
+    assert len(kinds) == 2  # each for batches with padding, without, or both
     assert len(calls) <= 2 * len(kinds)
     saved = [load_file(tmp_path / name / "checkpoint-2/adapter_model.safetensors") for name in ("ours", "theirs")]
     assert saved[0].keys() == saved[1].keys()
@@ -141,11 +142,11 @@ def test_sft_refuses_a_second_config_and_takes_one_for_a_plain_model(tmp_path):
     assert type(other.model) is peft.PeftModel  # trl calls PEFT itself, and what it makes is PEFT's
 
 
-@pytest.mark.parametrize("more", [{}, {"precompute_ref_log_probs": True}])
-def test_dpo_trains_as_peft_does_without_a_reference_model(tmp_path, more):
-    ours, theirs = twins(tmp_path)
+def assert_dpo_trains_as_peft_does(folder: Path, **more) -> tuple[torch.nn.Module, trl.DPOTrainer]:
+    """Train both; what lorafx has trained, and its trainer."""
+    ours, theirs = twins(folder)
     start = trained(ours)
-    mine, other = (dpo(model, tmp_path / name, **more) for name, model in (("ours", ours), ("theirs", theirs)))
+    mine, other = (dpo(model, folder / name, **more) for name, model in (("ours", ours), ("theirs", theirs)))
     assert mine.ref_model is None and list(ours.peft_config) == ["default", "ref"]
     for run in (mine, other):
         run.train()
@@ -155,15 +156,18 @@ def test_dpo_trains_as_peft_does_without_a_reference_model(tmp_path, more):
         assert torch.equal(ours.get_parameter(name.replace(".default.", ".ref.")), value)
         assert not torch.equal(ours.get_parameter(name), value)
     assert ours.active_adapters == ["default"] and all(".default." in name for name in trained(ours))
+    return ours, mine
+
+
+def test_dpo_trains_with_rewards_of_the_reference_that_were_computed_before(tmp_path):
+    assert_dpo_trains_as_peft_does(tmp_path, precompute_ref_log_probs=True)
 
 
 def test_dpo_goes_on_from_a_checkpoint_with_its_reference(tmp_path):
-    ours, _ = twins(tmp_path)
-    whole = dpo(ours, tmp_path / "whole")
-    whole.train()
+    ours, whole = assert_dpo_trains_as_peft_does(tmp_path)
     again, _ = twins(tmp_path / "again")
     half = dpo(again, tmp_path / "half")
-    half.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    half.train(resume_from_checkpoint=str(tmp_path / "ours/checkpoint-2"))
     assert logged(half)["loss"] == logged(whole)["loss"]
     assert again.active_adapters == ["default"]
     assert all(torch.equal(again.get_parameter(name), value) for name, value in trained(ours).items())

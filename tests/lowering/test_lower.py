@@ -115,6 +115,7 @@ def test_an_eager_graph_calls_our_operators_as_functions():
     assert torch.equal(pytree.tree_leaves(program.gm(x))[0], output)
 
 
+@pytest.mark.slow
 def test_layers_share_a_compilation_and_keep_it():
     """Sizes, adapters of the same shapes and the values of weights compile nothing again.
 
@@ -148,6 +149,7 @@ def test_layers_share_a_compilation_and_keep_it():
     assert times(lora) == pieces
 
 
+@pytest.mark.slow
 def test_what_a_graph_defers_is_in_no_piece():
     """A compiler would compute it."""
     lora, _ = both(Own(shifted), ["inner", "head"], backend="aot_eager")
@@ -159,7 +161,7 @@ def test_what_a_graph_defers_is_in_no_piece():
 
 @pytest.mark.slow
 def test_without_blocks_the_whole_graph_is_compiled():
-    lora = deep(pipeline=lorafx.passes.default.without("outline_blocks", "checkpoint_blocks"))
+    lora = deep(2, pipeline=lorafx.passes.default.without("outline_blocks", "checkpoint_blocks"))
     lora(torch.randn(6, 7, 4)).sum().backward()
     assert times(lora) == {"whole graph": 1}
 
@@ -168,7 +170,7 @@ def test_without_blocks_the_whole_graph_is_compiled():
 def test_a_budget_keeps_less():
     kept = []
     for budget in (1.0, None, 0.0):
-        lora, numbers = deep(activation_budget=budget), []
+        lora, numbers = deep(2, activation_budget=budget), []
         pack = torch.autograd.graph.saved_tensors_hooks(lambda t, n=numbers: (n.append(t.numel()), t)[1], lambda t: t)
         with pack:
             lora(torch.randn(16, 7, 4))
@@ -196,8 +198,8 @@ def test_modes_are_inductors(monkeypatch):
 @pytest.mark.slow
 def test_what_is_tuned_computes_the_same():
     x = torch.randn(2, 5, 4)
-    expected = deep()(x)
-    found = deep(backend="inductor", mode="max-autotune-no-cudagraphs")(x)
+    expected = deep(1)(x)
+    found = deep(1, backend="inductor", mode="max-autotune-no-cudagraphs")(x)
     assert (found - expected).abs().max() <= 64 * eps * expected.abs().max()
 
 

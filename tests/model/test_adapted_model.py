@@ -16,7 +16,7 @@ from lorafx.errors import AdapterError, ConfigError
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
-    model = tiny_llama().eval()
+    model = tiny_llama(num_hidden_layers=1).eval()
     return model, adapted(model, target_modules=["q_proj", "v_proj"]).eval()
 
 
@@ -30,7 +30,7 @@ def test_it_is_an_instance_of_the_base_models_class(llama):
 
 def test_the_base_object_knows_no_adapter(llama):
     model, lora = llama
-    keys = set(tiny_llama().state_dict())
+    keys = set(tiny_llama(num_hidden_layers=1).state_dict())
     tokens = ids(2, 5)
     with torch.no_grad():
         base, with_adapter = model(input_ids=tokens).logits, lora(input_ids=tokens).logits
@@ -43,12 +43,7 @@ def test_names_are_the_base_models_with_adapters_beside(llama):
     names = dict(lora.named_parameters())
     assert set(dict(model.named_parameters())) <= set(names)
     added = set(names) - set(dict(model.named_parameters()))
-    assert added == {
-        f"model.layers.{layer}.self_attn.{site}_proj.lora_{m}.default.weight"
-        for layer in (0, 1)
-        for site in "qv"
-        for m in "AB"
-    }
+    assert added == {f"model.layers.0.self_attn.{site}_proj.lora_{m}.default.weight" for site in "qv" for m in "AB"}
     assert all(names[name] is parameter for name, parameter in model.named_parameters())
 
 
@@ -101,6 +96,19 @@ def test_graphs_follow_the_tree():
         lora.second.weight.zero_()
         lora.second.bias.fill_(3.0)
     assert torch.equal(lora(x), torch.full((5, 3), 3.0))
+
+
+def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
+    lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
+    before = lora(x)
+    lora.delete_adapter("default")
+    again = {"r": 2, "lora_alpha": 10, "target_modules": "all-linear", "init_lora_weights": False}
+    lora.add_adapter("default", again, random_state=0)
+    lora.set_adapter("default")
+    found = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(found, lora._lorafx.base(x), rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(found, before), "its scaling is another"
 
 
 def test_deepcopy_is_independent():

@@ -66,6 +66,19 @@ def test_all_linear_is_written_as_names(tmp_path: Path) -> None:
     assert SITE in names and "lm_head" not in names and len(names) == 7
 
 
+def test_the_architectures_default_is_written_as_names(tmp_path: Path) -> None:
+    adapted(target_modules=None).save_pretrained(tmp_path)
+    assert config_of(tmp_path)["target_modules"] == [SITE, SITE.replace("q_proj", "v_proj")]
+
+
+def test_values_that_are_given_may_lie_in_memory_in_any_order(tmp_path: Path) -> None:
+    lora = adapted()
+    path = f"{SITE}.lora_A.default.weight"
+    value = torch.randn(lora.get_parameter(path).shape[::-1]).t()
+    lora.save_pretrained(tmp_path, state_dict={path: value})
+    assert torch.equal(tensors_of(tmp_path)[A_KEY], value)
+
+
 def test_several_adapters_go_to_subfolders(tmp_path: Path) -> None:
     lora = adapted()
     lora.add_adapter("second", SETTINGS | {"r": 2})
@@ -129,6 +142,15 @@ def test_adapted_embeddings_are_saved_unless_refused(tmp_path: Path, wanted: boo
     assert extra_keys(tmp_path) == ({f"{PREFIX}model.embed_tokens.base_layer.weight"} if saves else set())
 
 
+def test_embeddings_that_an_adapter_trains_as_a_whole_are_its_own(tmp_path: Path) -> None:
+    lora = adapted(modules_to_save=["lm_head"])
+    own = lora.get_parameter("lm_head.modules_to_save.default.weight")
+    own.data.add_(1)
+    lora.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert extra_keys(tmp_path) == EMBEDDINGS
+    assert same_bits(tensors_of(tmp_path)[f"{PREFIX}lm_head.weight"], own)
+
+
 def test_saved_embeddings_come_back_into_the_base(tmp_path: Path) -> None:
     base = base_model()
     adapted(base).save_pretrained(tmp_path, save_embedding_layers=True)
@@ -136,6 +158,13 @@ def test_saved_embeddings_come_back_into_the_base(tmp_path: Path) -> None:
     load(tmp_path, other)
     assert same_bits(other.model.embed_tokens.weight, base.model.embed_tokens.weight)
     assert same_bits(other.lm_head.weight, base.lm_head.weight)
+
+
+def test_an_adapter_that_is_added_brings_its_embeddings_along(tmp_path: Path) -> None:
+    base, other = base_model(), base_model(seed=9)
+    adapted(base).save_pretrained(tmp_path, save_embedding_layers=True)
+    adapted(other).load_adapter(tmp_path, "second")
+    assert same_bits(other.model.embed_tokens.weight, base.model.embed_tokens.weight)
 
 
 def test_a_resized_vocabulary_is_saved_by_itself(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_it_multiplies_the_update(capture, dropout):
         torch.testing.assert_close(lora(x), base + scale * update, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_schedule_captures_rewrites_and_compiles_nothing():
     lora = lorafx.compile(Stack().double(), {"target_modules": "all-linear", "r": 2}, backend="aot_eager")
     x = torch.randn(5, 4, dtype=torch.float64)

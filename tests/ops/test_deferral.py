@@ -14,14 +14,31 @@ from lorafx.errors import DeferredError
 from lorafx.ops.deferral import Deferred
 
 
-def waiting(**kwargs):
-    lora, plain = both(Own(shifted), ["inner", "head"], **kwargs)
+def made():
+    """A model whose logits wait, a call of it, and the logits of the same model without the pass."""
+    lora, plain = both(Own(shifted), ["inner", "head"])
     ids = torch.randint(0, 13, (3, 8))
-    return lora, ids, plain(ids, ids)[1]
+    return lora, ids, plain(ids, ids)[1].detach()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return made()
+
+
+@pytest.fixture
+def waiting(shared):
+    """What all tests use that count no calls: its graphs are captured once, and its values put back."""
+    lora, ids, expected = shared
+    before = {name: value.clone() for name, value in lora.state_dict().items()}
+    yield lora.train(), ids, expected
+    lora.unmerge_adapter()
+    lora.load_state_dict(before)
+    lora.zero_grad()
 
 
 def test_what_is_known_without_computing():
-    lora, ids, expected = waiting()
+    lora, ids, expected = made()
     logits = lora(ids, ids)[1]
     assert isinstance(logits, torch.Tensor) and logits.requires_grad and not logits.is_leaf
     cast = logits.float().to(torch.bfloat16).detach()
@@ -37,9 +54,8 @@ def test_what_is_known_without_computing():
     assert "asked for 2 times" in str(lora.explain())
 
 
-def test_all_that_is_done_with_tensors(tmp_path):
-    lora, ids, expected = waiting()
-    expected = expected.detach()
+def test_all_that_is_done_with_tensors(tmp_path, waiting):
+    lora, ids, expected = waiting
 
     def logits():
         with torch.no_grad():
@@ -80,8 +96,8 @@ class Sink(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("change", [lambda t: t, lambda t: t.double()], ids=["itself", "cast"])
-def test_gradients_of_who_does_not_ask_torch(change):
-    lora, ids, _ = waiting()
+def test_gradients_of_who_does_not_ask_torch(change, waiting):
+    lora, ids, _ = waiting
     parameters = [p for p in lora.parameters() if p.requires_grad]
     through, direct = lora(ids, ids)[1], lora(ids, ids)[1]
     found = torch.autograd.grad(Sink.apply(change(through)).sum(), parameters)
@@ -89,8 +105,8 @@ def test_gradients_of_who_does_not_ask_torch(change):
     assert all(torch.allclose(f, w, rtol=1e-5) for f, w in zip(found, wanted, strict=True))
 
 
-def test_logits_after_a_step_are_an_error():
-    lora, ids, before = waiting()
+def test_logits_after_a_step_are_an_error(waiting):
+    lora, ids, before = waiting
     logits, read = lora(ids, ids)[1], lora(ids, ids)[1]
     assert torch.equal(read, before)
     with torch.no_grad():
@@ -101,17 +117,17 @@ def test_logits_after_a_step_are_an_error():
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_merging_computes_what_waits_first(detach):
-    lora, ids, before = waiting()
+def test_merging_computes_what_waits_first(detach, waiting):
+    lora, ids, before = waiting
     logits = lora(ids, ids)[1]
     logits = logits.detach() if detach else logits
     lora.merge_adapter()
     assert torch.equal(logits, before)
 
 
-def test_merging_leaves_what_is_too_late_for():
+def test_merging_leaves_what_is_too_late_for(waiting):
     """As a training loop leaves it behind, whose last outputs are still there."""
-    lora, ids, _ = waiting()
+    lora, ids, _ = waiting
     logits = lora(ids, ids)[1]
     with torch.no_grad():
         lora.head.lora_B.default.weight.mul_(2)
@@ -122,15 +138,15 @@ def test_merging_leaves_what_is_too_late_for():
 
 
 @pytest.mark.parametrize("ask", [lambda t: t.retain_grad(), lambda t: t.register_hook(print)])
-def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask):
-    lora, ids, _ = waiting()
+def test_no_gradient_flows_through_logits_that_the_loss_did_without(ask, waiting):
+    lora, ids, _ = waiting
     with pytest.raises(DeferredError, match="without logits"):
         ask(lora(ids, ids)[1])
 
 
 @pytest.mark.parametrize("read", [False, True])
-def test_detached_logits_keep_no_history(read):
-    lora, ids, expected = waiting()
+def test_detached_logits_keep_no_history(read, waiting):
+    lora, ids, expected = waiting
     loss, logits = lora(ids, ids)
     graph = weakref.ref(logits.grad_fn)
     kept = logits.detach()
@@ -141,16 +157,17 @@ def test_detached_logits_keep_no_history(read):
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_evaluation(off):
-    lora, ids, expected = waiting()
+def test_evaluation(off, waiting):
+    lora, ids, expected = waiting
     with off():
         loss, logits = lora.eval()(ids, ids)
     assert not loss.requires_grad and not logits.requires_grad
     assert (logits - expected).abs().max() <= 1e-6 and not (logits + 0).requires_grad
 
 
-def test_under_autocast_logits_wait_in_its_dtype():
-    lora, ids, _ = waiting()
+@pytest.mark.slow
+def test_under_autocast_logits_wait_in_its_dtype(waiting):
+    lora, ids, _ = waiting
     plain = both(Own(shifted), ["inner", "head"])[1]
     plain.load_state_dict(lora.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -160,8 +177,9 @@ def test_under_autocast_logits_wait_in_its_dtype():
     assert abs(loss - expected_loss) <= 2**-7 * abs(expected_loss)
 
 
+@pytest.mark.slow
 def test_copies_and_merging():
-    lora, ids, expected = waiting()
+    lora, ids, expected = made()
     lora(ids, ids)
     assert torch.equal(copy.deepcopy(lora)(ids, ids)[1], expected)
     before = lora(ids, ids)[1]

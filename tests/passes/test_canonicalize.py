@@ -50,6 +50,26 @@ def test_what_is_not_used_goes_and_what_writes_stays():
     assert aten.add_.Tensor in targets, "the norm counts its batches"
 
 
+def test_statistics_are_kept_where_nothing_uses_the_norm():
+    """By an operator that does not say that it writes."""
+
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("variance", torch.ones(3))
+
+        def forward(self, x):
+            x = self.linear(x)
+            nn.functional.batch_norm(x, self.mean, self.variance, training=True)
+            return x
+
+    model = Watching()
+    run(adapted(model), (Canonicalize(),), torch.randn(5, 4))(torch.randn(5, 4))
+    assert model.mean.any()
+
+
 def test_metadata_assertions_were_there_to_remove():
     raw = lorafx.trace(Wasteful(), torch.randn(5, 4))
     assert any(node.target == aten._assert_tensor_metadata.default for node in raw.graph.nodes)

@@ -4,7 +4,9 @@ import torch
 from graphs import INSERT, Chain, adapted, in_float32, run, text
 from torch import nn
 
-from lorafx.passes import ElideCasts
+import lorafx
+from lorafx.passes import Canonicalize, ElideCasts
+from lorafx.pipeline import Pipeline
 
 CASTED = (*INSERT, ElideCasts())
 
@@ -44,6 +46,18 @@ class Copies(nn.Module):
 
     def forward(self, x):
         return self.linear(x.to(torch.float32, copy=True)), self.linear(x).to(torch.float32)
+
+
+def test_a_cast_within_a_vmap_stays():
+    """What uses it could not be computed anew."""
+
+    class Mapped(nn.Module):
+        def forward(self, x):
+            return torch.vmap(lambda row: row.to(torch.float32) * row)(x)
+
+    gm, x = lorafx.trace(Mapped(), torch.randn(5, 4)), torch.randn(6, 4)
+    Pipeline(Canonicalize(), ElideCasts()).run(gm)
+    assert len(casts(gm)) == 1 and torch.equal(gm(x), x * x)
 
 
 def test_a_cast_that_asks_for_a_copy_stays():

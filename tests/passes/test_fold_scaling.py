@@ -1,7 +1,8 @@
 """fold_scaling: α / r is the `alpha` of the operator that adds the update."""
 
+import pytest
 import torch
-from graphs import INSERT, Chain, adapted, in_float32, run, text
+from graphs import INSERT, Chain, adapted, context, in_float32, run, text
 from modules import EveryForm
 
 from lorafx.passes import ElideCasts, ElideDropout, FoldScaling
@@ -48,6 +49,7 @@ def test_a_single_vector_works_too():
     torch.testing.assert_close(run(lora, FOLDED, x)(x), run(lora, PLAIN, x)(x), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_no_form_keeps_a_multiplication():
     lora = adapted(EveryForm().double(), target_modules=["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"])
     ids = torch.randint(0, 11, (2, 8))
@@ -78,6 +80,16 @@ def test_the_models_own_arithmetic_is_left():
 
     lora = adapted(Scaled(), target_modules=["second"])
     assert sum("mul.Tensor" in line for line in text(run(lora, FOLDED, torch.randn(5, 4)))) == 1
+
+
+def test_a_number_for_each_feature_is_no_scaling():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    gm = run(lora, PLAIN, x)
+    (scaled,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    (gains,) = (node for node in gm.graph.nodes if node.target == "second.bias")
+    scaled.args = (scaled.args[0], gains)
+    before = text(gm)
+    assert FoldScaling().rewrite(gm, context(lora)) == 0 and text(gm) == before
 
 
 def test_gradients_are_those_of_the_plain_equation():

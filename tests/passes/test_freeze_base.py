@@ -1,5 +1,7 @@
 """freeze_base: only what an active adapter owns is trained."""
 
+from dataclasses import replace
+
 import torch
 from graphs import INSERT, Chain, adapted, context, run
 
@@ -27,6 +29,24 @@ def test_only_adapters_train():
 def test_a_frozen_base_does_not_change_again():
     lora = adapted(Chain())
     assert FreezeBase().rewrite(run(lora, INSERT, torch.randn(5, 4)), context(lora)) == 0
+
+
+def test_what_the_user_trains_besides_trains_on():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    lora.first.weight.requires_grad_(True)
+    lora(x).sum().backward()
+    assert lora.first.weight.requires_grad and lora.first.weight.grad.any()
+    gm = run(lora, INSERT, x)
+    assert FreezeBase().rewrite(gm, replace(context(lora), trained=frozenset({"first.weight"}))) == 0
+
+
+def test_what_trains_is_the_same_after_adapters_were_disabled_for_a_while():
+    lora = adapted(Chain(), target_modules=["second"])
+    lora.first.weight.requires_grad_(True)
+    before = trainable(lora)
+    with lora.disable_adapter():
+        assert trainable(lora) == set()
+    assert trainable(lora) == before == {"first.weight", "second.lora_A.default.weight", "second.lora_B.default.weight"}
 
 
 def test_an_inactive_adapter_does_not_train():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graphs import adapted, text
 from losses import EPS, Own, assert_equal, both, outcome, shifted
+from modules import cases
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -56,9 +57,19 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("targets", [["inner"], ["inner", "head"]], ids=["frozen head", "adapted head"])
-@pytest.mark.parametrize("name", FUSED)
-def test_losses_that_are_fused(name, targets):
+@pytest.mark.parametrize("name", cases(FUSED, quick=["shifted", "classes second"]))
+def test_losses_that_are_fused(name):
+    assert_fused(name, ["inner", "head"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flat", "every second", "scaled, capped"])
+def test_losses_on_a_frozen_head_are_fused(name):
+    """As different ways from the logits to the loss as there are; on an adapted head all are tried."""
+    assert_fused(name, ["inner"])
+
+
+def assert_fused(name, targets):
     """float32; sums over at most 24 rows."""
     ids, labels = torch.randint(0, 13, (3, 8)), torch.randint(0, 13, (3, 8))
     ours, theirs = both(Own(FUSED[name]), targets)
@@ -67,7 +78,7 @@ def test_losses_that_are_fused(name, targets):
     assert_equal(outcome(ours, ids, labels), outcome(theirs, ids, labels), EPS)
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", cases(LEFT, quick=["class weights", "also used by"]))
 def test_losses_that_stay(name):
     ids, labels = torch.randint(0, 13, (3, 8)), torch.randint(0, 13, (3, 8))
     ours, theirs = both(Own(LEFT[name]), ["inner", "head"])
@@ -102,6 +113,7 @@ def test_before_and_after(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_no_tensor_is_as_large_as_the_logits(small_chunks):
     """Forward, backward and what waits: nothing of rows x classes elements is ever made."""
     lora, plain = both(Own(shifted), ["inner", "head"])

@@ -200,7 +200,24 @@ def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
         lora.get_parameter("head.modules_to_save.default.weight").zero_()
     assert not lora(ids).any(), "the head reads its copy"
     assert not lora.head(torch.randn(2, 5)).any(), "also when it is called alone"
-    assert torch.equal(lora.embed(ids), model.embed(ids)), "its twin does not"
+    lora.get_parameter("head.modules_to_save.default.weight").data.copy_(2 * model.head.weight)
+    expected = nn.functional.linear(lora.middle(model.embed(ids)), 2 * model.head.weight)
+    torch.testing.assert_close(lora(ids), expected, msg="its twin does not")
+
+
+@pytest.mark.filterwarnings("ignore:.*one site")
+def test_a_twin_with_a_bias_of_its_own_gets_no_bias_of_the_adapters():
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double(), torch.randn(3, 5, dtype=torch.float64)
+    model[1].weight = model[0].weight
+    lora = adapted(model, target_modules=["0"], lora_bias=True)
+    a, b, bias = (
+        lora.get_parameter(f"0.lora_{name}") for name in ("A.default.weight", "B.default.weight", "B.default.bias")
+    )
+    weight = model[0].weight + 3 * b @ a
+    expected = nn.functional.linear(x @ weight.T + model[0].bias + 3 * bias, weight, model[1].bias)
+    torch.testing.assert_close(lora(x), expected, rtol=1e-13, atol=1e-13)
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_weight_that_another_module_borrows_is_replaced_there_too():

@@ -87,6 +87,16 @@ def test_a_weight_read_as_an_operators_input_is_refused():
         lora(torch.randn(5, 4))
 
 
+def test_a_weight_that_an_operator_reads_as_its_input_too_is_refused():
+    class Itself(Square):
+        def forward(self, x):
+            return x @ nn.functional.linear(self.odd.weight, self.odd.weight)
+
+    lora = adapted(Itself(), target_modules=["odd"])
+    with pytest.raises(UncoveredOperatorError, match="site odd"):
+        lora(torch.randn(5, 4))
+
+
 class Branch(nn.Module):
     def __init__(self):
         super().__init__()

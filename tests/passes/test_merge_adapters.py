@@ -31,6 +31,7 @@ def reverted(lora, merged, *args):
         (Chain, (torch.randn(5, 4),), ["first", "second"]),
         (EveryForm, (torch.randint(0, 11, (2, 8)),), ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]),
         (Tied, (torch.randint(0, 11, (2, 6)),), ["embed"]),
+        (lambda: Chain().bfloat16(), (torch.randn(5, 4, dtype=torch.bfloat16),), ["second"]),  # adapters in float32
     ],
 )
 def test_reversing_an_insertion_restores_the_graph(model, args, targets):

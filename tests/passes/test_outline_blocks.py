@@ -52,7 +52,7 @@ def test_before_and_after():
     ]
 
 
-@pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating", "a constant", "an odd one", "none"]))
+@pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating", "an odd one"]))
 def test_layers_fall_into_kinds(kind):
     make, expected = KINDS[kind]
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("case", cases(ADAPTERS, quick=["some layers", "two scalings", "a saved layer"]))
+@pytest.mark.parametrize("case", cases(ADAPTERS, quick=["two scalings", "a saved layer"]))
 def test_layers_whose_adapters_differ_are_told_apart(case):
     config, expected = ADAPTERS[case]
     torch.manual_seed(0)
@@ -115,6 +115,7 @@ def test_a_graph_with_blocks_sees_what_happens_to_layers():
     assert torch.equal(lora(x), changed)
 
 
+@pytest.mark.slow
 def test_merging_and_two_adapters_go_through_blocks():
     torch.manual_seed(0)
     lora, x = adapted(Stack().double(), target_modules=["up", "down"]), torch.randn(5, 4).double()
@@ -139,6 +140,7 @@ class Shared(Stack):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_a_layer_that_runs_again_is_the_same_block():
     lora, x = adapted(Shared(depth=2), target_modules=["up"]), torch.randn(5, 4)
     gm = lora.graph(x)
@@ -162,6 +164,7 @@ class Interleaved(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("borrows", "layers"), [(False, [["a.0", "a.1"], ["b.0", "b.1"]]), (True, [])])
 def test_two_stacks_that_take_turns(borrows, layers):
     lora, x = adapted(Interleaved(borrows), target_modules=["down"]), torch.randn(5, 4)
@@ -190,7 +193,7 @@ def test_compile_time_passes_run_once_for_all_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize("name", ["BertForSequenceClassification"])
 def test_inlined_again_it_is_the_flat_graph(name):
     entry = zoo.ENTRIES[name]
     lora = lorafx.compile(entry.build().train(), {"target_modules": entry.targets, "init_lora_weights": False})
@@ -222,6 +225,7 @@ def test_outlined_models_compute_the_same_bits(name):
     assert all(map(torch.equal, losses[0][1], losses[1][1])) and len(losses[0][1]) == len(losses[1][1])
 
 
+@pytest.mark.slow
 def test_layers_that_are_sites_themselves_stay_inline():
     model = nn.Sequential(*(Conv1D(4, 4) for _ in range(3)))
     lora, x = adapted(model, target_modules=["0", "1", "2"]), torch.randn(5, 2, 4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from graphs import run
+from modules import cases
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,7 +126,20 @@ def kind(node):
     return None if mask is not None else bool(causal)
 
 
-@pytest.mark.parametrize("name", MASKS)
+QUICK = [
+    *(
+        "comparisons",
+        "the other way round",
+        "lowest numbers",
+        "zeros to be added",
+        "a window",
+        "written to after it was made",
+    ),
+    *("data", "a window that a fraction says", "a window that a table says", "integers that are added"),
+]
+
+
+@pytest.mark.parametrize("name", cases(MASKS, quick=QUICK))
 def test_a_mask_is_what_it_computes(name):
     mask, expected = MASKS[name]
     model, x = Attending(mask), torch.randn(2, 7, 4)
@@ -184,8 +198,10 @@ class Layer(nn.Module):
         return x + F.scaled_dot_product_attention(heads, heads, self.value(heads), attn_mask=mask[None]).squeeze(1)
 
 
-@pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("kinds", [("causal", "all", "window", "causal"), ("all",) * 2], ids="-".join)
+@pytest.mark.parametrize("once", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "kinds", [("causal", "all", "window", "causal"), pytest.param(("all",) * 2, marks=pytest.mark.slow)], ids="-".join
+)
 def test_layers_of_several_kinds_of_masks_get_a_block_each(kinds, once):
     model, x = Layered(kinds), torch.randn(2, 7, 4)
     gm = lorafx.capture.export.trace_part(model, "", (x,), {}, once=once)
@@ -205,14 +221,14 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def language_model(name):
+def language_model(name, **more):
     special = {
         "Gemma3ForCausalLM": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
         "MistralForCausalLM": {"sliding_window": 4},
         "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4},
         "BertForMaskedLM": {},
     }
-    options = {**SIZES, **HEADS, **special.get(name, {}), "pad_token_id": 0, "attn_implementation": "sdpa"}
+    options = {**SIZES, **HEADS, **special.get(name, {}), "pad_token_id": 0, "attn_implementation": "sdpa", **more}
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     return cls(cls.config_class(**options)).eval()
@@ -225,12 +241,10 @@ def adapted(model):
 
 @pytest.fixture(scope="module")
 def llama():
-    return adapted(language_model("LlamaForCausalLM"))
+    return adapted(language_model("LlamaForCausalLM", num_hidden_layers=1))
 
 
-MODELS = {
-    "LlamaForCausalLM": {True},
-    "MistralForCausalLM": {None},
+MODELS = {  # those of Llama are below
     "Gemma3ForCausalLM": {True, None},
     "GPT2LMHeadModel": {True},
     "BertForMaskedLM": {False},

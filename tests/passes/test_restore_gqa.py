@@ -71,6 +71,21 @@ def test_repeated_heads_are_shared(model, restored):
         torch.testing.assert_close(found, expected)
 
 
+class OneQuery(nn.Module):
+    """(…, 2) -> (…, 6, 2): one head asks all, of which each is there thrice."""
+
+    def forward(self, x):
+        heads = repeat(torch.stack([x, x.sin()], 1), 3)
+        return F.scaled_dot_product_attention(x[:, None], heads, heads)
+
+
+def test_heads_that_are_not_as_many_as_asked_for_stay_repeated():
+    model, x = OneQuery(), torch.randn(2, 5, 2)
+    gm = trace(model, x)
+    Pipeline(Canonicalize(), RestoreGqa()).run(gm)
+    torch.testing.assert_close(gm(x), model(x))
+
+
 class Stretched(nn.Module):
     """(2, length, 4) -> the same, each key and value three times over, of one sequence."""
 

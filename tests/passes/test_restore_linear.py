@@ -55,17 +55,32 @@ def test_what_was_spelt_out_is_adapted(spelling):
     torch.testing.assert_close(lora(x), before)
 
 
-def test_what_is_no_transposed_matrix_stays():
-    class Other(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Parameter(torch.randn(5, 5))
-            self.b = nn.Parameter(torch.randn(2, 5, 3))
+class Other(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5, 5))
+        self.b = nn.Parameter(torch.randn(2, 5, 3))
+        self.c = nn.Parameter(torch.randn(2, 3, 5))
 
-        def forward(self, x):
-            return (x @ self.a.transpose(0, 0)) @ self.b.transpose(0, 2)[0] @ (x.t() @ x)[:2]
 
-    model, x = Other(), torch.randn(4, 5)
+class WrongAxes(Other):
+    def forward(self, x):
+        return (x @ self.a.transpose(0, 0)) @ self.b.transpose(0, 2)[0] @ (x.t() @ x)[:2]
+
+
+class SeveralMatrices(Other):
+    def forward(self, x):
+        return x @ self.c.transpose(1, 2) + x @ self.c.mT
+
+
+class NoBias(Other):
+    def forward(self, x):
+        return torch.addmm(x, x, self.a.t())
+
+
+@pytest.mark.parametrize("form", [WrongAxes, SeveralMatrices, NoBias])
+def test_what_is_no_transposed_matrix_stays(form):
+    model, x = form(), torch.randn(4, 5)
     gm = lorafx.trace(model, x)
     before = [n.target for n in gm.graph.nodes]
     assert RestoreLinear().rewrite(gm, None) == 0 and [n.target for n in gm.graph.nodes] == before

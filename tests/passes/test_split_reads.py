@@ -64,6 +64,7 @@ def test_before_and_after():
     ]
 
 
+@pytest.mark.slow
 def test_what_is_cut_otherwise_is_left():
     class Columns(nn.Module):
         def __init__(self):
@@ -84,7 +85,7 @@ def test_what_is_cut_otherwise_is_left():
         lora(torch.randn(4, 6))
 
 
-@pytest.mark.parametrize("cut", ["chunk", "split in sizes"])
+@pytest.mark.parametrize("cut", ["chunk", pytest.param("split in sizes", marks=pytest.mark.slow)])
 def test_a_weight_read_in_parts_is_adapted_in_parts(cut):
     torch.manual_seed(0)
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["layer"], "init_lora_weights": False}
@@ -125,7 +126,7 @@ def inputs() -> list[Tensor]:
         pytest.param(2, False, "graph", marks=pytest.mark.slow),
         pytest.param(3, True, "graph", marks=pytest.mark.slow),
         pytest.param(1, False, "sites", marks=pytest.mark.slow),
-        (2, True, "sites"),
+        pytest.param(2, True, "sites", marks=pytest.mark.slow),
         pytest.param(3, True, "sites", marks=pytest.mark.slow),
     ],
 )

@@ -11,31 +11,31 @@ from typing import Any
 import peft
 import pytest
 import torch
-import zoo
 from both import both
 from torch import Tensor
 from zoo.causal import ATTENTION, EXPERTS, GATED, SLIDING, UNGROUPED, causal
+from zoo.encoders import T5, translator
 from zoo.entry import pretrained, sequences
 
 import lorafx
 
-TOKENS, MOST_CAPTURES = 40, 4
+TOKENS, MOST_CAPTURES = 24, 4
 LONG = {"max_position_embeddings": 256}
 MODELS = {
     "llama": causal("Llama", ATTENTION + GATED, **LONG),
     # The window is longer than the prompt: it fills up while decoding.
     "gemma3": causal("Gemma3", ATTENTION + GATED, **LONG | SLIDING | {"sliding_window": 16}),
     "gpt2": pretrained("GPT2LMHeadModel", sequences, ["c_attn", "c_proj", "c_fc"], UNGROUPED | LONG | {"n_inner": 80}),
-    "t5": zoo.ENTRIES["T5ForConditionalGeneration"],
-    "mixtral": causal("Mixtral", [*ATTENTION, "lm_head"], **LONG, **EXPERTS, num_local_experts=4),
+    "t5": translator("T5", ["q", "k", "v", "o", "wi", "wo"], **T5 | {"num_layers": 1}),
+    "mixtral": causal("Mixtral", [*ATTENTION, "lm_head"], **LONG, **EXPERTS, num_local_experts=4, num_hidden_layers=1),
 }
 # Each way of a plain decoder, and of each other model what it does otherwise: windows, positions, encoders, experts.
 CASES = [
-    *(("llama", way) for way in ("greedy", "sampling", "beam search", "left-padded", "static cache")),
+    *(("llama", way) for way in ("greedy", "beam search", "left-padded", "static cache")),
     *(("gemma3", way) for way in ("greedy", "static cache")),
-    *(("gpt2", way) for way in ("greedy", "left-padded")),
+    *(("gpt2", way) for way in ("greedy",)),
     *(("t5", way) for way in ("sampling", "beam search")),
-    *(("mixtral", way) for way in ("greedy", "beam search")),
+    *(("mixtral", way) for way in ("greedy",)),
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

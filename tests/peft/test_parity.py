@@ -30,7 +30,6 @@ NUMERIC = [
     "llama tied, saved head",
     "llama tied, saved embeddings",
     "llama dropout",
-    "llama gaussian",
     "llama bf16",
     "llama autocast",
     "llama attention bias",

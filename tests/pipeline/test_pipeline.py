@@ -90,6 +90,30 @@ def test_a_wrong_order_names_both_passes_and_one_that_works():
     assert "canonicalize, match_targets, insert_adapters" in str(caught.value)
 
 
+def test_a_pass_cannot_establish_what_it_requires_itself():
+    @dataclass(frozen=True)
+    class Circular(Pass):
+        requires = frozenset({"roundness"})
+        establishes = frozenset({"roundness"})
+
+    with pytest.raises(PipelineError, match="circular requires `roundness`, which circular establishes only later"):
+        Pipeline(Circular()).check()
+
+
+def test_a_pass_that_says_it_did_nothing_is_not_believed():
+    @dataclass(frozen=True)
+    class Silent(Pass):
+        def rewrite(self, gm, context):
+            for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+                node.target = torch.ops.aten.tanh.default
+            return 0
+
+    model, x = Chain(), torch.randn(5, 4)
+    gm = lorafx.trace(model, x)
+    Pipeline(Silent()).run(gm)
+    assert torch.equal(gm(x), model.second(torch.tanh(model.first(x))))
+
+
 def test_a_missing_pass_is_named_by_its_fact():
     with pytest.raises(PipelineError, match="insert_adapters requires `sites`, which no pass"):
         Pipeline(Canonicalize(), InsertAdapters()).check()

@@ -62,7 +62,7 @@ def both_known():
     del kinds.KINDS["BOTH"]
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
+@pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
 @pytest.mark.parametrize("order", [["both"], ["lora", "both"], ["both", "ia3"], ["ia3", "both", "lora"]])
 def test_a_kind_on_both_sides_is_taken_away_whole(order, capture):
     model, x = nn.Sequential(nn.Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.float64)
@@ -101,6 +101,7 @@ class Turned(nn.Module):
         return self.conv(torch.tanh(self.linear(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one site")
 @pytest.mark.parametrize(
     ("model", "targets", "width"), [(Attention, ["att"], 8), (Turned, ["linear"], 5), (Turned, ["conv"], 5)]
@@ -134,6 +135,16 @@ def test_a_gain_on_a_weight_of_modules_with_biases_of_their_own_is_not_merged():
     lora = lorafx.compile(model, Ia3Config(target_modules=["0"]))
     with pytest.raises(MergeError, match="0 shares its weight with 1, which has a bias of its own"):
         lora.merge_adapter()
+
+
+def test_a_gain_on_a_module_that_another_is_like_in_all_is_merged():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double(), torch.randn(3, 6, dtype=torch.float64)
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    lora = lorafx.compile(model, Ia3Config(target_modules=["0"]))
+    randomize(lora, "default")
+    before = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), before, **CLOSE)
 
 
 def test_disabling_for_a_while_puts_merged_adapters_back_in_their_order():

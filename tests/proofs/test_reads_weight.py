@@ -79,6 +79,7 @@ def formula(lora, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is stored as int8 by rows")
 @pytest.mark.parametrize("linear", [nn.Linear, Int8Linear])
 def test_it_is_used_like_one_that_does_not(linear, tmp_path):
@@ -102,3 +103,5 @@ def test_another_adapter_inside_of_it_is_refused():
     lora.set_adapter(["lora", "magnitude"])
     with pytest.raises(ConfigError, match="'magnitude' needs the weight, and lora inside of it changes"):
         lora(torch.randn(2, 5))
+    lora.merge_adapter(["lora"])  # now the weight is what it is given
+    assert lora(torch.randn(2, 5)).shape == (2, 7)

@@ -40,7 +40,7 @@ def examples(count):
 
 
 @pytest.mark.slow
-@examples(12)
+@examples(8)
 @given(testing.adapted(adapters=2))
 def test_merged_and_unloaded_equal_unmerged(case):
     """The unloaded base runs its own Python without any graph: a reference for every kind of site, own copy and tie."""
@@ -52,7 +52,7 @@ def test_merged_and_unloaded_equal_unmerged(case):
 
 
 @pytest.mark.slow
-@examples(8)
+@examples(6)
 @given(testing.adapted(testing.models(dtypes=[torch.float64]), adapters=2), st.integers(1, 99))
 def test_one_graph_serves_other_sizes(case, seed):
     """With two captures at most (one for unmerged calls, one for merged ones), whatever the sizes."""
@@ -66,7 +66,7 @@ def test_one_graph_serves_other_sizes(case, seed):
 
 
 @pytest.mark.slow
-@examples(10)
+@examples(7)
 @given(testing.adapted(mergeable=False, adapters=2))
 def test_zero_B_changes_no_bit_of_the_output(case):
     """In eval mode, with gradients; in groups and with own copies of biases and modules too."""
@@ -311,7 +311,7 @@ PASSES = st.one_of(
 )
 
 
-@examples(100)
+@examples(50)
 @given(st.lists(PASSES, max_size=5))
 def test_pipelines_print_and_parse_to_themselves(passes):
     pipeline = Pipeline(*passes)
@@ -320,7 +320,7 @@ def test_pipelines_print_and_parse_to_themselves(passes):
 
 
 @pytest.mark.slow
-@examples(8)
+@examples(6)
 @given(testing.adapted(adapters=3, replaces=False), st.randoms())
 def test_merging_all_adapters_reverses_their_insertion(case, random):
     """The graph before insertion and after merging is the same text up to node numbering, in any order of adapters."""

@@ -69,6 +69,14 @@ def test_what_is_taken_out_leaves_no_empty_module():
     assert own_children(model.layers[1].up) == [model.layers[1].up.lora_A], "one of the model's own by the same name"
 
 
+def test_a_module_that_holds_another_adapters_buffer_stays():
+    model, (first, second) = Stack(depth=2), (f"layers.1.up.adapter_scaling.{name}" for name in ("default", "other"))
+    for path in (first, second):
+        attach(model, path, torch.ones(()))
+    detach(model, [first])
+    assert find_tensor(model, first) is None and find_tensor(model, second) is not None
+
+
 def test_an_empty_module_of_the_models_own_stays():
     model = Stack(depth=2)
     model.layers[1].up.lora_A = nn.Module()

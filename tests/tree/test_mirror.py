@@ -4,7 +4,7 @@ import torch
 from modules import Layer
 from torch import nn
 
-from lorafx.tree.attached import attach
+from lorafx.tree.attached import attach, own_children
 from lorafx.tree.mirror import isolated, mirror, mirrored, without_hooks
 
 
@@ -59,7 +59,10 @@ def test_what_is_held_elsewhere_is_the_mirrors():
 def test_what_was_attached_is_left_behind():
     model = Holder()
     attach(model, "layer.up.lora_A.default.weight", nn.Parameter(torch.ones(2, 4)))
-    assert {name for name, _ in mirrored(model).named_modules()} == {name for name, _ in Holder().named_modules()}
+    copy = mirrored(model)
+    assert {name for name, _ in copy.named_modules()} == {name for name, _ in Holder().named_modules()}
+    copy.layer.up.lora_A = nn.Module()
+    assert own_children(copy.layer.up) == [copy.layer.up.lora_A], "one of its own, by the name of what was left behind"
 
 
 def test_hooks_come_along_and_are_its_own():
