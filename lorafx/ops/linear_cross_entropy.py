@@ -117,10 +117,10 @@ def linear_cross_entropy(
 
     x is (…, in), `weight` W (out, in), `bias` b (out,), `hidden` (…, r) and `lora_B` B (out, r) the head's LoRA update
     or None; these of one floating dtype, on any one device. `labels` are class numbers (…) of int64 or uint8; rows that
-    have `ignore_index` do not count. `reduction` is ATen's number, 1 for the mean and 2 for the sum; `label_smoothing` is
-    torch's. Without `softcap` it is the cross entropy of scale · logits. Products are in the dtype of x, or autocast's;
-    the rest, and the result, in float32 (float64 for float64). The method: chunked losses of Liger-Kernel, Hsu et al.,
-    2024, arXiv 2410.10989.
+    have `ignore_index` do not count. `reduction` is ATen's number, 1 for the mean and 2 for the sum; `label_smoothing`
+    is torch's. Without `softcap` it is the cross entropy of scale · logits. Products are in the dtype of x, or
+    autocast's; the rest, and the result, in float32 (float64 for float64). The method: chunked losses of Liger-Kernel,
+    Hsu et al., 2024, arXiv 2410.10989.
 
     Raises ValueError for a number of labels that is not that of rows, RuntimeError for a second derivative, and for a
     label that is no class IndexError on a CPU; on a GPU, as torch does, a device-side assertion at the next
