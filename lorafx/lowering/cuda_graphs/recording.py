@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ...graph.modules import PLAIN
 from ...ops.calls import without_derivative
 from ...ops.modes import autocast_dtype
 from ...torch_private.graphs import C_FUNCTIONS
-from ...torch_private.tensors import is_batched_gradient, version_of
+from ...torch_private.tensors import fast_version_of, is_batched_gradient
 from .device import Cuda
 from .outputs import Outputs
 from .pool import Ticket
@@ -93,6 +92,7 @@ class Recording:
         self.device, self._run, self._model, self._writes = device, run, model, written
         self._written = written = in_place(written, leaves)
         self._autocast = autocast_dtype(device.device.type)
+        self._has_versions = not any(map(Tensor.is_inference, model.parameters()))  # those of inference mode have none
         tensors = model.read()
         self._state = state_of(tensors)
         self._places = {n: _place(leaves[n]) for n in written}
@@ -171,7 +171,7 @@ class Recording:
 
     def versions(self) -> list[int]:
         """How often each parameter was written to: what backward reads is as it was where these are the same."""
-        return list(map(version_of, filterfalse(Tensor.is_inference, self._model.parameters())))
+        return list(map(fast_version_of, self._model.parameters())) if self._has_versions else []
 
     def _recomputed(self, ticket: Ticket, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The same without a recording, for gradients of other outputs than those it was recorded for."""
