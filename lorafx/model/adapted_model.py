@@ -90,6 +90,13 @@ class AdaptedModel(Trainable, Merges, Saving):
         refresh(program.gm, self)
         return program.gm
 
+    def get_compiled_call(self, compile_config: Any = None) -> Any:
+        """What `generate` is to call with a static cache, which transformers would compile: this model, as it is.
+
+        Its graphs are compiled already, as `compile` was told to. torch would compile lorafx's own Python with them.
+        """
+        return self.__call__
+
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ROWS in kwargs and ROWS not in inspect.signature(type(self._lorafx.base).forward).parameters:
             raise AdapterError(

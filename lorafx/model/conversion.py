@@ -14,6 +14,7 @@ from ..errors import AdapterError, ConfigError, SelectionError
 from ..ops.float8 import MULTIPLE
 from .adapted_model import AdaptedModel
 
+_KEPT_WIDE = "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"  # transformers' names of layers, on its models
 Places = list[tuple[nn.Module, str]]  # the modules that a layer hangs below, and what each calls it
 
 
@@ -30,8 +31,8 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
         modules: which layers, as in `target_modules`: endings of names, or a regex for whole names. None means all but
             the output head.
 
-    A layer stays as it is if it is of a class other than nn.Linear, if a size of its weight is no multiple of 16, or if
-    other modules share the weight.
+    A layer stays as it is if it is of a class other than nn.Linear, if a size of its weight is no multiple of 16, if
+    other modules share the weight, or if transformers keeps the model's layers of its name in float32 (T5's `wo`).
 
     Raises:
         ConfigError: a weight that is trainable. SelectionError: there is no such layer. AdapterError: the model is
@@ -57,6 +58,7 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Linear]:
     """The layers to convert by name, each once."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    kept = {each for names in _KEPT_WIDE for each in getattr(model, names, None) or ()}
     owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
     return {
         name: module
@@ -64,6 +66,7 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
         if type(module) is nn.Linear
         and (module is not head if modules is None else is_named(modules, name))
         and owners[id(module.weight)] == 1
+        and kept.isdisjoint(name.split("."))
         and not any(size % MULTIPLE for size in module.weight.shape)
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,3 +28,22 @@ def is_plain(tensor: object) -> bool:
 def rows(tensor: Tensor) -> Tensor:
     """A tensor as a matrix with the same last dimension."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def without_derivative(gradient: Tensor, why: str) -> Tensor:
+    """The gradient, whose derivative is a RuntimeError that says `why`.
+
+    autograd's own `once_differentiable` lets the derivative of a loss's gradient count as zero.
+    """
+    return _Last.apply(gradient, torch.empty(0, requires_grad=True), why)
+
+
+class _Last(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor, why: str) -> Tensor:
+        ctx.why = why
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise RuntimeError(ctx.why)

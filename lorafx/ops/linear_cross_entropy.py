@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .calls import by_reference, needs_backward, rows
+from .calls import by_reference, needs_backward, rows, without_derivative
 from .cpu import add_over_rows, linear, matmul, wide_where_slow
 from .cuda import cross_entropy_in_place, has_cross_entropy_for
 from .dtypes import at_least_float32
@@ -92,22 +92,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needed = zip(ctx.needs_input_grad[4:], gradients)
         found = [gradient * factor if needs else None for needs, gradient in needed]
         if torch.is_grad_enabled():
-            found = [g if g is None else _Last.apply(g, torch.empty(0, requires_grad=True)) for g in found]
+            found = [g if g is None else without_derivative(g, _ONCE) for g in found]
         return None, None, None, None, *found
 
 
-class _Last(torch.autograd.Function):
-    """Refuses the derivative of a gradient; autograd's own `once_differentiable` lets that of a loss count as zero."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise RuntimeError(
-            "linear_cross_entropy has no second derivative; leave `fuse_loss` out of the pipeline to take one"
-        )
+_ONCE = "linear_cross_entropy has no second derivative; leave `fuse_loss` out of the pipeline to take one"
 
 
 def linear_cross_entropy(
@@ -127,11 +116,11 @@ def linear_cross_entropy(
     """The cross entropy of softcap · tanh(scale · logits / softcap), logits = x Wᵀ + b + scaling · hidden Bᵀ, a scalar.
 
     x is (…, in), `weight` W (out, in), `bias` b (out,), `hidden` (…, r) and `lora_B` B (out, r) the head's LoRA update
-    or None; these of one floating dtype, on any one device. `labels` are class numbers (…) of int64; rows that have
-    `ignore_index` do not count. `reduction` is ATen's number, 1 for the mean and 2 for the sum; `label_smoothing` is
-    torch's. Without `softcap` it is the cross entropy of scale · logits. Products are in the dtype of x, or autocast's;
-    the rest, and the result, in float32 (float64 for float64). The method: chunked losses of Liger-Kernel, Hsu et al.,
-    2024, arXiv 2410.10989.
+    or None; these of one floating dtype, on any one device. `labels` are class numbers (…) of int64 or uint8; rows that
+    have `ignore_index` do not count. `reduction` is ATen's number, 1 for the mean and 2 for the sum; `label_smoothing`
+    is torch's. Without `softcap` it is the cross entropy of scale · logits. Products are in the dtype of x, or
+    autocast's; the rest, and the result, in float32 (float64 for float64). The method: chunked losses of Liger-Kernel,
+    Hsu et al., 2024, arXiv 2410.10989.
 
     Raises ValueError for a number of labels that is not that of rows, RuntimeError for a second derivative, and for a
     label that is no class IndexError on a CPU; on a GPU, as torch does, a device-side assertion at the next
@@ -140,6 +129,7 @@ def linear_cross_entropy(
     options = ignore_index, label_smoothing, softcap, scale
     if by_reference():
         return reference(x, weight, bias, hidden, lora_B, scaling, labels, reduction, *options)
+    labels = labels.long() if labels.dtype == torch.uint8 else labels  # which torch's loss takes, too
     given = [_as_multiplied(tensor) for tensor in (x, weight, bias, hidden, lora_B)]
     needs = [needs_backward(tensor) for tensor in given]
     return _LinearCrossEntropy.apply(labels, reduction, scaling, (*options, needs), *given)

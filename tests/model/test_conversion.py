@@ -49,6 +49,13 @@ def test_layers_by_their_names():
     assert converted(lorafx.to_float8(frozen_llama(vocab_size=96), "lm_head")) == ["lm_head"]
 
 
+def test_layers_that_transformers_keeps_in_float32_stay():
+    """T5 casts what it gives `wo` to the dtype of its weight."""
+    model = lorafx.to_float8(models.t5().requires_grad_(False))
+    assert converted(model) and not any(name.endswith("wo") for name in converted(model))
+    assert model(**models.call(model)).logits.isfinite().all()
+
+
 def test_other_sizes_classes_and_shared_weights_stay():
     class Own(nn.Linear):
         pass

@@ -145,6 +145,15 @@ def test_transforms_go_by_the_reference(small_chunks):
     assert torch.allclose(many, value.expand(2), rtol=1e-12)
 
 
+def test_labels_of_a_byte(chunks):
+    """torch's loss takes them. A byte that -100 wraps to is a class, and no row to ignore."""
+    x, weight = torch.randn(3, 4), torch.randn(200, 4)
+    labels = torch.tensor([5, 156, 199])
+    wanted = F.cross_entropy(F.linear(x, weight), labels)
+    found = fused(x, weight, None, None, None, 1.0, labels.to(torch.uint8))
+    assert (found - wanted).abs() <= 8 * torch.finfo(torch.float32).eps * wanted
+
+
 def test_as_many_labels_as_rows(small_chunks):
     *arguments, labels = given()
     with pytest.raises(ValueError, match="14 labels for 15 rows"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import models
 import peft
 import pytest
 import torch
@@ -95,3 +96,11 @@ def test_the_adapter_has_a_say(pairs: Callable[[str], Pair], pair: str) -> None:
         without = written(ours, "sampling")
         assert torch.equal(without, written(theirs, "sampling"))
     assert not torch.equal(without, written(ours, "sampling"))
+
+
+def test_transformers_compiles_no_call():
+    """With a static cache `generate` would, on a GPU: what is compiled is compiled by lorafx."""
+    from transformers import CompileConfig
+
+    lora = lorafx.compile(models.llama(), {"r": 2, "target_modules": ["q_proj"]}).eval()
+    assert lora.get_compiled_call(CompileConfig()) == lora.__call__

@@ -13,6 +13,7 @@ class Ticket:
     """A call that was replayed and whose backward may come."""
 
     random: Tensor  # the state of the random numbers before the call
+    versions: list[int]  # of the model's parameters in the call
     done: bool = False
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ...graph.modules import PLAIN
+from ...ops.calls import without_derivative
 from ...ops.modes import autocast_dtype
 from ...torch_private.graphs import C_FUNCTIONS
+from ...torch_private.tensors import fast_version_of, is_batched_gradient
 from .device import Cuda
 from .outputs import Outputs
 from .pool import Ticket
@@ -31,31 +33,51 @@ class ModelTensors:
     """The tensors that a graph may read from its module tree, as they are at a call."""
 
     def __init__(self, gm: GraphModule):
-        owners: list[dict[str, Any]] = [
-            owned  # type: ignore[misc]
-            for module in gm.modules()
-            for owned in (module._parameters, module._buffers)
-            if owned
-        ]
-        self._owners = list({id(owned): owned for owned in owners}.values())
-        self._root, self._plain = vars(gm), gm.meta.get(PLAIN, [])
+        modules = list(gm.modules())
+        self._parameters = _each_once([module._parameters for module in modules])
+        self._buffers = _each_once([module._buffers for module in modules])
+        self._owners = self._parameters + self._buffers
+        attributes = [(vars(module), name) for module in modules for name, value in vars(module).items() if _is(value)]
+        self._plain = [*attributes, *((vars(gm), name) for name in gm.meta.get(PLAIN, []))]
 
     def read(self) -> list[Tensor]:
-        """Each tensor, in the same order each time."""
+        """Each tensor, in the same order each time: parameters, then buffers and plain attributes."""
         owned = [tensor for owned in self._owners for tensor in owned.values() if tensor is not None]
-        return [*owned, *(self._root[name] for name in self._plain)]
+        return [*owned, *(value for owner, name in self._plain if _is(value := owner.get(name)))]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters among them."""
+        return [parameter for owned in self._parameters for parameter in owned.values() if parameter is not None]
+
+    @contextmanager
+    def kept(self, others: list[Tensor]) -> Iterator[None]:
+        """With buffers, and `others`, as they are now, whatever is written to them meanwhile."""
+        tensors = [*others, *(buffer for owned in self._buffers for buffer in owned.values() if buffer is not None)]
+        before = [tensor.detach().clone() for tensor in tensors]
+        yield
+        for tensor, values in zip(tensors, before):
+            tensor.data.copy_(values)
 
     @contextmanager
     def replaced(self, others: dict[int, nn.Parameter]) -> Iterator[None]:
         """With other parameters in the place of those whose ids are given."""
-        before = [(owned, dict(owned)) for owned in self._owners]
+        named = [(owned, name, tensor) for owned in self._owners for name, tensor in owned.items()]
+        before = [each for each in named if id(each[2]) in others]
         try:
-            for owned in self._owners:
-                owned.update({name: others[id(t)] for name, t in owned.items() if id(t) in others})
+            for owned, name, tensor in before:
+                owned[name] = others[id(tensor)]
             yield
         finally:
-            for owned, tensors in before:
-                owned.update(tensors)
+            for owned, name, tensor in before:
+                owned[name] = tensor
+
+
+def _each_once(owners: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({id(owned): owned for owned in owners if owned}.values())
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def state_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[bool]]:
@@ -67,8 +89,10 @@ class Recording:
     """Forward of a call, recorded when this is made, and its backward, recorded when it is first asked for."""
 
     def __init__(self, device: Cuda, run: Run, model: ModelTensors, leaves: list[Any], written: set[int]):
-        self.device, self._run, self._model, self._written = device, run, model, written
+        self.device, self._run, self._model, self._writes = device, run, model, written
+        self._written = written = in_place(written, leaves)
         self._autocast = autocast_dtype(device.device.type)
+        self._has_versions = not any(map(Tensor.is_inference, model.parameters()))  # those of inference mode have none
         tensors = model.read()
         self._state = state_of(tensors)
         self._places = {n: _place(leaves[n]) for n in written}
@@ -76,7 +100,9 @@ class Recording:
         self._aliases = {id(t): nn.Parameter(t.detach()) for t in tensors if t.requires_grad}
         self._leaves = [leaf if n in written else _buffer(leaf) for n, leaf in enumerate(leaves)]
         stand_ins = [*self._leaves, *(self._aliases.get(id(t), t) for t in tensors)]
-        self._wanted = [n for n, t in enumerate(stand_ins) if isinstance(t, Tensor) and t.requires_grad]
+        # A tied parameter's gradient is wanted once: autograd would give the whole for each of its places.
+        wanted = {id(t): n for n, t in enumerate(stand_ins) if isinstance(t, Tensor) and t.requires_grad}
+        self._wanted = list(wanted.values())
         self._inputs = [stand_ins[n] for n in self._wanted]
         found, self._launch = device.record(self._forward)
         self._outputs = Outputs(found, {id(t): n for n, t in enumerate(stand_ins) if isinstance(t, Tensor)})
@@ -86,9 +112,10 @@ class Recording:
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the model's tensors, and the arguments that are written to, are where they were."""
-        return all(_place(leaves[n]) == place for n, place in self._places.items()) and (
-            state_of(self._model.read()) == self._state
-        )
+        if self._writes and in_place(self._writes, leaves) != self._written:
+            return False
+        moved = any(_place(leaves[n]) != place for n, place in self._places.items())
+        return not moved and state_of(self._model.read()) == self._state
 
     def replay(self, leaves: list[Any]) -> list[Any]:
         """The leaves of the output of a call that fits."""
@@ -123,6 +150,14 @@ class Recording:
                 "backward a second time through a call that was replayed from a CUDA graph, which keeps nothing after "
                 "the first; leave `mode` out to do that"
             )
+        if ticket.versions != self.versions():
+            raise RuntimeError(
+                "backward through a call that was replayed from a CUDA graph, and parameters were written to since, as "
+                "an optimizer or merging does; call backward before that"
+            )
+        if any(gradient is not None and is_batched_gradient(gradient) for gradient in given):
+            ticket.done = True
+            return self._recomputed(ticket, given)
         wanted = [n for n, gradient in enumerate(given) if gradient is not None]
         if self._backward is None and not self.failed:
             try:
@@ -134,14 +169,19 @@ class Recording:
             return self._recomputed(ticket, given)
         return self._backward.run(given)
 
+    def versions(self) -> list[int]:
+        """How often each parameter was written to: what backward reads is as it was where these are the same."""
+        return list(map(fast_version_of, self._model.parameters())) if self._has_versions else []
+
     def _recomputed(self, ticket: Ticket, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The same without a recording, for gradients of other outputs than those it was recorded for."""
         autocast = torch.autocast(self.device.device.type, dtype=self._autocast, enabled=self._autocast is not None)
-        with self.device.with_random_state(ticket.random), torch.enable_grad(), autocast:
-            found = Outputs(self._forward(), {id(t): 0 for t in (*self._leaves, *self._aliases.values())})
-        pairs = [(value, g) for value, g in zip(found.computed, given) if g is not None]
-        roots, gradients = zip(*pairs)
-        return list(torch.autograd.grad(roots, self._inputs, gradients, allow_unused=True))
+        with self._model.kept([self._leaves[n] for n in self._written]):  # the call has written to them already
+            with self.device.with_random_state(ticket.random), torch.enable_grad(), autocast:
+                found = Outputs(self._forward(), {id(t): 0 for t in (*self._leaves, *self._aliases.values())})
+            pairs = [(value, g) for value, g in zip(found.computed, given) if g is not None]
+            roots, gradients = zip(*pairs)
+            return list(torch.autograd.grad(roots, self._inputs, gradients, allow_unused=True))
 
 
 class Backward:
@@ -189,7 +229,7 @@ def _flat_gradients(
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, leaves: list[Any], *wanted: Tensor) -> tuple[Tensor, ...]:
-        ctx.recording, ctx.ticket = recording, Ticket(recording.device.random_state())
+        ctx.recording, ctx.ticket = recording, Ticket(recording.device.random_state(), recording.versions())
         recording.device.pool.take(ctx.ticket)
         recording._launch_with(leaves)
         ctx.set_materialize_grads(False)
@@ -199,10 +239,26 @@ class _Replay(torch.autograd.Function):
         return copies
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with ctx.recording.device.turn():
-            return None, None, *ctx.recording.gradients(ctx.ticket, gradients)
+        with ctx.recording.device.turn(), torch.no_grad():
+            found = ctx.recording.gradients(ctx.ticket, gradients)
+        if torch.is_grad_enabled():
+            found = [gradient if gradient is None else without_derivative(gradient, _ONCE) for gradient in found]
+        return None, None, *found
+
+
+_ONCE = "a call that was replayed from a CUDA graph has no second derivative; leave `mode` out to take one"
+
+
+def in_place(written: set[int], leaves: Sequence[Any]) -> set[int]:
+    """The numbers of arguments that are used where they are: the written ones, and those that share their memory."""
+    memory = {_memory(leaves[n]) for n in written}
+    shared = (n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _memory(leaf) in memory)
+    return written.union(shared) if written else written
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from .recording import ModelTensors, Recording, Run, why_not
 
 _MOST = 8  # recordings of one kind of call: each keeps its arguments' and outputs' memory
 _TRIES = 64  # sets of sizes that are watched for one that comes again
+_WORTH = 3  # replays for each recording that was made, for recording takes longer than a call
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Replayed:
         self._calls: dict[Any, Calls] = {}
         self._written, targets = written_inputs(gm), {node.target for node in gm.graph.nodes}
         self._recomputes = checkpoint_block in targets
-        self.replays = 0
+        self.replays = self.recordings = 0
         self.reason = "not recorded: layers' inputs wait in the host's memory" if offload_block in targets else ""
 
     def __str__(self) -> str:
@@ -85,9 +86,12 @@ class Replayed:
         found = calls.recording
         if found is not None and (found.failed or not found.fits(leaves)):
             self.reason, calls.recording, calls.ran = found.failed, None, False
+            if not self.reason and self.recordings >= _TRIES // 4 and self.replays < _WORTH * self.recordings:
+                self.reason = "not recorded: parameters, or arguments that are written to, keep being replaced"
         waits = torch.is_grad_enabled() and not calls.had_backward
         full = sum(each.recording is not None for each in self._calls.values()) >= _MOST
         if calls.recording is None and calls.ran and not (waits or full or self.reason):
+            self.recordings += 1
             try:
                 calls.recording = Recording(self._device, self._run, ModelTensors(self._gm), leaves, self._written)
             except Exception as error:

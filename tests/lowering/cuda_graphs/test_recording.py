@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from replays import DEVICE, assert_same, both, decoded, gradients, ids, launched, layers, loss_of, made, trained
+from replays import DEVICE, Tiny, assert_same, both, decoded, gradients, ids, launched, layers, loss_of, made, trained
+from torch import nn
 from transformers import StaticCache
+
+import lorafx
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -115,3 +118,119 @@ def test_under_autocast():
 
     assert_same(*(trained(each, losses) for each in (plain, graphs)))
     assert launched(graphs) == "4 replayed"
+
+
+class Normed(Tiny):
+    """With a batch norm, and a plain tensor below the root that scales the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(48), nn.Module()
+        self.inner.factor = torch.tensor(2.0, device=DEVICE)
+
+    def forward(self, input_ids, labels=None):
+        x = self.norm(self.embedding(input_ids).mT).mT
+        return super().forward(inputs_embeds=x * self.inner.factor, labels=labels)
+
+
+def test_statistics_are_written_once_a_call():
+    """Also where gradients of other outputs have the call computed again."""
+    plain, graphs = both(model=Normed)
+
+    def losses(lora, n):
+        output = lora(input_ids=ids(n), labels=ids(n))
+        return output["loss"] + output["logits"].square().mean() if n == 3 else output["loss"]
+
+    assert_same(*(trained(each, losses) for each in (plain, graphs)))
+    assert_same(*([buffer.float() for buffer in each.buffers()] for each in (plain, graphs)))
+    assert launched(graphs) == "4 replayed"
+
+
+def test_a_plain_attribute_is_read_as_it_is_now():
+    plain, graphs = both(model=Normed)
+
+    def losses(lora, n):
+        if n == 3:
+            lora.inner.factor = torch.tensor(5.0, device=DEVICE)
+        return loss_of(lora, n)
+
+    assert_same(*(trained(each, losses) for each in (plain, graphs)))
+
+
+def test_a_tied_parameter_has_its_gradient_once():
+    plain, graphs = both(model=Squares)
+    for lora in (plain, graphs):
+        lora.down_proj.lora_A.default.weight = lora.q_proj.lora_A.default.weight
+    assert_same(*(trained(each) for each in (plain, graphs)))
+    assert launched(graphs) == "4 replayed"
+
+
+class Squares(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.down_proj = nn.Linear(48, 48), nn.Linear(48, 48)
+
+
+def change_an_adapter(lora):
+    lora.q_proj.lora_A.default.weight.mul_(2)
+
+
+@pytest.mark.parametrize("write", [change_an_adapter, lorafx.AdaptedModel.merge_adapter])
+def test_backward_after_a_parameter_was_written_to_is_refused(write):
+    """Autograd refuses it, too: gradients would be those of other values than forward had."""
+    for lora in both():
+        for n in range(3):
+            loss = loss_of(lora, n)
+            if n == 2:
+                with torch.no_grad():
+                    write(lora)
+                with pytest.raises(RuntimeError, match=r"modified by an inplace|were written to since"):
+                    loss.backward()
+            else:
+                loss.backward()
+
+
+def test_a_second_derivative_is_refused():
+    """It would count as zero, and a penalty on gradients have no effect."""
+    _, graphs = both()
+    trained(graphs, steps=3)
+    found = torch.autograd.grad(loss_of(graphs, 3), trainable(graphs), create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in found)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss_of(graphs, 4) + penalty).backward()
+
+
+def test_several_gradients_at_once():
+    plain, graphs = both()
+    for n in range(3):
+        sums = [lora(input_ids=ids(n))["logits"].sum((0, 1)) for lora in (plain, graphs)]
+        each = torch.eye(90, device=DEVICE)
+        found = [
+            torch.autograd.grad(total, trainable(lora), each, is_grads_batched=True)
+            for total, lora in zip(sums, (plain, graphs))
+        ]
+        assert_same(*map(list, found))
+
+
+def trainable(lora) -> list[nn.Parameter]:
+    return [p for p in lora.parameters() if p.requires_grad]
+
+
+class Counting(Tiny):
+    """Counts its calls in a tensor that it is given, and reads the count from another."""
+
+    def forward(self, input_ids, count, total):
+        count.add_(1)
+        return super().forward(input_ids)["logits"] + total.sum()
+
+
+def test_an_argument_that_shares_memory_with_a_written_one():
+    plain, graphs = (lora.eval() for lora in both(model=Counting))
+    results = []
+    for lora in (plain, graphs):
+        memory = torch.zeros(6, device=DEVICE)
+        with torch.no_grad():
+            found = [lora(ids(n), memory[:4], memory[2:]) for n in range(4)]
+            results.append(found + [lora(ids(n), memory[:4], memory[2:].clone()) for n in range(4)])
+    assert_same(*results)
+    assert launched(graphs) == "6 replayed"

@@ -59,6 +59,20 @@ def test_sizes_that_keep_changing_are_not_recorded(monkeypatch):
     assert launched(graphs) == "not recorded: 3 calls had 3 different sizes"
 
 
+def test_parameters_that_keep_moving_are_not_recorded(monkeypatch):
+    """A recording would serve one call: each takes longer to make than it saves."""
+    monkeypatch.setattr("lorafx.lowering.cuda_graphs.replayed._TRIES", 8)
+    plain, graphs = both()
+
+    def losses(lora, n):
+        for parameter in lora.parameters():
+            parameter.data = parameter.data.clone()
+        return loss_of(lora, n)
+
+    assert_same(*(trained(each, losses, steps=8) for each in (plain, graphs)))
+    assert "keep being replaced" in launched(graphs)
+
+
 def test_sizes_that_come_again_have_recordings_each():
     plain, graphs = both()
     lengths = [5, 9, 5, 9, 7, 9, 5]
