@@ -1,7 +1,6 @@
 """Shared by all tests: quiet libraries, a fixed seed, a text form of graphs."""
 
 import gc
-import math
 import os
 import sys
 import weakref
@@ -88,22 +87,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "ROWS_ON_CPU", 4)
     monkeypatch.setattr(module, "_CHUNK", 22)
     monkeypatch.setattr(module, "_TILE_ON_CPU", 22)
-
-
-@pytest.fixture
-def merges(monkeypatch):
-    """For each time that an operator merges, the rows that it did it for."""
-    from lorafx.ops import merged_linears
-
-    seen = []
-    original = merged_linears.linears
-
-    def counted(x, *rest):
-        seen.append(math.prod(x.shape[:-1]))
-        return original(x, *rest)
-
-    monkeypatch.setattr(merged_linears, "linears", counted)
-    return seen
 
 
 @pytest.fixture
