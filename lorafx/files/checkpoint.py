@@ -22,7 +22,7 @@ from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
 from ..errors import CheckpointError, ConfigError
-from ..tree.lookup import tensor_at
+from ..tree.lookup import given_by, tensor_at
 from .folder import replace_folder
 from .hub import Source
 from .model_card import CARD, new_card
@@ -226,7 +226,7 @@ def _embedding_path(key: str, base: nn.Module) -> str | None:
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:
     """Paths of the parameters of input and output embeddings, for models that have transformers' getters for them."""
-    layers = [_got(base, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
+    layers = [given_by(base, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
     return tuple(
         f"{name}.{last}"
         for name, module in base.named_modules(remove_duplicate=False)
@@ -234,14 +234,6 @@ def embedding_weights(base: nn.Module) -> tuple[str, ...]:
         for last in module._parameters
         if module._parameters[last] is not None
     )
-
-
-def _got(base: nn.Module, getter: str) -> nn.Module | None:
-    """What one of transformers' getters gives; None for a model without it, or whose getter raises, as many do."""
-    try:
-        return getattr(base, getter)()
-    except Exception:
-        return None
 
 
 def _plain(tensor: Tensor) -> Tensor:

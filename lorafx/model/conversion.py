@@ -12,6 +12,7 @@ from ..adapters.selection import is_named
 from ..adapters.storages import Float8Linear
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..ops.float8 import MULTIPLE
+from ..tree.lookup import given_by
 from .adapted_model import AdaptedModel
 
 _KEPT_WIDE = "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"  # transformers' names of layers, on its models
@@ -57,7 +58,7 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
 
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Linear]:
     """The layers to convert by name, each once."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = given_by(model, "get_output_embeddings")
     kept = {each for names in _KEPT_WIDE for each in getattr(model, names, None) or ()}
     owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
     return {

@@ -24,6 +24,14 @@ def tensor_at(root: nn.Module, path: str) -> Tensor:
     return found
 
 
+def given_by(model: nn.Module, getter: str) -> nn.Module | None:
+    """What one of transformers' getters gives; None for a model without it, or whose getter raises, as many do."""
+    try:
+        return getattr(model, getter)()
+    except Exception:
+        return None
+
+
 def first_name(root: nn.Module, path: str) -> str:
     """The first path, in the tree's order, of the parameter at `path`, which may have several."""
     parameter = root.get_parameter(path)

@@ -12,6 +12,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapters.storages import Float8Linear
+from lorafx.adapters.storages.float8 import FLOAT8
 from lorafx.errors import AdapterError, ConfigError, SelectionError
 
 
@@ -123,3 +124,19 @@ def test_adapters_are_saved_and_loaded_as_those_of_a_dense_base(tmp_path):
     fresh = lorafx.to_float8(frozen_llama()).state_dict()
     for name, tensor in lora.unload().state_dict().items():
         assert torch.equal(tensor.float(), fresh[name].float())
+
+
+def test_what_saves_the_base_saves_a_dense_one(tmp_path):
+    """Of it a plain model is made, and another one in float8, both with the same weights."""
+    torch.manual_seed(0)
+    base = lorafx.to_float8(frozen_llama().bfloat16())
+    base.save_pretrained(tmp_path)
+    plain = type(base).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layers = [model.model.layers[0].self_attn.q_proj for model in (plain, base)]
+    dense = FLOAT8.dense(FLOAT8.stored(layers[1], "weight"))
+    assert type(layers[0]) is nn.Linear and torch.equal(layers[0].weight.float(), dense)
+    other = lorafx.to_float8(frozen_llama(seed=1).bfloat16())
+    other.load_state_dict(plain.state_dict())
+    assert isinstance(other.model.layers[0].self_attn.q_proj, Float8Linear)
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(other(input_ids=tokens).logits, base(input_ids=tokens).logits)

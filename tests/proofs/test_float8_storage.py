@@ -45,7 +45,7 @@ def test_a_weight_in_float8_is_used_like_a_dense_one(tmp_path):
 
 def test_merging_rounds_each_weight_once_and_is_undone_exactly():
     base, lora = (model := TwoLinears()), lorafx.compile(model, CONFIG)
-    before = {name: tensor.float().clone() for name, tensor in base.state_dict().items()}
+    before = {name: tensor.float().clone() for name, tensor in base.named_parameters()}
     update = lora.up.lora_B.default.weight.double() @ lora.up.lora_A.default.weight.double() / 2
     exact = FLOAT8.dense(FLOAT8.stored(base.up, "weight")).double() + update
     with pytest.warns(UserWarning, match=r"up\.weight is stored as float8: merging into it loses"):
@@ -55,7 +55,7 @@ def test_merging_rounds_each_weight_once_and_is_undone_exactly():
     assert ((merged - exact).abs() <= torch.maximum(exact.abs() / 16, smallest)).all()
     assert (update.abs() > 0.01).any()
     lora.unmerge_adapter()
-    for name, tensor in base.state_dict().items():
+    for name, tensor in base.named_parameters():
         assert torch.equal(tensor.float(), before[name])
 
 
@@ -76,7 +76,7 @@ def test_a_layer_says_what_it_keeps():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_casts_leave_weight_and_scale_as_they_are(dtype):
     layer = Float8Linear(nn.Linear(48, 32))
-    before = copy.deepcopy(layer.state_dict())
+    before = copy.deepcopy(dict(layer.named_parameters()))
     layer.to(dtype)
     assert layer.dtype == layer.bias.dtype == dtype
     for name in ("weight", "scale"):

@@ -26,7 +26,8 @@ class Float8Linear(nn.Module):
     """(…, in) -> (…, out): a linear layer with `weight` Q (out, in), `scale` s (out,) and `bias` (out,) or None.
 
     Weight and scale get no gradient, and stay what they are when a module is cast (`.to(dtype)`). `dtype` is that of
-    the layer it was made of; it computes in the dtype of x.
+    the layer it was made of; it computes in the dtype of x. Its `state_dict` is that of such a layer: a dense weight,
+    which loads into either, and here is stored as it was.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -53,6 +54,18 @@ class Float8Linear(nn.Module):
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return super()._apply(kept, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}scale"]
+        destination[f"{prefix}weight"] = _from_float8(self.weight, self.scale, self.dtype).detach()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        dense = state_dict.get(f"{prefix}weight")
+        if isinstance(dense, Tensor) and dense.shape == self.weight.shape:
+            weight, scale = packed(dense)
+            state_dict = {**state_dict, f"{prefix}weight": weight, f"{prefix}scale": scale}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Float8(Storage):
