@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from graphs import INSERT, Chain, adapted, context, run
+from modules import Stack
 
 from lorafx.passes import FreezeBase
 
@@ -38,6 +39,13 @@ def test_what_the_user_trains_besides_trains_on():
     assert lora.first.weight.requires_grad and lora.first.weight.grad.any()
     gm = run(lora, INSERT, x)
     assert FreezeBase().rewrite(gm, replace(context(lora), trained=frozenset({"first.weight"}))) == 0
+
+
+def test_what_the_user_trains_in_a_layer_trains_on():
+    lora, x = adapted(Stack(depth=2), target_modules=["up"]), torch.randn(5, 4)
+    lora.layers[0].down.weight.requires_grad_(True)
+    lora(x).sum().backward()
+    assert lora.layers[0].down.weight.requires_grad and lora.layers[0].down.weight.grad.any()
 
 
 def test_what_trains_is_the_same_after_adapters_were_disabled_for_a_while():
