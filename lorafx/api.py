@@ -17,9 +17,10 @@ from .adapters.kinds import config_of
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
-from .model.adapted_model import AdaptedModel, adapt, copy_into
+from .model.adapted_model import AdaptedModel, adapt
 from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
+from .tree.lookup import copy_into
 from .tree.mirror import mirrored
 
 Passes = Pipeline | Iterable[Pass] | str
@@ -52,8 +53,7 @@ def compile(
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
-        mode: of Inductor: "max-autotune", …; None for its default. "reduce-overhead" launches each kind of call on a
-            GPU as CUDA graphs, forward and backward, from the second call of the same sizes on; with "eager", too.
+        mode: of Inductor: "max-autotune", …; "reduce-overhead" launches calls on a GPU as CUDA graphs, eager ones, too.
         capture: "auto" captures each kind of call as one graph and, where that is impossible, runs the model's own
             Python with a graph for each site; "graph" makes this an error; "sites" always runs by sites.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.

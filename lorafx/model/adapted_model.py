@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, scaled, trainable_paths
-from ..adapters.config import AdapterConfig, is_number, require
-from ..adapters.kinds import SCALING, config_of
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from ..adapters.config import AdapterConfig, require
+from ..adapters.kinds import config_of
 from ..adapters.site import Selection
 from ..capture.caches import register_caches
 from ..errors import AdapterError, CaptureError
@@ -26,11 +25,12 @@ from ..graph.modules import refresh
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import set_trainable
-from ..tree.lookup import find_tensor, tensor_at
+from ..tree.lookup import copy_into, find_tensor
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
 from .merges import Merges
 from .report import Call, Explanation, Report
 from .saving import Saving
+from .scales import Scales
 from .state import State
 from .trainers import Trainable, name_self, require_same, with_model
 
@@ -61,7 +61,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class AdaptedModel(Trainable, Merges, Saving):
+class AdaptedModel(Trainable, Merges, Scales, Saving):
     """A base model with adapters, called exactly like the base model and an instance of its class.
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
@@ -287,45 +287,6 @@ class AdaptedModel(Trainable, Merges, Saving):
             state.active = rest or tuple(state.adapters)[:1]
         self._set_trainable()
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
-
-        The first call makes the scaling a tensor, for which graphs are rewritten; further ones capture, rewrite and
-        compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
-        `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
-        """
-        self._require_scalable(adapter_name)
-        value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
-        require(is_number(value), "scale", scale, "a finite number")
-        with torch.inference_mode(False), torch.no_grad():
-            self._lorafx.adapters[adapter_name] = scaled(self, self._adapter(adapter_name), value)  # type: ignore[arg-type]
-
-    def _require_scalable(self, name: str) -> None:
-        adapter = self._adapter(name)
-        if name in self._lorafx.ledger.names:
-            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
-        if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
-            raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
-
-    @contextlib.contextmanager
-    def rescale(self, multiplier: float) -> Iterator[None]:
-        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
-        active = list(self._lorafx.active)
-        for name in active:
-            self._require_scalable(name)
-        for name in active:
-            if not self._adapter(name).scales:
-                self.set_scale(name, 1.0)
-        paths = [path for name in active for path in self._adapter(name).scales.values()]
-        before = {path: tensor_at(self, path).clone() for path in paths}
-        with torch.inference_mode(False), torch.no_grad():
-            for path in paths:
-                tensor_at(self, path).mul_(multiplier)
-        try:
-            yield
-        finally:
-            copy_into(self, before)
-
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile."""
@@ -374,13 +335,6 @@ def _parts(adapter: Adapter) -> Iterator[str]:
     owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
     yield from sorted(path for path in paths if path)
-
-
-def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write tensors into the tree, in place."""
-    with torch.inference_mode(False), torch.no_grad():
-        for path, value in values.items():
-            tensor_at(tree, path).copy_(value)
 
 
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:

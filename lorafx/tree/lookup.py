@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,3 +38,10 @@ def first_name(root: nn.Module, path: str) -> str:
     """The first path, in the tree's order, of the parameter at `path`, which may have several."""
     parameter = root.get_parameter(path)
     return next(name for name, other in root.named_parameters() if other is parameter)
+
+
+def copy_into(tree: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write tensors into the tree, in place."""
+    with torch.inference_mode(False), torch.no_grad():
+        for path, value in values.items():
+            tensor_at(tree, path).copy_(value)

@@ -186,8 +186,8 @@ def test_modes_are_inductors(monkeypatch):
     lora = deep(backend="inductor", mode="reduce-overhead")
     lora(torch.randn(2, 5, 4))
     for options in asked:
-        *patches, (name, own) = sorted(options["config_patches"].items(), key=lambda item: item[0] == POST_PASS)
-        assert patches == [("triton.cudagraphs", True)] and name == POST_PASS and isinstance(own, OurPasses)
+        ((name, own),) = options["config_patches"].items()  # CUDA graphs are lorafx's own
+        assert name == POST_PASS and isinstance(own, OurPasses)
     assert asked
     with pytest.raises(ConfigError, match=r"'fast' is none of .*max-autotune"):
         deep(backend="auto", mode="fast")

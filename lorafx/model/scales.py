@@ -1,0 +1,62 @@
+"""The scales of an adapted model's adapters: what they add to their layers, times a number that may change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, scaled
+from ..adapters.config import is_number, require
+from ..adapters.kinds import SCALING
+from ..errors import AdapterError
+from ..tree.lookup import copy_into, tensor_at
+from .state import State
+
+
+class Scales(nn.Module):
+    """The part of an adapted model that changes the scales of its adapters."""
+
+    _lorafx: State
+    _adapter: Callable[[str], Adapter]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
+
+        The first call makes the scaling a tensor, for which graphs are rewritten; further ones capture, rewrite and
+        compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
+        `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
+        """
+        self._require_scalable(adapter_name)
+        value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
+        require(is_number(value), "scale", scale, "a finite number")
+        with torch.inference_mode(False), torch.no_grad():
+            self._lorafx.adapters[adapter_name] = scaled(self, self._adapter(adapter_name), value)  # type: ignore[arg-type]
+
+    def _require_scalable(self, name: str) -> None:
+        adapter = self._adapter(name)
+        if name in self._lorafx.ledger.names:
+            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
+        if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
+            raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
+
+    @contextlib.contextmanager
+    def rescale(self, multiplier: float) -> Iterator[None]:
+        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
+        active = list(self._lorafx.active)
+        for name in active:
+            self._require_scalable(name)
+        for name in active:
+            if not self._adapter(name).scales:
+                self.set_scale(name, 1.0)
+        paths = [path for name in active for path in self._adapter(name).scales.values()]
+        before = {path: tensor_at(self, path).clone() for path in paths}
+        with torch.inference_mode(False), torch.no_grad():
+            for path in paths:
+                tensor_at(self, path).mul_(multiplier)
+        try:
+            yield
+        finally:
+            copy_into(self, before)
