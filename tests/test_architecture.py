@@ -42,6 +42,7 @@ INSIDE = {
 }
 
 
+@functools.cache
 def imports() -> nx.DiGraph:
     """Which file of lorafx imports which, by dotted name below `lorafx`, `if TYPE_CHECKING` aside."""
     graph = nx.DiGraph()
@@ -240,6 +241,7 @@ def test_a_wheel_has_every_package():
     assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["lorafx.passes"])
 
 
+@pytest.mark.slow
 def test_importing_lorafx_imports_no_test_or_demo_dependency():
     script = "import sys, lorafx; print(*{'peft', 'hypothesis', 'matplotlib', 'bitsandbytes'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -29,6 +29,7 @@ def test_before_and_after():
     assert after[-1].startswith("lora_linear = lorafx.lora_linear(relu, second_weight, second_bias, None, ")
 
 
+@pytest.mark.slow
 def test_sites_that_share_are_marked_once_and_only_once():
     gm = run(adapted(Fork()), (*FUSED, ShareInput(), MergeOnTheFly()), torch.randn(5, 4))
     assert [node.target for node in marked(gm)] == [several.default, one.default]
