@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 import weakref
 from pathlib import Path
@@ -17,9 +18,17 @@ logging.set_verbosity_error()
 # The symbolic shapes of every capture, while they live, and torch's caches of what it found out about them.
 SHAPES, CACHES = weakref.WeakSet(), [each for each in vars(ShapeEnv).values() if hasattr(each, "cache_clear")]
 
+SLOW_FILE = re.compile(r"^pytestmark = \[?pytest\.mark\.slow\b", re.MULTILINE)
+
 
 def pytest_addoption(parser):
     parser.addoption("--models-page", help="write what served each model of the zoo to this file")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """In the quick part, files that are slow as a whole are not even imported: what they import takes seconds."""
+    quick = config.option.markexpr == "not slow" and collection_path.match("test_*.py")
+    return True if quick and SLOW_FILE.search(collection_path.read_text()) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist puts groups into names

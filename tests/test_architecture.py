@@ -57,6 +57,7 @@ INSIDE = {
 }
 
 
+@functools.cache
 def imports() -> nx.DiGraph:
     """Which file of lorafx imports which, by dotted name below `lorafx`, `if TYPE_CHECKING` aside."""
     graph = nx.DiGraph()
@@ -257,13 +258,13 @@ def test_a_module_of_more_than_a_hundred_lines_has_a_test_of_its_name():
     assert missing == []
 
 
-@pytest.mark.slow
 def test_a_wheel_has_every_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [file.parent.relative_to(ROOT) for file in CORE.rglob("__init__.py") if file.parent.name != "passes"]
     assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["lorafx.passes"])
 
 
+@pytest.mark.slow
 def test_importing_lorafx_imports_no_test_or_demo_dependency_and_no_kernel():
     names = {"peft", "hypothesis", "matplotlib", "bitsandbytes", "lorafx.ops.cuda.cross_entropy_kernel"}
     script = f"import sys, lorafx; print(*{names} & set(sys.modules))"

@@ -112,6 +112,7 @@ def test_task_types_are_those_of_peft():
     assert config == lorafx.LoraConfig(task_type="CAUSAL_LM") == lorafx.LoraConfig.of(config.to_dict())
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_computes_and_learns_as_in_peft(saved):
     theirs = peft.PeftModel.from_pretrained(base_model(), saved, is_trainable=True)
     ours = lorafx.PeftModel.from_pretrained(base_model(), saved, is_trainable=True)
@@ -123,6 +124,7 @@ def test_a_loaded_adapter_computes_and_learns_as_in_peft(saved):
         assert_near(gradient, their_gradients[name])
 
 
+@pytest.mark.slow
 def test_a_new_adapter_is_what_peft_makes_of_the_same_config():
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM")  # PEFT's own targets for Llama
     ours = lorafx.get_peft_model(base_model(), config, mixed=True)
@@ -190,6 +192,7 @@ def test_from_pretrained_is_for_inference_unless_asked(saved):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_config_given_to_from_pretrained_is_used(saved):
     config = peft.LoraConfig(**SETTINGS | {"lora_alpha": 60})
     lora = lorafx.PeftModel.from_pretrained(base_model(), saved, config=config, low_cpu_mem_usage=True)
@@ -255,6 +258,7 @@ def test_the_signature_is_that_of_unsloth():
     assert list(parameters) == ["model", *UNSLOTH, "kwargs"]
 
 
+@pytest.mark.slow
 def test_unsloths_defaults_adapt_the_seven_projections():
     base = base_model()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 # accelerate's launcher is torch's, and says in the environment what the Accelerator of the third way is to do.
 LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 OPTIONS = ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -17,7 +19,6 @@ WAYS = "ddp", "fsdp", "accelerate"
 RUN = Path(__file__).parent / "distributed_run.py"
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """By each way in turn, in the same two processes: starting them is most of the time."""
     done = subprocess.run(

@@ -124,6 +124,7 @@ def test_dtypes_change_for_base_and_adapter_at_once(dtype):
     torch.testing.assert_close(back(x), exact, rtol=0, atol=20 * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.slow
 def test_modes_of_the_model_and_of_one_part_are_followed():
     lora = lorafx.compile(models.mlp(dropout=0.5), {"r": 3, "target_modules": "all-linear", "lora_dropout": 0.5})
     x = torch.randn(64, 6)

@@ -28,6 +28,7 @@ def test_it_is_an_instance_of_the_base_models_class(llama):
     assert lora.config is model.config and lora.get_base_model() is lora
 
 
+@pytest.mark.slow
 def test_the_base_object_knows_no_adapter(llama):
     model, lora = llama
     keys = set(tiny_llama(num_hidden_layers=1).state_dict())

@@ -76,6 +76,7 @@ def test_all_that_is_done_with_tensors(tmp_path, waiting):
     assert not changed[0].any() and torch.equal(changed[1:], expected[1:])
 
 
+@pytest.mark.slow
 def test_gradients_through_logits():
     lora, plain = both(Own(shifted), ["inner", "head"])
     ids = torch.randint(0, 13, (3, 8))

@@ -204,7 +204,8 @@ def test_inference_keeps_the_bits_of_the_model():
         assert torch.equal(gm(x), model(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_trains_alike(backend):
     torch.manual_seed(0)
     model, x = Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16()

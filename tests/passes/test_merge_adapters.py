@@ -29,7 +29,12 @@ def reverted(lora, merged, *args):
     ("model", "args", "targets"),
     [
         (Chain, (torch.randn(5, 4),), ["first", "second"]),
-        (EveryForm, (torch.randint(0, 11, (2, 8)),), ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]),
+        pytest.param(
+            EveryForm,
+            (torch.randint(0, 11, (2, 8)),),
+            ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"],
+            marks=pytest.mark.slow,
+        ),
         (Tied, (torch.randint(0, 11, (2, 6)),), ["embed"]),
         (lambda: Chain().bfloat16(), (torch.randn(5, 4, dtype=torch.bfloat16),), ["second"]),  # adapters in float32
     ],

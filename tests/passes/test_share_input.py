@@ -34,6 +34,7 @@ def test_before_and_after():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [{}, {"b": 1, "c": 5}], ids=["one rank", "ranks"])
 def test_a_model_trains_as_without_the_pass(ranks):
     gradients = []

@@ -119,15 +119,16 @@ def inputs() -> list[Tensor]:
     return [torch.randn(2, length, 12) for length in (5, 7, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "bias", "capture"),
     [
         (1, True, "graph"),
-        pytest.param(2, False, "graph", marks=pytest.mark.slow),
-        pytest.param(3, True, "graph", marks=pytest.mark.slow),
-        pytest.param(1, False, "sites", marks=pytest.mark.slow),
-        pytest.param(2, True, "sites", marks=pytest.mark.slow),
-        pytest.param(3, True, "sites", marks=pytest.mark.slow),
+        (2, False, "graph"),
+        (3, True, "graph"),
+        (1, False, "sites"),
+        (2, True, "sites"),
+        (3, True, "sites"),
     ],
 )
 def test_multihead_attention_is_adapted(sources, bias, capture):

@@ -20,6 +20,8 @@ from zoo.entry import pretrained, sequences
 
 import lorafx
 
+pytestmark = pytest.mark.slow  # real PEFT beside lorafx, many captures
+
 TOKENS, MOST_CAPTURES = 24, 4
 LONG = {"max_position_embeddings": 256}
 MODELS = {
@@ -75,7 +77,6 @@ def written(model: torch.nn.Module, way: str) -> Tensor:
         return model.generate(**prompts(way == "left-padded"), **WAYS[way], **length)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("pair", "way"), CASES)
 def test_it_writes_what_pefts_model_writes(pairs: Callable[[str], Pair], pair: str, way: str) -> None:
     model = pairs(pair).ours
@@ -88,7 +89,6 @@ def test_it_writes_what_pefts_model_writes(pairs: Callable[[str], Pair], pair: s
     assert {call.served_by for call in calls} == {"graph"}, str(model.explain())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["gpt2"])
 def test_the_adapter_has_a_say(pairs: Callable[[str], Pair], pair: str) -> None:
     ours, theirs = pairs(pair).ours, pairs(pair).theirs

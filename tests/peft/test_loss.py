@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import lorafx
 from lorafx.lowering.backend import Backend
 
+pytestmark = pytest.mark.slow  # real PEFT beside lorafx, many captures
+
 V = models.VOCABULARY
 CAUSAL = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1}
 
@@ -72,14 +74,12 @@ def batch(rows=2, length=9):
     return {"input_ids": ids, "labels": labels}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     ours, theirs = against_peft(MODELS[name]())
     assert_as_peft(ours, theirs, **batch())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
@@ -90,14 +90,12 @@ def test_heads_that_train(config):
     assert_as_peft(ours, theirs, **batch())
 
 
-@pytest.mark.slow
 def test_number_of_items():
     ours, theirs = against_peft(models.llama(num_hidden_layers=1))
     assert_as_peft(ours, theirs, **batch(), num_items_in_batch=7)
     assert_as_peft(ours, theirs, **batch(), num_items_in_batch=torch.tensor(11))
 
 
-@pytest.mark.slow
 def test_dropout_before_an_adapted_head_is_that_of_the_logits():
     ours, _ = against_peft(models.llama(num_hidden_layers=1), target_modules=["lm_head"], lora_dropout=0.5)
     call = batch()
@@ -106,7 +104,6 @@ def test_dropout_before_an_adapted_head_is_that_of_the_logits():
     assert torch.allclose(loss, again, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_bfloat16():
     """Loss and logits agree to the dtype; gradients pass two layers of roundings of eps = 2⁻⁷."""
     ours, theirs = against_peft(models.llama().bfloat16(), target_modules=["q_proj", "v_proj"])
@@ -117,7 +114,6 @@ def test_bfloat16():
         assert (mine[2][name] - gradient).norm() <= 2**-5 * gradient.norm(), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "without"),
     [("aot_eager", ()), ("aot_eager", ("outline_blocks", "checkpoint_blocks")), ("inductor", ())],
@@ -138,7 +134,6 @@ def test_lowered(backend, without):
     assert lora_loss.isfinite() and times_asked(ours) == before
 
 
-@pytest.mark.slow
 def test_trainer_never_asks_and_evaluation_does(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, V, (12, 9)).tolist()]
     lora = lorafx.compile(models.llama(num_hidden_layers=1), {"r": 4, "target_modules": "all-linear"})

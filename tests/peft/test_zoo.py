@@ -27,6 +27,8 @@ from zoo import plain
 
 import lorafx
 
+pytestmark = pytest.mark.slow  # real PEFT beside lorafx, many captures
+
 SIZES = (2, 7), (3, 9)
 # Entries that are also compared in eval mode, which is a capture more: one of each kind of code that asks for the mode.
 EVALUATED = {
@@ -142,7 +144,6 @@ def limit_of_gradients(pair: Pair) -> float:
     return 5 * EPS / 2 * math.sqrt(pair.path_length)
 
 
-@pytest.mark.slow
 def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> None:
     start = time.perf_counter()
     ours = pair.step(pair.ours, SIZES[0])
@@ -169,7 +170,6 @@ def test_it_computes_what_peft_computes(pair: Pair, record_property: Any) -> Non
     record_property("zoo", (pair.entry.name, served[-1].served_by, len(pair.ours.sites), seconds, reason))
 
 
-@pytest.mark.slow
 def test_merged_it_is_what_peft_merges(pair: Pair) -> None:
     """Merging rounds every weight once, and PEFT in another order. Where `EVALUATED`, the models compute the same."""
     before, evaluates = weights(pair.ours._lorafx.base), pair.entry.name in EVALUATED

@@ -81,6 +81,7 @@ def formula(lora, x):
     return x
 
 
+@pytest.mark.slow
 def test_a_kind_that_multiplies_is_used_like_one_that_adds(tmp_path):
     config = Ia3Config(target_modules=["up", "down"], feedforward_modules=["down"])
     x = torch.randn(4, 6, 5, dtype=torch.float64)

@@ -83,6 +83,7 @@ def formula(lora, x):
     return x
 
 
+@pytest.mark.slow
 def test_a_weight_of_three_dimensions_has_an_adapter_for_each_expert(tmp_path):
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False}
     x = torch.randn(3, 6, 5, dtype=torch.float64)

@@ -89,6 +89,7 @@ def formula(lora, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is stored as int8 by rows")
 def test_a_packed_weight_is_used_like_a_dense_one(tmp_path):
     """Merged, each weight is off by at most half a step, 1/254 of its row's largest, which is about 1 here."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graphs import Chain, adapted
+from modules import cases
 from serving_models import random, served, twins
 from torch import nn
 
@@ -54,7 +55,10 @@ class Tagged(nn.Tanh):
     tag = "class"
 
 
-@pytest.mark.parametrize("change", CHANGES)
+QUICK = ["a float", "a dict", "a nested config", "a buffer's shape", "a module"]
+
+
+@pytest.mark.parametrize("change", cases(CHANGES, quick=QUICK))
 def test_a_change_of_what_modules_hold_is_seen(change):
     lora, plain = twins(Attributes())
     x = random(5, 4)
@@ -82,6 +86,7 @@ def test_it_says_which_attribute_changed():
     assert set(lora.explain().calls[-1].why.split("; ")) == {"the attribute scale", "the attribute cfg.inner.flag"}
 
 
+@pytest.mark.slow
 def test_an_attribute_that_keeps_changing_is_left_to_the_models_python():
     lora, plain = twins(Attributes())
     x = random(5, 4)

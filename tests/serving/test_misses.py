@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 from graphs import adapted
 from serving_models import Options, whys
@@ -25,6 +26,7 @@ def test_it_says_in_what_a_call_differed():
     assert "captured because of" in str(lora.explain())
 
 
+@pytest.mark.slow
 def test_a_constant_that_keeps_changing_is_named_once():
     lora, x = adapted(Options()), torch.randn(5, 4)
     with warnings.catch_warnings(record=True) as caught:

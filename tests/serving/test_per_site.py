@@ -31,7 +31,14 @@ def served(lora):
     return [call.served_by for call in lora.explain().calls]
 
 
-@pytest.mark.parametrize("replaced", [{}, {"bias": "all"}, {"modules_to_save": ["linear"], "bias": "lora_only"}])
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"bias": "all"}, marks=pytest.mark.slow),
+        {"modules_to_save": ["linear"], "bias": "lora_only"},
+    ],
+)
 def test_both_ways_give_the_same_bits(replaced):
     targets = [name for name in EVERY if name not in replaced.get("modules_to_save", ())]
     graph, sites = both_ways(EveryForm(), RANDOM | {"target_modules": targets} | replaced)
@@ -119,6 +126,7 @@ def test_a_tied_weight_is_adapted_wherever_it_is_read():
     assert torch.equal(graph(ids), sites(ids))
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_tied_module_replaces_only_that_module():
     class Tied(nn.Module):
         def __init__(self):
@@ -179,7 +187,7 @@ def test_an_uncovered_read_is_the_same_error():
         lora(torch.randn(5, 4))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointed_layers_run_again_with_their_adapters(reentrant):
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -202,6 +210,7 @@ def test_checkpointed_layers_run_again_with_their_adapters(reentrant):
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 def test_merged_disabled_and_autocast_calls_go_by_sites_too():
     graph, sites = both_ways(Chain())
     x = torch.randn(5, 4)

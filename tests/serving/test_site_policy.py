@@ -44,6 +44,7 @@ def test_a_loop_over_a_size_runs_by_sites_at_once():
     assert unrolled.explain().calls[0].served_by == "graph"
 
 
+@pytest.mark.slow
 def test_what_fits_one_size_gets_few_graphs_and_then_runs_by_sites():
     lora = adapted(Unrolled(by_size=False))
     merged = adapted(Unrolled(by_size=False))

@@ -2,11 +2,13 @@
 
 import threading
 
+import pytest
 import torch
 from graphs import Chain, adapted
 from serving_models import served
 
 
+@pytest.mark.slow
 def test_a_kept_graph_runs_while_another_thread_captures():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     expected, wrong, stop = lora(x).detach(), [], threading.Event()

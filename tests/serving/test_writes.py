@@ -30,7 +30,8 @@ def test_containers_that_are_given_are_filled():
     torch.testing.assert_close(results[1], results[2])
 
 
-@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
 def test_the_callers_cache_is_filled(llama, static):
     ids = torch.randint(3, 50, (2, 8))
