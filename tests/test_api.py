@@ -48,6 +48,8 @@ def test_loading_takes_what_compiling_takes(tmp_path):
     options = {"observers": [lambda *at: seen.append(at)], "activation_budget": 0.5, "gradient_checkpointing": True}
     lora = lorafx.load(Chain(), tmp_path, example_inputs=(x,), is_trainable=True, **options)
     assert seen and len(lora.explain().calls) == 1
+    dispatcher = lora._lorafx.dispatcher
+    assert dispatcher.backend.budget == 0.5 and "checkpoint_blocks{every=True}" in str(dispatcher.pipeline)
     with pytest.raises(ConfigError, match="no option random_state, nonsense for loading an adapter"):
         lorafx.load(Chain(), tmp_path, random_state=3, nonsense=1)
 

@@ -37,11 +37,7 @@ class Lowered(NamedTuple):
     graph: GraphModule  # over the same tree
     run: Callable[..., Any]  # the graph itself, or a compiled form of it
     output: pytree.TreeSpec
-
-    @property
-    def launched(self) -> str:
-        """How often a CUDA graph was launched instead, or why none is; empty where nobody asked for any."""
-        return str(self.run) if isinstance(self.run, Replayed) else ""
+    launched: Any = ""  # printed: how often a CUDA graph was launched instead, or why none is, where anybody asked
 
 
 class Lowering:
@@ -55,11 +51,13 @@ class Lowering:
     def lower(self, gm: GraphModule) -> Lowered:
         """What serves calls of `gm`."""
         lowered = self._lower(gm)
-        device = device_of(gm) if self.backend.records else None
-        if device is None:
+        if not self.backend.records:
             return lowered
-        recorder = self._devices.setdefault(device, Cuda(device))
-        return lowered._replace(run=Replayed(lowered.run, gm, recorder))
+        device = device_of(gm)
+        if device is None:
+            return lowered._replace(launched="not recorded: the parameters are not all on one CUDA device")
+        replayed = Replayed(lowered.run, gm, self._devices.setdefault(device, Cuda(device)))
+        return lowered._replace(run=replayed, launched=replayed)
 
     def _lower(self, gm: GraphModule) -> Lowered:
         compiler, output = self.backend.on(gm), output_spec_of(gm)

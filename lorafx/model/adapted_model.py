@@ -98,7 +98,7 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
         return self.__call__
 
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if ROWS in kwargs and ROWS not in inspect.signature(type(self._lorafx.base).forward).parameters:
+        if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(type(self._lorafx.base).forward).parameters:
             raise AdapterError(
                 f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows by themselves"
             )
@@ -192,8 +192,9 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
         *,
         random_state: int | None = None,
     ) -> None:
-        """Add a new adapter; `set_adapter` makes it active. The options are those of `compile`, by default as there.
+        """Add a new adapter; `set_adapter` makes it active.
 
+        The options are those of `compile`; without `autocast_adapter_dtype` it is as when this model was made.
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
         adapter = plan(mirrored(self), adapter_name, config_of(peft_config))

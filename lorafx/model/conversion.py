@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,12 +37,15 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
     other modules share the weight, or if transformers keeps the model's layers of its name in float32 (T5's `wo`).
 
     Raises:
-        ConfigError: a weight that is trainable. SelectionError: there is no such layer. AdapterError: the model is
-        adapted already. The model is as it was in each case.
+        ConfigError: a weight that is trainable, a regex that is none. SelectionError: there is no such layer.
+        AdapterError: the model is adapted already. The model is as it was in each case.
     """
     if isinstance(model, AdaptedModel):
         raise AdapterError("the model is adapted already; convert its base before `lorafx.compile`")
-    chosen = _chosen(model, modules)
+    try:
+        chosen = _chosen(model, modules)
+    except re.error as error:
+        raise ConfigError(f"modules={modules!r} is no regular expression: {error}") from error
     if not chosen:
         raise SelectionError(f"no nn.Linear of sizes that are multiples of {MULTIPLE} to convert (modules={modules!r})")
     if trained := next((name for name, layer in chosen.items() if layer.weight.requires_grad), None):

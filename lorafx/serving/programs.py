@@ -43,7 +43,7 @@ class Program:
     @property
     def launched(self) -> str:
         """How often a CUDA graph was launched for its calls, or why none is, where CUDA graphs were asked for."""
-        return self.lowered.launched if self.lowered else ""
+        return str(self.lowered.launched) if self.lowered else ""
 
     @property
     def free(self) -> list[int]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from loss_curves import Batch, Task, demo, llama, trainable
+from loss_curves import curve as train
 from torch import Tensor, nn
 
 import lorafx
@@ -73,18 +74,12 @@ def gradient(model: nn.Module, batch: Batch) -> Tensor:
 
 def curve(model: nn.Module, task: Task, moments: list[int]) -> tuple[list[float], list[Values]]:
     """The loss of each step, and the adapters' values after so many steps."""
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=task.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(task.batches))
-    losses, found = [], []
-    for step, batch in enumerate(task.batches, 1):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        found += [values_of(model)] if step in moments else []
-    return losses, found
+    found: list[Values] = []
+
+    def note(steps: int) -> None:
+        found.extend([values_of(model)] if steps in moments else [])
+
+    return train(model, task.batches, task.lr, note), found
 
 
 def measure(name: str, steps: int) -> dict[str, dict[str, Any]]:

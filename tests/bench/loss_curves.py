@@ -165,8 +165,10 @@ def turned(batch: Batch) -> Batch:
     return {name: value.flip(0) for name, value in batch.items()}
 
 
-def curve(model: nn.Module, batches: list[Batch], lr: float) -> list[float]:
-    """The loss of each step; the loop is the quickstart's."""
+def curve(
+    model: nn.Module, batches: list[Batch], lr: float, after: Callable[[int], object] = lambda steps: None
+) -> list[float]:
+    """The loss of each step; the loop is the quickstart's. `after` is called with the number of steps so far."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     losses = []
@@ -178,6 +180,7 @@ def curve(model: nn.Module, batches: list[Batch], lr: float) -> list[float]:
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
+        after(len(losses))
     return losses
 
 

@@ -229,3 +229,12 @@ def test_what_is_not_there_is_refused_and_not_dropped():
         lora.set_adapter({"default": 0.7})
     with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
         lora(torch.randn(5, 4), adapter_names=["default"] * 5)
+
+
+def test_no_names_of_adapters_are_as_good_as_none():
+    class Takes(Chain):
+        def forward(self, x, **rest):
+            return super().forward(x)
+
+    lora, x = adapted(Takes()), torch.randn(5, 4)
+    assert torch.equal(lora(x, adapter_names=None), lora(x))

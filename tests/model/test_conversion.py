@@ -95,6 +95,8 @@ def test_refusals_leave_the_model_as_it_was():
     model.model.layers[1].mlp.up_proj.weight.requires_grad_()
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is trainable.*freeze the base"):
         lorafx.to_float8(model)
+    with pytest.raises(ConfigError, match=r"modules='\(' is no regular expression"):
+        lorafx.to_float8(frozen_llama(), "(")
     with pytest.raises(SelectionError, match=r"to convert \(modules=\['q'\]\)"):
         lorafx.to_float8(model, ["q"])
     assert converted(model) == []

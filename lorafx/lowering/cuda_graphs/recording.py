@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ...graph.modules import PLAIN
+from ...graph.modules import CAPTURED, PLAIN
 from ...ops.calls import without_derivative
 from ...ops.modes import autocast_dtype
 from ...torch_private.graphs import C_FUNCTIONS
@@ -33,7 +33,8 @@ class ModelTensors:
     """The tensors that a graph may read from its module tree, as they are at a call."""
 
     def __init__(self, gm: GraphModule):
-        modules = list(gm.modules())
+        # What only the graph has is never written to.
+        modules = [module for path, module in gm.named_modules() if path.split(".")[0] != CAPTURED]
         self._parameters = _each_once([module._parameters for module in modules])
         self._buffers = _each_once([module._buffers for module in modules])
         self._owners = self._parameters + self._buffers
@@ -94,6 +95,8 @@ class Recording:
         self._autocast = autocast_dtype(device.device.type)
         self._has_versions = not any(map(Tensor.is_inference, model.parameters()))  # those of inference mode have none
         tensors = model.read()
+        if not all(map(device.holds, tensors)):
+            raise ValueError(f"a tensor of the model is not on {device.device}, and would be taken for a constant")
         self._state = state_of(tensors)
         self._places = {n: _place(leaves[n]) for n in written}
         # Aliases, so that gradients are taken with respect to them, and nothing of the parameters' own is recorded.

@@ -53,15 +53,13 @@ class Replayed:
         return self.reason or f"{self.replays} replayed"
 
     def __call__(self, *leaves: Any) -> Sequence[Any]:
-        if self.reason:
-            return self._run(*leaves)
-        with self._device.turn():
-            calls = self._of_size(leaves) if self._may_replay(leaves) else None
+        with self._device.turn():  # calls that run as they are, too: what is recorded elsewhere has others' parameters
+            calls = self._of_size(leaves) if not self.reason and self._may_replay(leaves) else None
             recording = calls and self._recording(calls, list(leaves))
             if recording:
                 self.replays += 1
                 return recording.replay(list(leaves))
-        return self._watched(calls, leaves) if calls else self._run(*leaves)
+            return self._watched(calls, leaves) if calls else self._run(*leaves)
 
     def _may_replay(self, leaves: Sequence[Any]) -> bool:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,14 +1,31 @@
 """Which calls are replayed, which are not, and what is said of them."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
-from replays import DEVICE, Recorder, assert_same, both, decoded, ids, launched, layers, loss_of, made, trained
+from replays import (
+    DEVICE,
+    Recorder,
+    Tiny,
+    assert_same,
+    both,
+    decoded,
+    gradients,
+    ids,
+    launched,
+    layers,
+    loss_of,
+    made,
+    trained,
+)
 from transformers import DynamicCache
 
 from lorafx.errors import ConfigError
+from lorafx.lowering import lower
 from lorafx.lowering.backend import Backend
+from lorafx.lowering.cuda_graphs.recording import ModelTensors
 
 
 def test_two_calls_before_a_backward():
@@ -104,6 +121,70 @@ def test_threads_take_turns():
         thread.join()
     for n in range(3):
         assert_same(expected[n], found[n])
+
+
+def test_who_trains_while_another_thread_records_gets_his_gradients(monkeypatch):
+    """While a call is recorded, other parameters stand in the place of the model's."""
+    graphs, expected = made("reduce-overhead"), made(None)
+    values = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def embedded(lora):
+        return lora(inputs_embeds=values, labels=ids(2))["loss"]
+
+    embedded(graphs).backward()
+    next(iter(graphs._lorafx.dispatcher)).lowered.run.reason = "not recorded, as such a call may be"
+    loss_of(graphs, 0).backward()
+    graphs.zero_grad()
+    (loss_of(expected, 1) + embedded(expected)).backward()
+
+    def other():
+        embedded(graphs).backward()
+
+    thread, replaced = threading.Thread(target=other), ModelTensors.replaced
+
+    @contextmanager
+    def slowly(self, others):
+        with replaced(self, others):
+            thread.start()
+            thread.join(0.5)  # it waits, until this is recorded
+            yield
+
+    monkeypatch.setattr(ModelTensors, "replaced", slowly)
+    loss = loss_of(graphs, 1)
+    monkeypatch.undo()
+    thread.join()
+    loss.backward()
+    for found, right in zip(gradients(graphs), gradients(expected)):
+        assert (found - right).abs().max() <= 96 * torch.finfo(torch.float32).eps * right.abs().max()
+
+
+class Scaled(Tiny):
+    """With a number that is a tensor on the CPU, as torch lets kernels read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.tensor(2.0)
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        return outputs | {"logits": outputs["logits"] / self.temperature}
+
+
+def test_a_tensor_on_another_device_is_not_taken_for_a_constant(monkeypatch):
+    monkeypatch.setattr(Recorder, "holds", lambda self, tensor: tensor.ndim > 0)
+    plain, graphs = (lora.eval() for lora in both(model=Scaled))
+    with torch.no_grad():
+        for n in range(4):
+            plain.temperature.fill_(n + 1), graphs.temperature.fill_(n + 1)
+            assert_same([plain(input_ids=ids(n))["logits"]], [graphs(input_ids=ids(n))["logits"]])
+    assert "would be taken for a constant" in launched(graphs)
+
+
+def test_a_model_elsewhere_is_told_that_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(lower, "device_of", lambda gm: None)
+    graphs = made("reduce-overhead")
+    loss_of(graphs, 0)
+    assert launched(graphs) == "not recorded: the parameters are not all on one CUDA device"
 
 
 def test_what_fails_to_record_runs_as_it_is(monkeypatch):
