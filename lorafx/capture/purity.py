@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.description import MODULES_OWN, attribute_key
+from ..graph.description import setting_key
 from ..torch_private.replacing import range_replaced
+from ..tree.holdings import snapshot
+from ..tree.settings import settings_of
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 
@@ -63,13 +65,15 @@ class Changed(CaptureError):
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
     """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module."""
-    before = _attributes(model)
+    kept: list[Any] = []
+    before, put_back = _attributes(model, kept), _snapshot(model)
     yield
-    after = _attributes(model)
+    after = _attributes(model, kept)
     different = (
         name for name in before | after if name not in before or name not in after or before[name] != after[name]
     )
     if name := next(different, None):
+        put_back()
         raise Changed(f"it changes {name} of the model, which a graph would not do again")
 
 
@@ -105,14 +109,22 @@ def no_unrolling(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """What modules hold besides parameters, buffers, modules and hooks: a key by the dotted name of each attribute."""
+def _attributes(model: nn.Module, kept: list[Any]) -> dict[str, Any]:
+    """The settings of a model: a key by the dotted name of each."""
+    places = list(settings_of(model.named_modules()))
+    apart = {id(holder) for _, holder, _ in places}
     return {
-        f"{path}.{name}".lstrip("."): attribute_key(value)
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if name not in MODULES_OWN
+        f"{path}.{name}".lstrip("."): setting_key(holder, name, kept, apart)
+        for path, holder, names in places
+        for name in names
     }
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """Take note of what a model's settings hold, for a mirror shares objects with the model that it is a mirror of."""
+    places = list(settings_of(model.named_modules()))
+    values = [vars(holder)[name] for _, holder, names in places for name in names]
+    return snapshot([*(holder for _, holder, _ in places), *values])
 
 
 def innermost_line(error: BaseException) -> str:

@@ -5,7 +5,8 @@ counts depends on the use:
 
 | function | describes | what counts |
 |---|---|---|
-| `attribute_key` | a Python value of a module or config, which a graph holds as a constant | all of it |
+| `attribute_key` | a Python value of a module, which a graph holds as a constant | all of it |
+| `held_key` | a Python value of anything else that a module holds | all of it |
 | `argument_key` | an argument of a call | a constant's value; a tensor's dtype, device, gradient and sizes of 0, 1 |
 | `parameter_key` | a tensor of the tree | dtype and device |
 | `operand_key` | an argument of a torch function, while layers that repeat are compared | all that torch sees of it |
@@ -17,7 +18,7 @@ counts depends on the use:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
@@ -27,11 +28,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from ..torch_private.tensors import DisableTorchFunction
 from ..torch_private.tracing import FakeTensor
-
-# Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
-MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
-PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-DEPTH, LARGE = 4, 4096  # how deep containers are looked into; the length from which one counts by identity
+from ..tree.holdings import CONTAINERS, PLAIN, holdings
 
 # Arguments of torch functions besides tensors: constants, which are compared by value and are of exactly one of these
 # classes, and objects that never change, which are compared by identity.
@@ -47,26 +44,59 @@ _IMMUTABLE = (
 # --- values that a module tree and its calls bring along -------------------------------------------------------------
 
 
-def attribute_key(value: Any, depth: int = DEPTH) -> Hashable:
-    """A key by value for plain values and containers of them, and by identity for any other object.
+def attribute_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashable:
+    """The key of a module's attribute: as `held_key`, but a tensor counts by dtype, device and shape.
 
-    A tensor counts by dtype, device and shape: a graph reads its values when it runs.
+    A graph reads it where the module has it, when it runs.
     """
-    if isinstance(value, PLAIN):
-        return type(value), value
     if isinstance(value, Tensor):
         return Tensor, value.dtype, value.device, value.shape
-    if isinstance(value, (list, tuple, dict, set, frozenset)) and len(value) > LARGE:
-        return type(value), len(value), id(value)  # a vocabulary, say, and no setting
-    if isinstance(value, (list, tuple)) and depth:
-        return type(value), *(attribute_key(item, depth - 1) for item in value)
-    if isinstance(value, dict) and depth:
-        return type(value), *((attribute_key(key), attribute_key(item, depth - 1)) for key, item in value.items())
+    return held_key(value, keep, apart)
+
+
+def setting_key(holder: Any, name: str, keep: list[Any], apart: Container[int] = ()) -> Hashable:
+    """The key of an attribute, which is a module's own or that of something that a module holds."""
+    key = attribute_key if isinstance(holder, nn.Module) else held_key
+    return key(vars(holder)[name], keep, apart)
+
+
+def held_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashable:
+    """A key by value for plain values and containers, by identity for all else, and by all that is held within.
+
+    A tensor counts by identity, too: it is a constant of a graph. What counts so is put into `keep`, which has to live
+    as long as the key, so that no later object gets the same `id`. What an object holds whose `id` is in `apart` is
+    described apart, and not here.
+    """
+    tokens: list[Hashable] = []
+    seen: dict[int, int] = {}
+    pending = [value]
+    while pending:
+        token, held = _describe(pending.pop(), keep, apart, seen)
+        tokens.append((*token, len(held)))
+        pending += reversed(held)
+    return tuple(tokens)
+
+
+def _describe(
+    value: Any, keep: list[Any], apart: Container[int], seen: dict[int, int]
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """What to say of a value itself, and the values that it holds, to be described as well."""
+    if isinstance(value, PLAIN):
+        return (type(value), repr(value) if isinstance(value, float) else value), []
     if isinstance(value, weakref.ref):  # no setting: an LSTM, for one, keeps weak references to its weights
-        return (weakref.ref,)
+        return (weakref.ref,), []
+    if id(value) in seen:
+        return ("again", seen[id(value)]), []
+    seen[id(value)] = len(seen)
+    keep.append(value)
+    if isinstance(value, Tensor):
+        return (Tensor, id(value), value.dtype, value.device, value.shape), []
     if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(attribute_key(item, depth - 1) for item in value)
-    return type(value), id(value)
+        return (type(value), frozenset((type(item), item) for item in value)), []
+    inside = [] if id(value) in apart else holdings(value)
+    by_content = isinstance(value, CONTAINERS) and (inside or not value)
+    held = [item for holding in inside for item in holding.values()]
+    return (type(value), None if by_content else id(value)), held
 
 
 def argument_key(value: Any, sizes: tuple[int, ...] = ()) -> tuple[Any, ...]:

@@ -7,16 +7,18 @@ adapters can hang below it and the original never sees them.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from ..torch_private.tensors import MODULE_HOOKS
 from .attached import ATTACHED
+from .holdings import CONTAINERS, PLAIN
+from .redirection import Redirection
 
 # Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class.
 STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
+_SHARED = ("_modules", "_parameters", "_buffers")  # these are a mirror's own, or its original's, and redirect nothing
 
 
 def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -43,29 +45,22 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
 
 
 def rebind(memo: dict[int, nn.Module]) -> None:
-    """Redirect attributes of mirrors that hold originals to the mirrors: modules, bound methods, lists of them."""
-    for copy in memo.values():
-        for key, value in vars(copy).items():
-            if key not in ("_modules", "_parameters", "_buffers"):
-                copy.__dict__[key] = _redirected(value, memo)
+    """Redirect whatever mirrors hold that refers to originals to the mirrors."""
+    held = [
+        (vars(twin), name)
+        for twin in memo.values()
+        for name, value in vars(twin).items()
+        if name not in _SHARED and not isinstance(value, PLAIN) and (value or not isinstance(value, CONTAINERS))
+    ]
+    redirection = Redirection(memo, [attributes[name] for attributes, name in held])
+    for attributes, name in held:
+        attributes[name] = redirection(attributes[name])
 
 
 def without_hooks(module: nn.Module) -> None:
     """Clear a mirror's own hooks, not its children's: they run where the original is called."""
     for name in MODULE_HOOKS:
         vars(module).get(name, {}).clear()
-
-
-def _redirected(value: Any, memo: dict[int, nn.Module]) -> Any:
-    if isinstance(value, MethodType) and id(value.__self__) in memo:
-        return MethodType(value.__func__, memo[id(value.__self__)])
-    if isinstance(value, nn.Module):
-        return memo.get(id(value), value)
-    if type(value) in (list, tuple) and any(isinstance(item, (nn.Module, MethodType)) for item in value):
-        return type(value)(_redirected(item, memo) for item in value)
-    if type(value) is dict and any(isinstance(item, (nn.Module, MethodType)) for item in value.values()):
-        return {key: _redirected(item, memo) for key, item in value.items()}
-    return value
 
 
 def mirrored(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """Descriptions: for each of them, which values are told apart and which are not."""
 
+import functools
 import weakref
 from collections import OrderedDict
 
@@ -10,15 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lorafx.graph.description import (
-    LARGE,
     argument_key,
     attribute_key,
+    held_key,
     interface_key,
     node_value_key,
     operand_key,
     parameter_key,
     traced_tensor_key,
 )
+from lorafx.tree.holdings import LARGE
 
 
 class Thing:
@@ -50,6 +52,8 @@ def fake():
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
         ({"a": 1}, OrderedDict(a=1)),
         ({1}, {2}),
+        (0.0, -0.0),
+        (functools.partial(sum, [1]), functools.partial(sum, [2])),
         (torch.zeros(2), torch.zeros(3)),
         (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
         (Thing(), Thing()),
@@ -57,18 +61,45 @@ def fake():
     ],
 )
 def test_attributes_that_a_graph_would_see_are_told_apart(value, other):
-    assert attribute_key(value) == attribute_key(value) != attribute_key(other)
+    kept = []
+    assert attribute_key(value, kept) == attribute_key(value, kept) != attribute_key(other, kept)
 
 
 @pytest.mark.parametrize("make", [lambda: [1, {"a": (2.5, "b")}], lambda: {1, 2}, lambda: torch.randn(2), set, dict])
 def test_equal_attributes_are_described_equally(make):
-    assert attribute_key(make()) == attribute_key(make())
-    hash(attribute_key(make()))
+    assert attribute_key(make(), []) == attribute_key(make(), [])
+    hash(attribute_key(make(), []))
 
 
 def test_weak_references_among_attributes_are_all_alike():
     things = Thing(), Thing()
-    assert attribute_key(weakref.ref(things[0])) == attribute_key(weakref.ref(things[1]))
+    assert attribute_key(weakref.ref(things[0]), []) == attribute_key(weakref.ref(things[1]), [])
+
+
+def test_a_tensor_that_is_held_counts_by_identity_and_is_kept():
+    tensor, kept = torch.zeros(2), []
+    assert attribute_key(tensor, kept) == attribute_key(torch.zeros(2), kept) and not kept
+    assert held_key(tensor, kept) == held_key(tensor, kept) != held_key(torch.zeros(2), kept)
+    assert attribute_key([tensor], kept) == attribute_key([tensor], kept) != attribute_key([torch.zeros(2)], kept)
+    assert any(value is tensor for value in kept)
+
+
+def test_circles_and_depth_are_no_matter_to_a_key():
+    def rings(number):
+        thing = Thing()
+        thing.again, thing.inside = thing, [number]
+        for _ in range(3000):
+            thing.inside = [thing.inside]
+        return [thing.inside]
+
+    assert attribute_key(rings(1), []) == attribute_key(rings(1), []) != attribute_key(rings(2), [])
+
+
+def test_what_is_described_apart_is_not_looked_into():
+    thing = Thing()
+    before = held_key([thing], [], apart={id(thing)})
+    thing.more = 1
+    assert held_key([thing], [], apart={id(thing)}) == before != held_key([thing], [])
 
 
 # --- arguments and parameters ----------------------------------------------------------------------------------------

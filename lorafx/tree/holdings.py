@@ -1,0 +1,181 @@
+"""What a Python value holds: one account for all who look into what a model's modules hold.
+
+A mirror redirects references to the modules that it mirrors, guards watch whether values are still those that a graph
+was captured with, and a capture must leave everything as it was. A layer may be held by a list, a closure or an object
+of somebody's own; so may a number that a model computes with.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from operator import attrgetter, is_, itemgetter
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+LARGE = 4096  # the length from which a container is not looked into: a vocabulary, say, and no setting
+_CLOSED = (*PLAIN, Tensor, nn.Module, type, ModuleType)  # they hold nothing, or are looked into by other ways
+_DESCRIPTORS = {property: ("fget",), staticmethod: ("__func__",), classmethod: ("__func__",)}
+# Objects of these are no settings of a model: they log, store, generate or train, and hold half the program.
+_MACHINERY = ("torch", "lorafx", "numpy", "transformers.generation", "transformers.tokenization_", "tokenizers")
+_SETTINGS = ("types", "collections", "argparse", "torch.distributions", "__main__")
+_STDLIB = str(sysconfig.get_path("stdlib"))
+
+
+class Holding(NamedTuple):
+    """One thing that holds values, and how they are read: `read(of)` gives those that are in there now.
+
+    `names` are theirs, where a name is all by which they can be put back.
+    """
+
+    read: Callable[[Any], Iterable[Any]]
+    of: Any
+    names: tuple[str, ...] = ()
+
+    def values(self) -> Iterable[Any]:
+        """What is held now."""
+        return self.read(self.of)
+
+
+def holdings(value: Any) -> list[Holding]:
+    """All that holds values in a value itself, to be read as fast as Python reads anything.
+
+    Of a container, what is in it; of an object, its attributes; of a function, what it closes over, its defaults and
+    the globals that it names; of a method or `functools.partial`, what it is bound to. Of a tensor, module or class
+    nothing, nor of objects that belong to a library's machinery rather than to a model.
+    """
+    if isinstance(value, _CLOSED):
+        return []
+    if isinstance(value, FunctionType):
+        return list(_of_function(value))
+    if isinstance(value, MethodType):
+        return [_by_names(attrgetter, value, ["__self__", "__func__"])]
+    if isinstance(value, functools.partial):
+        return [_by_names(attrgetter, value, ["func", "args", "keywords"]), *_of_attributes(value)]
+    if type(value) in _DESCRIPTORS:
+        return [_by_names(attrgetter, value, _DESCRIPTORS[type(value)])]
+    if isinstance(value, CONTAINERS):
+        inside = [] if len(value) > LARGE else [Holding(iter, value)]
+        inside += [Holding(dict.values, value)] if inside and isinstance(value, dict) else []
+        return inside + _of_attributes(value)
+    return _of_attributes(value) if is_looked_into(type(value)) else []
+
+
+def all_holdings(values: Iterable[Any], apart: Container[int] = ()) -> Iterator[Holding]:
+    """What holds values within these values, at any depth, each once.
+
+    Objects whose `id` is in `apart` are not looked into.
+    """
+    seen: dict[int, Any] = {}  # the values are kept, so that none that is made on the way takes another's `id`
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, PLAIN) or id(value) in seen or id(value) in apart:
+            continue
+        seen[id(value)] = value
+        for holding in holdings(value):
+            yield holding
+            pending += holding.values()
+
+
+def snapshot(values: Iterable[Any]) -> Callable[[], None]:
+    """Take note of what is held within these values, at any depth. Calling the result puts it all back in place."""
+    noted = [
+        (holding, list(holding.values()), dict(holding.of) if isinstance(holding.of, dict) else {})
+        for holding in all_holdings(values)
+    ]
+
+    def put_back() -> None:
+        for holding, before, items in noted:
+            if not same(before, list(holding.values())):
+                _put_back(holding, before, items)
+
+    return put_back
+
+
+def same(values: list[Any], others: list[Any]) -> bool:
+    """Whether two lists have the same objects."""
+    return len(values) == len(others) and all(map(is_, values, others))
+
+
+def _put_back(holding: Holding, values: list[Any], items: dict[Any, Any]) -> None:
+    of = holding.of
+    for name, value, now in zip(holding.names, values, list(holding.values())):
+        if value is not now and isinstance(of, dict):
+            of[name] = value
+        elif value is not now:
+            setattr(of, name, value)
+    if not holding.names and isinstance(of, (dict, set, list, deque)):
+        of.clear()
+        of.extend(values) if isinstance(of, (list, deque)) else of.update(items if isinstance(of, dict) else values)
+
+
+@functools.cache  # by classes, which stay where they were defined
+def is_looked_into(kind: type) -> bool:
+    """Whether the attributes of this class's objects may be settings of a model."""
+    module = kind.__module__ or ""
+    if module.startswith(_SETTINGS):
+        return True
+    return not module.startswith(_MACHINERY) and module.partition(".")[0] not in sys.stdlib_module_names
+
+
+@functools.cache  # by modules' names
+def is_library(module: str) -> bool:
+    """Whether a Python module is installed, rather than a part of somebody's own program: its globals stay."""
+    if module.startswith(_MACHINERY) or module.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return file.startswith(_STDLIB) or "-packages" in file
+
+
+def is_empty(cell: CellType) -> bool:
+    """Whether a variable that a function closes over has no value yet."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _by_names(getter: Callable[..., Any], of: Any, names: Iterable[str]) -> Holding:
+    names = tuple(names)
+    twice = names * 2 if len(names) == 1 else names  # of one name, `getter` would give the value and no tuple
+    return Holding(getter(*twice), of, twice)
+
+
+def _of_attributes(value: Any) -> list[Holding]:
+    inside = [Holding(dict.values, vars(value))] if hasattr(value, "__dict__") else []
+    named = [n for kind in type(value).__mro__ for n in _slots(kind) if not n.startswith("__") and hasattr(value, n)]
+    return inside + ([_by_names(attrgetter, value, named)] if named else [])
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _of_function(function: FunctionType) -> Iterator[Holding]:
+    for cell in function.__closure__ or ():
+        if not is_empty(cell):
+            yield _by_names(attrgetter, cell, ["cell_contents"])
+    if function.__defaults__ or function.__kwdefaults__:
+        yield _by_names(attrgetter, function, ["__defaults__", "__kwdefaults__"])
+    if vars(function):
+        yield Holding(dict.values, vars(function))
+    if is_library(function.__module__ or ""):
+        return
+    named = [name for name in function.__code__.co_names if name in function.__globals__]
+    if named:
+        yield _by_names(itemgetter, function.__globals__, named)
+    for module in {id(m): m for m in map(function.__globals__.get, named) if isinstance(m, ModuleType)}.values():
+        inside = [name for name in function.__code__.co_names if name in vars(module)]
+        if inside and not is_library(module.__name__):
+            yield _by_names(itemgetter, vars(module), inside)

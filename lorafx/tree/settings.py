@@ -1,0 +1,50 @@
+"""Settings: the named values of a module tree that only its Python reads, which a graph has as constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from .holdings import CONTAINERS, holdings, is_library, is_looked_into
+
+# Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
+
+
+def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any, list[str]]]:
+    """Where settings are found, each place once: what to call it, the object, and the names of attributes that count.
+
+    Places are the modules, the objects (configs, say) that they have as attributes, and these in turn; and the classes
+    that somebody has written for this model, whose attributes and functions may change as well.
+    """
+    seen: set[int] = set()
+    classes: dict[type, str] = {}
+    pending: list[tuple[str, Any]] = list(modules)
+    while pending:
+        path, holder = pending.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        attributes = vars(holder)
+        names = [name for name in attributes if _counts(holder, name)]
+        yield path, holder, names
+        pending += [(f"{path}.{name}", attributes[name]) for name in names if _is_object(attributes[name])]
+        if isinstance(holder, nn.Module):
+            own = [kind for kind in type(holder).__mro__ if not is_library(kind.__module__)]
+            pending += [(classes.setdefault(k, f"class {len(classes)} {k.__name__}"), k) for k in own]
+
+
+def _counts(holder: Any, name: str) -> bool:
+    if isinstance(holder, type):
+        return not name.startswith("__")
+    return not (isinstance(holder, nn.Module) and name in MODULES_OWN)
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, as a config is."""
+    if isinstance(value, (nn.Module, type, FunctionType, MethodType, *CONTAINERS)):
+        return False
+    return hasattr(value, "__dict__") and is_looked_into(type(value)) and len(holdings(value)) == 1
