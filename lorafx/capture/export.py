@@ -29,6 +29,7 @@ from ..tree.mirror import isolated, mirrored, without_hooks
 from .arguments import argument_names, images
 from .caches import branchless_windows, register_caches
 from .contexts import outside_transforms, plain_operators, quiet
+from .foreign_tensors import ForeignTensors
 from .purity import innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
@@ -96,7 +97,12 @@ def _trace_part(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         parameters = layers.shown() if layers else contextlib.nullcontext()
-        with parameters, unchanging(part), contextlib.nullcontext() if unroll else no_unrolling(part):
+        with (
+            parameters,
+            ForeignTensors(model, bare),
+            unchanging(part),
+            contextlib.nullcontext() if unroll else no_unrolling(part),
+        ):
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

@@ -38,7 +38,7 @@ class _Printed(io.StringIO):
     def write(self, text: str) -> int:
         if threading.get_ident() != self.thread:
             return self.screen.write(text)
-        self.line = self.line or _place(traceback.extract_stack())
+        self.line = self.line or place_of(traceback.extract_stack())
         return super().write(text)
 
 
@@ -97,7 +97,7 @@ def _range(*bounds: Any) -> range:
     if any(isinstance(bound, torch.SymInt) and not bound.node.is_constant() for bound in bounds):
         raise CaptureError(
             "it loops over a size: a graph would repeat the loop's operators as often as this call does, and fit no "
-            f"other{_place(traceback.extract_stack())}"
+            f"other{place_of(traceback.extract_stack())}"
         )
     return range(*bounds)
 
@@ -129,10 +129,10 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 def innermost_line(error: BaseException) -> str:
     """The line of the model that raised an error, as the end of a message; empty if torch or lorafx called no model."""
-    return _place(traceback.extract_tb(error.__traceback__))
+    return place_of(traceback.extract_tb(error.__traceback__))
 
 
-def _place(frames: traceback.StackSummary) -> str:
+def place_of(frames: traceback.StackSummary) -> str:
     outside = [frame for frame in frames if not frame.filename.startswith((_TORCH, _LORAFX, "<", sys.prefix + "/bin"))]
     inside_model = [frame for frame in outside if frame.name != "<module>"]
     if not inside_model:

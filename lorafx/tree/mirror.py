@@ -50,7 +50,7 @@ def rebind(memo: dict[int, nn.Module]) -> None:
         (vars(twin), name)
         for twin in memo.values()
         for name, value in vars(twin).items()
-        if name not in _SHARED and not isinstance(value, PLAIN) and (value or not isinstance(value, CONTAINERS))
+        if name not in _SHARED and not isinstance(value, PLAIN) and not (isinstance(value, CONTAINERS) and not value)
     ]
     redirection = Redirection(memo, [attributes[name] for attributes, name in held])
     for attributes, name in held:

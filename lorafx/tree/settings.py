@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
@@ -21,20 +22,22 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
     that somebody has written for this model, whose attributes and functions may change as well.
     """
     seen: set[int] = set()
-    classes: dict[type, str] = {}
+    names_of_classes: Counter[str] = Counter()
     pending: list[tuple[str, Any]] = list(modules)
     while pending:
         path, holder = pending.pop()
         if id(holder) in seen:
             continue
         seen.add(id(holder))
+        if isinstance(holder, type):  # of one name there may be several
+            names_of_classes[path] += 1
+            path += "'" * (names_of_classes[path] - 1)
         attributes = vars(holder)
         names = [name for name in attributes if _counts(holder, name)]
         yield path, holder, names
         pending += [(f"{path}.{name}", attributes[name]) for name in names if _is_object(attributes[name])]
         if isinstance(holder, nn.Module):
-            own = [kind for kind in type(holder).__mro__ if not is_library(kind.__module__)]
-            pending += [(classes.setdefault(k, f"class {len(classes)} {k.__name__}"), k) for k in own]
+            pending += [(f"class {k.__name__}", k) for k in type(holder).__mro__ if not is_library(k.__module__)]
 
 
 def _counts(holder: Any, name: str) -> bool:

@@ -1,6 +1,7 @@
 """hidden_parameters: torch.export does not see layers' parameters, and the graph reads those that something used."""
 
 import itertools
+import queue
 
 import torch
 from torch import nn
@@ -9,16 +10,18 @@ from lorafx.capture.export import trace_part
 from lorafx.capture.repeated.hidden_parameters import HiddenParameters
 
 
+SEEN: queue.SimpleQueue = queue.SimpleQueue()  # of what a forward finds; a list would be seen to change
+
+
 class Layer(nn.Module):
     """(…, 4) -> (…, 4); it has a parameter that it does not use."""
 
     def __init__(self):
         super().__init__()
         self.up, self.unused = nn.Linear(4, 4), nn.Parameter(torch.ones(2))
-        self.seen = None
 
     def forward(self, x):
-        type(self).seen = self.up.weight
+        SEEN.put(self.up.weight)
         return self.up(x).relu()
 
 
@@ -46,7 +49,7 @@ def test_stand_ins_pass_for_parameters_and_graphs_read_those_that_are_used():
     model, x = Stack(), torch.randn(3, 4)
     model.layers[0].up.weight.requires_grad_(False)
     gm = trace_part(model, "", (x,), {}, once=True)
-    seen = Layer.seen
+    *_, seen = [SEEN.get() for _ in range(SEEN.qsize())]
     assert isinstance(seen, nn.Parameter) and type(seen) is not nn.Parameter and seen.shape == (4, 4)
     assert seen.requires_grad and not any(str(node.target).endswith("unused") for node in gm.graph.nodes)
     assert torch.equal(gm(x), model(x)) and all(p.device.type == "cpu" for p in model.parameters())

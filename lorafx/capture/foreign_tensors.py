@@ -1,0 +1,96 @@
+"""Foreign tensors: what a model reads, while it is captured, that is not where its module tree has it.
+
+A list, a closure or a module of the base may hand a model the base's own tensor. In the graph that is a read of the
+tree like any other: it is known by the tensor itself, whoever was asked for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..torch_private.tensors import DisableTorchFunction, is_wrapped
+from ..torch_private.tracing import FakeTensor
+from ..tree.holdings import all_holdings
+from ..tree.lookup import tensor_at
+from ..tree.settings import settings_of
+from .purity import place_of
+
+
+class ForeignTensors(TorchFunctionMode):
+    """While active, torch gets a tensor of `bare`, which is captured, in the place of the same one of `tree`.
+
+    Raises `CaptureError` for a tensor that a graph would go on reading when the model does not: one that is held where
+    nobody can watch it, that wants a gradient, or that is a part of one of the tree's.
+    """
+
+    def __init__(self, tree: nn.Module, bare: nn.Module):
+        super().__init__()
+        self.tree, self.bare = tree, bare
+        named = (*tree.named_parameters(remove_duplicate=False), *tree.named_buffers(remove_duplicate=False))
+        self._paths: dict[int, str] = {}
+        for path, tensor in named:
+            self._paths.setdefault(id(tensor), path)
+        self._made: dict[int, Tensor] = {}  # by what the model calls, while it is captured
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with DisableTorchFunction():
+            if any(self._is_foreign(leaf) for leaf in pytree.arg_tree_leaves(*args, **kwargs)):
+                args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
+        result = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(result):
+            if self._is_foreign(leaf):
+                self._made[id(leaf)] = leaf
+        return result
+
+    def _is_foreign(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not is_wrapped(value)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        if not self._is_foreign(tensor) or id(tensor) in self._made:
+            return tensor
+        if path := self._paths.get(id(tensor)):
+            return tensor_at(self.bare, path)
+        if id(tensor) not in self._attributes:
+            reason = self._reason_against(tensor)
+            if reason:
+                raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{_here()}")
+        return tensor
+
+    def _reason_against(self, tensor: Tensor) -> str:
+        if tensor.requires_grad:
+            return "that wants a gradient and is no parameter of the model"
+        if tensor.untyped_storage().data_ptr() in self._storages:
+            return "that is a part of one of the model's own"
+        if id(tensor) not in self._watched:
+            return "that no module holds, so that nobody would see it being replaced"
+        return ""
+
+    @functools.cached_property
+    def _attributes(self) -> set[int]:
+        """Tensors that modules have as plain attributes, by id: a graph reads them there."""
+        return {id(value) for module in self.bare.modules() for value in vars(module).values()}
+
+    @functools.cached_property
+    def _watched(self) -> set[int]:
+        """What the settings of the model hold, by id: a graph of other values is another graph."""
+        places = settings_of(self.bare.named_modules())
+        values = [vars(holder)[name] for _, holder, names in places for name in names]
+        return {id(held) for holding in all_holdings(values) for held in holding.values()} | set(map(id, values))
+
+    @functools.cached_property
+    def _storages(self) -> set[int]:
+        tensors = (*self.tree.parameters(), *self.tree.buffers())
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
+
+
+def _here() -> str:
+    return place_of(traceback.extract_stack())
