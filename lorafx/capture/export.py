@@ -97,12 +97,8 @@ def _trace_part(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         parameters = layers.shown() if layers else contextlib.nullcontext()
-        with (
-            parameters,
-            ForeignTensors(model, bare),
-            unchanging(part),
-            contextlib.nullcontext() if unroll else no_unrolling(part),
-        ):
+        loops = contextlib.nullcontext() if unroll else no_unrolling(part)
+        with parameters, unchanging(part), loops, ForeignTensors(model, bare):
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

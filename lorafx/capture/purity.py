@@ -24,6 +24,7 @@ from ..tree.holdings import snapshot
 from ..tree.settings import settings_of
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_CONTEXTS = contextlib.__file__
 
 
 class _Printed(io.StringIO):
@@ -133,7 +134,11 @@ def innermost_line(error: BaseException) -> str:
 
 
 def place_of(frames: traceback.StackSummary) -> str:
-    outside = [frame for frame in frames if not frame.filename.startswith((_TORCH, _LORAFX, "<", sys.prefix + "/bin"))]
+    outside = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((_TORCH, _LORAFX, _CONTEXTS, "<", sys.prefix + "/bin"))
+    ]
     inside_model = [frame for frame in outside if frame.name != "<module>"]
     if not inside_model:
         return ""

@@ -9,7 +9,6 @@ from torch import nn
 from lorafx.capture.export import trace_part
 from lorafx.capture.repeated.hidden_parameters import HiddenParameters
 
-
 SEEN: queue.SimpleQueue = queue.SimpleQueue()  # of what a forward finds; a list would be seen to change
 
 
