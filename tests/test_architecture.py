@@ -49,7 +49,16 @@ INSIDE = {
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "lower"],
-    "capture": ["arguments", "contexts", "caches", "purity", "written_arguments", "repeated", "export"],
+    "capture": [
+        "arguments",
+        "contexts",
+        "caches",
+        "purity",
+        "foreign_tensors",
+        "written_arguments",
+        "repeated",
+        "export",
+    ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),
         *("misses", "graph_builder", "site_graphs", "site_policy", "dispatcher"),

@@ -8,14 +8,19 @@ of somebody's own; so may a number that a model computes with.
 from __future__ import annotations
 
 import functools
+import pickle
+import random
 import sys
 import sysconfig
+import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextvars import ContextVar
 from operator import attrgetter, is_, itemgetter
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +32,13 @@ _DESCRIPTORS = {property: ("fget",), staticmethod: ("__func__",), classmethod: (
 # Objects of these are no settings of a model: they log, store, generate or train, and hold half the program.
 _MACHINERY = ("torch", "lorafx", "numpy", "transformers.generation", "transformers.tokenization_", "tokenizers")
 _SETTINGS = ("types", "collections", "argparse", "torch.distributions", "__main__")
+# Arrays, and sources of random numbers besides torch's, with what tells what they hold or will give next.
+_STATES: dict[type, Callable[[Any], Any]] = {
+    numpy.ndarray: lambda array: array.tobytes(),
+    random.Random: lambda generator: generator.getstate(),
+    numpy.random.Generator: lambda generator: generator.bit_generator.state,
+    numpy.random.RandomState: lambda generator: generator.get_state(),
+}
 _STDLIB = str(sysconfig.get_path("stdlib"))
 
 
@@ -49,11 +61,20 @@ def holdings(value: Any) -> list[Holding]:
     """All that holds values in a value itself, to be read as fast as Python reads anything.
 
     Of a container, what is in it; of an object, its attributes; of a function, what it closes over, its defaults and
-    the globals that it names; of a method or `functools.partial`, what it is bound to. Of a tensor, module or class
-    nothing, nor of objects that belong to a library's machinery rather than to a model.
+    the globals that it names; of a class that is somebody's own, its attributes; of a method or `functools.partial`,
+    what it is bound to; of a small array or a source of random numbers, its state. Of a tensor or module nothing, nor
+    of objects that belong to a library's machinery rather than to a model.
     """
+    if isinstance(value, type) and not is_library(value.__module__):
+        return [_by_names(itemgetter, vars(value), names)] if (names := own_names(value)) else []
     if isinstance(value, _CLOSED):
         return []
+    if isinstance(value, tuple(_STATES)):
+        return [] if getattr(value, "nbytes", 0) > LARGE * 16 else [Holding(_state, value)]
+    if isinstance(value, ContextVar):
+        return [Holding(_in_this_context, value)]
+    if isinstance(value, threading.local):
+        return [Holding(dict.values, vars(value))]
     if isinstance(value, FunctionType):
         return list(_of_function(value))
     if isinstance(value, MethodType):
@@ -66,7 +87,7 @@ def holdings(value: Any) -> list[Holding]:
         inside = [] if len(value) > LARGE else [Holding(iter, value)]
         inside += [Holding(dict.values, value)] if inside and isinstance(value, dict) else []
         return inside + _of_attributes(value)
-    return _of_attributes(value) if is_looked_into(type(value)) else []
+    return _of_attributes(value) if is_looked_into(value) else []
 
 
 def all_holdings(values: Iterable[Any], apart: Container[int] = ()) -> Iterator[Holding]:
@@ -102,12 +123,18 @@ def snapshot(values: Iterable[Any]) -> Callable[[], None]:
 
 
 def same(values: list[Any], others: list[Any]) -> bool:
-    """Whether two lists have the same objects."""
-    return len(values) == len(others) and all(map(is_, values, others))
+    """Whether two lists have the same objects, where bytes are the same if they are equal."""
+    if len(values) != len(others):
+        return False
+    return all(map(is_, values, others)) or all(
+        a is b or (type(a) is bytes and type(b) is bytes and a == b) for a, b in zip(values, others)
+    )
 
 
 def _put_back(holding: Holding, values: list[Any], items: dict[Any, Any]) -> None:
     of = holding.of
+    if isinstance(of, MappingProxyType):
+        return  # a class's attributes: what a call changed there, it changed for all
     for name, value, now in zip(holding.names, values, list(holding.values())):
         if value is not now and isinstance(of, dict):
             of[name] = value
@@ -118,10 +145,13 @@ def _put_back(holding: Holding, values: list[Any], items: dict[Any, Any]) -> Non
         of.extend(values) if isinstance(of, (list, deque)) else of.update(items if isinstance(of, dict) else values)
 
 
-@functools.cache  # by classes, which stay where they were defined
-def is_looked_into(kind: type) -> bool:
-    """Whether the attributes of this class's objects may be settings of a model."""
-    module = kind.__module__ or ""
+def is_looked_into(value: Any) -> bool:
+    """Whether an object's attributes may be settings of a model."""
+    return _are_settings(type(value).__module__ or "")
+
+
+@functools.cache  # by modules' names
+def _are_settings(module: str) -> bool:
     if module.startswith(_SETTINGS):
         return True
     return not module.startswith(_MACHINERY) and module.partition(".")[0] not in sys.stdlib_module_names
@@ -143,6 +173,22 @@ def is_empty(cell: CellType) -> bool:
     except ValueError:
         return True
     return False
+
+
+def own_names(kind: type) -> list[str]:
+    """The names of a class's own attributes, without those that Python gives every class."""
+    return [name for name in vars(kind) if not name.startswith("__")]
+
+
+def _state(generator: Any) -> tuple[bytes]:
+    return (pickle.dumps(next(state(generator) for kind, state in _STATES.items() if isinstance(generator, kind))),)
+
+
+def _in_this_context(variable: ContextVar[Any]) -> tuple[Any]:
+    try:
+        return (variable.get(),)
+    except LookupError:
+        return (None,)
 
 
 def _by_names(getter: Callable[..., Any], of: Any, names: Iterable[str]) -> Holding:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .holdings import CONTAINERS, holdings, is_library, is_looked_into
+from .holdings import CONTAINERS, holdings, is_library, is_looked_into, own_names
 
 # Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
@@ -33,7 +33,7 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
             names_of_classes[path] += 1
             path += "'" * (names_of_classes[path] - 1)
         attributes = vars(holder)
-        names = [name for name in attributes if _counts(holder, name)]
+        names = own_names(holder) if isinstance(holder, type) else [n for n in attributes if _counts(holder, n)]
         yield path, holder, names
         pending += [(f"{path}.{name}", attributes[name]) for name in names if _is_object(attributes[name])]
         if isinstance(holder, nn.Module):
@@ -41,8 +41,6 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
 
 
 def _counts(holder: Any, name: str) -> bool:
-    if isinstance(holder, type):
-        return not name.startswith("__")
     return not (isinstance(holder, nn.Module) and name in MODULES_OWN)
 
 
@@ -50,4 +48,4 @@ def _is_object(value: Any) -> bool:
     """Whether a value is an object with attributes, as a config is."""
     if isinstance(value, (nn.Module, type, FunctionType, MethodType, *CONTAINERS)):
         return False
-    return hasattr(value, "__dict__") and is_looked_into(type(value)) and len(holdings(value)) == 1
+    return hasattr(value, "__dict__") and is_looked_into(value) and len(holdings(value)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -111,3 +112,21 @@ def test_a_loop_over_a_number_is_not_and_range_comes_back():
         gm = make_fx(model, tracing_mode="symbolic")(torch.ones(3))
     assert torch.equal(gm(torch.ones(4)), torch.full((4,), 3.0))
     assert "range" not in vars(sys.modules[__name__])
+
+
+def test_what_a_refused_call_has_changed_is_put_back():
+    model = nn.Sequential(Remembers())
+    model[0].state, model[0].seen["deep"] = SimpleNamespace(calls=0, log=[1]), [SimpleNamespace(calls=0)]
+    with pytest.raises(Changed), unchanging(model):
+        model[0].state.calls += 1
+        model[0].state.log.append(2)
+        model[0].seen["deep"][0].calls += 1
+    assert model[0].state == SimpleNamespace(calls=0, log=[1]) and model[0].seen["deep"] == [SimpleNamespace(calls=0)]
+
+
+@pytest.mark.parametrize("draw", [random.Random(0), numpy.random.default_rng(0)], ids=["Python", "numpy"])
+def test_a_models_own_source_of_random_numbers_is_refused(draw):
+    model = nn.Sequential(Remembers())
+    model[0].draw = draw
+    with pytest.raises(Changed, match="it changes 0.draw"), unchanging(model):
+        draw.random()

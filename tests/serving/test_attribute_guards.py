@@ -171,3 +171,44 @@ def test_equal_states_are_one_object_and_others_say_in_what_they_differ():
     assert guards.state()[0] is before and guards.state()[1].count(False) == 1, "a mode is no part of it"
     model.another = 1
     assert guards.state() is None
+
+
+SETTINGS = {"scale": 1.0, "shift": torch.zeros(3)}
+
+
+def scaled(x):
+    return x * SETTINGS["scale"] + SETTINGS["shift"]
+
+
+class Remote(Chain):
+    """A model that computes with values which others hold."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        bias = [0.0]
+        self.bias, self.add = bias, lambda x: x + bias[0]
+
+    def forward(self, x):
+        return scaled(self.add(super().forward(x))) * type(self).factor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch, models: patch.setitem(SETTINGS, "scale", 3.0),
+        lambda patch, models: patch.setitem(SETTINGS, "shift", torch.ones(3)),
+        lambda patch, models: patch.setattr(Remote, "factor", 3.0),
+        lambda patch, models: [model.bias.__setitem__(0, 2.0) for model in models],
+    ],
+    ids=["a helper's global", "a global tensor", "a class's attribute", "a variable that a function closes over"],
+)
+def test_a_change_of_what_others_hold_is_seen(change, monkeypatch):
+    lora, plain = twins(Remote())
+    x = random(5, 4)
+    for model in (lora, plain):
+        model(x)
+    change(monkeypatch, (lora, plain))
+    torch.testing.assert_close(lora(x), plain(x))
+    assert served(lora) == ["graph", "graph"]

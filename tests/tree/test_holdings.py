@@ -3,9 +3,13 @@
 import dataclasses
 import functools
 import logging
+import random
+import threading
 from collections import OrderedDict, deque, namedtuple
+from contextvars import ContextVar
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -63,6 +67,9 @@ HELD_BY = {
     "a bound method": method,
     "a property": lambda a: property(closure(a)),
     "a static method": lambda a: staticmethod(closure(a)),
+    "a class": lambda a: type("Settings", (), {"a": a, "__module__": __name__}),
+    "a variable of a context": lambda a: ContextVar("a", default=a),
+    "a thread's own": lambda a: (local := threading.local(), setattr(local, "a", a))[0],
     "nine lists": lambda a: functools.reduce(lambda inside, _: [inside], range(9), a),
 }
 
@@ -104,6 +111,27 @@ def test_long_containers_and_objects_set_apart_are_not_looked_into():
     assert holdings(list(range(LARGE + 1))) == []
     thing = Data([3])
     assert [h.of for h in all_holdings([thing], apart={id(thing)})] == []
+
+
+@pytest.mark.parametrize(
+    "value, change",
+    [
+        (numpy.ones(3), lambda value: value.fill(2)),
+        (random.Random(0), lambda value: value.random()),
+        (numpy.random.default_rng(0), lambda value: value.random()),
+        (numpy.random.RandomState(0), lambda value: value.rand()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_of_arrays_and_random_numbers_the_state_counts(value, change):
+    def held():
+        return [inside for holding in all_holdings([value]) for inside in holding.values()]
+
+    before = held()
+    assert same(before, held())
+    change(value)
+    assert not same(before, held())
+    assert holdings(numpy.ones(2**17)) == []
 
 
 def test_a_circle_is_walked_once():
