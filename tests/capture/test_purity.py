@@ -128,5 +128,5 @@ def test_what_a_refused_call_has_changed_is_put_back():
 def test_a_models_own_source_of_random_numbers_is_refused(draw):
     model = nn.Sequential(Remembers())
     model[0].draw = draw
-    with pytest.raises(Changed, match="it changes 0.draw"), unchanging(model):
+    with pytest.raises(Changed, match=r"it changes 0\.draw"), unchanging(model):
         draw.random()
