@@ -40,6 +40,7 @@ class SiteInterpreter(TorchFunctionMode):
         super().__init__()
         self.tree, self.context, self.layout, self.run_operator = tree, context, layout, run_operator
         self.parts, self.paused = [part], False
+        self.acted = False  # whether a site has been read since
         weights = [site.weight for adapter in context.adapters for site in adapter.selection]
         replaced = [base for adapter in context.adapters for base in adapter.replaced]
         self.weights = {id(tensor_at(tree, path)): path for path in weights}
@@ -128,6 +129,7 @@ class SiteInterpreter(TorchFunctionMode):
                     func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
                 raise
 
+        self.acted = True
         return self.run_operator(key, inputs, capture)
 
     def _paths(self, leaves: list[Any]) -> list[str | None]:
@@ -170,11 +172,14 @@ def _is_method(func: Callable[..., Any]) -> bool:
     return name == "__get__" or getattr(Tensor, name, None) is func
 
 
-def interpret(call: Call, layout: int, run_operator: Callable[..., Any]) -> Any:
-    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own."""
+def interpret(call: Call, layout: int, run_operator: Callable[..., Any]) -> tuple[Any, bool]:
+    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own.
+
+    Returns what it gives, and whether it read any.
+    """
     interpreter = SiteInterpreter(call.tree, call.context, layout, call.path, run_operator)
     with interpreter.active():
-        return own_forward(call.tree, call.path)(*call.args, **call.kwargs)
+        return own_forward(call.tree, call.path)(*call.args, **call.kwargs), interpreter.acted
 
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:

@@ -101,5 +101,6 @@ class SitePolicy:
                 if any(other.startswith(f"{path}.") for other, _ in self._interpreted):
                     raise
                 self._graphs.add(path)
+        interpreter.acted = True  # whether its graph does is seen when that is made
         with interpreter.suspended():
             return serve(tree, interpreter.context, path, args, kwargs)
