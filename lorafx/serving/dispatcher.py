@@ -120,7 +120,7 @@ class Dispatcher:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
             run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-            result, acts = interpret(call, self.tree.state(call.tree).layout, run_operator)
+            result, acts = interpret(call, self.tree.state(call.tree), run_operator)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
         else:
