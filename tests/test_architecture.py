@@ -61,7 +61,7 @@ INSIDE = {
     ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),
-        *("misses", "graph_builder", "site_graphs", "site_policy", "dispatcher"),
+        *("misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "dispatcher"),
     ],
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..torch_private.tensors import has_saved_tensors_hooks, temporarily_clear_interpreter_stack
+from ..torch_private.tensors import global_call_hooks, has_saved_tensors_hooks, temporarily_clear_interpreter_stack
 
 
 @contextlib.contextmanager
@@ -61,3 +61,16 @@ def plain_operators() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Keep hooks around every module of the process from seeing the modules that only a capture has."""
+    before = [(hooks, hooks.copy()) for hooks in global_call_hooks()]
+    for hooks, _ in before:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in before:
+            hooks.update(own)

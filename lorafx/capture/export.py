@@ -28,7 +28,7 @@ from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
 from .arguments import argument_names, images
 from .caches import branchless_windows, register_caches
-from .contexts import outside_transforms, plain_operators, quiet
+from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors
 from .purity import innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
@@ -140,7 +140,8 @@ def trace_operator(
 
     inputs = tuple(leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor))
     bare.__dict__["forward"] = _as_called(call, call, inputs, {})
-    gm = rooted(_export(bare, inputs, {}), live)
+    with without_global_hooks():
+        gm = rooted(_export(bare, inputs, {}), live)
     for node in gm.graph.nodes:
         node.meta["nn_module_stack"] = {part: (part, type(tree.get_submodule(part)))}
     return gm

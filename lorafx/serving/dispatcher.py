@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
@@ -16,8 +17,10 @@ from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
+from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
+from .acting import Acting, acts_in
 from .call_key import Call, CallKey
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
@@ -50,6 +53,7 @@ class Dispatcher:
     counters: FreeCounters = field(init=False)
     sites: SitePolicy = field(init=False)
     misses: Misses = field(init=False)
+    acting: Acting = field(init=False)
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
@@ -70,7 +74,7 @@ class Dispatcher:
         """Forget every program, and all that was learnt from calls."""
         self.programs, self.graphs, self.operators = ProgramCache(), GraphBuilder(self.backend), SiteGraphs()
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
-        self.misses = Misses()
+        self.misses, self.acting = Misses(), Acting()
 
     # --- a call: key, find, run --------------------------------------------------------------------------------------
 
@@ -113,12 +117,21 @@ class Dispatcher:
             raise
 
     def _run(self, program: Program, call: Call) -> Any:
-        gm, lowered = program.gm, program.lowered
-        if gm is None or lowered is None:
+        is_new = not program.hits
+        if program.gm is None or program.lowered is None:
             run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-            result = interpret(call, self.tree.state(call.tree).layout, run_operator)
+            result, acts = interpret(call, self.tree.state(call.tree), run_operator)
             self.sites.warn_once(program)
-            return result
+            self.acting.see(call, acts, result)
+        else:
+            if is_new:
+                self.acting.see(call, program.acts)
+            result = self._run_graph(program.gm, program.lowered, call)
+        if is_new:
+            self.acting.require_gradients(call, result)
+        return result
+
+    def _run_graph(self, gm: GraphModule, lowered: Lowered, call: Call) -> Any:
         with CAPTURING:
             refresh(gm, call.tree)
             refresh(lowered.graph, call.tree)
@@ -166,6 +179,7 @@ class Dispatcher:
             return
         try:
             self.graphs.build(program, call, self.pipeline, self.observers, unroll=self.capture == "graph")
+            program.acts = program.gm is not None and acts_in(program.gm)
         except UncoveredOperatorError:
             raise
         except CaptureError as error:

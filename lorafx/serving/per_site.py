@@ -25,6 +25,7 @@ from ..pipeline import Context
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
 from .call_key import Call
+from .tree_state import TreeState
 
 _running = threading.local()  # the interpreter that is active in a thread: the modules that it calls must find it
 
@@ -32,14 +33,17 @@ _running = threading.local()  # the interpreter that is active in a thread: the 
 class SiteInterpreter(TorchFunctionMode):
     """While active, torch functions that read what the adapters act on run as rewritten graphs.
 
-    `run_operator(key, inputs, capture)` runs the graph that is kept for a key; where there is none, `capture()` gives
-    one to rewrite, and the adapters that concern it.
+    `run_operator(key, inputs, capture, hooked)` runs the graph that is kept for a key; where there is none, `capture()`
+    gives one to rewrite, and the adapters that concern it. `hooked` are modules of these to be called.
     """
 
-    def __init__(self, tree: nn.Module, context: Context, layout: int, part: str, run_operator: Callable[..., Any]):
+    def __init__(
+        self, tree: nn.Module, context: Context, state: TreeState, part: str, run_operator: Callable[..., Any]
+    ):
         super().__init__()
-        self.tree, self.context, self.layout, self.run_operator = tree, context, layout, run_operator
+        self.tree, self.context, self.state, self.run_operator = tree, context, state, run_operator
         self.parts, self.paused = [part], False
+        self.acted = False  # whether a site has been read since
         weights = [site.weight for adapter in context.adapters for site in adapter.selection]
         replaced = [base for adapter in context.adapters for base in adapter.replaced]
         self.weights = {id(tensor_at(tree, path)): path for path in weights}
@@ -116,7 +120,8 @@ class SiteInterpreter(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = self._paths(leaves)
         keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
-        key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
+        hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
+        key = self.parts[-1], func, spec, keys, modes(), self.state.layout, self.acting, hooked
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:
@@ -128,7 +133,8 @@ class SiteInterpreter(TorchFunctionMode):
                     func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
                 raise
 
-        return self.run_operator(key, inputs, capture)
+        self.acted = True
+        return self.run_operator(key, inputs, capture, hooked)
 
     def _paths(self, leaves: list[Any]) -> list[str | None]:
         """Where in the tree the tensors among a call's leaves are: adapted ones, and the running module's own."""
@@ -148,6 +154,18 @@ class SiteInterpreter(TorchFunctionMode):
         owners = {path.rpartition(".")[0] for path in (*filter(None, paths), *weights)}
         context = Context(adapters, self.context.merged & {a.name for a in adapters})
         return context, owners.union(*(a.owners for a in adapters))
+
+    def _hooked_adapters(self, leaves: list[Any]) -> tuple[str, ...]:
+        """The modules of adapters' tensors at these leaves that somebody hooks."""
+        tensors = {id(leaf) for leaf in leaves}
+        paths = {
+            path.rpartition(".")[0]
+            for adapter in self.context.adapters
+            for site in adapter.selection
+            if id(tensor_at(self.tree, site.weight)) in tensors
+            for path in adapter.tensors[site.name].values()
+        }
+        return tuple(path for path in self.state.hooked_adapters if path in paths)
 
     def _names(self, adapter: Any, tensors: set[int]) -> list[str]:
         """What an adapter calls the weights among these tensors: two may know a tied one by different names."""
@@ -170,11 +188,14 @@ def _is_method(func: Callable[..., Any]) -> bool:
     return name == "__get__" or getattr(Tensor, name, None) is func
 
 
-def interpret(call: Call, layout: int, run_operator: Callable[..., Any]) -> Any:
-    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own."""
-    interpreter = SiteInterpreter(call.tree, call.context, layout, call.path, run_operator)
+def interpret(call: Call, state: TreeState, run_operator: Callable[..., Any]) -> tuple[Any, bool]:
+    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own.
+
+    Returns what it gives, and whether it read any.
+    """
+    interpreter = SiteInterpreter(call.tree, call.context, state, call.path, run_operator)
     with interpreter.active():
-        return own_forward(call.tree, call.path)(*call.args, **call.kwargs)
+        return own_forward(call.tree, call.path)(*call.args, **call.kwargs), interpreter.acted
 
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ class Program:
     steps: tuple[Step, ...] = ()
     seconds: float = 0.0
     hits: int = 0  # calls that it served without being made for them
+    acts: bool = True  # its graph, if it is one, has a site of the active adapters
     failed: bool = False  # a graph was tried and could not be had
     changes_model: bool = False  # that was because the call changes attributes of the model
 

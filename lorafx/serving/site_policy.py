@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from operator import call
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,7 @@ from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError
 from ..pipeline import Context
 from ..tree.attached import has_copies_among_children
+from .adapter_hooks import call_with_hooks, hooked_copy
 from .call_key import CallKey
 from .per_site import SiteInterpreter, own_forward
 from .programs import Program
@@ -90,16 +93,19 @@ class SitePolicy:
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
         tree = interpreter.tree
-        self._interpreted.add((path, interpreter.layout))
+        self._interpreted.add((path, interpreter.state.layout))
         if has_copies_among_children(tree.get_submodule(path)):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             try:
                 with interpreter.inside(path):
-                    return own_forward(tree, path)(*args, **kwargs)
+                    copy = hooked_copy(interpreter.context.adapters, interpreter.state.hooked_adapters, path)
+                    around = partial(call_with_hooks, tree.get_submodule(copy)) if copy else call
+                    return around(own_forward(tree, path), *args, **kwargs)
             except UncoveredOperatorError:
                 if any(other.startswith(f"{path}.") for other, _ in self._interpreted):
                     raise
                 self._graphs.add(path)
+        interpreter.acted = True  # whether its graph does is seen when that is made
         with interpreter.suspended():
             return serve(tree, interpreter.context, path, args, kwargs)

@@ -8,7 +8,8 @@ has changed since, and then gets the same snapshot as the call before.
 from __future__ import annotations
 
 import sys
-from itertools import chain
+from collections import OrderedDict
+from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from ..tree.attached import own_children, own_modules
 from .attribute_guards import AttributeGuards, AttributeState
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
-_LIBRARIES = ("torch.", "transformers.", "accelerate.")
+_LIBRARIES = ("torch.nn.", "torch.ao.", "torch.distributed.", "transformers.", "accelerate.")
+_LAYOUTS = 256  # so many layouts are remembered, the oldest making room
 _dtype_of, _device_of = Tensor.dtype.__get__, Tensor.device.__get__  # type: ignore[attr-defined]
 
 
@@ -28,14 +30,16 @@ class TreeState(NamedTuple):
     """A tree as one call finds it.
 
     Two states of one `layout` have the same modules, training or not, tensors of the same shapes, dtypes and devices,
-    and the same hooks: torch's operators do the same in both. `attributes` are the values that only the model's Python
-    reads.
+    and the same hooks that compute: torch's operators do the same in both. Which hooks somebody watches by is no part
+    of it, only whether he does, so that one that is registered anew in each step costs nothing. `attributes` are the
+    values that only the model's Python reads.
     """
 
     layout: int
     attributes: AttributeState
     hooked: bool  # somebody watches inner modules run, by hooks of his own
     sharded: bool  # some tensors are whole only while a module's own forward runs
+    hooked_adapters: tuple[str, ...] = ()  # modules of adapters' tensors that somebody watches
 
 
 class TreeGuards:
@@ -50,8 +54,10 @@ class TreeGuards:
         self._owned: list[Any] = []
         self._tensors: list[Tensor] = []
         self._hooks: tuple[Any, ...] = ()
+        self._hooked_adapters: tuple[str, ...] = ()
         self._next_hook = -1
-        self._layouts: dict[tuple[Any, ...], int] = {}
+        self._layouts: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+        self._numbers = count()
         self._last: tuple[Any, ...] = ()
         self._state: TreeState | None = None  # None when something has changed that the layout depends on
 
@@ -60,27 +66,31 @@ class TreeGuards:
         if not self._children or self._parents != self._children:
             self._walk(root)
         attributes, training = self._attributes.state() or self._watch_attributes(root)
-        self._look_for_hooks()
+        self._look_for_hooks(root)
         owned = list(chain.from_iterable(map(dict.values, self._owners)))
         if len(owned) != len(self._owned) or not all(map(is_, owned, self._owned)):
             self._owned, self._tensors, self._state = owned, [t for t in owned if t is not None], None
         now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors)), training
         if self._state is None or now != self._last:
             self._last = now
-            self._state = TreeState(
-                self._layout(*now), attributes, self._hooked(), any(map(_is_sharded, self._tensors))
-            )
+            hooked, sharded = self._hooked(), any(map(_is_sharded, self._tensors))
+            self._state = TreeState(self._layout(*now), attributes, hooked, sharded, self._hooked_adapters)
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)
         return self._state
 
     def _layout(self, *now: Any) -> int:
         shapes = tuple(tensor.shape for tensor in self._tensors)
-        key = (self._walks, self._hooks, shapes, *map(tuple, now))
-        return self._layouts.setdefault(key, len(self._layouts))
+        computing = tuple(hook for hook in self._hooks if _computes(hook))
+        key = (self._walks, computing, self._hooked(), shapes, *map(tuple, now))
+        if key not in self._layouts:
+            self._layouts[key] = next(self._numbers)
+            if len(self._layouts) > _LAYOUTS:
+                self._layouts.popitem(last=False)
+        return self._layouts[key]
 
     def _hooked(self) -> bool:
-        return any(not str(getattr(hook, "__module__", "")).startswith(_LIBRARIES) for hook in self._hooks)
+        return not all(map(_computes, self._hooks))
 
     def _walk(self, root: nn.Module) -> None:
         modules = list(own_modules(root))
@@ -103,13 +113,23 @@ class TreeGuards:
         assert state is not None, "what was just looked at is there"
         return state
 
-    def _look_for_hooks(self) -> None:
+    def _look_for_hooks(self, root: nn.Module) -> None:
         if RemovableHandle.next_id == self._next_hook and not self._hooks:  # none was registered, anywhere
             return
         self._next_hook = RemovableHandle.next_id
-        hooks = tuple(hook for hooks in self._hook_dicts for hook in hooks.values())
-        if hooks != self._hooks:
-            self._hooks, self._state = hooks, None
+        own = set(map(id, self._modules))
+        attached = {path: m for path, m in root.named_modules() if id(m) not in own and m._parameters}
+        hooks = {path: [hook for hooks in call_hooks(m) for hook in hooks.values()] for path, m in attached.items()}
+        self._hooked_adapters = tuple(path for path in hooks if hooks[path])
+        every = tuple(hook for hooks in self._hook_dicts for hook in hooks.values())
+        every += tuple(chain.from_iterable(hooks.values()))
+        if every != self._hooks:
+            self._hooks, self._state = every, None
+
+
+def _computes(hook: Any) -> bool:
+    """Whether a hook is part of how the model computes."""
+    return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

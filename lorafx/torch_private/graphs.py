@@ -56,3 +56,12 @@ def output_spec_of(gm: GraphModule) -> pytree.TreeSpec:
     spec = gm._out_spec
     assert spec is not None, "torch.export says how a call's leaves make its output"
     return spec
+
+
+def home_of(function: Any) -> str:
+    """The module of the class whose `backward` a node of autograd's history runs; empty for a function of torch in C++.
+
+    Without it, a checkpoint whose parameters autograd does not see would be taken for one that has none.
+    """
+    in_python = isinstance(function, torch.autograd.function.BackwardCFunction)
+    return getattr(function, "_forward_cls", type(function)).__module__ if in_python else ""

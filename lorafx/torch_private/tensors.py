@@ -53,8 +53,7 @@ def call_hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 def global_call_hooks() -> list[dict[int, Any]]:
     """The same for hooks around every module of the process. Without it, graphs would pass these by."""
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-    return [vars(torch_module)[name] for name in names]
+    return [vars(torch_module)[f"_global{name}"] for name in CALL_HOOKS]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -1,5 +1,8 @@
 """The state of a tree: modules, modes, dtypes, devices and hooks that change are seen in the next call."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -95,6 +98,42 @@ def test_a_hook_that_came_and_went_leaves_nothing_behind():
     handle.remove()
     lora(torch.randn(2, 5, 4))
     assert served(lora) == ["sites", "graph"]
+
+
+@pytest.mark.parametrize("where", ["first", "first.lora_A.default", "everywhere"])
+def test_hooks_registered_anew_in_each_step_cost_nothing_and_are_not_kept(where):
+    lora, x, sizes, dead = adapted(Chain()), torch.randn(5, 4), [], []
+    everywhere = nn.modules.module.register_module_forward_hook
+    register = everywhere if where == "everywhere" else lora.get_submodule(where).register_forward_hook
+    for _ in range(6):
+        seen = Seen()
+        handle = register(lambda module, args, output, seen=seen: seen.append(type(module)))
+        try:
+            lora(x).sum().backward()
+        finally:
+            handle.remove()
+        assert seen == (
+            [nn.Linear, nn.Linear, type(lora)] if where == "everywhere" else [type(lora.get_submodule(where))]
+        )
+        dead.append(weakref.ref(seen))
+        explained, layouts = lora.explain(), lora._lorafx.dispatcher.tree._layouts
+        sizes.append((explained.operators, len(explained.calls), len(layouts)))
+        del seen
+    lora(x)
+    gc.collect()
+    assert sizes[1] == sizes[-1] and not any(ref() for ref in dead)
+
+
+class Seen(list):
+    """A list that a weak reference can point to."""
+
+
+def test_layouts_are_numbered_anew_and_few_are_remembered():
+    model, guards, numbers = Chain(), TreeGuards(), set()
+    for _ in range(300):
+        model.second = nn.Linear(6, 3)
+        numbers.add(guards.state(model).layout)
+    assert len(numbers) == 300 and len(guards._layouts) == 256
 
 
 def test_a_snapshot_is_the_same_until_something_changes():
