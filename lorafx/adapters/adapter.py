@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, SelectionError
+from ..errors import ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import attach, detach
 from ..tree.lookup import find_tensor, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
+from .naming import require_usable
 from .selection import saved_modules, select
 from .site import Selection, Site
 from .storages import weights_of
@@ -156,8 +157,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     Raises `ConfigError` or `SelectionError` for a config that cannot be served on this model, and `AdapterError` for a
     name that cannot be used.
     """
-    if not name or set(name) & set("./\\") or hasattr(nn.Module(), name):
-        raise AdapterError(f"{name!r} cannot name an adapter: no dots, no slashes, no name of a module's method")
+    require_usable(name)
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")

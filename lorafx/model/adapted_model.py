@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from inspect import isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..capture.caches import register_caches
 from ..serving.dispatcher import Dispatcher
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
 from .adaptation import Adaptation, of
-from .calls import PartCall, serve
+from .calls import PartCall, generating, serve
 from .names import Offered, OwnNamesFirst
 from .state import State
 from .trainers import SeenAsPeft, name_self, with_model
@@ -115,6 +116,8 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
         for name, value in vars(AdaptedModel).items()
         if not name.startswith("__") and any(name in library for library in libraries)
     }
+    if isfunction(getattr(base, "generate", None)):
+        names["generate"] = generating(base.generate)  # type: ignore[attr-defined]
     if issubclass(base, PreTrainedModel):
         names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
     return type(base.__name__, (AdaptedModel,) if base is nn.Module else (base, AdaptedModel), names)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,11 +20,25 @@ ROWS = "adapter_names"  # PEFT's keyword of a call
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
     state: State = vars(tree)[STATE]
-    if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(type(state.base).forward).parameters:
-        raise AdapterError(
-            f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows by themselves"
-        )
+    refuse_rows(type(tree.get_submodule(path)).forward, kwargs)
     return state.dispatcher.serve(tree, state.context, path, args, kwargs)
+
+
+def refuse_rows(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` for a call with an adapter for each row, unless the model means something else by that."""
+    if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(function).parameters:
+        raise AdapterError(f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows alone")
+
+
+def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's method `generate`, that refuses an adapter for each row in lorafx's words, before it begins."""
+
+    @functools.wraps(generate)
+    def refusing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_rows(type(self).forward, kwargs)
+        return generate(self, *args, **kwargs)
+
+    return refusing
 
 
 class PartCall:

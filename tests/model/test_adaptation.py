@@ -1,6 +1,10 @@
 """The interface of an adapted model: what it says of itself, and PEFT's names for it."""
 
+import pytest
+import torch
 from graphs import Chain, adapted
+
+from lorafx.errors import AdapterError
 
 
 def test_the_line_of_counts_is_pefts(capsys):
@@ -13,3 +17,14 @@ def test_the_line_of_counts_is_pefts(capsys):
 
 def test_it_introduces_itself():
     assert repr(adapted(Chain())) == "AdaptedModel(Chain, 2 sites, adapters: default*)"
+
+
+def test_an_adapter_for_each_row_is_refused_everywhere():
+    class Generates(Chain):
+        def generate(self, x, **kwargs):
+            raise AssertionError("generation has begun")
+
+    lora, rows = adapted(Generates()), ["default"] * 5
+    for call in (lora, lora.first, lora.generate):
+        with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
+            call(torch.randn(5, 4), adapter_names=rows)
