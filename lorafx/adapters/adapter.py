@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -165,6 +166,8 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     selection = select(root, config)
     for site in selection:
         kind.check(site, config)
+    for remark in kind.remarks(selection, config):
+        warnings.warn(remark)
     _require_free_names(kind, config, selection)
     _require_readable(root, selection)
     _require_dense(root, saved_modules(root, config))

@@ -135,6 +135,11 @@ def is_strings(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
 
 
+def is_pattern_of(pattern: str, name: str) -> bool:
+    """Whether a regex matches the end of a module's name, from a dot on or all of it, as PEFT matches patterns."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _check_names(config: AdapterConfig) -> None:
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = getattr(config, name)

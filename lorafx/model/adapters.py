@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters.adapter import Adapter, build, plan, remove, trainable_paths
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
 from ..errors import AdapterError
@@ -91,11 +91,22 @@ class Adapters(Merges):
         state = self._lorafx
         if adapter.name in state.adapters:
             raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        self._warn_of_biases(adapter)
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
         serve_parts(self.tree, adapter)
         self._set_trainable()
+
+    def _warn_of_biases(self, adapter: Adapter) -> None:
+        """Say that an adapter that trains biases cannot be active beside another that trains the same."""
+        for other in self._lorafx.adapters.values():
+            both = [base for base, path in adapter.replaced.items() if base in other.replaced and TRAINED_BIAS in path]
+            if both:
+                warnings.warn(
+                    f"{adapter.name!r} and {other.name!r} each train their own {both[0]} (`bias`): they cannot be "
+                    "active together, and PEFT does not load both"
+                )
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make these adapters, and no others, active and (unless in inference mode) trainable.

@@ -100,11 +100,19 @@ class Saving(Part):
             )
 
     def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
-        paths = [path for path in checkpoint.embedding_weights(self.tree) if path not in adapter.replaced]
+        every = checkpoint.embedding_weights(self.tree)
+        paths = [path for path in every if path not in adapter.replaced]
         adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
-        if wanted == "auto":
-            wanted = bool(adapted) or any(_resized(self._lorafx.base, self.tree, path) for path in paths)
-        return (adapted or paths) if wanted else []
+        resized = [path for path in paths if _resized(self._lorafx.base, self.tree, path)]
+        if wanted == "auto" and (adapted or resized):
+            warnings.warn(
+                f"{', '.join(adapted or paths)}: saved along with {adapter.name!r}, being "
+                f"{'adapted' if adapted else 'of another size than when the model was compiled'}; pass "
+                "save_embedding_layers=False to leave them out"
+            )
+        if wanted is True and not every:
+            warnings.warn("save_embedding_layers=True saves none: the model has no `get_input_embeddings` to tell them")
+        return (adapted or paths) if (adapted or resized if wanted == "auto" else wanted) else []
 
 
 def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:

@@ -87,3 +87,11 @@ def test_pefts_keywords_of_adding_and_loading(tmp_path):
             lora.load_adapter(tmp_path, "fourth", **refused)
     with pytest.raises(ConfigError, match="no option nonsense"):
         lora.load_adapter(tmp_path, "fourth", nonsense=1)
+
+
+def test_adapters_that_train_the_same_biases_are_remarked_on():
+    lora = adapted(Chain(), target_modules=["second"], bias="all")
+    with pytest.warns(UserWarning, match=r"'b' and 'default' each train their own second.bias"):
+        lora.add_adapter("b", {"target_modules": ["second"], "bias": "lora_only"})
+    with pytest.raises(AdapterError, match="cannot be active together"):
+        lora.set_adapter(["default", "b"])
