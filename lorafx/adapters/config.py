@@ -77,7 +77,7 @@ class AdapterConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A config from a mapping of PEFT's field names; unknown ones are kept in `extra`, with a warning."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        values = {key: value for key, value in values.items() if key not in _NOT_WRITTEN}
+        values = {key: value for key, value in values.items() if key not in NOT_WRITTEN}
         extra = {key: _plain(value) for key, value in values.items() if key not in known}
         if extra:
             warnings.warn(f"config fields that lorafx does not know are kept but have no effect: {sorted(extra)}")
@@ -97,7 +97,7 @@ class AdapterConfig:
 
 
 # A switch that PEFT's configs have at run time and PEFT never writes to a file.
-_NOT_WRITTEN = ("runtime_config",)
+NOT_WRITTEN = ("runtime_config",)
 
 
 def defaults_of(config: type[AdapterConfig]) -> dict[str, Any]:

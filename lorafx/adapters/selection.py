@@ -249,6 +249,8 @@ def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> st
     targets = config.target_modules
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
+    if isinstance(targets, str) and difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
+        return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
     narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
     return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"
 

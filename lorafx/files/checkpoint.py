@@ -191,15 +191,25 @@ def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; is {file.parent} an adapter's folder?") from error
+        raise CheckpointError(f"{file} does not exist; {_what_is_there(file.parent)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
     try:
-        return config_of(values)
+        return config_of({"peft_version": None, **values})
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder is that is no adapter's, in words."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if inner:
+        return f"{folder} holds adapters in {', '.join(f'{name}/' for name in inner)}: pass one of these"
+    return f"is {folder} an adapter's folder?"
 
 
 def _weights_file(folder: Path) -> Path:

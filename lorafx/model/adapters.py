@@ -124,7 +124,7 @@ class Adapters(Merges):
             raise AdapterError(f"{' and '.join(names)} cannot be active together: each has its own {twice}")
         if self._lorafx.ledger.names:
             warnings.warn("the model was merged; it is unmerged before the active adapters change")
-            self.unmerge_adapter()
+            self._lorafx.ledger.unmerge(self.tree)
         self._lorafx.active = names
         self._set_trainable()
 
@@ -150,7 +150,7 @@ class Adapters(Merges):
         state = self._lorafx
         active, merged = state.active, state.ledger.names
         trained = [parameter for parameter in self.tree.parameters() if parameter.requires_grad]
-        self.unmerge_adapter()
+        self._lorafx.ledger.unmerge(self.tree)
         state.active = ()
         self._set_trainable()
         try:

@@ -63,6 +63,8 @@ class Merges(Part):
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
+        if not self._lorafx.ledger.names:
+            warnings.warn("no adapter is merged; there is nothing to unmerge")
         self._lorafx.ledger.unmerge(self.tree)
 
     def merge_and_unload(
@@ -84,7 +86,7 @@ class Merges(Part):
 
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
-        self.unmerge_adapter()
+        self._lorafx.ledger.unmerge(self.tree)
         return self._given_back()
 
     def _given_back(self) -> nn.Module:

@@ -238,3 +238,9 @@ def test_a_tie_that_training_ends_is_said():
         (remark,) = said(tiny_llama(tie_word_embeddings=True), modules_to_save=saved)
         assert "model.embed_tokens.weight" in remark and "lm_head.weight" in remark and "tied no longer" in remark
     assert said(tiny_llama(), modules_to_save=["embed_tokens"]) == []
+
+
+@pytest.mark.parametrize("typed", ["all-linears", "all_linear", "All-Linea", "alllinear"])
+def test_all_linear_misspelt(typed, llama):
+    with pytest.raises(SelectionError, match='Did you mean "all-linear"'):
+        names(llama, target_modules=typed)
