@@ -19,6 +19,7 @@ from .compat import (
     get_peft_model,
 )
 from .graph.printing import diff
+from .model.adaptation import Adaptation, of
 from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
 from .pipeline import Context, Pass, Pipeline
@@ -26,6 +27,7 @@ from .pipeline import Context, Pass, Pipeline
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptation",
     "AdaptedModel",
     "Context",
     "FastLanguageModel",
@@ -48,6 +50,7 @@ __all__ = [
     "errors",
     "get_peft_model",
     "load",
+    "of",
     "passes",
     "to_float8",
     "trace",

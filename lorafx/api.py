@@ -17,6 +17,7 @@ from .adapters.kinds import config_of
 from .errors import AdapterError, ConfigError
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
+from .model.adaptation import of
 from .model.adapted_model import AdaptedModel, adapt
 from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
@@ -75,13 +76,13 @@ def compile(
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
-        adapted._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
-        adapted.set_adapter(adapter_name)
+        of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
+        of(adapted).set_adapter(adapter_name)
         _checkpoint_by_sites(adapted, gradient_checkpointing)
         if example_inputs is not None:
             _capture(adapted, example_inputs)
     except BaseException:
-        adapted._leave()
+        of(adapted)._leave()
         raise
     return adapted
 
@@ -125,15 +126,15 @@ def load(
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
-        adapted._install(fitted, values=values)
-        adapted.set_adapter(adapter_name)
+        of(adapted)._install(fitted, values=values)
+        of(adapted).set_adapter(adapter_name)
         _checkpoint_by_sites(adapted, gradient_checkpointing)
         if not is_trainable:
             adapted.eval()
         if example_inputs is not None:
             _capture(adapted, example_inputs)
     except BaseException:
-        adapted._leave()
+        of(adapted)._leave()
         raise
     copy_into(adapted, embeddings)
     return adapted
@@ -149,7 +150,8 @@ def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[An
     """Make the program that serves such a call."""
     named = isinstance(example_inputs, Mapping)
     args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
-    adapted._lorafx.dispatcher.program(adapted, adapted._lorafx.context, args, kwargs)
+    state = adapted._lorafx
+    state.dispatcher.program(adapted, state.context, args, kwargs)
 
 
 def _pipeline(

@@ -177,8 +177,6 @@ class FastLanguageModel:
         targets, saved = _embeddings_moved(target_modules, modules_to_save)
         if target_parameters is None:
             _warn_of_experts(model, targets)
-        if ensure_weight_tying is None:
-            _warn_of_tie(model, saved)
         config = _config(
             r=r,
             target_modules=targets,
@@ -230,18 +228,6 @@ def _warn_of_experts(model: nn.Module, targets: Sequence[str] | str | None) -> N
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused and not isinstance(targets, str) and {"gate_proj", "up_proj", "down_proj"} & set(targets or ()):
         warnings.warn(f"{fused} and its like are not adapted, as they would be by Unsloth", stacklevel=3)
-
-
-def _warn_of_tie(model: nn.Module, saved: Sequence[str] | None) -> None:
-    """Warn of tied embeddings that are trained: Unsloth trains them as one matrix, unasked."""
-    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    tied = None not in ends and ends[0].weight is ends[1].weight
-    if tied and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved or ()):
-        warnings.warn(
-            "the model ties its embeddings to its head, and training untied copies of them ends that; pass "
-            "ensure_weight_tying=False to silence this.",
-            stacklevel=3,
-        )
 
 
 def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:

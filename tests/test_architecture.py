@@ -45,7 +45,8 @@ INSIDE = {
         *("masks", "verify", "printing"),
     ],
     "adapters": [
-        *("config", "default_targets", "readings", "storages", "site", "kinds", "selection", "adapter", "equation"),
+        *("config", "naming", "default_targets", "readings", "storages", "site", "kinds", "selection", "adapter"),
+        "equation",
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "lower"],

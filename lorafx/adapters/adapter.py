@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError, SelectionError
+from ..graph.modules import taken_names
 from ..tree.attached import attach, detach
 from ..tree.lookup import find_tensor, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
+from .naming import require_usable
 from .selection import saved_modules, select
 from .site import Selection, Site
 from .storages import weights_of
@@ -155,8 +158,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     Raises `ConfigError` or `SelectionError` for a config that cannot be served on this model, and `AdapterError` for a
     name that cannot be used.
     """
-    if not name or set(name) & set("./\\") or hasattr(nn.Module(), name):
-        raise AdapterError(f"{name!r} cannot name an adapter: no dots, no slashes, no name of a module's method")
+    require_usable(name)
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
@@ -164,7 +166,10 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     selection = select(root, config)
     for site in selection:
         kind.check(site, config)
+    for remark in kind.remarks(selection, config):
+        warnings.warn(remark)
     _require_free_names(kind, config, selection)
+    _require_readable(root, selection)
     _require_dense(root, saved_modules(root, config))
     tensors = {
         site.name: {spec.suffix: _placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
@@ -180,6 +185,17 @@ def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection)
         names = {*kind.tensors(site, config), *kind.numbers(site, config)}
         if wrong := sorted(names & taken):
             raise ConfigError(f"kinds cannot call their tensors or numbers {', '.join(wrong)}; {config.peft_type} does")
+
+
+def _require_readable(root: nn.Module, selection: Selection) -> None:
+    """Raise `SelectionError` for a site below a module whose name graphs use for something else, and cannot read by."""
+    taken = set(taken_names(root))
+    if site := next((site for site in selection if site.module.partition(".")[0] in taken), None):
+        name = site.module.partition(".")[0]
+        raise SelectionError(
+            f"{site.name} cannot be adapted: the model's root has a `{name}`, and so has every torch.fx.GraphModule. "
+            "Give that module another name, or make the model a child of another one"
+        )
 
 
 def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:

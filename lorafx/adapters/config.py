@@ -77,7 +77,7 @@ class AdapterConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A config from a mapping of PEFT's field names; unknown ones are kept in `extra`, with a warning."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        values = {key: value for key, value in values.items() if key not in _NOT_WRITTEN}
+        values = {key: value for key, value in values.items() if key not in NOT_WRITTEN}
         extra = {key: _plain(value) for key, value in values.items() if key not in known}
         if extra:
             warnings.warn(f"config fields that lorafx does not know are kept but have no effect: {sorted(extra)}")
@@ -97,7 +97,7 @@ class AdapterConfig:
 
 
 # A switch that PEFT's configs have at run time and PEFT never writes to a file.
-_NOT_WRITTEN = ("runtime_config",)
+NOT_WRITTEN = ("runtime_config",)
 
 
 def defaults_of(config: type[AdapterConfig]) -> dict[str, Any]:
@@ -133,6 +133,11 @@ def is_number(value: Any) -> bool:
 def is_strings(value: Any) -> bool:
     """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def is_pattern_of(pattern: str, name: str) -> bool:
+    """Whether a regex matches the end of a module's name, from a dot on or all of it, as PEFT matches patterns."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _check_names(config: AdapterConfig) -> None:

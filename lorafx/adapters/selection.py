@@ -26,7 +26,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     """The sites that `config` picks in `model`, matched on module names as PEFT matches them.
 
     Raises `SelectionError` when nothing matches (naming the nearest candidates), or when a module matches whose
-    weight no reading covers. Warns of tied weights, and of names that match nothing.
+    weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     matches = _matcher(model, config)
@@ -37,7 +37,8 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     if not matched:
         raise SelectionError(_nothing_message(modules, config))
     selection = Selection(tuple(_sites(modules, matched)))
-    _warn(selection, modules, config)
+    for remark in _remarks(model, selection, modules, config):
+        warnings.warn(remark)
     return selection
 
 
@@ -182,17 +183,56 @@ def _site(
     )
 
 
-def _warn(selection: Selection, modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+def _remarks(
+    model: nn.Module, selection: Selection, modules: dict[str, nn.Module], config: AdapterConfig
+) -> Iterator[str]:
+    """What to say once about a selection: weights that are tied, or will not be, and names that pick nothing."""
     for site in selection:
         if site.tied:
-            warnings.warn(
+            yield (
                 f"{site.name} shares its weight with {', '.join(site.tied)}: they are one site, and its adapter acts "
                 "wherever the weight is read (PEFT adapts only the named module until it merges)"
             )
-    if isinstance(config.target_modules, tuple):
-        idle = [t for t in config.target_modules if not any(_is_suffix(t, name) for name in modules)]
-        if idle:
-            warnings.warn(f"`target_modules` entries that match no module: {idle} ({_nearest(idle, modules)})")
+    for untied, others in _untied(modules, saved_modules(model, config)):
+        yield (
+            f"`modules_to_save` trains {untied} by itself, which the model ties to {', '.join(others)}: on this model "
+            "they are tied no longer"
+        )
+    for name in ("target_modules", "exclude_modules"):
+        if idle := _idle(name, modules, config):
+            yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)})"
+    if idle_layers := _idle_layers(model, modules, config):
+        yield f"`layers_to_transform` numbers that pick no module: {idle_layers}"
+
+
+def _idle(field: str, modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
+    """Entries of `target_modules` or `exclude_modules` that name no module."""
+    value = getattr(config, field)
+    entries = [] if value is None or (config.all_linear and field == "target_modules") else value
+    named = [entries] if isinstance(entries, str) else [(entry,) for entry in entries]
+    idle = [each for each in named if not any(is_named(each, name) for name in modules)]
+    return [each if isinstance(each, str) else each[0] for each in idle]
+
+
+def _idle_layers(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[int]:
+    layers = config.layers_to_transform
+    numbers = (layers,) if isinstance(layers, int) else layers or ()
+    alone = [(number, _matcher(model, config.replace(layers_to_transform=(number,)))) for number in numbers]
+    return [number for number, matches in alone if not any(matches(name) for name in modules)]
+
+
+def _untied(modules: dict[str, nn.Module], saved: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each parameter of modules to save that other modules have, too, with the names that it has there."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((f"{path}.{name}", module))
+    for owned in owners.values():
+        inside = [(n, m) for n, m in owned if any(n.startswith(f"{outer}.") for outer in saved)]
+        others = [name for name, module in owned if inside and module is not inside[0][1]]
+        if others:
+            yield inside[0][0], others
 
 
 def _unfit_message(unfit: dict[str, nn.Module]) -> str:
@@ -209,6 +249,8 @@ def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> st
     targets = config.target_modules
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
+    if isinstance(targets, str) and difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
+        return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
     narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
     return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"
 

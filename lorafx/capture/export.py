@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..graph.blocks import repeated_modules
-from ..graph.modules import rooted
+from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
@@ -88,6 +88,7 @@ def _trace_part(
     unroll: bool,
     once: bool = False,
 ) -> GraphModule:
+    require_free_names(model)
     bare = isolated(mirrored(model))
     part = bare.get_submodule(path)
     without_hooks(part)
@@ -110,6 +111,15 @@ def _trace_part(
         fold(gm)
     gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]
     return gm
+
+
+def require_free_names(model: nn.Module) -> None:
+    """Raise `CaptureError` for a model that calls something at its root as graph modules call something of theirs."""
+    if taken := taken_names(model):
+        raise CaptureError(
+            f"{type(model).__name__} has a `{taken[0]}`, and so has every torch.fx.GraphModule: there can be no graph "
+            "of the model as long as that is at its root"
+        )
 
 
 def trace_operator(

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
 from .folder import replace_folder
 from .hub import Source
-from .model_card import CARD, new_card
+from .model_card import CARD, marked_card, new_card
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -169,27 +169,47 @@ def write(
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
     target = Path(folder)
-    if adapter.name == "default" and not (target / CARD).exists():
-        files[CARD] = new_card(config).encode()
+    if adapter.name == "default":
+        files[CARD] = _card(target / CARD, config)
     try:
         replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
     except OSError as error:
         raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
 
 
+def _card(file: Path, config: Mapping[str, Any]) -> bytes:
+    """The folder's model card: a new one, or the one that is there, marked as an adapter's."""
+    if not file.is_file():
+        return new_card(config).encode()
+    try:
+        return marked_card(file.read_text(encoding="utf-8"), config["base_model_name_or_path"]).encode()
+    except (OSError, UnicodeDecodeError):  # it stays as it is
+        return file.read_bytes()
+
+
 def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; is {file.parent} an adapter's folder?") from error
+        raise CheckpointError(f"{file} does not exist; {_what_is_there(file.parent)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
         raise CheckpointError(f"{file} does not say `peft_type`, so it is no adapter's config")
     try:
-        return config_of(values)
+        return config_of({"peft_version": None, **values})
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder is that is no adapter's, in words."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    if inner:
+        return f"{folder} holds adapters in {', '.join(f'{name}/' for name in inner)}: pass one of these"
+    return f"is {folder} an adapter's folder?"
 
 
 def _weights_file(folder: Path) -> Path:

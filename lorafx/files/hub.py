@@ -58,11 +58,22 @@ class Source:
         """
         if Path(self.place).is_dir():
             return Path(self.place) / (self.subfolder or "")
+        self._refuse_paths()
         revision = self.revision
         for names in wanted:
             file = self._first(names, revision)
             revision = file.parents[len(PurePosixPath(self.subfolder or "").parts)].name  # …/snapshots/<commit>/…
         return file.parent
+
+    def _refuse_paths(self) -> None:
+        """Raise `CheckpointError` for what can only be meant as a path here, and is none of a folder."""
+        path = Path(self.place)
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file; pass its folder, {path.parent}")
+        named = self.place.replace(os.sep, "/")
+        if path.is_absolute() or named.startswith((".", "~")) or named.endswith("/") or named.count("/") > 1:
+            home = "; ~ is not expanded, write the whole path" if named.startswith("~") else ""
+            raise CheckpointError(f"{self.place} is no folder here, and no id of a repository on the Hub either{home}")
 
     def _first(self, names: Sequence[str], revision: str | None) -> Path:
         what = f"{self.place} is no folder here, and of the repository {self._named} {' or '.join(names)} cannot be had"

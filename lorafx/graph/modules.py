@@ -19,6 +19,16 @@ CAPTURED = "captured"
 PLAIN = "plain"  # in a graph module's meta: names of tensors it reads that are plain attributes of the tree's root
 
 
+# What a graph module has besides its children and tensors: a model whose root uses such a name has no graph.
+_TAKEN = {CAPTURED, *dir(GraphModule(nn.Module(), Graph()))} - set(dir(nn.Module()))
+
+
+def taken_names(root: nn.Module) -> list[str]:
+    """The names of the root's own children and tensors that mean something else on a graph module, as `graph` does."""
+    plain = [name for name, value in vars(root).items() if isinstance(value, Tensor)]
+    return [name for name in (*root._modules, *root._parameters, *root._buffers, *plain) if name in _TAKEN]
+
+
 def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
     """The exported graph as a module over `tree`: it reads the tree's tensors from the tree, the rest from `captured`.
 

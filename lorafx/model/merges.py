@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, remove
 from ..errors import MergeError
 from ..merging.ledger import Ledger
-from ..tree.lookup import tensor_at
-from .state import State
+from ..tree.lookup import find_tensor, tensor_at
+from .state import Part
 
 
-class Merges(nn.Module):
+class Merges(Part):
     """The part of an adapted model that merges and unmerges."""
-
-    _lorafx: State
-    _adapter: Callable[[str], Adapter]
-    _leave: Callable[[], nn.Module]
 
     def merge_adapter(
         self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
@@ -43,7 +39,7 @@ class Merges(nn.Module):
         """Merge adapters in this order."""
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        self._lorafx.ledger.merge(self, adapters, replaced, **how)
+        self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
 
     def _in_order(self, names: list[str]) -> list[Adapter]:
         """These adapters in the order in which they act; `MergeError` if merging them would change the result.
@@ -57,7 +53,7 @@ class Merges(nn.Module):
             inside = active[: order.get(adapter.name, 0)]
             left = [self._adapter(name) for name in inside if name not in (*names, *self._lorafx.ledger.names)]
             for other in left:
-                shared = set(adapter.sites_by_weight(self)) & set(other.sites_by_weight(self))
+                shared = set(adapter.sites_by_weight(self.tree)) & set(other.sites_by_weight(self.tree))
                 if shared and not (adapter.kind.additive and other.kind.additive):
                     raise MergeError(
                         f"{adapter.name!r} acts on what {other.name!r} gives, so it cannot be merged without that one; "
@@ -67,7 +63,9 @@ class Merges(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
-        self._lorafx.ledger.unmerge(self)
+        if not self._lorafx.ledger.names:
+            warnings.warn("no adapter is merged; there is nothing to unmerge")
+        self._lorafx.ledger.unmerge(self.tree)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
@@ -82,21 +80,34 @@ class Merges(nn.Module):
         if new:
             self.merge_adapter(new, safe_merge, progressbar)
         for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
-            _keep_replaced(self, self._adapter(name))
+            _keep_replaced(self.tree, self._adapter(name))
         self._lorafx.ledger = Ledger()
         return self._given_back()
 
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
-        self.unmerge_adapter()
+        self._lorafx.ledger.unmerge(self.tree)
         return self._given_back()
 
     def _given_back(self) -> nn.Module:
         """The base model object without adapters, its modules training or not as they are here."""
         for path, module in self._lorafx.base.named_modules():
             with contextlib.suppress(AttributeError):  # it was taken away here since
-                module.training = self.get_submodule(path).training
+                module.training = self.tree.get_submodule(path).training
         return self._leave()
+
+    def _leave(self) -> nn.Module:
+        """Drop the adapters and give the base its `requires_grad` flags back."""
+        state = self._lorafx
+        for adapter in state.adapters.values():
+            remove(self.tree, adapter)
+        state.adapters, state.active = {}, ()
+        state.dispatcher.clear()
+        for path, flag in state.base_requires_grad.items():
+            parameter = find_tensor(state.base, path)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(flag)
+        return state.base
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:

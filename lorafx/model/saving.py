@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,11 @@ from ..files import checkpoint
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
 from ..tree.lookup import find_tensor
-from .state import State
+from .state import Part
 
 
-class Saving(nn.Module):
+class Saving(Part):
     """The part of an adapted model that writes its adapters."""
-
-    _lorafx: State
-    _adapter: Callable[[str], Adapter]
 
     def save_pretrained(
         self,
@@ -51,18 +48,19 @@ class Saving(nn.Module):
         ledger = self._lorafx.ledger
         names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
         for adapter in [self._adapter(name) for name in names]:
-            if adapter.is_rescaled(self):
+            if adapter.is_rescaled(self.tree):
                 warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             embeddings = {
-                path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
+                path: ledger.original(self.tree, path)
+                for path in self._embeddings_to_save(adapter, save_embedding_layers)
             }
-            name = getattr(getattr(self, "config", None), "name_or_path", None) or None
+            name = getattr(getattr(self.tree, "config", None), "name_or_path", None) or None
             base = type(self._lorafx.base)
             mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-            unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
+            unmerged = {path: ledger.original(self.tree, path) for path in ledger.entries if path in set(adapter.paths)}
             values = {**(state_dict or {}), **unmerged}
-            checkpoint.write(self, adapter, folder, embeddings, name, mapping, values)
+            checkpoint.write(self.tree, adapter, folder, embeddings, name, mapping, values)
 
     def push_to_hub(
         self,
@@ -102,11 +100,19 @@ class Saving(nn.Module):
             )
 
     def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
-        paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
+        every = checkpoint.embedding_weights(self.tree)
+        paths = [path for path in every if path not in adapter.replaced]
         adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
-        if wanted == "auto":
-            wanted = bool(adapted) or any(_resized(self._lorafx.base, self, path) for path in paths)
-        return (adapted or paths) if wanted else []
+        resized = [path for path in paths if _resized(self._lorafx.base, self.tree, path)]
+        if wanted == "auto" and (adapted or resized):
+            warnings.warn(
+                f"{', '.join(adapted or paths)}: saved along with {adapter.name!r}, being "
+                f"{'adapted' if adapted else 'of another size than when the model was compiled'}; pass "
+                "save_embedding_layers=False to leave them out"
+            )
+        if wanted is True and not every:
+            warnings.warn("save_embedding_layers=True saves none: the model has no `get_input_embeddings` to tell them")
+        return (adapted or paths) if (adapted or resized if wanted == "auto" else wanted) else []
 
 
 def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.adapter import Adapter, scaled
+from ..adapters.adapter import scaled
 from ..adapters.config import is_number, require
 from ..adapters.kinds import SCALING
 from ..errors import AdapterError
 from ..tree.lookup import copy_into, tensor_at
-from .state import State
+from .state import Part
 
 
-class Scales(nn.Module):
+class Scales(Part):
     """The part of an adapted model that changes the scales of its adapters."""
-
-    _lorafx: State
-    _adapter: Callable[[str], Adapter]
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
@@ -33,7 +30,7 @@ class Scales(nn.Module):
         value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
         require(is_number(value), "scale", scale, "a finite number")
         with torch.inference_mode(False), torch.no_grad():
-            self._lorafx.adapters[adapter_name] = scaled(self, self._adapter(adapter_name), value)  # type: ignore[arg-type]
+            self._lorafx.adapters[adapter_name] = scaled(self.tree, self._adapter(adapter_name), value)  # type: ignore[arg-type]
 
     def _require_scalable(self, name: str) -> None:
         adapter = self._adapter(name)
@@ -52,11 +49,11 @@ class Scales(nn.Module):
             if not self._adapter(name).scales:
                 self.set_scale(name, 1.0)
         paths = [path for name in active for path in self._adapter(name).scales.values()]
-        before = {path: tensor_at(self, path).clone() for path in paths}
+        before = {path: tensor_at(self.tree, path).clone() for path in paths}
         with torch.inference_mode(False), torch.no_grad():
             for path in paths:
-                tensor_at(self, path).mul_(multiplier)
+                tensor_at(self.tree, path).mul_(multiplier)
         try:
             yield
         finally:
-            copy_into(self, before)
+            copy_into(self.tree, before)

@@ -19,6 +19,7 @@ from torch import nn
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
 from ..files.model_card import CARD, say_it_is_an_adapter
+from .state import Part
 
 # Fields of a config about an adapter's origin, start values and choice of modules: with the same sites and tensors, two
 # adapters that differ in these alone compute the same.
@@ -63,12 +64,12 @@ def _seen_as(cls: type, peft: type) -> type:
     return metaclass(cls.__name__, (cls,), names)
 
 
-class Trainable(SeenAsPeft):
+class Trainable(Part):
     """What else trainers call on PEFT's models, and so on an adapted one."""
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""
-        base = getattr(getattr(self, "config", None), "name_or_path", None) or None
+        base = getattr(getattr(self.tree, "config", None), "name_or_path", None) or None
         say_it_is_an_adapter(Path(output_dir) / CARD, base)
 
 

@@ -106,8 +106,9 @@ class Pipeline(tuple[Pass, ...]):
         """Apply the passes to `gm` in place, verifying the graph before the first and after each.
 
         Observers are called `(previous, graph, next)` before each pass and after the last, None standing for either
-        end. Returns what each pass did. Raises `PipelineError` as `check` does, what a pass raises, and `VerifyError`
-        for a broken invariant, naming the pass at fault and those before it, with a diff.
+        end. Returns what each pass did. Raises `PipelineError` as `check` does and for a pass that does not return how
+        often it rewrote, what a pass raises, and `VerifyError` for a broken invariant, naming the pass at fault and
+        those before it, with a diff.
         """
         self.check()
         context = context or Context()
@@ -133,7 +134,7 @@ class Pipeline(tuple[Pass, ...]):
         for part, within in _parts(gm, context):
             before = states.get(part) or _Before.of(part)
             try:
-                here = current.rewrite(part, within)
+                here = _counted(current, current.rewrite(part, within))
                 changed = here or part not in states or snapshot(part).nodes != before.snapshot.nodes
                 if changed:
                     part.recompile()
@@ -150,6 +151,15 @@ class Pipeline(tuple[Pass, ...]):
             after[part] = _Before.of(part) if changed else before
         milliseconds = 1e3 * (time.perf_counter() - start)
         return after, _step(current, rewrites, states, after, milliseconds)
+
+
+def _counted(current: Pass, rewrites: object) -> int:
+    """What a pass's `rewrite` returned, which must be the number of its rewrites."""
+    if not isinstance(rewrites, int):
+        raise PipelineError(
+            f"`rewrite` of the pass {current.name} returned {rewrites!r}; it must return how often it rewrote, an int"
+        )
+    return int(rewrites)
 
 
 def _fit(gm: GraphModule, context: Context) -> None:

@@ -18,6 +18,7 @@ from ..adapters.kinds.lora_config import LoraConfig
 from ..adapters.readings import CONV1D, EMBEDDING, LINEAR, Reading
 from ..adapters.site import Site
 from ..adapters.storages import weights_of
+from ..model.adaptation import of
 from ..model.adapted_model import AdaptedModel
 from ..tree.lookup import find_tensor, tensor_at
 from .checks import Call
@@ -143,7 +144,7 @@ class Adapted:
         lora = api.compile(self.model.build(), first, random_state=self.model.seed, **options)
         for name, config in zip(self.names[1:], others):
             lora.add_adapter(name, config, random_state=self.model.seed)
-        lora.set_adapter(list(self.names[: len(self.configs)]))
+        of(lora).set_adapter(list(self.names[: len(self.configs)]))
         if not start:
             randomize(lora, self.scale, seed=self.model.seed)
         return lora.eval()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import api
+from ..model.adaptation import of
 from ..model.adapted_model import AdaptedModel
 from ..tree.lookup import tensor_at
 
@@ -70,7 +71,7 @@ def backward_error(lora: AdaptedModel) -> float:
     dtypes = {p.dtype for p in lora.parameters() if p.is_floating_point()}
     unit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
     inner = min(unit, torch.finfo(torch.float32).eps / 2)
-    adapters = [lora._lorafx.adapters[name] for name in lora.active_adapters]
+    adapters = [lora._lorafx.adapters[name] for name in of(lora).active_adapters]
     lengths = [weight[0].numel() for p in lora.parameters() if (weight := p).ndim > 1]
     lengths += [max(weight.shape[:2]) for weight in lora.parameters() if weight.ndim == 2]
     shapes = [
@@ -152,12 +153,12 @@ def assert_merge_is_exact(
 
     `adapter_names` are merged in this order (None: the active ones), together or `one_by_one`.
     """
-    names = list(lora.active_adapters if adapter_names is None else adapter_names)
+    names = list(of(lora).active_adapters if adapter_names is None else adapter_names)
     base, own = base_tensors(lora), {name: adapter_tensors(lora, name) for name in names}
     for _ in range(cycles):
         for group in [[name] for name in names] if one_by_one else [names]:
-            lora.merge_adapter(group)
-        lora.unmerge_adapter()
+            of(lora).merge_adapter(group)
+        of(lora).unmerge_adapter()
         assert_same_tensors(base_tensors(lora), base)
     for name in names:
         assert_same_tensors(adapter_tensors(lora, name), own[name])
@@ -171,11 +172,11 @@ def assert_merged_equals_unmerged(lora: AdaptedModel, call: Call) -> None:
     """
     with evaluating(lora), torch.no_grad():
         expected, limits = call(lora), tolerance(lora, call)
-        lora.merge_adapter()
+        of(lora).merge_adapter()
         try:
             actual, merged_limits = call(lora), tolerance(lora, call)
         finally:
-            lora.unmerge_adapter()
+            of(lora).unmerge_adapter()
     assert_close(actual, expected, [a + b for a, b in zip(limits, merged_limits)])
 
 
@@ -188,9 +189,9 @@ def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module
     lora.eval()
     with torch.no_grad():
         expected, limits = call(lora), tolerance(lora, call)
-        lora.merge_adapter()
+        of(lora).merge_adapter()
         limits = [a + b for a, b in zip(limits, tolerance(lora, call))]
-        base = lora.merge_and_unload().eval()
+        base = of(lora).merge_and_unload().eval()
         assert_close(call(base), expected, limits)
     return base
 
@@ -209,8 +210,8 @@ def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
     Files are written into `tmp_path`.
     """
     base = copy.deepcopy(lora._lorafx.base)
-    lora.save_pretrained(tmp_path / "first")
-    for name in lora.peft_config:
+    of(lora).save_pretrained(tmp_path / "first")
+    for name in of(lora).peft_config:
         place = "" if name == "default" else name
         again = api.load(
             copy.deepcopy(base),

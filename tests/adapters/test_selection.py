@@ -191,3 +191,56 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 < 2 * 2**30
+
+
+def said(model, **config):
+    """What is warned of when a model is adapted so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lorafx.compile(model, {"r": 2, "target_modules": ["q_proj", "v_proj"], **config})
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"target_modules": ["q_proj", "vproj"]}, "`target_modules` entries that match no module: ['vproj']"),
+        ({"exclude_modules": ["vproj", "k_proj"]}, "`exclude_modules` entries that match no module: ['vproj']"),
+        ({"exclude_modules": r".*\.vproj"}, r"`exclude_modules` entries that match no module: ['.*\\.vproj']"),
+        ({"layers_to_transform": [0, 9, 7]}, "`layers_to_transform` numbers that pick no module: [9, 7]"),
+        ({"target_modules": "all-linear", "layers_to_transform": [1, 5]}, "numbers that pick no module: [5]"),
+        ({"rank_pattern": {"qproj": 4, "q_proj": 3}}, "`rank_pattern` keys that match no adapted module: ['qproj']"),
+        ({"alpha_pattern": {"k_proj": 4}}, "`alpha_pattern` keys that match no adapted module: ['k_proj']"),
+        ({"alpha_pattern": {"^q_proj": 4.0}}, "['^q_proj']"),
+        ({"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 4}}, "base_model.model"),
+        ({"lora_bias": True}, "`lora_bias` adds a bias to 4 layers without one, such as model.layers.0."),
+    ],
+)  # fmt: skip
+def test_what_a_config_names_in_vain_is_said_once(config, named):
+    remarks = said(tiny_llama(), **config)
+    assert len(remarks) == 1 and named in remarks[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 3, "^model.layers.1.self_attn.v_proj": 5}},
+        {"exclude_modules": ["lm_head", "layers.1.self_attn.q_proj"], "layers_to_transform": [0, 1]},
+        {"layers_to_transform": 0, "modules_to_save": ["lm_head"], "bias": "all"},
+    ],
+)
+def test_what_acts_is_not_remarked_on(config):
+    assert said(tiny_llama(), **config) == []
+
+
+def test_a_tie_that_training_ends_is_said():
+    for saved in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]):
+        (remark,) = said(tiny_llama(tie_word_embeddings=True), modules_to_save=saved)
+        assert "model.embed_tokens.weight" in remark and "lm_head.weight" in remark and "tied no longer" in remark
+    assert said(tiny_llama(), modules_to_save=["embed_tokens"]) == []
+
+
+@pytest.mark.parametrize("typed", ["all-linears", "all_linear", "All-Linea", "alllinear"])
+def test_all_linear_misspelt(typed, llama):
+    with pytest.raises(SelectionError, match='Did you mean "all-linear"'):
+        names(llama, target_modules=typed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -31,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits
 
@@ -270,3 +271,38 @@ def test_known_but_idle_fields_are_written_back(saved: Path, tmp_path: Path) -> 
     set_config(saved, megatron_core="other.core", qalora_group_size=32, revision="abc", peft_version="0.99.0")
     load(saved).save_pretrained(tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(saved)
+
+
+def test_a_path_that_is_no_adapter_s_folder(tmp_path):
+    lora = adapted()
+    lora.add_adapter("b", lora.peft_config["default"])
+    lora.add_adapter("c", lora.peft_config["default"])
+    lora.save_pretrained(tmp_path / "all")
+    lora.save_pretrained(tmp_path / "two", selected_adapters=["b", "c"])
+    for path, said in {
+        tmp_path / "all" / WEIGHTS: f"is a file; pass its folder, {tmp_path / 'all'}",
+        tmp_path / "nothing": "nothing is no folder here",
+        "some/where/else": "some/where/else is no folder here",
+        "~/adapter": "~ is not expanded",
+        tmp_path / "two": "holds adapters in b/, c/: pass one of these",
+        tmp_path: "holds adapters in all/: pass one of these",
+    }.items():
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            lorafx.load(base_model(), path)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        lorafx.load(base_model(), tmp_path / "all", subfolder="d")
+
+
+def test_unknown_fields_of_a_file_are_kept_and_those_of_a_person_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    for version in ("99.0", None):
+        values = json.loads((tmp_path / CONFIG).read_text())
+        values |= {"lora_aplha": 3, "of_the_future": 1, "peft_version": version}
+        values = {key: value for key, value in values.items() if value is not None or key != "peft_version"}
+        (tmp_path / CONFIG).write_text(json.dumps(values))
+        with pytest.warns(UserWarning, match="lora_aplha"):
+            assert lorafx.load(base_model(), tmp_path).peft_config["default"].extra["of_the_future"] == 1
+    with pytest.raises(ConfigError, match="no field `lora_aplha`; did you mean `lora_alpha`"):
+        lorafx.compile(base_model(), {"r": 2, "lora_aplha": 3, "target_modules": ["q_proj"]})
+    with pytest.raises(ConfigError, match="no field `zzz`; it has target_modules"):
+        lorafx.compile(base_model(), {"zzz": 3, "target_modules": ["q_proj"]})

@@ -1,5 +1,7 @@
 """What an adapted model merges: the adapters asked for, in the order in which they act, and back again."""
 
+import warnings
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -45,3 +47,18 @@ def test_unloading_merged_gives_the_base_with_just_these_adapters(lora):
     base = lora.merge_and_unload(adapter_names=["default"])
     torch.testing.assert_close(base(x), both, **CLOSE)
     assert not [name for name, _ in base.named_parameters() if "lora" in name]
+
+
+def test_merging_and_unmerging_twice_is_said_and_nothing_else_is():
+    lora = adapted(Chain())
+    with pytest.warns(UserWarning, match="nothing to unmerge"):
+        lora.unmerge_adapter()
+    lora.merge_adapter()
+    with pytest.warns(UserWarning, match="merged already"):
+        lora.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.unmerge_adapter()
+        with lora.disable_adapter():
+            pass
+        lora.unload()

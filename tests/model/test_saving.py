@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from checkpoints import (
     tensors_of,
 )
 from graphs import Chain
+from huggingface_hub import ModelCard
+from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError
@@ -112,10 +115,35 @@ def test_a_pickle_is_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_readme_of_the_user_stays(saved: Path) -> None:
-    (saved / CARD).write_text("mine")
-    adapted(r=2).save_pretrained(saved)
-    assert (saved / CARD).read_text() == "mine"
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [("mine", {}), ("---\nlicense: mit\ntags:\n- lora\n- my-tag\n---\nmine", {"license": "mit"})],
+)
+def test_a_readme_of_the_user_s_stays_and_says_what_it_is_of(saved: Path, written: str, kept: dict) -> None:
+    (saved / CARD).write_text(written)
+    for _ in range(2):
+        adapted(r=2).save_pretrained(saved)
+        card = ModelCard.load(saved / CARD)
+        data = card.data.to_dict()
+        assert card.text.strip() == "mine" and data["library_name"] == "peft" and kept.items() <= data.items()
+        assert sorted(data["tags"]) == sorted({"lora", "lorafx", *(["my-tag"] if kept else [])})
+
+
+@pytest.mark.parametrize("written", [b"---\nlicense: [\n---\nmine", b"\xff\xfe"])
+def test_a_readme_that_cannot_be_read_stays_as_it_is(saved: Path, written: bytes) -> None:
+    (saved / CARD).write_bytes(written)
+    with contextlib.nullcontext() if written[:1] == b"\xff" else pytest.warns(UserWarning, match="cannot be read"):
+        adapted(r=2).save_pretrained(saved)
+    assert (saved / CARD).read_bytes() == written
+
+
+def test_what_is_saved_besides_the_adapter_is_said(tmp_path: Path) -> None:
+    lora = adapted(target_modules=["embed_tokens", "q_proj"])
+    with pytest.warns(UserWarning, match=r"model.embed_tokens.weight: saved along with 'default', being adapted"):
+        lora.save_pretrained(tmp_path)
+    plain = lorafx.compile(nn.Sequential(nn.Embedding(9, 4)), {"target_modules": ["0"]})
+    with pytest.warns(UserWarning, match="saves none"):
+        plain.save_pretrained(tmp_path / "plain", save_embedding_layers=True)
 
 
 def test_what_is_saved_while_merged_is_what_is_saved_unmerged(tmp_path: Path) -> None:

@@ -153,3 +153,14 @@ def test_steps_count_nodes_and_parameters():
     assert steps["insert_adapters"].parameters_added == 2 * 6 + 3 * 2
     assert steps["insert_adapters"].nodes_after - steps["insert_adapters"].nodes_before == 9
     assert all(step.milliseconds > 0 for step in steps.values())
+
+
+def test_a_pass_that_does_not_say_how_often_it_rewrote_is_named():
+    @dataclass(frozen=True)
+    class Forgets(Pass):
+        def rewrite(self, gm, context):
+            return None
+
+    lora = lorafx.compile(Chain(), {"target_modules": ["second"]}, pipeline=default + (Forgets(),))
+    with pytest.raises(PipelineError, match="`rewrite` of the pass forgets returned None"):
+        lora(torch.randn(5, 4))

@@ -6,11 +6,12 @@ weight. `register` makes one of your own known, under the PEFT type that its con
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, defaults_of
+from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -36,14 +37,27 @@ def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
     """The config as one of its kind's class: from itself, a mapping of its fields, or a `peft` config.
 
     A mapping without `peft_type` is LoRA's. For a kind that lorafx does not know it is an `AdapterConfig`, with that
-    kind's fields in `extra`. Raises `ConfigError` for a field that is wrong, naming it.
+    kind's fields in `extra`. Raises `ConfigError` for a field that is wrong, naming it, and for one that there is not
+    in a mapping that somebody wrote. One from a file, where `peft_version` stands, may be of a newer PEFT: its other
+    fields are kept, with a warning.
     """
     if isinstance(config, AdapterConfig) and type(config) is not AdapterConfig:
         return config
     named = config.get("peft_type", "LORA") if isinstance(config, Mapping) else getattr(config, "peft_type", "LORA")
     known = KINDS.get(getattr(named, "value", named) if isinstance(named, str) else "")
     of_kind = known.config if known else AdapterConfig
+    if known and isinstance(config, Mapping) and "peft_version" not in config:
+        _refuse_unknown(config, known.config)
     return of_kind.of(config.to_dict() if isinstance(config, AdapterConfig) else config)
+
+
+def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> None:
+    known = [name for name in defaults_of(config) if name != "extra"]
+    for name in fields:
+        if name not in (*known, *NOT_WRITTEN):
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
 register(Lora)

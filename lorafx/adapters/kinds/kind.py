@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..readings import Operator
-from ..site import Site
+from ..site import Selection, Site
 
 aten = torch.ops.aten
 SCALING = "scaling"  # the number that multiplies an update; a tensor once it was changed, see `adapter.scaled`
@@ -95,6 +95,10 @@ class Kind:
 
     def check(self, site: Site, config: Any) -> None:
         """Raise `ConfigError` if the config cannot be served at this site."""
+
+    def remarks(self, selection: Selection, config: Any) -> Iterator[str]:
+        """What to warn of when an adapter is made at these sites: what its config asks for in vain, say."""
+        return iter(())
 
     def tensors(self, site: Site, config: Any) -> dict[str, Spec]:
         """The suffix and shape of each tensor at a site, by the name that the equation gives it."""

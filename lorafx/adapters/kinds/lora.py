@@ -9,16 +9,16 @@ layer's kernel size, stride, padding and dilation, and B a kernel of size 1 and 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, MergeError
+from ..config import is_pattern_of
 from ..readings import IN_PROJ
-from ..site import Site
+from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
 from .lora_config import LoraConfig
 
@@ -77,6 +77,19 @@ class Lora(Kind):
                 "choose another `r` or a `rank_pattern` for it"
             )
 
+    def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
+        names = [site.named for site in selection]
+        for field in ("rank_pattern", "alpha_pattern"):
+            idle = [key for key in getattr(config, field) if not any(is_pattern_of(key, name) for name in names)]
+            if idle:
+                shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+                yield f"`{field}` keys that match no adapted module: {idle} (they are regexes for the ends of {shown})"
+        if bare := [site.name for site in selection if config.lora_bias and not site.has_bias]:
+            yield (
+                f"`lora_bias` adds a bias to {len(bare)} layers without one, such as {bare[0]}: the adapter acts "
+                "there, and cannot be merged"
+            )
+
     def init(
         self,
         site: Site,
@@ -109,4 +122,4 @@ def rank(site: Site, config: LoraConfig) -> int:
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that matches the end of `name`, as PEFT matches them; else `default`."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((v for key, v in patterns.items() if is_pattern_of(key, name)), default)

@@ -1,0 +1,124 @@
+"""Adaptation: all that lorafx knows of an adapted model and does with it, under names that cannot collide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ..adapters.adapter import TRAINED_BIAS
+from ..adapters.config import AdapterConfig
+from ..adapters.site import Selection
+from ..errors import AdapterError, CaptureError
+from ..graph.blocks import repeated_modules
+from ..graph.modules import refresh
+from ..pipeline import Context
+from ..tree.mirror import STATE
+from .adapters import Adapters
+from .report import Call, Explanation, Report
+from .saving import Saving
+from .scales import Scales
+from .trainers import Trainable
+
+
+class Adaptation(Adapters, Scales, Saving, Trainable):
+    """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
+
+    The model has these names as well, as far as its base does not use them for something of its own.
+    """
+
+    @property
+    def sites(self) -> Selection:
+        """The sites of the active adapters, as a table when printed."""
+        return Context(tuple(self._lorafx.adapters[name] for name in self._lorafx.active)).selection
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order, each with its own parameters and adapters: what to give to FSDP2's `fully_shard`."""
+        return repeated_modules(self.tree)
+
+    @property
+    def peft_config(self) -> Mapping[str, AdapterConfig]:
+        """The config of each adapter by name: one mapping, which follows what is added and deleted."""
+        return self._lorafx.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return list(self._lorafx.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names if there are several."""
+        return self._lorafx.active[0] if len(self._lorafx.active) == 1 else list(self._lorafx.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weights, in order."""
+        return list(self._lorafx.ledger.names)
+
+    def get_base_model(self) -> nn.Module:
+        """This model itself: the base model that PEFT returns here computes with the adapters, too.
+
+        The object that was compiled has none; `unload` returns it.
+        """
+        return self.tree
+
+    def report(self) -> Report:
+        """What each pass did to each kept graph, and what merging holds; prints as tables."""
+        graphs = {
+            f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
+            for number, program in enumerate(p for p in self._lorafx.dispatcher if p.gm is not None)
+        }
+        return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self.tree))
+
+    def explain(self) -> Explanation:
+        """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
+        dispatcher = self._lorafx.dispatcher
+        calls = [
+            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss, p.launched)
+            for p in dispatcher
+        ]
+        pieces = dispatcher.graphs.lowering.pieces.values()
+        compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
+        return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""
+        counts = [(name, p.numel(), p.requires_grad) for name, p in self.tree.named_parameters()]
+        total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
+        return sum(number for _, number, trainable in counts if trainable), total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
+        """The rewritten graph that serves this call; captured now if none is kept. The call is not run.
+
+        Raises `CaptureError` when the call cannot be captured as a whole.
+        """
+        program = self._lorafx.dispatcher.program(self.tree, self._lorafx.context, args, kwargs)
+        if program.gm is None:
+            raise CaptureError(f"this call is served by sites, there is no graph of the whole: {program.reason}")
+        refresh(program.gm, self.tree)
+        return program.gm
+
+    def __repr__(self) -> str:
+        state = self._lorafx
+        adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
+        return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
+
+
+def of(model: nn.Module) -> Adaptation:
+    """All that lorafx knows of an adapted model and does with it, whatever names the model itself uses.
+
+    `lorafx.of(model).sites` is `model.sites`, unless the base model has `sites` of its own; and so for every name.
+    Raises `AdapterError` for a model that is not adapted.
+    """
+    if STATE not in vars(model):
+        raise AdapterError(f"this {type(model).__name__} is not adapted: pass what `lorafx.compile` or `load` returned")
+    return Adaptation(model)  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""The adapters of an adapted model: added, loaded, made active, switched off for a while, deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+from ..adapters.config import AdapterConfig, require
+from ..adapters.kinds import config_of
+from ..errors import AdapterError
+from ..files import checkpoint
+from ..tree.attached import set_trainable
+from ..tree.lookup import copy_into
+from ..tree.mirror import mirrored
+from .calls import serve_parts
+from .merges import Merges
+from .trainers import require_same
+
+
+class LoadResult(NamedTuple):
+    """What `load_adapter` returns, by PEFT's names: keys that the file lacks, and keys that no site takes."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Adapters(Merges):
+    """The part of an adapted model that has its adapters come, act and go."""
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig | Mapping[str, Any] | Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
+        *,
+        random_state: int | None = None,
+    ) -> None:
+        """Add a new adapter; `set_adapter` makes it active.
+
+        The options are those of `compile`; without `autocast_adapter_dtype` it is as when this model was made.
+        Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
+        """
+        adapter = plan(mirrored(self.tree), adapter_name, config_of(peft_config))
+        self._install(adapter, autocast_adapter_dtype, random_state=random_state, on_meta=low_cpu_mem_usage)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool | None = None,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        *,
+        weights_only: bool = False,
+        **hub: Any,
+    ) -> LoadResult:
+        """Add an adapter from a folder or Hub id; `set_adapter` makes it active. Errors are those of `lorafx.load`.
+
+        Positions and names are PEFT's. `torch_device` and `low_cpu_mem_usage` change nothing: values go from the file
+        to where the base's weights are. `ConfigError` for `ephemeral_gpu_offload`, `key_mapping` and
+        `ignore_mismatched_sizes`. What is returned has no keys: a missing or unexpected one is a `CheckpointError`.
+
+        An adapter of that name that is there already takes the file's values, in place: its parameters stay the same
+        objects, as a trainer that resumes needs. Raises `AdapterError` if it differs in more than values, or is merged.
+        """
+        require(not ephemeral_gpu_offload, "ephemeral_gpu_offload", ephemeral_gpu_offload, "False")
+        require(not key_mapping, "key_mapping", key_mapping, "None")
+        require(not ignore_mismatched_sizes, "ignore_mismatched_sizes", ignore_mismatched_sizes, "False")
+        found = checkpoint.read(model_id, weights_only=weights_only, **hub)
+        adapter, values, embeddings = checkpoint.fit(mirrored(self.tree), adapter_name, found, is_trainable)
+        if adapter_name in self._lorafx.adapters:
+            require_same(self._adapter(adapter_name), adapter, self._lorafx.ledger.names)
+            copy_into(self.tree, values)
+        else:
+            self._install(adapter, autocast_adapter_dtype, values=values)
+        copy_into(self.tree, embeddings)
+        if not is_trainable:
+            self.tree.eval()
+        return LoadResult([], [])
+
+    def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> None:
+        state = self._lorafx
+        if adapter.name in state.adapters:
+            raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        self._warn_of_biases(adapter)
+        wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
+        build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
+        state.adapters[adapter.name] = adapter
+        serve_parts(self.tree, adapter)
+        self._set_trainable()
+
+    def _warn_of_biases(self, adapter: Adapter) -> None:
+        """Say that an adapter that trains biases cannot be active beside another that trains the same."""
+        for other in self._lorafx.adapters.values():
+            both = [base for base, path in adapter.replaced.items() if base in other.replaced and TRAINED_BIAS in path]
+            if both:
+                warnings.warn(
+                    f"{adapter.name!r} and {other.name!r} each train their own {both[0]} (`bias`): they cannot be "
+                    "active together, and PEFT does not load both"
+                )
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make these adapters, and no others, active and (unless in inference mode) trainable.
+
+        The first acts innermost. A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown
+        name, for adapters that both replace one tensor (a bias, a saved module), and for weights.
+        """
+        if isinstance(adapter_name, Mapping):
+            raise AdapterError("adapters have no weights here: activate them by name, and give each its `set_scale`")
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        adapters = [self._adapter(name) for name in names]
+        replaced = [base for adapter in adapters for base in adapter.replaced]
+        twice = next((base for base in replaced if replaced.count(base) > 1), None)
+        if twice:
+            raise AdapterError(f"{' and '.join(names)} cannot be active together: each has its own {twice}")
+        if self._lorafx.ledger.names:
+            warnings.warn("the model was merged; it is unmerged before the active adapters change")
+            self._lorafx.ledger.unmerge(self.tree)
+        self._lorafx.active = names
+        self._set_trainable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors. If none is active then, the first that is left becomes active.
+
+        Raises `AdapterError` for an unknown name, or while the adapter is merged.
+        """
+        adapter, state = self._adapter(adapter_name), self._lorafx
+        if adapter_name in state.ledger.names:
+            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
+        remove(self.tree, adapter)
+        del state.adapters[adapter_name]
+        state.dispatcher.clear()
+        if adapter_name in state.active:
+            rest = tuple(name for name in state.active if name != adapter_name)
+            state.active = rest or tuple(state.adapters)[:1]
+        self._set_trainable()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile."""
+        state = self._lorafx
+        active, merged = state.active, state.ledger.names
+        trained = [parameter for parameter in self.tree.parameters() if parameter.requires_grad]
+        self._lorafx.ledger.unmerge(self.tree)
+        state.active = ()
+        self._set_trainable()
+        try:
+            yield
+        finally:
+            state.active = active
+            if merged:
+                self._merge([self._adapter(name) for name in merged])
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _set_trainable(self) -> None:
+        """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
+        state = self._lorafx
+        owned = [path for adapter in state.adapters.values() for path in adapter.paths]
+        set_trainable(self.tree, owned, trainable_paths(self.tree, [state.adapters[name] for name in state.active]))

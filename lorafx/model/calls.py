@@ -1,0 +1,72 @@
+"""Calls of an adapted model, and of the modules in it that hold sites: each is served by what is kept for its kind."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..errors import AdapterError
+from ..tree.mirror import STATE
+from .state import State
+
+ROWS = "adapter_names"  # PEFT's keyword of a call
+
+
+def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
+    state: State = vars(tree)[STATE]
+    refuse_rows(type(tree.get_submodule(path)).forward, kwargs)
+    return state.dispatcher.serve(tree, state.context, path, args, kwargs)
+
+
+def refuse_rows(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` for a call with an adapter for each row, unless the model means something else by that."""
+    if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(function).parameters:
+        raise AdapterError(f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows alone")
+
+
+def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's method `generate`, that refuses an adapter for each row in lorafx's words, before it begins."""
+
+    @functools.wraps(generate)
+    def refusing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_rows(type(self).forward, kwargs)
+        return generate(self, *args, **kwargs)
+
+    return refusing
+
+
+class PartCall:
+    """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
+
+    `replaced` has the `forward` that was an attribute of the module itself before, if there was one.
+    """
+
+    lorafx = True
+
+    def __init__(self, tree: nn.Module, path: str):
+        self.tree, self.path = tree, path
+        self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return serve(self.tree, self.path, args, kwargs)
+
+
+def serve_parts(tree: nn.Module, adapter: Adapter) -> None:
+    """Have the modules that contain an adapter's sites or own copies, at any depth, be served when called alone."""
+    for path in _parts(adapter):
+        part = tree.get_submodule(path)
+        if not isinstance(vars(part).get("forward"), PartCall):
+            part.__dict__["forward"] = PartCall(tree, path)
+
+
+def _parts(adapter: Adapter) -> Iterator[str]:
+    """Paths of the modules that contain an adapter's sites or own copies, at any depth; the root is not among them."""
+    owners = [site.module for site in adapter.selection] + [base.rpartition(".")[0] for base in adapter.replaced]
+    paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(1, owner.count(".") + 2)}
+    yield from sorted(path for path in paths if path)

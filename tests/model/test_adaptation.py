@@ -1,0 +1,30 @@
+"""The interface of an adapted model: what it says of itself, and PEFT's names for it."""
+
+import pytest
+import torch
+from graphs import Chain, adapted
+
+from lorafx.errors import AdapterError
+
+
+def test_the_line_of_counts_is_pefts(capsys):
+    lora = adapted(Chain(), target_modules=["second"])
+    lora.print_trainable_parameters()
+    trainable, total = 2 * 6 + 3 * 2, 24 + 21 + 18
+    expected = f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_it_introduces_itself():
+    assert repr(adapted(Chain())) == "AdaptedModel(Chain, 2 sites, adapters: default*)"
+
+
+def test_an_adapter_for_each_row_is_refused_everywhere():
+    class Generates(Chain):
+        def generate(self, x, **kwargs):
+            raise AssertionError("generation has begun")
+
+    lora, rows = adapted(Generates()), ["default"] * 5
+    for call in (lora, lora.first, lora.generate):
+        with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
+            call(torch.randn(5, 4), adapter_names=rows)

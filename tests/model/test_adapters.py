@@ -1,0 +1,97 @@
+"""The adapters of a model: added, loaded, made active, switched off, deleted."""
+
+import pytest
+import torch
+from graphs import Chain, adapted
+
+from lorafx.errors import AdapterError, ConfigError
+
+
+def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
+    lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
+    before = lora(x)
+    lora.delete_adapter("default")
+    again = {"r": 2, "lora_alpha": 10, "target_modules": "all-linear", "init_lora_weights": False}
+    lora.add_adapter("default", again, random_state=0)
+    lora.set_adapter("default")
+    found = lora(x)
+    lora.merge_adapter()
+    torch.testing.assert_close(found, lora._lorafx.base(x), rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(found, before), "its scaling is another"
+
+
+def test_adapters_are_added_switched_and_deleted():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    first = lora(x)
+    lora.add_adapter("other", {"r": 3, "target_modules": ["first"], "init_lora_weights": False})
+    assert torch.equal(lora(x), first) and lora.active_adapters == ["default"]
+    lora.set_adapter("other")
+    second = lora(x)
+    assert not torch.equal(first, second) and [site.name for site in lora.sites] == ["first"]
+    lora.set_adapter("default")
+    assert torch.equal(lora(x), first)
+    lora.delete_adapter("default")
+    assert lora.active_adapters == ["other"] and torch.equal(lora(x), second)
+    assert not any("default" in name for name, _ in lora.named_parameters())
+    with pytest.raises(AdapterError, match="no adapter 'default'"):
+        lora.set_adapter("default")
+    with pytest.raises(AdapterError, match="already"):
+        lora.add_adapter("other", {"target_modules": ["first"]})
+
+
+def test_a_new_adapter_under_an_old_name_is_not_the_old_one():
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    before = lora(x)
+    lora.add_adapter("other", {"target_modules": ["first"]})
+    lora.delete_adapter("default")
+    lora.add_adapter("default", {"r": 4, "target_modules": ["first"], "init_lora_weights": False})
+    lora.set_adapter("default")
+    assert not torch.allclose(lora(x), before)
+
+
+def test_disabling_gives_the_base_model_and_comes_back():
+    model, x = Chain(), torch.randn(5, 4)
+    lora = adapted(model)
+    acting = lora(x)
+    with lora.disable_adapter():
+        assert torch.equal(lora(x), model(x))
+        assert not any(p.requires_grad for p in lora.parameters())
+    assert torch.equal(lora(x), acting)
+    lora.merge_adapter()
+    merged = model.first.weight.detach().clone()
+    with lora.disable_adapter():
+        assert not torch.equal(model.first.weight, merged)
+    assert torch.equal(model.first.weight, merged) and lora.merged_adapters == ["default"]
+
+
+def test_switching_a_merged_model_unmerges_first():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    before = lora(x)
+    lora.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged"):
+        lora.set_adapter("default")
+    assert lora.merged_adapters == [] and torch.equal(lora(x), before)
+
+
+def test_pefts_keywords_of_adding_and_loading(tmp_path):
+    lora = adapted(Chain().bfloat16())
+    lora.save_pretrained(tmp_path)
+    result = lora.load_adapter(tmp_path, "other", False, "cpu", autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    lora.add_adapter("third", lora.peft_config["default"], low_cpu_mem_usage=True, autocast_adapter_dtype=True)
+    dtypes = [lora.get_parameter(f"first.lora_A.{name}.weight").dtype for name in ("default", "other", "third")]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    assert lora.get_parameter("first.lora_A.third.weight").is_meta
+    for refused in ({"ephemeral_gpu_offload": True}, {"key_mapping": {"a": "b"}}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ConfigError, match=next(iter(refused))):
+            lora.load_adapter(tmp_path, "fourth", **refused)
+    with pytest.raises(ConfigError, match="no option nonsense"):
+        lora.load_adapter(tmp_path, "fourth", nonsense=1)
+
+
+def test_adapters_that_train_the_same_biases_are_remarked_on():
+    lora = adapted(Chain(), target_modules=["second"], bias="all")
+    with pytest.warns(UserWarning, match=r"'b' and 'default' each train their own second.bias"):
+        lora.add_adapter("b", {"target_modules": ["second"], "bias": "lora_only"})
+    with pytest.raises(AdapterError, match="cannot be active together"):
+        lora.set_adapter(["default", "b"])
