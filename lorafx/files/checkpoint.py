@@ -104,7 +104,8 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Mod
     if unexpected:
         raise CheckpointError(f"{file} has {len(unexpected)} keys that no site of the model takes: {unexpected[0]}")
     for key, (shape, floating) in expected.items():
-        _require_like(f"{file}: {key}", checkpoint.tensors[key], shape, floating)
+        found = checkpoint.tensors[key]
+        _require_like(f"{file}: {key}", found, shape, floating, _rank_hint(checkpoint.config, shape, found))
     for path, tensor in embeddings.items():
         hint = "; call `resize_token_embeddings` on the base model first"
         _require_like(f"{file}: the saved {path}", tensor, tuple(tensor_at(base, path).shape), True, hint)
@@ -117,6 +118,16 @@ def _require_like(what: str, found: Tensor, shape: tuple[int, ...], floating: bo
     if found.is_floating_point() != floating:
         needed = "floating point" if floating else "integers"
         raise CheckpointError(f"{what} is {found.dtype}, and the model needs {needed}")
+
+
+def _rank_hint(config: AdapterConfig, shape: tuple[int, ...], found: Tensor) -> str:
+    """What to say of a shape that is another where the config's rank stands."""
+    ranks = {getattr(config, "r", None), *getattr(config, "rank_pattern", {}).values()}
+    differing = [(wanted, size) for wanted, size in zip(shape, found.shape) if wanted != size]
+    if len(shape) != found.dim() or not differing or any(wanted not in ranks for wanted, _ in differing):
+        return ""
+    wanted, size = differing[0]
+    return f": the config's `r` (or `rank_pattern`) is {wanted} there, and the file's tensors are of r={size}"
 
 
 def _without_wrapper(key: str) -> str:
