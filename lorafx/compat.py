@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters.config import AdapterConfig
@@ -22,6 +23,7 @@ from .errors import ConfigError
 from .files import checkpoint
 from .files.hub import Source
 from .model.adapted_model import AdaptedModel
+from .tree.lookup import tensor_at
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -170,8 +172,8 @@ class FastLanguageModel:
 
         `random_state` seeds the adapter's start values and nothing else. `max_seq_length` and `temporary_location` are
         taken and unused: graphs take any length, and nothing is offloaded to disk. `embed_tokens` and `lm_head` are
-        moved from `target_modules` to `modules_to_save`. `kwargs` are further fields of `LoraConfig`. Raises
-        `ConfigError` for `qat_scheme`, for keywords that are no fields, and what `compile` raises.
+        moved from `target_modules` to `modules_to_save`; of a float16 base they train in float32. `kwargs` are further
+        fields of `LoraConfig`. Raises `ConfigError` for `qat_scheme`, for keywords that are no fields, and what `compile` raises.
         """
         _refuse("FastLanguageModel.get_peft_model", qat_scheme=qat_scheme)
         targets, saved = _embeddings_moved(target_modules, modules_to_save)
@@ -194,7 +196,9 @@ class FastLanguageModel:
             **{"task_type": _task(model), **kwargs},
         )
         checkpointing = "offload" if use_gradient_checkpointing == "unsloth" else use_gradient_checkpointing
-        return compile(model, config, random_state=random_state, gradient_checkpointing=checkpointing)
+        adapted = compile(model, config, random_state=random_state, gradient_checkpointing=checkpointing)
+        _widen_copies(adapted)
+        return adapted
 
 
 def _refuse(where: str, **asked: Any) -> None:
@@ -239,6 +243,15 @@ def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | No
     if total is None:
         raise ConfigError("`finetune_last_n_layers` needs a model whose config says `num_hidden_layers`")
     return list(range(total - max(1, min(last, total)), total))
+
+
+def _widen_copies(adapted: AdaptedModel) -> None:
+    """Let what is trained as a whole train in float32 where it would in float16, which loses small updates."""
+    for adapter in adapted._lorafx.adapters.values():
+        for path in adapter.replaced.values():
+            copy = tensor_at(adapted, path)
+            if isinstance(copy, nn.Parameter) and copy.dtype == torch.float16:
+                copy.data = copy.data.float()
 
 
 def _task(model: nn.Module) -> str:

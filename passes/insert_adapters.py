@@ -41,7 +41,7 @@ class InsertAdapters(Pass):
 
     An update is computed in the dtype of the base operator's input, whatever dtype the adapter's parameters have, as
     under autocast; or in `compute_dtype`, by name, as "float32". Biases and modules that an adapter trains as a whole
-    are read from its own copies.
+    are read from its own copies, in the dtype of the base's.
     """
 
     compute_dtype: str | None = None
@@ -123,16 +123,18 @@ def _require_own_weight(base: Node, site: Site, adapter: Adapter, merged: frozen
 
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
     """Make reads of base tensors that the adapter has its own copies of read those."""
-    copies = {id(tensor_at(gm, base)): (base, copy) for base, copy in adapter.replaced.items()}
+    copies: dict[int, list[tuple[str, str]]] = {}  # of a tied tensor several, each for the reads within its own module
+    for base, copy in adapter.replaced.items():
+        copies.setdefault(id(tensor_at(gm, base)), []).append((base, copy))
     owners = Counter(id(p) for module in gm.modules() for p in module._parameters.values()) if copies else Counter()
     count = 0
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = id(find_tensor(gm, node.target))
-        base, copy = copies.get(tensor, ("", ""))
-        users = [user for user in node.users if copy and (owners[tensor] <= 1 or _is_within(user, node, base))]
-        if users:
-            _redirect(gm, node, users, copy, Provenance(InsertAdapters.name, base, adapter.name), mode)
-            count += len(users)
+        for base, copy in copies.get(tensor, ()):
+            users = [user for user in node.users if owners[tensor] <= 1 or _is_within(user, node, base)]
+            if users:
+                _redirect(gm, node, users, copy, Provenance(InsertAdapters.name, base, adapter.name), mode)
+                count += len(users)
     return count
 
 
@@ -141,7 +143,11 @@ def _redirect(
 ) -> None:
     with gm.graph.inserting_before(node):
         own = gm.graph.get_attr(path)
-    describe(own, users[0], provenance, gm, mode)
+        describe(own, users[0], provenance, gm, mode)
+        dtype = node.meta["val"].dtype
+        if own.meta["val"].dtype != dtype:  # the copy trains in a wider one than the model computes in
+            own = gm.graph.call_function(torch.ops.aten.to.dtype, (own, dtype))
+            describe(own, users[0], provenance, gm, mode)
     for user in users:
         user.replace_input_with(node, own)
     if not node.users:

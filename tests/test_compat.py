@@ -300,6 +300,22 @@ def test_embeddings_among_the_targets_are_trained_whole():
     assert trained == {"lm_head.modules_to_save.default.weight", "model.embed_tokens.modules_to_save.default.weight"}
 
 
+@pytest.mark.parametrize(("dtype", "trained"), [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_embeddings_of_a_float16_base_train_in_float32(dtype, trained):
+    """As in Unsloth, for float16 loses small steps, and a gradient scaler refuses parameters in it."""
+    base = base_model().to(getattr(torch, dtype))
+    lora = unsloth(base, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    copies = {n: p for n, p in lora.named_parameters() if "modules_to_save" in n}
+    assert {p.dtype for p in copies.values()} == {getattr(torch, trained)} and len(copies) == 2
+    assert {p.dtype for p in base.parameters()} == {getattr(torch, dtype)}
+    optimizer = torch.optim.SGD(copies.values(), lr=1e-4)
+    before = {name: copy.detach().clone() for name, copy in copies.items()}
+    lora(**models.call(lora)).loss.backward()
+    optimizer.step()
+    if trained == "float32":
+        assert all((copy != before[name])[copy.grad != 0].any() for name, copy in copies.items())
+
+
 def test_what_unsloth_does_unasked_is_warned_of():
     tied = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     with pytest.warns(UserWarning, match="tied no longer"):

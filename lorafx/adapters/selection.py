@@ -104,12 +104,17 @@ def is_named(names: str | Sequence[str] | None, name: str) -> bool:
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
+    """Whether a module is in a wanted layer: the number is that after a pattern, or else the first in the name.
+
+    PEFT looks from the name's second atom on: of a list at the model's root, as `layers.1.experts.0.up`, it finds no
+    number, or the inner one.
+    """
     layers = config.layers_to_transform
     if layers is None or layers == ():
         return True
     patterns = config.layers_pattern or ()
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r"(?:^|.*?\.)(\d+)\."]
     found = next((m for m in (re.match(expression, name) for expression in expressions) if m), None)
     return found is not None and int(found[1]) in ((layers,) if isinstance(layers, int) else layers)
 

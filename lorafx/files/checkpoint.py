@@ -23,9 +23,11 @@ from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
+from ..tree.mirror import MIRRORED_AS
 from .folder import replace_folder
 from .hub import Source
 from .model_card import CARD, marked_card, new_card
+from .pinned import interrupted
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -98,11 +100,12 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, Expected], base: nn.Mod
         raise CheckpointError(f"{file} lacks {len(missing)} keys that the config asks for, such as {missing[0]}")
     extra = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in expected}
     embeddings = {path: tensor for key, tensor in extra.items() if (path := _embedding_path(key, base))}
-    unexpected = [key for key in extra if not _embedding_path(key, base) and not _is_stray(key)]
+    unexpected = [key for key in extra if not _embedding_path(key, base) and _without_wrapper(key) not in expected]
     if unexpected:
         raise CheckpointError(f"{file} has {len(unexpected)} keys that no site of the model takes: {unexpected[0]}")
     for key, (shape, floating) in expected.items():
-        _require_like(f"{file}: {key}", checkpoint.tensors[key], shape, floating)
+        found = checkpoint.tensors[key]
+        _require_like(f"{file}: {key}", found, shape, floating, _rank_hint(checkpoint.config, shape, found))
     for path, tensor in embeddings.items():
         hint = "; call `resize_token_embeddings` on the base model first"
         _require_like(f"{file}: the saved {path}", tensor, tuple(tensor_at(base, path).shape), True, hint)
@@ -117,9 +120,22 @@ def _require_like(what: str, found: Tensor, shape: tuple[int, ...], floating: bo
         raise CheckpointError(f"{what} is {found.dtype}, and the model needs {needed}")
 
 
-def _is_stray(key: str) -> bool:
-    """A tensor that PEFT writes twice: with `bias="all"`, the biases of a saved module under its wrapper's names."""
-    return ".modules_to_save." in key or ".original_module." in key
+def _rank_hint(config: AdapterConfig, shape: tuple[int, ...], found: Tensor) -> str:
+    """What to say of a shape that is another where the config's rank stands."""
+    ranks = {getattr(config, "r", None), *getattr(config, "rank_pattern", {}).values()}
+    differing = [(wanted, size) for wanted, size in zip(shape, found.shape) if wanted != size]
+    if len(shape) != found.dim() or not differing or any(wanted not in ranks for wanted, _ in differing):
+        return ""
+    wanted, size = differing[0]
+    return f": the config's `r` (or `rank_pattern`) is {wanted} there, and the file's tensors are of r={size}"
+
+
+def _without_wrapper(key: str) -> str:
+    """The key without the atom of PEFT's wrapper around a saved module, or the key itself.
+
+    With `bias="all"` PEFT writes the biases of such a module twice more, under names within its wrapper.
+    """
+    return re.sub(r"\.(modules_to_save(\.default)?|original_module)\.", ".", key, count=1)
 
 
 def fit(
@@ -146,35 +162,37 @@ def fit(
     return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
 
 
-def write(
-    root: nn.Module,
-    adapter: Adapter,
-    folder: str | os.PathLike[str],
-    base_weights: Mapping[str, Tensor],
-    base_name: str | None,
-    auto_mapping: Mapping[str, Any] | None,
-    values: Mapping[str, Tensor],
-) -> None:
-    """Write an adapter to a folder, replacing the files of one that is there at once.
+def gather(
+    root: nn.Module, adapter: Adapter, base_weights: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors to write, by key: whole, on the CPU. Where they are sharded, every process has to call this.
 
-    `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are written instead of the
-    tree's. Raises `CheckpointError` for what the file system refuses.
+    `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are taken instead of the
+    tree's.
     """
-    tensors = {key: _plain(values.get(path, tensor_at(root, path))) for key, path in keys(adapter).items()}
-    tensors |= {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
-    config = _config_values(root, adapter, base_name, auto_mapping)
+    tensors = {
+        key: _plain(values[path] if path in values else tensor_at(root, path)) for key, path in keys(adapter).items()
+    }
+    return tensors | {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
+
+
+def write(root: nn.Module, adapter: Adapter, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter to a folder, replacing the files of one that is there at once; `tensors` are those of `gather`.
+
+    Raises `CheckpointError` for what the file system refuses.
+    """
+    config = _config_values(root, adapter)
     files = {
         # Only the options are sorted, not what they hold: the order of a `rank_pattern` has a meaning.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: save(dict(tensors), metadata={"format": "pt"}),
     }
-    target = Path(folder)
     if adapter.name == "default":
-        files[CARD] = _card(target / CARD, config)
+        files[CARD] = _card(folder / CARD, config)
     try:
-        replace_folder(target, files, obsolete=(OLD_WEIGHTS,))
+        replace_folder(folder, files, obsolete=(OLD_WEIGHTS,))
     except OSError as error:
-        raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {target}: {error}") from error
+        raise CheckpointError(f"the adapter {adapter.name!r} could not be written to {folder}: {error}") from error
 
 
 def _card(file: Path, config: Mapping[str, Any]) -> bytes:
@@ -191,7 +209,9 @@ def _read_config(file: Path) -> AdapterConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; {_what_is_there(file.parent)}") from error
+        left = interrupted(file.parent)
+        hint = f"a save was interrupted, its files are in {left}" if left else _what_is_there(file.parent)
+        raise CheckpointError(f"{file} does not exist; {hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict) or "peft_type" not in values:
@@ -263,9 +283,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _config_values(
-    root: nn.Module, adapter: Adapter, base_name: str | None, auto_mapping: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
@@ -274,11 +292,17 @@ def _config_values(
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
         values["fan_in_fan_out"] = any(reading.transposed and not reading.lookup for reading in readings)
-    values["base_model_name_or_path"] = values["base_model_name_or_path"] or base_name
+    values["base_model_name_or_path"] = values["base_model_name_or_path"] or name_of(root)
     values["peft_version"] = values["peft_version"] or FORMAT
     if values["task_type"] is None and values["auto_mapping"] is None:
-        values["auto_mapping"] = auto_mapping
+        cls = getattr(type(root), MIRRORED_AS, type(root))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The name or path that a model of transformers was loaded from."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
 def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:

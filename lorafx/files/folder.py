@@ -2,7 +2,8 @@
 
 One changed file is renamed into place. Several are written into a new folder, which shares the unchanged files with the
 old one by hard links, and the two folders trade names in one system call. On systems without such a call (it is
-Linux's) two renames do it, between which the folder does not exist.
+Linux's) two renames do it, between which the folder does not exist. A folder that cannot be moved at all has its files
+replaced one after another (`pinned.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from .disk import sync, write
+from .pinned import PINNED, has_mounts, replace_in_turn
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -23,8 +28,9 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
     """Give `folder` these files in place of those of the same names, and delete the `obsolete` ones.
 
     Other files and subfolders stay. `folder` and its parents are made if need be. If the process is killed, the folder
-    holds its old files or the new ones (on Linux, see above). Raises `OSError` for what the file system refuses, and
-    where a file stands in the folder's place or a folder in a file's.
+    holds its old files or the new ones (on Linux, see above). A folder that cannot be moved is an exception: there a
+    kill may leave it without its first file, which a warning says. Raises `OSError` for what the file system refuses,
+    and where a file stands in the folder's place or a folder in a file's.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
@@ -36,7 +42,19 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
     changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
     if folder.is_dir() and len(changed) + len(gone) <= 1:
         _replace_single(folder, changed, gone)
-        return
+    elif folder.is_dir() and has_mounts(folder):
+        _replace_pinned(folder, changed, gone, "it is mounted, or a folder in it is")
+    else:
+        try:
+            _replace_whole(folder, files, gone)
+        except OSError as error:
+            if error.errno not in PINNED or not folder.is_dir():
+                raise
+            _replace_pinned(folder, changed, gone, os.strerror(error.errno))
+
+
+def _replace_whole(folder: Path, files: Mapping[str, bytes], gone: Sequence[str]) -> None:
+    """Write a new folder beside the old one, if there is one, and let the two trade names."""
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         if folder.is_dir():
@@ -45,13 +63,21 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
         else:
             staged.chmod(0o777 & ~_umask())
         for name, data in files.items():
-            _write(staged / name, data)
-        _sync(staged)
+            write(staged / name, data)
+        sync(staged)
         with _standing_where_we_stand(folder):
             _trade(staged, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _replace_pinned(folder: Path, changed: Mapping[str, bytes], gone: Sequence[str], reason: str) -> None:
+    if replace_in_turn(folder, changed, gone):
+        warnings.warn(
+            f"{folder} cannot be exchanged for a new folder at once ({reason}), so its files were replaced one after "
+            f"another: a process that is killed meanwhile leaves it without {next(iter((*changed, *gone)))}"
+        )
 
 
 @contextlib.contextmanager
@@ -74,36 +100,33 @@ def _replace_single(folder: Path, changed: Mapping[str, bytes], gone: Sequence[s
     for name, data in changed.items():
         staged = folder / f".{name}.partial"
         try:
-            _write(staged, data)
+            write(staged, data)
             os.replace(staged, folder / name)
         finally:
             staged.unlink(missing_ok=True)
     for name in gone:
         (folder / name).unlink()
-    _sync(folder)
+    sync(folder)
 
 
-def _write(file: Path, data: bytes) -> None:
-    with open(file, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _share(old: Path, new: Path, leave_out: set[str]) -> None:
+def _share(old: Path, new: Path, leave_out: Collection[str] = ()) -> None:
     for entry in old.iterdir():
         if entry.name in leave_out:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+            (new / entry.name).mkdir()
+            _share(entry, new / entry.name)
+            shutil.copystat(entry, new / entry.name)
         else:
             _link(entry, new / entry.name)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EXDEV:  # what lies there is mounted: it must neither be copied nor deleted
+            raise
         shutil.copy2(source, target, follow_symlinks=False)
 
 
@@ -133,15 +156,6 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(code, os.strerror(code), str(b))
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _umask() -> int:

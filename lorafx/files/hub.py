@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import huggingface_hub
@@ -44,12 +44,19 @@ class Source:
 
     @classmethod
     def of(cls, place: str | os.PathLike[str], **options: Any) -> Source:
-        """The source at a place, with these options. Raises `ConfigError` for one that there is not."""
+        """The source at a place, with these options.
+
+        Raises `ConfigError` for one that there is not, and for a `subfolder` that is not within the place.
+        """
         known = [field.name for field in dataclasses.fields(cls) if field.name != "place"]
         unknown = ", ".join(name for name in options if name not in known)
         if unknown:
             raise ConfigError(f"there is no option {unknown} for loading an adapter; for where, {', '.join(known)}")
-        return cls(os.fspath(place), **options)
+        source = cls(os.fspath(place), **options)
+        within = source.subfolder
+        if within is not None and not (isinstance(within, (str, os.PathLike)) and _stays_inside(os.fspath(within))):
+            raise ConfigError(f"subfolder={within!r} is not a folder within {source.place}: give its path from there")
+        return source
 
     def folder(self, *wanted: Sequence[str]) -> Path:
         """The adapter's folder. `wanted` are groups of file names; of each, the first in the repository is fetched.
@@ -106,6 +113,13 @@ class Source:
     def _named(self) -> str:
         at = f", revision {self.revision}" if self.revision else ""
         return f"{self.place}{at}{f', subfolder {self.subfolder}' if self.subfolder else ''}:"
+
+
+def _stays_inside(subfolder: str) -> bool:
+    """Whether a path, by the rules of any system, is relative and never goes up."""
+    return all(
+        not path(subfolder).anchor and ".." not in path(subfolder).parts for path in (PurePosixPath, PureWindowsPath)
+    )
 
 
 def upload(

@@ -111,11 +111,15 @@ class Merges(Part):
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
-    """Replace base tensors by the adapter's own copies. A tied tensor is untied: its other modules keep the old one."""
+    """Replace base tensors by the adapter's own copies, in the base's dtype.
+
+    A tied tensor is untied: its other modules keep the old one.
+    """
     for base, path in adapter.replaced.items():
         owner, _, last = base.rpartition(".")
-        module, copy = tree.get_submodule(owner), tensor_at(tree, path)
+        module = tree.get_submodule(owner)
+        copy = tensor_at(tree, path).detach().to(tensor_at(tree, base).dtype, copy=True)
         if last in module._parameters:
-            module._parameters[last] = nn.Parameter(copy.detach().clone())
+            module._parameters[last] = nn.Parameter(copy)
         else:
-            module._buffers[last] = copy.detach().clone()
+            module._buffers[last] = copy

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..files import checkpoint
+from ..files.given import Given
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
-from ..tree.lookup import find_tensor
+from ..tree.lookup import find_tensor, first_name
 from .state import Part
+
+# Names of embeddings whose base weights PEFT writes along with their adapter.
+KNOWN_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class Saving(Part):
@@ -34,33 +38,34 @@ class Saving(Part):
         """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
 
         `selected_adapters` are names, None for all. `save_embedding_layers` also writes the base's embedding weights;
-        `"auto"` does so when they are adapted or the vocabulary was resized since the model was compiled. `state_dict`
-        gives values to write instead of the model's own, as a trainer that gathers shards has them. Nothing is written
-        unless `is_main_process`. The files of a folder are replaced at once.
+        `"auto"` does so for adapted ones of the names that PEFT knows (`embed_tokens`, `lm_head`), and where the
+        vocabulary was resized since the model was compiled. `state_dict` gives values to write instead of the model's
+        own, as a trainer that gathers shards has them, under the model's names, those that a wrapper makes of them, or
+        the keys of PEFT's files. Only with `is_main_process` something is written, but every process of several has to
+        call this: together they gather what is sharded. The files of a folder are replaced at once.
 
-        Raises `CheckpointError` for what the file system refuses, and for `safe_serialization=False`; `AdapterError`
-        for an unknown name.
+        Raises `CheckpointError` for what the file system refuses, for `safe_serialization=False`, and for a
+        `state_dict` that lacks a parameter of the adapters; `AdapterError` for an unknown name.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
-        if not is_main_process:
-            return
-        ledger = self._lorafx.ledger
         names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
-        for adapter in [self._adapter(name) for name in names]:
+        adapters = [self._adapter(name) for name in names]
+        if not is_main_process and state_dict is not None:
+            return  # the values are gathered already
+        given, alone = None if state_dict is None else Given(state_dict), len(adapters) == 1
+        values_of = [{} if given is None else given.values_for(self.tree, adapter, alone) for adapter in adapters]
+        for adapter, values in zip(adapters, values_of):
+            embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
+            merged = [path for path in adapter.paths if path in self._lorafx.ledger.entries]
+            values |= {path: self._lorafx.ledger.original(self.tree, path) for path in merged}
+            tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
+            if not is_main_process:
+                continue
             if adapter.is_rescaled(self.tree):
                 warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
-            embeddings = {
-                path: ledger.original(self.tree, path)
-                for path in self._embeddings_to_save(adapter, save_embedding_layers)
-            }
-            name = getattr(getattr(self.tree, "config", None), "name_or_path", None) or None
-            base = type(self._lorafx.base)
-            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-            unmerged = {path: ledger.original(self.tree, path) for path in ledger.entries if path in set(adapter.paths)}
-            values = {**(state_dict or {}), **unmerged}
-            checkpoint.write(self.tree, adapter, folder, embeddings, name, mapping, values)
+            checkpoint.write(self.tree, adapter, folder, tensors)
 
     def push_to_hub(
         self,
@@ -99,20 +104,30 @@ class Saving(Part):
                 commit_description=commit_description,
             )
 
-    def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str) -> list[str]:
+    def _embeddings_to_save(self, adapter: Adapter, wanted: bool | str, given: Given | None) -> dict[str, Tensor]:
+        """The base's embedding weights to write along, by path: those of a state dict, or the model's own."""
         every = checkpoint.embedding_weights(self.tree)
         paths = [path for path in every if path not in adapter.replaced]
-        adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
-        resized = [path for path in paths if _resized(self._lorafx.base, self.tree, path)]
+        owners = {path: path.rpartition(".")[0] for path in paths}
+        known = [p for p in paths if owners[p].rpartition(".")[2] in KNOWN_EMBEDDINGS]
+        adapted = [p for p in known if owners[p] in adapter.selection.by_name]
+        resized = any(_resized(self._lorafx.base, self.tree, path) for path in paths)
         if wanted == "auto" and (adapted or resized):
             warnings.warn(
-                f"{', '.join(adapted or paths)}: saved along with {adapter.name!r}, being "
-                f"{'adapted' if adapted else 'of another size than when the model was compiled'}; pass "
+                f"{', '.join(paths if resized else adapted)}: saved along with {adapter.name!r}, being "
+                f"{'of another size than when the model was compiled' if resized else 'adapted'}; pass "
                 "save_embedding_layers=False to leave them out"
             )
         if wanted is True and not every:
             warnings.warn("save_embedding_layers=True saves none: the model has no `get_input_embeddings` to tell them")
-        return (adapted or paths) if (adapted or resized if wanted == "auto" else wanted) else []
+        wanted = bool(resized or adapted) if wanted == "auto" else wanted
+        chosen = [] if not wanted else paths if resized else adapted or paths
+        return {path: self._embedding(path, given) for path in chosen}
+
+    def _embedding(self, path: str, given: Given | None) -> Tensor:
+        ledger = self._lorafx.ledger
+        value = None if given is None or first_name(self.tree, path) in ledger.entries else given.get(path)
+        return ledger.original(self.tree, path) if value is None else value
 
 
 def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
+from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
 from .state import Part
 
@@ -69,8 +70,7 @@ class Trainable(Part):
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Say in a folder's model card that it holds an adapter."""
-        base = getattr(getattr(self.tree, "config", None), "name_or_path", None) or None
-        say_it_is_an_adapter(Path(output_dir) / CARD, base)
+        say_it_is_an_adapter(Path(output_dir) / CARD, name_of(self.tree))
 
 
 class Inner:

@@ -52,6 +52,19 @@ def test_a_peft_config_and_a_dict_mean_the_same():
         ("modules_to_save", "classifier"),
         ("task_type", 3),
         ("peft_type", None),
+        # without effect or refused by `compile`, but wrong
+        *[(name, value) for name in NOT_YET if name.endswith("_config") for value in (5, "x", [1])],
+        *[
+            (name, value)
+            for name in ("use_bdlora", "layer_replication", "target_parameters")
+            for value in (5, "x", [5])
+        ],
+        *[("alora_invocation_tokens", value) for value in (5, "x", ["x"], [True])],
+        *[("trainable_token_indices", value) for value in (5, "x", ["x"], {"embed_tokens": 5}, {3: [5]})],
+        *[("layer_replication", value) for value in (5, "x", [5], [[0]], [[0, "1"]], [[0, 1, 2]])],
+        *[("megatron_core", value) for value in (5, ["megatron.core"])],
+        *[("qalora_group_size", value) for value in ("x", 0, None, 2.5)],
+        *[("ensure_weight_tying", value) for value in ("yes", 1, None)],
     ],
 )
 def test_a_wrong_value_names_its_field(field, value):

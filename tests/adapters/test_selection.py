@@ -50,6 +50,34 @@ def test_the_default_is_the_architectures(llama):
         names(Chain())
 
 
+def layered() -> nn.Module:
+    """Three numbered layers below the root, with numbered experts in each."""
+
+    def layer() -> nn.Module:
+        experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6)}) for _ in range(2))
+        return nn.ModuleDict({"up": nn.Linear(4, 6), "experts": experts})
+
+    return nn.ModuleDict({"stages": nn.ModuleList(layer() for _ in range(3))})
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("targets", [["up"], "all-linear"])
+def test_the_first_number_in_a_name_is_the_layer_s_wherever_the_list_is(depth, targets):
+    model = layered()
+    for name in ("body", "model")[:depth]:
+        model = nn.ModuleDict({name: model})
+    start = "".join(f"{name}." for name in ("model", "body")[2 - depth :]) + "stages.1."
+    wanted = [f"{start}up", f"{start}experts.0.up", f"{start}experts.1.up"]
+    for layers in (1, [1]):
+        assert names(model, target_modules=targets, layers_to_transform=layers) == wanted
+    assert len(names(model, target_modules=["up"], layers_to_transform=1, layers_pattern="experts")) == 3
+
+
+def test_a_model_that_is_itself_the_list_of_layers_has_layers():
+    model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(4, 6)}) for _ in range(3)))
+    assert names(model, target_modules=["up"], layers_to_transform=[1]) == ["1.up"]
+
+
 def test_layers_and_exclusions_narrow(llama):
     chosen = {"target_modules": ["q_proj", "v_proj"]}
     assert len(names(llama, **chosen, layers_to_transform=1)) == 2

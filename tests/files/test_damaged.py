@@ -151,6 +151,11 @@ DAMAGED_WEIGHTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "unexpected site": (with_new(NEW_KEY, (4, 48)), (NEW_KEY,)),
     "unexpected suffix": (with_new(f"{PREFIX}{SITE}.lora_B.bias", (64,)), (f"{PREFIX}{SITE}.lora_B.bias",)),
     "unexpected base weight": (with_new(f"{PREFIX}{SITE}.weight", (64, 48)), (f"{PREFIX}{SITE}.weight",)),
+    **{
+        f"{wrapper} of {owner}": (with_new(f"{PREFIX}{owner}.{wrapper}.weight", (4,)), (owner,))
+        for wrapper in ("modules_to_save", "modules_to_save.default", "original_module")
+        for owner in ("nowhere", SITE)
+    },
     "key without prefix": (with_new(f"{SITE}.lora_A.weight", (4, 48)), (f"{SITE}.lora_A.weight",)),
     "wrong shape": (with_tensor(A_KEY, lambda t: t[:, :-1]), (A_KEY,)),
     "transposed": (with_tensor(B_KEY, lambda t: t.t()), (B_KEY,)),
@@ -187,8 +192,8 @@ DAMAGED_CONFIGS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "null": (edited(CONFIG, lambda b: b"null"), ()),
     "no peft_type": (without_field("peft_type"), ("peft_type",)),
     "unknown site": (with_field(target_modules=["q_porj"]), ("target_modules",)),
-    "other rank": (with_field(r=8), (A_KEY,)),
-    "other rank pattern": (with_field(rank_pattern={"down_proj": 3}), ("down_proj.lora_A.weight",)),
+    "other rank": (with_field(r=8), (A_KEY, "`r`", "is 8", "r=4")),
+    "other rank pattern": (with_field(rank_pattern={"down_proj": 3}), ("down_proj.lora_A.weight", "`rank_pattern`")),
     "unknown module to save": (with_field(modules_to_save=["nrom"]), ("modules_to_save",)),
     **{f"asks {field}": (with_field(**{field: value}), (field,)) for field, value in ASKED.items()},
 }
@@ -208,6 +213,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *[("init_lora_weights", value) for value in (3, None, ["gaussian"])],
     *[(name, "yes") for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "inference_mode", "use_dora")],
     *[("peft_type", value) for value in (3, None, ["LORA"], "", "lora")],
+    *[("megatron_core", 5), ("qalora_group_size", "x"), ("eva_config", 5)],  # without effect here, but wrong
     *[(name, 5) for name in ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")],
 ]
 

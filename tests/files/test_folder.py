@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from folders import adapter, contents, furnish, partials, rank_of
 import lorafx
 from lorafx.errors import LorafxError
 from lorafx.files import folder as folder_module
+from lorafx.files import pinned
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
 from lorafx.files.folder import replace_folder
 
@@ -178,7 +180,7 @@ class Fault:
 
 
 FAULTS = {
-    "write": (folder_module, "_write"),
+    "write": (folder_module, "write"),
     "fsync": (os, "fsync"),
     "replace": (os, "replace"),
     "rename": (os, "rename"),
@@ -202,24 +204,40 @@ def save_over_pickle(folder: Path) -> None:
     adapter(5).save_pretrained(folder)
 
 
+def refuse_with(code: int) -> Callable:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+# What systems do when two folders are to be swapped in one step: swap them, know no such call, or refuse to move them.
+SYSTEMS: dict[str, Callable] = {
+    "exchanges": folder_module._exchange,
+    "renames": lambda a, b: False,
+    "pinned": refuse_with(errno.EBUSY),
+}
+
+
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system that cannot swap two folders in one step."""
-    monkeypatch.setattr(folder_module, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(folder_module, "_exchange", SYSTEMS["renames"])
 
 
 def failing_saves(
-    monkeypatch: pytest.MonkeyPatch, start: Path, place: Path, what: str, save: Callable, fallback: bool
+    monkeypatch: pytest.MonkeyPatch, start: Path, place: Path, what: str, save: Callable, system: str
 ) -> Iterator[tuple[Path, bool]]:
     """Copies of the folder `start`, each saved to with one call of a function failing; and whether the save raised."""
     module, name = FAULTS[what]
     for n in itertools.count(1):
-        folder = place / f"{what}-{save.__name__}-{fallback}-{n}" / "adapter"
+        folder = place / f"{what}-{save.__name__}-{system}-{n}" / "adapter"
         shutil.copytree(start, folder) if start.exists() else folder.parent.mkdir(parents=True)
         fault, raised = Fault(getattr(module, name), n), False
         with monkeypatch.context() as patched:
-            if fallback:
-                no_exchange(patched)
+            patched.setattr(folder_module, "_exchange", SYSTEMS[system])
             patched.setattr(module, name, fault)
+            if what == "write":
+                patched.setattr(pinned, name, fault)
             try:
                 save(folder)
             except (OSError, LorafxError):
@@ -233,13 +251,13 @@ def failing_saves(
 def test_a_failing_save_leaves_the_old_folder_or_the_new_one(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Whichever call of the function fails, of one file and of several, with and without an exchange of folders."""
+    """Whichever call of the function fails, of one file and of several, on every system."""
     calls = raises = 0
-    for save, fallback in itertools.product((save_one_file, save_all, save_over_pickle), (False, True)):
+    for save, system in itertools.product((save_one_file, save_all, save_over_pickle), SYSTEMS):
         if save is save_over_pickle:
             (saved / OLD_WEIGHTS).write_bytes(b"old")
         own, before = furnish(saved), contents(saved)
-        for folder, raised in failing_saves(monkeypatch, saved, tmp_path, what, save, fallback):
+        for folder, raised in failing_saves(monkeypatch, saved, tmp_path, what, save, system):
             assert folder.is_dir(), "the folder is gone"
             after = contents(folder)
             assert {name: after.get(name) for name in own} == own
@@ -256,7 +274,7 @@ def save_first(folder: Path) -> None:
 @pytest.mark.parametrize("what", ["write", "fsync", "rename", "mkdir"])
 def test_a_first_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     raises = 0
-    for folder, raised in failing_saves(monkeypatch, tmp_path / "nothing", tmp_path, what, save_first, False):
+    for folder, raised in failing_saves(monkeypatch, tmp_path / "nothing", tmp_path, what, save_first, "exchanges"):
         assert not folder.exists() if raised else rank_of(folder) == 2
         assert not partials(folder.parent)
         raises += raised
@@ -273,14 +291,93 @@ def test_saving_works_where_folders_cannot_be_exchanged(saved: Path, monkeypatch
 
 
 def test_saving_works_where_hard_links_are_impossible(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse_with(errno.EPERM))
     own = furnish(saved)
     adapter(5).save_pretrained(saved)
     assert rank_of(saved) == 5
     assert own.items() <= contents(saved).items()
+
+
+# --- folders that cannot be moved ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", sorted(pinned.PINNED), ids=errno.errorcode.get)
+@pytest.mark.parametrize("refused", ["exchange", "neighbour"])
+def test_a_folder_that_cannot_be_moved_is_saved_into_and_a_warning_says_what_is_lost(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, refused: str, code: int
+) -> None:
+    """A mount point refuses the exchange, an unwritable parent the folder to exchange it for."""
+    make = folder_module.tempfile.mkdtemp
+    if refused == "exchange":
+        monkeypatch.setattr(folder_module, "_exchange", refuse_with(code))
+    else:
+        refuse = refuse_with(code)
+        monkeypatch.setattr(
+            folder_module.tempfile, "mkdtemp", lambda **how: refuse() if how["dir"] == saved.parent else make(**how)
+        )
+    own = furnish(saved)
+    with pytest.warns(UserWarning, match=f"{re.escape(str(saved))} cannot be exchanged.*without {CONFIG}"):
+        adapter(5).save_pretrained(saved)
+    assert rank_of(saved) == 5
+    assert own.items() <= contents(saved).items()
+    assert not partials(saved.parent)
+
+
+def test_a_folder_that_has_nothing_to_lose_is_saved_into_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(folder_module, "_exchange", SYSTEMS["pinned"])
+    adapter(2).save_pretrained(tmp_path)
+    assert rank_of(tmp_path) == 2 and not [w for w in recwarn if "exchanged" in str(w.message)]
+
+
+def test_an_interrupted_save_is_refused_and_says_where_the_files_are(saved: Path) -> None:
+    left = saved / ".abc.partial"
+    (left / "old").mkdir(parents=True)
+    (saved / CONFIG).rename(left / "old" / CONFIG)
+    with pytest.raises(lorafx.errors.CheckpointError, match=f"{CONFIG}.*interrupted.*{re.escape(str(left))}"):
+        rank_of(saved)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Mount something at a path until the test ends; skips the test where that is not allowed."""
+    mounted: list[Path] = []
+
+    def run(*what: str | Path, at: Path) -> None:
+        if shutil.which("mount") is None or subprocess.run(["mount", *what, at], capture_output=True).returncode:
+            pytest.skip("this process may not mount")
+        mounted.append(at)
+
+    yield run
+    for at in reversed(mounted):
+        subprocess.run(["umount", at], check=True)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_a_mount_point_is_saved_into(tmp_path: Path, mount: Callable[..., None], kind: str) -> None:
+    volume, source = tmp_path / "place" / "volume", tmp_path / "source"
+    volume.mkdir(parents=True)
+    source.mkdir()
+    mount(*(["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", source]), at=volume)
+    own = furnish(volume)
+    for rank in (2, 5):
+        adapter(rank).save_pretrained(volume)
+        assert rank_of(volume) == rank
+    assert own.items() <= contents(volume).items() and not partials(volume.parent)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_what_is_mounted_below_the_folder_is_left_alone(saved: Path, mount: Callable[..., None], kind: str) -> None:
+    source, below = saved.parent / "source", saved / "logs" / "a volume"
+    source.mkdir()
+    below.mkdir()
+    mount(*(["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", source]), at=below)
+    adapter(5).save_pretrained(saved)
+    (below / "precious").write_bytes(b"mine")
+    adapter(2).save_pretrained(saved)
+    assert rank_of(saved) == 2 and (below / "precious").read_bytes() == b"mine"
+    assert not partials(saved.parent)
 
 
 def test_one_failing_adapter_of_several_leaves_each_folder_whole(

@@ -127,6 +127,18 @@ def test_a_subfolder_of_a_local_folder_is_found(tmp_path, files):
     assert_refused("nowhere", source=tmp_path, subfolder="nowhere")
 
 
+@pytest.mark.parametrize("subfolder", ["../saved", "..", "saved/../../x", "/etc", "..\\saved", "C:/saved", 5, b"saved"])
+def test_a_subfolder_that_leads_out_of_the_folder_is_refused(tmp_path, hub, files, subfolder):
+    hub.add(REPO, files)
+    for source in (tmp_path, tmp_path / "saved", REPO):
+        for read in (lorafx.load, lorafx.PeftModel.from_pretrained):
+            with pytest.raises(ConfigError, match="subfolder"):
+                read(base_model(), source, subfolder=subfolder)
+        with pytest.raises(ConfigError, match="subfolder"):
+            lorafx.PeftConfig.from_pretrained(source, subfolder=subfolder)
+    assert not hub.requests
+
+
 def test_an_old_weights_file_is_fetched_where_there_is_no_new_one(hub, files, tmp_path):
     torch.save(load_file(tmp_path / "saved" / WEIGHTS), tmp_path / OLD_WEIGHTS)
     hub.add(REPO, {CONFIG: files[CONFIG], OLD_WEIGHTS: (tmp_path / OLD_WEIGHTS).read_bytes()})

@@ -82,8 +82,9 @@ def try_out(
 
 
 def assert_saved(lora: lorafx.AdaptedModel, alone: lorafx.AdaptedModel, folder: Path) -> None:
-    """What each process saves is the adapter that one process alone has trained."""
+    """What each process saves, and what the first one does for all, is the adapter that one alone has trained."""
     lora.save_pretrained(folder)
+    lora.save_pretrained(folder.parent / "main", is_main_process=dist.get_rank() == 0)
     saved = lorafx.load(fresh().unload(), folder)
     for name, parameter in saved.named_parameters():
         torch.testing.assert_close(parameter, alone.get_parameter(name), rtol=1e-4, atol=1e-6)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 
 import models
+import peft
 import pytest
 import torch
 from checkpoints import (
@@ -27,7 +29,7 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import CheckpointError
-from lorafx.files.checkpoint import CONFIG, WEIGHTS
+from lorafx.files.checkpoint import CONFIG, WEIGHTS, keys
 from lorafx.files.model_card import CARD
 from lorafx.testing import same_bits
 
@@ -78,8 +80,63 @@ def test_values_that_are_given_may_lie_in_memory_in_any_order(tmp_path: Path) ->
     lora = adapted()
     path = f"{SITE}.lora_A.default.weight"
     value = torch.randn(lora.get_parameter(path).shape[::-1]).t()
-    lora.save_pretrained(tmp_path, state_dict={path: value})
+    lora.save_pretrained(tmp_path, state_dict=lora.state_dict() | {path: value})
     assert torch.equal(tensors_of(tmp_path)[A_KEY], value)
+
+
+# What a state dict's names may be: a function of the model's own name, and of the key in a file.
+NAMES = {
+    "as they are": lambda path, key: path,
+    "compiled": lambda path, key: f"_orig_mod.{path}",
+    "replicated": lambda path, key: f"module.{path}",
+    "compiled and replicated": lambda path, key: f"module._orig_mod.{path}",
+    "layers compiled": lambda path, key: path.replace("layers.0.", "layers.0._orig_mod."),
+    "sharded": lambda path, key: f"_fsdp_wrapped_module.{path.replace('layers.0.', 'layers.0._fsdp_wrapped_module.')}",
+    "checkpointed": lambda path, key: path.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    "PEFT's": lambda path, key: f"{PREFIX}{path}",
+    "a file's": lambda path, key: key,
+    "a file's, replicated": lambda path, key: f"module.{key}",
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_values_that_are_given_are_written_whatever_a_wrapper_calls_them(tmp_path: Path, names: str) -> None:
+    lora = adapted()
+    own = {path: key for key, path in keys(lora._lorafx.adapters["default"]).items()}
+    state = {
+        NAMES[names](path, own.get(path, f"{PREFIX}{path}")): torch.full_like(value, 7 + (path in own))
+        for path, value in lora.state_dict().items()
+        if not (names.startswith("a file's") and f"{PREFIX}{path}" in own.values())  # the base's own, in no such dict
+    }
+    lora.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=True)
+    for key, value in tensors_of(tmp_path).items():
+        assert (value == (7 if key in EMBEDDINGS else 8)).all(), key
+
+
+@pytest.mark.parametrize("given", ["nothing", "one missing", "another model's"])
+def test_a_state_dict_without_the_adapters_parameters_is_refused(tmp_path: Path, given: str) -> None:
+    lora = adapted()
+    path = f"{SITE}.lora_B.default.weight"
+    states = {
+        "nothing": {},
+        "one missing": {name: value for name, value in lora.state_dict().items() if name != path},
+        "another model's": {f"inner.{name}": value for name, value in lora.state_dict().items()},
+    }
+    with pytest.raises(CheckpointError, match=r"no value for .*lora_"):
+        lora.save_pretrained(tmp_path / "new", state_dict=states[given])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_s_keys_are_refused_where_two_adapters_could_be_meant(tmp_path: Path) -> None:
+    lora = adapted()
+    lora.add_adapter("second", SETTINGS)
+    lora.save_pretrained(tmp_path / "a", selected_adapters=["second"])
+    state = tensors_of(tmp_path / "a" / "second")
+    with pytest.raises(CheckpointError, match="does not say whose"):
+        lora.save_pretrained(tmp_path / "b", state_dict=state)
+    assert not (tmp_path / "b").exists()
+    lora.save_pretrained(tmp_path / "b", selected_adapters=["default"], state_dict=state)
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == (tmp_path / "a" / "second" / WEIGHTS).read_bytes()
 
 
 def test_several_adapters_go_to_subfolders(tmp_path: Path) -> None:
@@ -162,6 +219,38 @@ def extra_keys(folder: Path) -> set[str]:
 def test_embeddings_are_saved_on_request(tmp_path: Path, wanted: bool | str, expected: set[str]) -> None:
     adapted().save_pretrained(tmp_path, save_embedding_layers=wanted)
     assert extra_keys(tmp_path) == expected
+
+
+class Wte(Chain):
+    """A model whose adapted embeddings have a name for which PEFT does not write their base weights."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        setattr(self, name, torch.nn.Embedding(11, 6))
+        self.head = torch.nn.Linear(6, 11)
+
+    def get_input_embeddings(self):
+        return getattr(self, self.name)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        return self.head(getattr(self, self.name)(ids))
+
+
+@pytest.mark.parametrize("name", ["wte", "embed_tokens"])
+@pytest.mark.parametrize("wanted", [True, False, "auto"])
+def test_the_keys_of_adapted_embeddings_are_those_of_peft(tmp_path: Path, name: str, wanted: bool | str) -> None:
+    base, ids = Wte(name), torch.arange(5)
+    lora = lorafx.compile(base, {"r": 2, "target_modules": [name], "init_lora_weights": False})
+    lora.save_pretrained(tmp_path / "ours", save_embedding_layers=wanted)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert not peft.set_peft_model_state_dict(theirs, tensors_of(tmp_path / "ours")).unexpected_keys
+    torch.testing.assert_close(theirs(ids), lora(ids))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=wanted)
+    assert tensors_of(tmp_path / "ours").keys() == tensors_of(tmp_path / "theirs").keys()
 
 
 @pytest.mark.parametrize(("wanted", "saves"), [(True, True), (False, False), ("auto", True)])

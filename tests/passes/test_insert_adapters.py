@@ -205,6 +205,34 @@ def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
     torch.testing.assert_close(lora(ids), expected, msg="its twin does not")
 
 
+def test_saved_twins_of_a_tied_weight_are_each_read_where_they_are_named():
+    model, ids = DeeperTied(), torch.randint(0, 11, (2, 6))
+    lora = adapted(model, target_modules=["middle"], modules_to_save=["embed", "head"])
+    with torch.no_grad():
+        lora.get_parameter("embed.modules_to_save.default.weight").mul_(3)
+        lora.get_parameter("head.modules_to_save.default.weight").mul_(2)
+    expected = nn.functional.linear(lora.middle(3 * model.embed(ids)), 2 * model.head.weight)
+    torch.testing.assert_close(lora(ids), expected)
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_a_copy_that_trains_in_a_wider_dtype_is_read_in_that_of_the_base(capture):
+    model, x = Chain().bfloat16(), torch.randn(5, 4, dtype=torch.bfloat16)
+    settings = {"r": 2, "target_modules": ["first"], "modules_to_save": ["second"]}
+    lora = lorafx.compile(model, settings, capture=capture)
+    copies = [p for n, p in lora.named_parameters() if "modules_to_save" in n]
+    for copy in copies:
+        copy.data = copy.data.float()
+    assert torch.equal(lora(x), model(x))
+    lora(x).sum().backward()
+    assert all(copy.grad is not None and copy.grad.dtype == torch.float32 for copy in copies)
+    with torch.no_grad():
+        copies[0].add_(1)
+    y = lora(x)
+    base = lora.merge_and_unload()
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16} and torch.equal(base(x), y)
+
+
 @pytest.mark.filterwarnings("ignore:.*one site")
 def test_a_twin_with_a_bias_of_its_own_gets_no_bias_of_the_adapters():
     model, x = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double(), torch.randn(3, 5, dtype=torch.float64)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from ...errors import ConfigError
 from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
+
+# Fields that hold a config of their own.
+_CONFIGS = (
+    *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+)
 
 
 def _rank(value: Any) -> bool:
@@ -40,6 +46,41 @@ def _check_patterns(config: LoraConfig) -> None:
         fits = isinstance(value, Mapping) and all(isinstance(k, str) and valid(v) for k, v in value.items())
         require(fits, name, value, expected)
     require_regexes(config, "rank_pattern", "alpha_pattern")
+
+
+def _check_not_implemented(config: LoraConfig) -> None:
+    """What is refused when a model is compiled, and what has no effect without it, must make sense all the same."""
+    for names, fits, expected in (
+        (_CONFIGS, lambda v: isinstance(v, Mapping) or is_dataclass(v), "a dict or None"),
+        (("megatron_core",), lambda v: isinstance(v, str), "a string or None"),
+        (("target_parameters",), _list_of(str), "a list of strings or None"),
+        (("alora_invocation_tokens",), _list_of(int), "a list of ints or None"),
+        (("trainable_token_indices",), _tokens, "a list of ints, a dict of such by module name, or None"),
+        (("layer_replication",), _ranges, "a list of pairs of ints or None"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            # In PEFT's files an empty list, too, means that a field is not set.
+            require(value is None or value in ([], ()) or fits(value), name, value, expected)
+    require(_rank(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
+    tied = config.ensure_weight_tying
+    require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+    return fits
+
+
+def _tokens(value: Any) -> bool:
+    of_modules = value.items() if isinstance(value, Mapping) else [("", value)]
+    return all(isinstance(name, str) and _list_of(int)(tokens) for name, tokens in of_modules)
+
+
+def _ranges(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_list_of(int)(pair) and len(pair) == 2 for pair in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +128,7 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    checks = _check_numbers, _check_flags, _check_patterns
+    checks = _check_numbers, _check_flags, _check_patterns, _check_not_implemented
     null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
