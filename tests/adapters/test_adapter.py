@@ -42,7 +42,8 @@ def pair():
     storages.STORAGES.remove(storage)
 
 
-@pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["graph", "sites"])
 def test_two_weights_of_a_module_are_two_sites(pair, capture, tmp_path):
     x, layer = torch.randn(6, 5, dtype=torch.float64), pair[0]
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": False}

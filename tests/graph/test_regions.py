@@ -42,6 +42,7 @@ def test_equal_signatures_are_equal_computations():
         assert several == expected
 
 
+@pytest.mark.slow
 def test_where_none_is_like_another_there_is_no_family_unless_one_is_known():
     gm = graph(Stack(KINDS["none"][0]))
     assert found(gm) == []

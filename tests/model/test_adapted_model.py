@@ -99,6 +99,7 @@ def test_graphs_follow_the_tree():
     assert torch.equal(lora(x), torch.full((5, 3), 3.0))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
     lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
     before = lora(x)

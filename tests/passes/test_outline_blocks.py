@@ -52,6 +52,7 @@ def test_before_and_after():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating"]))
 def test_layers_fall_into_kinds(kind):
     make, expected = KINDS[kind]
@@ -96,6 +97,7 @@ def test_layers_whose_adapters_differ_are_told_apart(case):
     assert_as_flat(lora, x)
 
 
+@pytest.mark.slow
 def test_modes_of_single_layers_are_told_apart():
     lora = adapted(Stack(), target_modules=["up"], lora_dropout=0.5)
     lora.layers[2].eval()
@@ -181,6 +183,7 @@ def test_blocks_are_the_layers():
     assert adapted(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), target_modules=["0"]).blocks == []
 
 
+@pytest.mark.slow
 def test_compile_time_passes_run_once_for_all_layers():
     counts = []
     for depth in (2, 12):
