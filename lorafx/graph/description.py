@@ -29,7 +29,7 @@ from ..torch_private.tensors import DisableTorchFunction
 from ..torch_private.tracing import FakeTensor
 
 # Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
-MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached", "_lorafx_kept"}
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 DEPTH, LARGE = 4, 4096  # how deep containers are looked into; the length from which one counts by identity
 

@@ -34,9 +34,9 @@ def test_layers_are_one_family_with_what_goes_in_and_out():
 
 def test_equal_signatures_are_equal_computations():
     for make, expected in KINDS.values():
-        groups = found(graph(Stack(make)))
+        calls = found(graph(Stack(make)))
         groups: dict = {}
-        for region in groups[0] if groups else ():
+        for region in calls[0] if calls else ():
             groups.setdefault(region.signature(), []).append(int(region.path.rpartition(".")[2]))
         several = [group for group in groups.values() if expected]
         assert several == expected
