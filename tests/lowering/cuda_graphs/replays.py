@@ -46,7 +46,7 @@ def both(**options):
 
 
 def layers():
-    return llama(num_hidden_layers=1)
+    return llama()
 
 
 def launched(lora) -> str:
