@@ -3,6 +3,10 @@
 The flag lives on the parameters, so this pass writes no node: it clears `requires_grad` on every parameter of the base,
 except those that the context lists as trained by the user, and from then on the verifier checks it. Which adapters
 train is decided where they are activated.
+
+In an adapted model's own calls it has nothing to clear: there the context lists whatever trains at that moment, and a
+pass that makes a base parameter trainable is found by the check. It acts on a graph that is rewritten by hand, with a
+context that lists less.
 """
 
 from __future__ import annotations

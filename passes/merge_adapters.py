@@ -56,15 +56,15 @@ class MergeAdapters(Pass):
 def _rules(gm: GraphModule, adapter: Adapter) -> dict[str, list[Rule]]:
     """The rules that undo the adapter's insertions, by the site's name."""
     rules: dict[str, list[Rule]] = {}
-    by_weight, seen = adapter.sites_by_weight(gm), set()
+    by_weight, known = adapter.sites_by_weight(gm), set()
     for base in gm.graph.nodes:
         if adapter.name in base.meta.get(ADAPTED_BY, ()):
             site = by_weight[id(tensor_at(gm, base.meta[SITE].weight))]
             equation, _ = Equation.at(gm, base, adapter, site)
             for own in (True, False):  # the bias may have been replaced since, which is what tells
-                form = site.name, equation.operator, own
-                if form not in seen:
-                    seen.add(form)
+                inserted = site.name, equation.operator, own
+                if inserted not in known:
+                    known.add(inserted)
                     rules.setdefault(site.name, []).extend(_undoing(replace(equation, own=own)))
     return rules
 

@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule
 
 from lorafx.graph import Provenance
 from lorafx.graph.blocks import LAYERS, blocks_of
-from lorafx.graph.outline import block_of, list_layers, replace_region, signature_of, want
-from lorafx.graph.regions import Region, families, is_size
+from lorafx.graph.outline import add_outputs, block_of, list_layers, replace_region, signature_of
+from lorafx.graph.regions import Region, is_size, repeated_calls
 from lorafx.pipeline import Context, Pass
 
 Kind = tuple[Hashable, Hashable]  # what a layer computes, and the form of its adapters
@@ -33,10 +33,10 @@ class OutlineBlocks(Pass):
         _hoist_sizes(gm.graph)
         blocks: dict[Kind, GraphModule] = dict(_known(gm, context))
         order = {node: number for number, node in enumerate(gm.graph.nodes)}
-        found = [region for family in families(gm, {kind for kind, _ in blocks}) for region in family]
+        found = [region for siblings in repeated_calls(gm, {kind for kind, _ in blocks}) for region in siblings]
         kinds: dict[Kind, list[Region]] = {}
         for region in sorted(found, key=lambda region: order[region.nodes[0]]):
-            layer = context.below(region.path)
+            layer = context.relative_to(region.path)
             if layer is not None:
                 key = region.signature(), layer.signature(gm.get_submodule(region.path))
                 kinds.setdefault(key, []).append(region)
@@ -44,7 +44,7 @@ class OutlineBlocks(Pass):
             wanted = {number for region in regions for number in _numbers_of_outputs(region)}
             if key not in blocks:
                 blocks[key] = block_of(gm, regions[0])
-            want(gm, blocks[key], sorted(wanted))
+            add_outputs(gm, blocks[key], sorted(wanted))
         calls = [(region, blocks[key]) for key, regions in kinds.items() for region in regions]
         for region, block in sorted(calls, key=lambda call: -order[call[0].nodes[0]]):  # last first: inputs still exist
             replace_region(gm, region, block, Provenance(self.name))
@@ -56,7 +56,7 @@ def _known(gm: GraphModule, context: Context) -> Iterator[tuple[Kind, GraphModul
     """The blocks that the graph has already, by what they compute."""
     for block in blocks_of(gm):
         path = block.meta[LAYERS][0]
-        layer, kind = context.below(path), signature_of(block)
+        layer, kind = context.relative_to(path), signature_of(block)
         if layer is not None and kind is not None:
             yield (kind, layer.signature(gm.get_submodule(path))), block
 
@@ -67,11 +67,11 @@ def _numbers_of_outputs(region: Region) -> Iterator[int]:
 
 
 def _hoist_sizes(graph: Graph) -> None:
-    """Compute sizes of inputs before anything else, so that each layer is given them."""
+    """Compute sizes of inputs before anything else but the guards (a module call), so that each layer is given them."""
     known = set(graph.find_nodes(op="placeholder"))
-    last = [node for node in graph.nodes if node.op == "placeholder" or node.op == "call_module"][-1:]
+    first = [node for node in graph.nodes if node.op in ("placeholder", "call_module")]
     for node in list(graph.nodes):
-        if last and is_size(node) and node.all_input_nodes and known.issuperset(node.all_input_nodes):
-            last[0].append(node)
-            last = [node]
+        if is_size(node) and node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            first[-1].append(node)
+            first.append(node)
             known.add(node)

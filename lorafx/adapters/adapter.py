@@ -51,7 +51,7 @@ class Adapter:
         yield from self.scales.values()
 
     @property
-    def form(self) -> str:
+    def call_key(self) -> str:
         """What the call key says of the adapter: its name, and whether its scaling is a tensor."""
         return f"{self.name}, of any scale" if self.scales else self.name
 
@@ -63,7 +63,7 @@ class Adapter:
         """The adapter's sites by the identity of their weight: two adapters may know a tied one by different names."""
         return {id(tensor_at(root, site.weight)): site for site in self.selection}
 
-    def only(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
+    def restricted_to(self, weights: Iterable[str], replaced: Iterable[str]) -> Adapter:
         """The part of the adapter at sites with these weights, and its copies of these base tensors."""
         wanted, copies = set(weights), {base: self.replaced[base] for base in replaced if base in self.replaced}
         sites = Selection(tuple(site for site in self.selection if site.weight in wanted))
@@ -71,7 +71,7 @@ class Adapter:
         scales = {site.name: self.scales[site.name] for site in sites if site.name in self.scales}
         return replace(self, selection=sites, tensors=tensors, replaced=copies, scales=scales)
 
-    def below(self, path: str) -> Adapter | None:
+    def relative_to(self, path: str) -> Adapter | None:
         """The part of the adapter below the module at `path`, with paths relative to it.
 
         None if the module itself is a site, or if that part has a tensor outside the module.

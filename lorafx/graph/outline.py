@@ -122,7 +122,7 @@ def signature_of(block: GraphModule) -> Hashable:
     return signature(inputs, _operators(block.graph), own)
 
 
-def want(gm: GraphModule, block: GraphModule, numbers: Iterable[int]) -> None:
+def add_outputs(gm: GraphModule, block: GraphModule, numbers: Iterable[int]) -> None:
     """Add to a block's outputs the results of its operators at these positions."""
     operators, output = _operators(block.graph), block.graph.output_node()
     results = dict.fromkeys((*output.args[0], *(operators[number] for number in numbers)))  # type: ignore[misc]

@@ -80,13 +80,13 @@ def _value(node: Node) -> Any:
     return node_value_key(node.meta.get("val"))
 
 
-def families(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:
+def repeated_calls(gm: GraphModule, known: Collection[Hashable] = ()) -> Iterator[list[Region]]:
     """Groups of calls of sibling modules, of which at least two compute the same: the outermost such groups.
 
     Siblings are also a group if one of them asks for checkpointing, or has one of the `known` signatures.
     """
     order = [n for n in gm.graph.nodes if n.op == "call_function" and not is_size(n) and not is_of_block(n)]
-    yield from _families(gm, order, {node: i for i, node in enumerate(order)}, 0, known)
+    yield from _repeated_calls(gm, order, {node: i for i, node in enumerate(order)}, 0, known)
 
 
 def is_size(node: Node) -> bool:
@@ -94,7 +94,7 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), _NUMBERS) and node.op == "call_function"
 
 
-def _families(
+def _repeated_calls(
     gm: GraphModule, nodes: Sequence[Node], position: dict[Node, int], depth: int, known: Collection[Hashable]
 ) -> Iterator[list[Region]]:
     parents: dict[str, dict[str, list[Node]]] = {}
@@ -114,7 +114,7 @@ def _families(
             yield calls
         else:
             for region in calls:
-                yield from _families(gm, region.nodes, position, depth + 1, known)
+                yield from _repeated_calls(gm, region.nodes, position, depth + 1, known)
 
 
 def _numbered(node: Node) -> list[str]:

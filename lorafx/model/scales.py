@@ -24,7 +24,7 @@ class Scales(Part):
 
         The first call makes the scaling a tensor, for which graphs are rewritten; further ones capture, rewrite and
         compile nothing, so that the scale may follow a schedule. It is not part of the adapter's file. Raises
-        `AdapterError` for an unknown name, a merged adapter, or a kind without scaling.
+        `AdapterError` for an unknown name, a merged adapter, a kind without scaling, or a model on the meta device.
         """
         self._require_scalable(adapter_name)
         value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
@@ -38,6 +38,9 @@ class Scales(Part):
             raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
         if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
             raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
+        bare = next((site.name for site in adapter.selection if self.tree.get_parameter(site.weight).is_meta), None)
+        if bare is not None:
+            raise AdapterError(f"{bare} is on the meta device, which holds no values: load it before setting a scale")
 
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:

@@ -31,9 +31,9 @@ class Context:
             selection |= adapter.selection
         return selection
 
-    def below(self, path: str) -> Context | None:
-        """The context of a graph over the module at `path`; None if some adapter has no `Adapter.below` for it."""
-        adapters = [adapter.below(path) for adapter in self.adapters]
+    def relative_to(self, path: str) -> Context | None:
+        """The context of a graph over the module at `path`; None if `Adapter.relative_to` is None for one of them."""
+        adapters = [adapter.relative_to(path) for adapter in self.adapters]
         if None in adapters:
             return None
         acting = tuple(a for a in adapters if a is not None and (a.selection or a.replaced))

@@ -166,7 +166,7 @@ def _fit(gm: GraphModule, context: Context) -> None:
     """Give layers whose adapters differ blocks of their own, in a graph that was captured with blocks."""
     kinds: dict[tuple[GraphModule, Hashable], GraphModule] = {}
     for call, block, layer in list(block_calls(gm)):
-        within = context.below(layer)
+        within = context.relative_to(layer)
         if within is None:
             inline_call(gm, call, block, layer)
             continue
@@ -183,7 +183,7 @@ def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Con
     """A graph and the blocks that it has at present, each with its context."""
     yield gm, context
     for block in blocks_of(gm):
-        within = context.below(block.meta[LAYERS][0])
+        within = context.relative_to(block.meta[LAYERS][0])
         assert within is not None, block.meta[LAYERS]
         yield block, within
 

@@ -143,8 +143,8 @@ class CallKey(NamedTuple):
 
 def _adapters(call: Call) -> tuple[Hashable, ...]:
     """The acting adapters by name, dtype and device; of one whose tensors are gone, the name alone."""
-    first = [(adapter.form, _first_tensor(call.tree, adapter)) for adapter in call.context.adapters]
-    return tuple([(form, None if tensor is None else parameter_key(tensor)) for form, tensor in first])
+    first = [(adapter.call_key, _first_tensor(call.tree, adapter)) for adapter in call.context.adapters]
+    return tuple([(key, None if tensor is None else parameter_key(tensor)) for key, tensor in first])
 
 
 def _first_tensor(tree: nn.Module, adapter: Adapter) -> Tensor | None:

@@ -54,7 +54,7 @@ class SiteInterpreter(TorchFunctionMode):
         for known, paths in ((self.weights, weights), (self.replaced, replaced)):
             for path in paths:
                 self.owned[path.rpartition(".")[0]].append((known, path))
-        self.acting = tuple(adapter.form for adapter in context.adapters), context.merged
+        self.acting = tuple(adapter.call_key for adapter in context.adapters), context.merged
 
     @staticmethod
     def running(tree: nn.Module) -> SiteInterpreter | None:
@@ -149,7 +149,7 @@ class SiteInterpreter(TorchFunctionMode):
         weights = {self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights}
         tensors = {id(leaf) for leaf in leaves}
         replaced = {base for a in self.context.adapters for base in a.replaced if self._replaces(base, tensors)}
-        every = tuple(a.only(self._names(a, tensors), replaced) for a in self.context.adapters)
+        every = tuple(a.restricted_to(self._names(a, tensors), replaced) for a in self.context.adapters)
         adapters = tuple(a for a in every if a.selection or a.replaced)
         owners = {path.rpartition(".")[0] for path in (*filter(None, paths), *weights)}
         context = Context(adapters, self.context.merged & {a.name for a in adapters})

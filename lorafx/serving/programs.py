@@ -24,8 +24,8 @@ class Program:
 
     title: str
     key: CallKey
-    names: tuple[str, ...]  # of the call's leaves
-    why: str = ""  # it was made: in what the call differed from those before
+    names: tuple[str, ...]  # what to call the tensors and constants of the call, one each
+    why: str = ""  # why it was made: in what its first call differed from earlier calls
     gm: GraphModule | None = None
     lowered: Lowered | None = None
     reason: str = ""  # why it is no graph
@@ -33,8 +33,8 @@ class Program:
     seconds: float = 0.0
     hits: int = 0  # calls that it served without being made for them
     acts: bool = True  # its graph, if it is one, has a site of the active adapters
-    failed: bool = False  # a graph was tried and could not be had
-    changes_model: bool = False  # that was because the call changes attributes of the model
+    failed: bool = False  # capturing or rewriting a graph was tried, and failed
+    changes_model: bool = False  # it failed because the call changes attributes of the model
 
     @property
     def loss(self) -> str:
@@ -53,7 +53,7 @@ class Program:
 
 
 class GuardFailed(Exception):
-    """A graph does not fit the sizes of a call. It says so before it computes anything."""
+    """The guards of a graph refuse the sizes of a call, before anything is computed."""
 
 
 def guarded(run: Callable[..., Any], inputs: Sequence[Any]) -> Any:

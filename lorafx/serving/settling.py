@@ -17,7 +17,7 @@ class Settling:
         self._refused: set[CallKey] = set()
 
     def may_be_done(self, program: Program) -> bool:
-        """Whether a graph is worth another try: this one could not be had because the model changed, the first time."""
+        """Whether to try a graph again: this one failed as the model changed itself, for the first time."""
         key = program.key.with_any_attributes()
         first = program.changes_model and key not in self._refused
         self._refused.add(key)

@@ -31,15 +31,15 @@ class SitePolicy:
     def __init__(self, capture: str) -> None:
         self.capture = capture
         self._settling = Settling()
-        self._calls: set[CallKey] = set()  # they go by sites, whatever the model's attributes are
-        self._interpreted: set[tuple[str, int]] = set()  # parts whose own Python ran within a call, and the layout then
-        self._graphs: set[str] = set()  # parts that are graphs of their own within such calls
+        self._calls: set[CallKey] = set()  # kinds of call that go by sites, whatever the model's attributes are
+        self._interpreted: set[tuple[str, int]] = set()  # (path, layout of the tree) of modules that ran by sites
+        self._graphs: set[str] = set()  # paths of modules that are graphs of their own within calls by sites
         self._warned = False
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def applied(self, key: CallKey) -> CallKey:
-        """The key, without the model's attributes where its own Python reads them."""
+        """The key; without the model's attributes for a call by sites, where the model's own Python reads them."""
         return any_key if self._calls and (any_key := key.with_any_attributes()) in self._calls else key
 
     def reason_against_a_graph(self, key: CallKey, state: TreeState, kept: int) -> str:
@@ -59,7 +59,7 @@ class SitePolicy:
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 
     def step_down(self, program: Program, error: CaptureError) -> None:
-        """Have a program go by sites, because its graph cannot be had. Raises that error if graphs were asked for."""
+        """Serve a program's calls by sites after its graph failed with `error`, which is raised for capture='graph'."""
         if self.capture == "graph":
             raise error
         program.gm, program.reason, program.failed = None, str(error), True

@@ -46,6 +46,11 @@ MODULE_HOOKS = (
 )
 
 
+def buffers_of_no_state_dict(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's buffers that are registered as not persistent. Without it, scales would be lost on the meta device."""
+    return {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+
+
 def call_hooks(module: nn.Module) -> list[dict[int, Any]]:
     """The dicts of `CALL_HOOKS` of a module."""
     return [vars(module)[name] for name in CALL_HOOKS]

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..torch_private.tensors import buffers_of_no_state_dict
 from .lookup import find_tensor
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
+KEPT = "_lorafx_kept"  # on an attached module on the meta device: its buffers as they were before, by name
+
+
+class Attached(nn.Module):
+    """A module that `attach` makes. Its buffers that no state dict has, as scales, survive a device without memory.
+
+    `model.to("meta")` drops all values, and `to_empty` gives tensors that hold anything; a state dict then brings the
+    values of the others, into such tensors or in their place (`load_state_dict(assign=True)`).
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = buffers_of_no_state_dict(self)
+        super()._apply(fn, recurse)
+        kept = self.__dict__.pop(KEPT, {})
+        kept |= {name: buffer for name, buffer in before.items() if buffer is not None and not buffer.is_meta}
+        for name, value in kept.items():
+            now = self._buffers.get(name)
+            if now is not None and now.is_meta:
+                self.__dict__.setdefault(KEPT, {})[name] = value
+            elif now is not None and now is not value:
+                with torch.no_grad():
+                    now.copy_(value)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers"):  # tensors with memory take the place of those without
+            self._buffers.update(self.__dict__.pop(KEPT, {}))
 
 
 def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> None:
@@ -20,7 +51,7 @@ def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False)
     owner = root
     for atom in parents:
         if atom not in owner._modules:
-            owner.add_module(atom, nn.Module().train(owner.training))
+            owner.add_module(atom, Attached().train(owner.training))
             owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
         owner = owner.get_submodule(atom)
     if isinstance(tensor, nn.Parameter):

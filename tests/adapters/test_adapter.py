@@ -42,7 +42,8 @@ def pair():
     storages.STORAGES.remove(storage)
 
 
-@pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["graph", "sites"])
 def test_two_weights_of_a_module_are_two_sites(pair, capture, tmp_path):
     x, layer = torch.randn(6, 5, dtype=torch.float64), pair[0]
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": False}
@@ -98,19 +99,19 @@ def test_the_part_below_a_layer_has_the_layers_names():
     lora = adapted(Stack(depth=2), target_modules=["up", "head"])
     lora.set_scale("default", 0.5)
     adapter = lora._lorafx.adapters["default"]
-    inner = adapter.below("layers.1")
+    inner = adapter.relative_to("layers.1")
     assert [site.name for site in inner.selection] == ["up"]
     expected = {"up.lora_A.default.weight", "up.lora_B.default.weight", "up.adapter_scaling.default"}
     assert set(inner.paths) == expected
-    assert adapter.below("head") is None, "the module itself is adapted: what hangs there is not below it"
-    assert not adapter.below("layers.1.down").selection
-    one = adapter.only(["layers.0.up.weight"], [])
+    assert adapter.relative_to("head") is None, "the module itself is adapted: what hangs there is not below it"
+    assert not adapter.relative_to("layers.1.down").selection
+    one = adapter.restricted_to(["layers.0.up.weight"], [])
     assert [site.name for site in one.selection] == ["layers.0.up"] and list(one.scales) == ["layers.0.up"]
 
 
 def test_there_is_no_part_below_a_layer_whose_copies_hang_above_it():
     lora = adapted(nn.ModuleDict({"stack": Stack(depth=2)}), target_modules=["head"], modules_to_save=["layers"])
-    assert lora._lorafx.adapters["default"].below("stack.layers.0") is None
+    assert lora._lorafx.adapters["default"].relative_to("stack.layers.0") is None
 
 
 def test_a_bias_of_a_saved_module_is_trained_there():
@@ -145,7 +146,7 @@ def test_a_failure_half_way_hangs_nothing_in(monkeypatch):
 def test_layers_are_of_one_form_if_their_equations_and_tensors_are():
     lora = adapted(Stack(depth=3), target_modules=["up"], rank_pattern={"layers.2.up": 1})
     adapter = lora._lorafx.adapters["default"]
-    forms = [adapter.below(f"layers.{i}").signature(lora.get_submodule(f"layers.{i}")) for i in range(3)]
+    forms = [adapter.relative_to(f"layers.{i}").signature(lora.get_submodule(f"layers.{i}")) for i in range(3)]
     assert forms[0] == forms[1] != forms[2]
     lora.layers[1].up.eval()
-    assert adapter.below("layers.1").signature(lora.layers[1]) != forms[0], "dropout depends on the mode"
+    assert adapter.relative_to("layers.1").signature(lora.layers[1]) != forms[0], "dropout depends on the mode"

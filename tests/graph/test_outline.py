@@ -12,6 +12,7 @@ from lorafx.graph import Provenance, made_by
 from lorafx.graph.blocks import LAYERS, block_calls, blocks_of, call_block
 from lorafx.graph.modules import CAPTURED, copied
 from lorafx.graph.outline import (
+    add_outputs,
     block_of,
     inline_call,
     keep_block,
@@ -19,9 +20,8 @@ from lorafx.graph.outline import (
     replace_region,
     run_instead,
     signature_of,
-    want,
 )
-from lorafx.graph.regions import Region, families
+from lorafx.graph.regions import Region, repeated_calls
 from lorafx.passes import Canonicalize
 from lorafx.pipeline import Pipeline
 
@@ -33,7 +33,7 @@ def graph(depth=3):
     model = Stack(depth=depth)
     gm = lorafx.trace(model, torch.randn(5, 4))
     Pipeline(Canonicalize()).run(gm)
-    (regions,) = families(gm)
+    (regions,) = repeated_calls(gm)
     return model, gm, regions
 
 
@@ -113,7 +113,7 @@ def test_a_layer_may_run_another_block():
 
 def test_a_result_that_is_wanted_too_is_given():
     model, gm, block = outlined(2)
-    want(gm, block, [1])
+    add_outputs(gm, block, [1])
     block.recompile()
     for call, _, _ in block_calls(gm):
         assert [tuple(value.shape)[1:] for value in call.meta["val"]] == [(4,), (6,)]

@@ -6,7 +6,7 @@ from modules import KINDS, Layer, Stack
 from torch import nn
 
 import lorafx
-from lorafx.graph.regions import Region, families, is_size, signature
+from lorafx.graph.regions import Region, is_size, repeated_calls, signature
 from lorafx.passes import Canonicalize
 from lorafx.pipeline import Pipeline
 
@@ -18,7 +18,7 @@ def graph(model, x=None):
 
 
 def found(gm, known=()) -> list[list[Region]]:
-    return list(families(gm, known))
+    return list(repeated_calls(gm, known))
 
 
 def test_layers_are_one_family_with_what_goes_in_and_out():
@@ -34,14 +34,15 @@ def test_layers_are_one_family_with_what_goes_in_and_out():
 
 def test_equal_signatures_are_equal_computations():
     for make, expected in KINDS.values():
-        families_of = found(graph(Stack(make)))
+        calls = found(graph(Stack(make)))
         groups: dict = {}
-        for region in families_of[0] if families_of else ():
+        for region in calls[0] if calls else ():
             groups.setdefault(region.signature(), []).append(int(region.path.rpartition(".")[2]))
         several = [group for group in groups.values() if expected]
         assert several == expected
 
 
+@pytest.mark.slow
 def test_where_none_is_like_another_there_is_no_family_unless_one_is_known():
     gm = graph(Stack(KINDS["none"][0]))
     assert found(gm) == []
@@ -88,9 +89,9 @@ class Few(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("steps", "families"), [((torch.sin,), 0), ((torch.sin, torch.cos), 1)])
-def test_a_layer_has_three_operators_or_more(steps, families):
-    assert len(found(graph(Stack(lambda number: Few(steps))))) == families
+@pytest.mark.parametrize(("steps", "groups"), [((torch.sin,), 0), ((torch.sin, torch.cos), 1)])
+def test_a_layer_has_three_operators_or_more(steps, groups):
+    assert len(found(graph(Stack(lambda number: Few(steps))))) == groups
 
 
 class Nested(nn.Module):

@@ -178,6 +178,7 @@ def test_a_budget_keeps_less():
     assert kept[2] < kept[1] < kept[0]
 
 
+@pytest.mark.slow
 def test_modes_are_inductors(monkeypatch):
     asked = []
     monkeypatch.setattr(

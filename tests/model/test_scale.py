@@ -174,3 +174,16 @@ def test_rescaling_refuses_before_it_changes_anything():
     lora.merge_adapter()
     with pytest.raises(AdapterError, match="is merged"), lora.rescale(0.0):
         pass
+
+
+def test_it_survives_the_meta_device():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    lora.set_scale("default", 0.25)
+    expected, state = lora(x), {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    lora.to("meta").to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(lora(x), expected)
+    lora.to("meta")
+    with pytest.raises(AdapterError, match="meta device"):
+        lora.set_scale("default", 1.0)
+    lora.load_state_dict(state, assign=True)
+    assert torch.equal(lora(x), expected)

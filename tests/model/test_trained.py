@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from graphs import Chain
+from modules import cases
 from torch import nn
 
 import lorafx
@@ -69,8 +70,8 @@ class Net(nn.Module):
         return self.tail(self.body(x))
 
 
-@pytest.mark.parametrize("capture", ["auto", "sites"])
-@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("capture", cases(["auto", "sites"], quick=["sites"]))
+@pytest.mark.parametrize("momentum", cases([0.1, None], quick=[None]))
 def test_buffers_of_saved_modules_are_buffers_that_change_as_in_the_plain_model(capture, momentum, tmp_path):
     base = Net(momentum)
     plain, before = copy.deepcopy(base).train(), copy.deepcopy(base.state_dict())

@@ -165,6 +165,7 @@ def compiled(request):
     ).asm
 
 
+@pytest.mark.slow
 def test_it_compiles_for_gpus_that_are_not_there(compiled):
     """Rows begin where 64 bits say, memory is accessed by 16 bytes, nothing is added up in an order of chance."""
     assert compiled["cubin"]

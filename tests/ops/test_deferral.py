@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from losses import EPS, Own, assert_equal, both, outcome, shifted, times_asked
+from modules import cases
 
 from lorafx.errors import DeferredError
 from lorafx.ops.deferral import Deferred
@@ -54,6 +55,7 @@ def test_what_is_known_without_computing():
     assert "asked for 2 times" in str(lora.explain())
 
 
+@pytest.mark.slow
 def test_all_that_is_done_with_tensors(tmp_path, waiting):
     lora, ids, expected = waiting
 
@@ -96,6 +98,7 @@ class Sink(torch.autograd.Function):
         return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda t: t, lambda t: t.double()], ids=["itself", "cast"])
 def test_gradients_of_who_does_not_ask_torch(change, waiting):
     lora, ids, _ = waiting
@@ -157,7 +160,7 @@ def test_detached_logits_keep_no_history(read, waiting):
     assert graph() is None and torch.equal(kept, expected)
 
 
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("off", cases([torch.no_grad, torch.inference_mode], quick=[torch.no_grad]))
 def test_evaluation(off, waiting):
     lora, ids, expected = waiting
     with off():

@@ -77,7 +77,8 @@ def test_transforms_go_through():
     torch.testing.assert_close(slope, dense.sum(1).expand_as(slope))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_it_computes_the_same(backend):
     x, weight, scale, bias = arguments()
     compiled = torch.compile(op, backend=backend, fullgraph=True, dynamic=True)

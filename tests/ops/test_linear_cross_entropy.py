@@ -160,7 +160,8 @@ def test_as_many_labels_as_rows(small_chunks):
         fused(*arguments, labels.view(-1)[:-1])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(small_chunks, backend):
     """One graph for all numbers of rows, the operator a node of it; the same bits, for it runs as it is."""
     torch._dynamo.reset()

@@ -68,6 +68,7 @@ def test_compiled_layers_are_checkpointed_alike():
     assert kept(checkpointed, x) < kept(plain, x) / 3
 
 
+@pytest.mark.slow
 def test_what_layers_give_each_other_waits_on_the_host(monkeypatch):
     """Without CUDA the copies are stood in for, so that what leaves is gone and comes back as another tensor."""
     left, back = [], []
@@ -129,6 +130,7 @@ def test_the_models_own_switch_throws_it():
     assert kept(lora, **inputs) == before
 
 
+@pytest.mark.slow
 def test_layers_that_all_differ_are_checkpointed_too():
     """Where they ask for it by a flag of their own, as those of transformers do."""
     different, _ = KINDS["none"]
@@ -153,6 +155,7 @@ class Writing(nn.Module):
         return torch.tanh(self.up(x)) + scale
 
 
+@pytest.mark.slow
 def test_a_block_that_writes_into_its_inputs_runs_once():
     (lora, flat), x = twins(Writing), torch.randn(5, 4)
     torch.testing.assert_close(gradients(lora, x), gradients(flat, x))
@@ -187,6 +190,7 @@ class Averaging(nn.Module):
         return nn.functional.batch_norm(torch.tanh(self.up(x)), self.mean, self.variance, training=True) * scale
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_once():
     (lora, other), x = twins(Averaging), torch.randn(5, 4)
     gradients(lora, x), gradients(other, x)
@@ -205,6 +209,7 @@ def test_an_activation_in_place_is_no_hindrance():
     assert len(calls) == 4 and all(node.target is checkpoint_block for node, _, _ in calls)
 
 
+@pytest.mark.slow
 def test_a_layer_that_was_changed_before_backward_is_no_guess():
     lora, x = stack(gradient_checkpointing=True), torch.randn(5, 4)
     loss = lora(x).sum()

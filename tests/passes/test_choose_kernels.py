@@ -191,12 +191,14 @@ def test_before_and_after():
     assert not rewritten(Attending(), torch.randn(2, 6, 12))[1]
 
 
+@pytest.mark.slow
 def test_a_cpu_that_multiplies_half_precision_is_left_to_do_it_in_linear_layers(monkeypatch):
     monkeypatch.setattr(half_precision, "multiplies", lambda dtype: True)
     _, ours = rewritten(Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16())
     assert ours == ["lorafx.attention.default"]
 
 
+@pytest.mark.slow
 def test_inference_keeps_the_bits_of_the_model():
     model, x = Attending().bfloat16(), torch.randn(2, 6, 12).bfloat16()
     gm, _ = rewritten(model, x)

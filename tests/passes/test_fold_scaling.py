@@ -32,6 +32,7 @@ def test_on_a_matrix_it_is_one_addmm():
     ]
 
 
+@pytest.mark.slow
 def test_batches_of_sequences_are_viewed_as_a_matrix():
     lora = adapted(Chain(), target_modules=["second"])
     assert after_base(run(lora, FOLDED, torch.randn(5, 2, 4))) == [

@@ -26,6 +26,7 @@ def test_before_and_after():
     ]
 
 
+@pytest.mark.slow
 def test_a_model_with_dropout_trains_as_without_the_pass():
     gradients = []
     kept = lorafx.passes.default.without("fuse_dropout")
@@ -43,6 +44,7 @@ def test_a_model_with_dropout_trains_as_without_the_pass():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_several_adapters_go_on_top_of_one_another():
     lora, x = adapted(Chain().double()), torch.randn(5, 4, dtype=torch.float64)
     lora.add_adapter("other", {"r": 3, "target_modules": ["second"], "init_lora_weights": False})

@@ -57,6 +57,7 @@ LEFT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(FUSED, quick=["shifted"]))
 def test_losses_that_are_fused(name):
     assert_fused(name, ["inner", "head"])
@@ -78,6 +79,7 @@ def assert_fused(name, targets):
     assert_equal(outcome(ours, ids, labels), outcome(theirs, ids, labels), EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(LEFT, quick=["also used by"]))
 def test_losses_that_stay(name):
     ids, labels = torch.randint(0, 13, (3, 8)), torch.randint(0, 13, (3, 8))

@@ -26,6 +26,7 @@ def test_inlining_undoes_outlining(kind):
     assert torch.equal(flat(x), inlined(x))
 
 
+@pytest.mark.slow
 def test_passes_may_follow_on_the_flat_graph():
     lora, x = adapted(Stack(), target_modules=["up", "down"]), torch.randn(5, 4)
     expected = lora(x)

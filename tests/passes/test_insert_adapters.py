@@ -93,6 +93,7 @@ def test_every_form_computes_its_weight_change():
         lora.unload()
 
 
+@pytest.mark.slow
 def test_a_grouped_convolution_is_two_convolutions():
     model = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)).double()
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
@@ -193,6 +194,7 @@ def test_without_adapters_nothing_changes():
     assert text(gm) == before
 
 
+@pytest.mark.slow
 def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
     model, ids = DeeperTied(), torch.randint(0, 11, (2, 6))
     lora = adapted(model, target_modules=["middle"], modules_to_save=["head"])

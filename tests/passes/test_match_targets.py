@@ -120,6 +120,7 @@ def test_reading_only_the_size_of_a_weight_is_no_read():
     assert marks(run(lora, PREPARE, torch.randn(5, 4))) == [("aten.linear.default", "second")]
 
 
+@pytest.mark.slow
 def test_a_site_within_a_vmap_is_served_by_sites():
     class Mapped(nn.Module):
         def __init__(self):

@@ -56,6 +56,7 @@ def test_before_and_after():
     ]
 
 
+@pytest.mark.slow
 def test_layers_of_one_input_are_one_operator():
     gm = run(adapted(), (*FUSED, MultiplyInFloat8()), torch.randn(5, 16))
     found = [node for node in gm.graph.nodes if node.target is own.float8_lora_linears.default]
@@ -63,6 +64,7 @@ def test_layers_of_one_input_are_one_operator():
     assert own.from_float8.default not in operators(gm) and own.lora_linears.default not in operators(gm)
 
 
+@pytest.mark.slow
 def test_of_a_group_those_in_float8():
     lora, x = adapted(in_float8=["a", "b"]), torch.randn(5, 16)
     before, gm = run(lora, FUSED, x), run(lora, (*FUSED, MultiplyInFloat8()), x)
@@ -80,6 +82,7 @@ def near(found, dense):
     assert 0 < (found - dense).norm() < 0.06 * dense.norm()
 
 
+@pytest.mark.slow
 def test_dropout_is_before_the_adapters_alone():
     lora, x = adapted(lora_dropout=0.5), torch.randn(50, 16)
     gms = [run(lora, passes, x) for passes in (FUSED, (*FUSED, MultiplyInFloat8()))]
@@ -99,6 +102,7 @@ def test_other_dtypes_and_autocast_stay():
     assert own.float8_linear.default not in operators(gm)
 
 
+@pytest.mark.slow
 def test_a_second_time_changes_nothing():
     lora = adapted()
     gm = run(lora, (*FUSED, MultiplyInFloat8()), torch.randn(5, 16))
@@ -144,9 +148,13 @@ def step(lora):
     return loss.detach().double(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layers"), [(torch.float32, 1), pytest.param(torch.bfloat16, 2, marks=pytest.mark.slow)], ids=str
-)
+@pytest.fixture(scope="module")
+def one_layer():
+    return step(llama(IN_FLOAT8, layers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "layers"), [(torch.float32, 1), (torch.bfloat16, 2)], ids=str)
 def test_a_llama_trains(dtype, layers):
     dense, dense_gradient = step(llama(lorafx.passes.default, dtype, layers))
     loss, gradient = step(llama(IN_FLOAT8, dtype, layers))
@@ -158,10 +166,10 @@ def test_a_llama_trains(dtype, layers):
 @pytest.mark.parametrize(
     "options", [{"capture": "sites"}, {"gradient_checkpointing": True}, {"backend": "aot_eager"}], ids=str
 )
-def test_a_llama_trains_alike_in_other_ways(options):
+def test_a_llama_trains_alike_in_other_ways(options, one_layer):
     """Another order of sums may round a number of x or of a gradient to a neighbour."""
-    loss, gradient = step(llama(IN_FLOAT8))
-    other, other_gradient = step(llama(IN_FLOAT8, **options))
+    loss, gradient = one_layer
+    other, other_gradient = step(llama(IN_FLOAT8, layers=1, **options))
     torch.testing.assert_close(other, loss, rtol=1e-3, atol=0)
     assert torch.cosine_similarity(gradient, other_gradient, 0) > 0.998
 

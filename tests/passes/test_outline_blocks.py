@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import zoo
@@ -14,7 +16,7 @@ import lorafx
 from lorafx.graph.blocks import LAYERS, block_calls, blocks_of
 from lorafx.graph.printing import graph_lines
 from lorafx.passes import Canonicalize, InlineBlocks, OutlineBlocks
-from lorafx.pipeline import Pipeline
+from lorafx.pipeline import Context, Pipeline
 
 FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
 
@@ -52,6 +54,36 @@ def test_before_and_after():
     ]
 
 
+class Counting(nn.Module):
+    """(batch, length, 4) -> the same: a layer that asks for the length, and for what it makes of it."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        length = x.shape[1]
+        return torch.relu(self.linear(x)) * torch.arange(2 * length, dtype=x.dtype)[:length, None]
+
+
+def test_sizes_are_computed_once_after_the_guards_and_given_to_layers():
+    model = Stack(Counting, depth=3)
+    gm = lorafx.trace(model, torch.randn(2, 7, 4))
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        constant = gm.graph.call_function(operator.add, (2, 3))
+    constant.meta["val"] = 5
+    OutlineBlocks().rewrite(gm, Context())
+    names = [node.name for node in gm.graph.nodes if node.op != "get_attr"]
+    assert [name.rstrip("_0123456789") for name in names[:4]] == ["x", "_guards_fn", "sym_size_int", "mul"]
+    assert [len(call.args) for call, _, _ in block_calls(gm)] == [5, 5, 5]
+    assert names[-2] == constant.name, "a number that is made of no input stays where it is"
+    gm.recompile()
+    for length in (7, 5):
+        x = torch.randn(3, length, 4)
+        assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases(KINDS, quick=["alternating"]))
 def test_layers_fall_into_kinds(kind):
     make, expected = KINDS[kind]
@@ -96,6 +128,7 @@ def test_layers_whose_adapters_differ_are_told_apart(case):
     assert_as_flat(lora, x)
 
 
+@pytest.mark.slow
 def test_modes_of_single_layers_are_told_apart():
     lora = adapted(Stack(), target_modules=["up"], lora_dropout=0.5)
     lora.layers[2].eval()
@@ -181,6 +214,7 @@ def test_blocks_are_the_layers():
     assert adapted(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), target_modules=["0"]).blocks == []
 
 
+@pytest.mark.slow
 def test_compile_time_passes_run_once_for_all_layers():
     counts = []
     for depth in (2, 12):

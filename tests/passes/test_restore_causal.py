@@ -153,6 +153,7 @@ def test_a_mask_is_what_it_computes(name):
         assert all("arange" not in node.name and "ones" not in node.name for node in gm.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_mask_that_another_integer_decides_stays():
     model, x = Attending(lambda x, ahead: distances(x) + ahead - 2 >= 0), torch.randn(2, 7, 4)
     gm = lorafx.capture.export.trace_part(model, "", (x, 2), {}, free=[1])
@@ -198,10 +199,9 @@ class Layer(nn.Module):
         return x + F.scaled_dot_product_attention(heads, heads, self.value(heads), attn_mask=mask[None]).squeeze(1)
 
 
-@pytest.mark.parametrize("once", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    "kinds", [("causal", "all", "window", "causal"), pytest.param(("all",) * 2, marks=pytest.mark.slow)], ids="-".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("kinds", [("causal", "all", "window", "causal"), ("all",) * 2], ids="-".join)
 def test_layers_of_several_kinds_of_masks_get_a_block_each(kinds, once):
     model, x = Layered(kinds), torch.randn(2, 7, 4)
     gm = lorafx.capture.export.trace_part(model, "", (x,), {}, once=once)

@@ -79,6 +79,7 @@ class OneQuery(nn.Module):
         return F.scaled_dot_product_attention(x[:, None], heads, heads)
 
 
+@pytest.mark.slow
 def test_heads_that_are_not_as_many_as_asked_for_stay_repeated():
     model, x = OneQuery(), torch.randn(2, 5, 2)
     gm = trace(model, x)

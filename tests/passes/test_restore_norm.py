@@ -161,6 +161,7 @@ def test_it_keeps_its_input_alone():
     assert sum(t.numel() for t in kept) == 64 * 32 + 32 + 64
 
 
+@pytest.mark.slow
 def test_compiled_it_is_left_to_the_compiler():
     x, weight, eps = arguments(True, torch.float32)
     found = torch.compile(lambda *given: fused(*given, eps), backend="aot_eager", fullgraph=True)(x, weight)

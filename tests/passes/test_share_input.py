@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 from graphs import INSERT, adapted, run, text
-from modules import Fork
+from modules import Fork, cases
 from torch import nn
 
 import lorafx
@@ -66,7 +66,7 @@ class Twice(nn.Module):
         return first + self.b(x)
 
 
-@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("writes", cases([False, True], quick=[True]))
 def test_what_is_written_in_between_is_seen(writes):
     lora, x = adapted(Twice(writes)), torch.randn(5, 4)
     joint = [node for node in lora.graph(x).graph.nodes if node.target is shared.default]
@@ -77,7 +77,10 @@ def test_what_is_written_in_between_is_seen(writes):
         torch.testing.assert_close(lora(x), plain(x))
 
 
-@pytest.mark.parametrize("passes", [(ShareInput(),), (FuseDropout(), ShareInput())], ids=str)
+AFTER_FUSING = [(ShareInput(),), (FuseDropout(), ShareInput())]
+
+
+@pytest.mark.parametrize("passes", cases(AFTER_FUSING, quick=AFTER_FUSING[1:]), ids=str)
 def test_dropouts_of_their_own_are_different_values(passes):
     gm = run(adapted(Fork(), lora_dropout=0.5), (*FUSED, *passes), torch.randn(5, 4))
     assert all(node.target is not shared.default for node in gm.graph.nodes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from graphs import adapted
+from modules import cases
 from test_kind import Ia3Config, known  # noqa: F401, the fixture that makes the kind known
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -62,8 +63,11 @@ def both_known():
     del kinds.KINDS["BOTH"]
 
 
+ORDERS = [["both"], ["lora", "both"], ["both", "ia3"], ["ia3", "both", "lora"]]
+
+
 @pytest.mark.parametrize("capture", [pytest.param("graph", marks=pytest.mark.slow), "sites"])
-@pytest.mark.parametrize("order", [["both"], ["lora", "both"], ["both", "ia3"], ["ia3", "both", "lora"]])
+@pytest.mark.parametrize("order", cases(ORDERS, quick=ORDERS[3:]))
 def test_a_kind_on_both_sides_is_taken_away_whole(order, capture):
     model, x = nn.Sequential(nn.Linear(6, 6)).double(), torch.randn(4, 6, dtype=torch.float64)
     targets = {"target_modules": ["0"]}
@@ -116,7 +120,9 @@ def test_a_weight_that_is_read_in_parts_or_turned_is_merged_and_called(model, ta
     torch.testing.assert_close(model(x, c), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lora: pickle.loads(pickle.dumps(lora))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pytest.param(lambda lora: pickle.loads(pickle.dumps(lora)), marks=pytest.mark.slow)]
+)
 def test_a_copy_merges_old_and_new_adapters_into_one_weight(copied):
     model, x = nn.Sequential(nn.Conv1d(2, 5, 2), nn.Flatten(), nn.Linear(15, 7)).double(), torch.randn(3, 2, 4).double()
     lora = copied(lorafx.compile(model, LORA | {"target_modules": ["0", "2"]}))

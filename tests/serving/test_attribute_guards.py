@@ -55,7 +55,7 @@ class Tagged(nn.Tanh):
     tag = "class"
 
 
-QUICK = ["a float", "a dict", "a nested config", "a buffer's shape", "a module"]
+QUICK = ["a float", "a buffer's shape"]
 
 
 @pytest.mark.parametrize("change", cases(CHANGES, quick=QUICK))
@@ -70,6 +70,7 @@ def test_a_change_of_what_modules_hold_is_seen(change):
     assert served(lora) == ["graph", "graph"]
 
 
+@pytest.mark.slow
 def test_dropout_that_is_switched_off_drops_nothing():
     lora, x = adapted(Attributes()), torch.randn(64, 4)
     lora(x)
@@ -105,7 +106,7 @@ class Listing(dict):
         return list(super().values())
 
 
-@pytest.mark.parametrize("kind", [dict, Listing])
+@pytest.mark.parametrize("kind", cases([dict, Listing], quick=[dict]))
 def test_a_setting_within_a_container_is_no_constant(kind):
     class Scaled(Chain):
         def forward(self, x):
@@ -148,6 +149,7 @@ class Counting(Chain):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_states_that_were_long_ago_are_forgotten():
     lora, x = adapted(Counting()), torch.randn(5, 4)
     with pytest.warns(UserWarning, match="it changes calls"):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from graphs import Chain, adapted
+from modules import cases
 from serving_models import Options, random, served, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ def test_sizes_order_of_keywords_and_defaults_share_a_graph():
     assert call.hits == 2 and call.why == "the first call" and call.served_by == "graph"
 
 
-@pytest.mark.parametrize("value", [True, "mean", 2.5, (1, 2)])
+@pytest.mark.parametrize("value", cases([True, "mean", 2.5, (1, 2)], quick=["mean"]))
 def test_constants_are_told_apart(value):
     class Echo(Chain):
         def forward(self, x, option=None):
@@ -49,6 +50,7 @@ def test_gradient_modes_are_as_the_caller_set_them():
             torch.testing.assert_close(lora(x), plain(x))
 
 
+@pytest.mark.slow
 def test_further_keywords_keep_their_order():
     lora, plain = twins(Modes())
     x, a, b = random(5, 4), torch.tensor(2.0), torch.tensor(3.0)
@@ -66,6 +68,7 @@ def test_a_call_that_the_model_refuses_leaves_nothing_behind(recwarn):
     assert served(lora) == ["graph"] and not recwarn.list
 
 
+@pytest.mark.slow
 def test_the_first_call_may_be_checkpointed_or_transformed():
     x = random(5, 4)
     lora, plain = twins(Chain())
@@ -80,6 +83,7 @@ def test_the_first_call_may_be_checkpointed_or_transformed():
     torch.testing.assert_close(torch.func.functional_call(lora, zero, (x,)), lora._lorafx.base(x))
 
 
+@pytest.mark.slow
 def test_a_base_parameter_that_the_user_trains_stays_trained():
     lora = adapted(Chain())
     lora.second.bias.requires_grad_(True)
@@ -89,6 +93,7 @@ def test_a_base_parameter_that_the_user_trains_stays_trained():
         assert lora.second.bias.grad is not None and lora.second.weight.grad is None
 
 
+@pytest.mark.slow
 def test_a_site_that_was_taken_away_is_named():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     lora(x)
@@ -103,6 +108,7 @@ def test_a_site_that_was_taken_away_is_named():
     assert lora(x).shape == (5, lora.second.out_features)
 
 
+@pytest.mark.slow
 def test_a_slice_of_a_sequential_is_plain_and_adapted():
     lora = adapted(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), target_modules=["0", "2"])
     x = torch.randn(5, 4)
@@ -130,6 +136,7 @@ def test_the_graph_of_a_call_is_the_one_that_serves_it():
     assert [call.hits for call in lora.explain().calls] == [2, 2], "asking for a graph makes it, and is no call"
 
 
+@pytest.mark.slow
 def test_a_copy_makes_programs_of_its_own():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     before = lora(x)
@@ -144,6 +151,7 @@ def test_who_asks_for_a_way_gets_it(capture, makes):
     assert served(lora) == makes
 
 
+@pytest.mark.slow
 def test_a_call_that_the_model_refuses_says_nothing_about_attributes():
     class Scaled(Chain):
         scale = 1.0

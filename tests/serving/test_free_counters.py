@@ -50,6 +50,7 @@ class Branching(Options):
         return super().forward(x, shift=shift if isinstance(shift, int) else 100)
 
 
+@pytest.mark.slow
 def test_an_integer_whose_type_the_model_asks_for_stays_a_constant():
     lora, x = adapted(Branching()), torch.randn(5, 4)
     base = lora._lorafx.base

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import Chain, adapted
-from modules import EveryForm
+from modules import EveryForm, cases
 from torch import nn
 
 import lorafx
@@ -74,7 +74,7 @@ class Odd(nn.Module):
         return self.second(h)
 
 
-@pytest.mark.parametrize("how", ["prints", "branches", "numpy", "draws", "counts"])
+@pytest.mark.parametrize("how", cases(["prints", "branches", "numpy", "draws", "counts"], quick=["prints", "counts"]))
 def test_what_is_no_graph_runs_by_sites_and_says_why_once(how, capsys):
     lora, x = lorafx.compile(Odd(how), RANDOM, random_state=0), torch.randn(5, 4)
     with pytest.warns(UserWarning, match="test_per_site.py|random numbers|it changes calls"):
@@ -109,6 +109,7 @@ def test_an_unknown_way_is_refused():
         lorafx.compile(Chain(), RANDOM, capture="eager")
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_adapted_wherever_it_is_read():
     class Tied(nn.Module):
         def __init__(self):
@@ -154,6 +155,7 @@ class Scored(nn.Module):
         return self.score(self.body(x))
 
 
+@pytest.mark.slow
 def test_a_saved_module_of_several_layers_trains_as_a_whole():
     graph, sites = both_ways(Scored(), RANDOM | {"target_modules": ["body"], "modules_to_save": ["score"]})
     x = torch.randn(5, 4)
@@ -170,6 +172,7 @@ class ByHand(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+@pytest.mark.slow
 def test_a_layer_that_spells_its_product_out_is_a_graph_of_its_own():
     graph, sites = both_ways(nn.Sequential(ByHand(4, 6), nn.ReLU(), nn.Linear(6, 3)))
     x = torch.randn(5, 4)
@@ -177,6 +180,7 @@ def test_a_layer_that_spells_its_product_out_is_a_graph_of_its_own():
     assert not torch.allclose(sites(x), sites._lorafx.base(x))
 
 
+@pytest.mark.slow
 def test_an_uncovered_read_is_the_same_error():
     class Squared(Chain):
         def forward(self, x):
@@ -223,6 +227,7 @@ def test_merged_disabled_and_autocast_calls_go_by_sites_too():
         assert torch.equal(graph(x), sites(x)) and torch.equal(sites(x), sites._lorafx.base(x))
 
 
+@pytest.mark.slow
 def test_dropout_and_two_adapters_are_the_same_both_ways():
     graph, sites = both_ways(Chain(), RANDOM | {"lora_dropout": 0.5})
     for lora in (graph, sites):
@@ -235,6 +240,7 @@ def test_dropout_and_two_adapters_are_the_same_both_ways():
     assert torch.equal(*outputs) and not torch.equal(outputs[1], sites.eval()(x))
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
     """As with FSDP, where a module has a shard of its weight at other times."""
     lora, x = adapted(Chain()), torch.randn(5, 4)

@@ -8,6 +8,7 @@ from serving_models import Options
 from lorafx.serving.programs import GuardFailed, ProgramCache, guarded
 
 
+@pytest.mark.slow
 def test_the_least_recently_used_make_room():
     lora, x = adapted(Options()), torch.randn(5, 4)
     lora._lorafx.dispatcher.programs.capacity = 2

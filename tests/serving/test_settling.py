@@ -31,6 +31,7 @@ class Stateful(Chain):
         return h * self.counts["calls"]
 
 
+@pytest.mark.slow
 def test_what_a_model_remembers_is_remembered():
     lora, plain = twins(Stateful())
     with pytest.warns(UserWarning, match="changes"):
@@ -63,6 +64,7 @@ def test_what_a_model_settles_once_is_settled_by_its_own_python():
     assert lora.prepared and served(lora) == ["sites", "graph"]
 
 
+@pytest.mark.slow
 def test_a_capture_that_fails_leaves_the_models_containers_alone():
     model = Stateful()
     lora = adapted(model)

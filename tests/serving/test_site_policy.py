@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from graphs import Chain, adapted
+from modules import cases
 from serving_models import random, served, twins
 from torch import nn
 
@@ -77,7 +78,7 @@ class Region(Chain):
         return self.second(h), self.second.weight
 
 
-@pytest.mark.parametrize("way", ["no_grad", "autocast", "weight"])
+@pytest.mark.parametrize("way", cases(["no_grad", "autocast", "weight"], quick=["no_grad"]))
 def test_a_site_in_a_region_of_its_own_acts(way):
     lora, plain = twins(Region(way))
     x = random(5, 4)
@@ -87,6 +88,7 @@ def test_a_site_in_a_region_of_its_own_acts(way):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_hooks_on_inner_modules_are_called_each_time():
     lora, seen = adapted(Chain()), []
     before = lora(torch.ones(5, 4))
@@ -127,6 +129,7 @@ def test_reasons_against_a_graph(capture, state, kept, reason):
     assert reason in found and bool(reason) == bool(found)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_call_by_sites_goes_by_sites_when_it_is_called_alone():
     lora = adapted(nn.Sequential(Unrolled(by_size=True), nn.Linear(4, 4)), target_modules=["cell", "1"])
     with pytest.warns(UserWarning, match="loops over a size"):

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from graphs import Chain, adapted
+from modules import cases
 from serving_models import random, served, twins
 from torch import nn
 
@@ -56,7 +57,7 @@ def test_a_cast_of_a_module_in_the_middle_is_seen():
     torch.testing.assert_close(lora(x), plain(x))
 
 
-@pytest.mark.parametrize("kind", ["full backward", "full backward pre", "global"])
+@pytest.mark.parametrize("kind", cases(["full backward", "full backward pre", "global"], quick=["full backward"]))
 def test_every_hook_is_called(kind):
     lora, x, calls = adapted(Chain()), torch.randn(5, 4), []
     lora(x).sum().backward()
@@ -78,6 +79,7 @@ def test_every_hook_is_called(kind):
     assert len(calls) == before and served(lora)[-1] == "graph", "the graph that was kept serves again"
 
 
+@pytest.mark.slow
 def test_a_librarys_hook_that_comes_and_goes_acts_meanwhile():
     def noise(module, args, output):
         return output + 10
@@ -91,6 +93,7 @@ def test_a_librarys_hook_that_comes_and_goes_acts_meanwhile():
     assert torch.equal(lora(x), before)
 
 
+@pytest.mark.slow
 def test_a_hook_that_came_and_went_leaves_nothing_behind():
     lora = adapted(Chain())
     handle = lora.first.register_forward_hook(lambda *args: None)

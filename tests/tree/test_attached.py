@@ -30,10 +30,25 @@ def test_modules_on_the_way_are_made_in_the_owners_mode():
     model = hung(PATH)
     assert torch.equal(find_tensor(model, PATH), torch.ones(2, 4))
     made = model.get_submodule("layers.1.up.lora_A.default")
-    assert type(made) is nn.Module and not made.training
+    assert not list(made.buffers()) and not made.training
     model.layers[0].up.train()
     attach(model, "layers.0.up.lora_A.default.weight", nn.Parameter(torch.ones(2, 4)))
     assert model.get_submodule("layers.0.up.lora_A.default").training
+
+
+def test_buffers_that_no_state_dict_has_survive_the_meta_device():
+    model, path = Stack(depth=2), "layers.1.up.adapter_scaling.default"
+    attach(model, path, torch.tensor(1.5))
+    state = model.state_dict()
+    assert path not in state
+    for back in (lambda: model.to_empty(device="cpu"), lambda: model.load_state_dict(state, assign=True)):
+        model.to("meta").half()
+        assert find_tensor(model, path).is_meta
+        back()
+        assert find_tensor(model, path).item() == 1.5
+    model.layers[1].to_empty(device="cpu")
+    model.to(torch.float64)
+    assert find_tensor(model, path).item() == 1.5 and find_tensor(model, path).dtype == torch.float64
 
 
 def test_what_is_hung_in_is_none_of_the_models_own():

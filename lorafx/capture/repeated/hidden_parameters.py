@@ -59,7 +59,7 @@ class HiddenParameters(TorchFunctionMode):
             for name, parameter in module._parameters.items()
             if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and places[id(parameter)] == 1
         ]
-        self.paths: dict[int, str] = {}  # of the parameters, by the id of what stands in for each
+        self.paths: dict[int, str] = {}  # where a hidden parameter is in the model, by the id of its stand-in
         for module, name, _, _ in self.parameters:
             module._parameters[name] = None
 

@@ -28,8 +28,8 @@ class RepeatedLayers:
     def __init__(self, root: nn.Module, part: str):
         self.root, self.start, self.running = root, Step(), False
         self.modes: Hashable = None
-        self.numbers = itertools.count()  # of kinds
-        self.kept: list[Any] = []  # what questions know by its id, so that no other object gets this id
+        self.numbers = itertools.count()  # one for each new kind of layer
+        self.kept: list[Any] = []  # objects that questions name by id: kept alive, so that no other object gets the id
         paths = {module: path for path, module in root.named_modules()}
         layers = repeated_modules(root.get_submodule(part))
         self.hidden = HiddenParameters(root, layers)

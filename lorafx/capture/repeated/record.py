@@ -56,7 +56,7 @@ class Record:
         self.given: list[tuple[Tensor, Any]] = []  # tensors that were there before, and their slots then
         self.inputs: list[Any] = []  # the slots of those that are not its own
         self.made: list[weakref.ref[Tensor]] = []
-        self.nodes: list[Node | None] = []  # what computes each tensor that was made; None as long as it is not traced
+        self.nodes: list[Node | None] = []  # that compute what the layer made; None before it is traced
         self._names: dict[int, tuple[weakref.ref[Tensor], Hashable]] = {}
         self._tensors: dict[Hashable, weakref.ref[Tensor]] = {}
 
@@ -73,7 +73,7 @@ class Record:
         return self._call(tensor, ("input", len(self.inputs), traced_tensor_key(tensor)))
 
     def known_name(self, tensor: Tensor) -> Hashable | None:
-        """The name that a tensor was given, if it was."""
+        """The name of a tensor in this record; None for one that the layer has not seen."""
         reference, name = self._names.get(id(tensor), (None, None))
         return name if reference is not None and reference() is tensor else None
 

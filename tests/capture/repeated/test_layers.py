@@ -194,7 +194,7 @@ MODELS = {  # and the layers that are blocks, as they come from tracing
 }
 
 
-QUICK = ["a number that chooses", "results by number", "writing to buffers"]
+QUICK = ["writing to buffers"]
 
 
 def flat(gm):
@@ -309,6 +309,7 @@ def test_a_buffer_that_some_layers_share_is_theirs():
     assert torch.equal(gm(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_part_that_is_called_by_itself():
     model = nn.ModuleDict({"stack": Stack()})
     lora = lorafx.compile(model, {"target_modules": ["up"], "init_lora_weights": False})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modules import cases
 from replays import DEVICE, Tiny, assert_same, both, decoded, gradients, ids, launched, layers, loss_of, made, trained
 from torch import nn
 from transformers import StaticCache
@@ -9,7 +10,7 @@ from transformers import StaticCache
 import lorafx
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", cases([0.0, 0.3], quick=[0.3]))
 def test_training_is_the_same_bits(dropout):
     """With gradients that add up over steps, an optimizer that writes to parameters, and dropout's own numbers."""
     plain, graphs = both(dropout=dropout)
@@ -18,6 +19,7 @@ def test_training_is_the_same_bits(dropout):
     assert launched(graphs) == "4 replayed" and launched(plain) == ""
 
 
+@pytest.mark.slow
 def test_logits_that_nobody_asked_for_wait_as_they_do_without():
     plain, graphs = both()
     for n in range(4):
@@ -47,6 +49,7 @@ def test_outputs_are_the_callers_own():
     assert_same([output["logits"] + 0], [made(None)(input_ids=ids(2))["logits"]])
 
 
+@pytest.mark.slow
 def test_gradients_of_other_outputs_than_before():
     """Backward is recorded for the loss; where logits have a gradient too, the call is computed again."""
     plain, graphs = both(dropout=0.3)
@@ -58,6 +61,7 @@ def test_gradients_of_other_outputs_than_before():
     assert_same(*(trained(each, losses) for each in (plain, graphs)))
 
 
+@pytest.mark.slow
 def test_gradients_of_inputs():
     plain, graphs = both()
     for n in range(4):
@@ -69,6 +73,7 @@ def test_gradients_of_inputs():
     assert launched(graphs) == "3 replayed"
 
 
+@pytest.mark.slow
 def test_what_is_frozen_or_moved_is_recorded_again():
     plain, graphs = both()
 
@@ -109,6 +114,7 @@ def test_static_caches_are_filled_where_they_are(modes):
     assert launched(graphs) == "8 replayed"
 
 
+@pytest.mark.slow
 def test_under_autocast():
     plain, graphs = both()
 
@@ -133,6 +139,7 @@ class Normed(Tiny):
         return super().forward(inputs_embeds=x * self.inner.factor, labels=labels)
 
 
+@pytest.mark.slow
 def test_statistics_are_written_once_a_call():
     """Also where gradients of other outputs have the call computed again."""
     plain, graphs = both(model=Normed)
@@ -146,6 +153,7 @@ def test_statistics_are_written_once_a_call():
     assert launched(graphs) == "4 replayed"
 
 
+@pytest.mark.slow
 def test_a_plain_attribute_is_read_as_it_is_now():
     plain, graphs = both(model=Normed)
 
@@ -157,6 +165,7 @@ def test_a_plain_attribute_is_read_as_it_is_now():
     assert_same(*(trained(each, losses) for each in (plain, graphs)))
 
 
+@pytest.mark.slow
 def test_a_tied_parameter_has_its_gradient_once():
     plain, graphs = both(model=Squares)
     for lora in (plain, graphs):
@@ -175,7 +184,10 @@ def change_an_adapter(lora):
     lora.q_proj.lora_A.default.weight.mul_(2)
 
 
-@pytest.mark.parametrize("write", [change_an_adapter, lorafx.AdaptedModel.merge_adapter])
+WRITES = [change_an_adapter, lorafx.AdaptedModel.merge_adapter]
+
+
+@pytest.mark.parametrize("write", cases(WRITES, quick=[change_an_adapter]))
 def test_backward_after_a_parameter_was_written_to_is_refused(write):
     """Autograd refuses it, too: gradients would be those of other values than forward had."""
     for lora in both():
@@ -190,6 +202,7 @@ def test_backward_after_a_parameter_was_written_to_is_refused(write):
                 loss.backward()
 
 
+@pytest.mark.slow
 def test_a_second_derivative_is_refused():
     """It would count as zero, and a penalty on gradients have no effect."""
     _, graphs = both()
@@ -200,6 +213,7 @@ def test_a_second_derivative_is_refused():
         (loss_of(graphs, 4) + penalty).backward()
 
 
+@pytest.mark.slow
 def test_several_gradients_at_once():
     plain, graphs = both()
     for n in range(3):
@@ -224,6 +238,7 @@ class Counting(Tiny):
         return super().forward(input_ids)["logits"] + total.sum()
 
 
+@pytest.mark.slow
 def test_an_argument_that_shares_memory_with_a_written_one():
     plain, graphs = (lora.eval() for lora in both(model=Counting))
     results = []

@@ -76,6 +76,7 @@ def test_sizes_that_keep_changing_are_not_recorded(monkeypatch):
     assert launched(graphs) == "not recorded: 3 calls had 3 different sizes"
 
 
+@pytest.mark.slow
 def test_parameters_that_keep_moving_are_not_recorded(monkeypatch):
     """A recording would serve one call: each takes longer to make than it saves."""
     monkeypatch.setattr("lorafx.lowering.cuda_graphs.replayed._TRIES", 8)
@@ -90,6 +91,7 @@ def test_parameters_that_keep_moving_are_not_recorded(monkeypatch):
     assert "keep being replaced" in launched(graphs)
 
 
+@pytest.mark.slow
 def test_sizes_that_come_again_have_recordings_each():
     plain, graphs = both()
     lengths = [5, 9, 5, 9, 7, 9, 5]
@@ -102,6 +104,7 @@ def test_sizes_that_come_again_have_recordings_each():
     assert launched(graphs) == "4 replayed"
 
 
+@pytest.mark.slow
 def test_threads_take_turns():
     plain, graphs = (lora.eval() for lora in both())
     found = {}
@@ -123,6 +126,7 @@ def test_threads_take_turns():
         assert_same(expected[n], found[n])
 
 
+@pytest.mark.slow
 def test_who_trains_while_another_thread_records_gets_his_gradients(monkeypatch):
     """While a call is recorded, other parameters stand in the place of the model's."""
     graphs, expected = made("reduce-overhead"), made(None)
@@ -170,6 +174,7 @@ class Scaled(Tiny):
         return outputs | {"logits": outputs["logits"] / self.temperature}
 
 
+@pytest.mark.slow
 def test_a_tensor_on_another_device_is_not_taken_for_a_constant(monkeypatch):
     monkeypatch.setattr(Recorder, "holds", lambda self, tensor: tensor.ndim > 0)
     plain, graphs = (lora.eval() for lora in both(model=Scaled))
@@ -180,6 +185,7 @@ def test_a_tensor_on_another_device_is_not_taken_for_a_constant(monkeypatch):
     assert "would be taken for a constant" in launched(graphs)
 
 
+@pytest.mark.slow
 def test_a_model_elsewhere_is_told_that_nothing_is_recorded(monkeypatch):
     monkeypatch.setattr(lower, "device_of", lambda gm: None)
     graphs = made("reduce-overhead")
@@ -194,6 +200,7 @@ def test_what_fails_to_record_runs_as_it_is(monkeypatch):
     assert launched(graphs) == "not recorded: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow
 def test_a_backward_that_fails_to_record_runs_as_it_is(monkeypatch):
     plain, graphs = both(dropout=0.3)
     record, calls = Recorder.record, []
