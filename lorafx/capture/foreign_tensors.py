@@ -20,6 +20,7 @@ from ..torch_private.tensors import DisableTorchFunction, is_wrapped
 from ..torch_private.tracing import FakeTensor
 from ..tree.holdings import all_holdings
 from ..tree.lookup import tensor_at
+from ..tree.originals import other_mode
 from ..tree.settings import settings_of
 from .purity import place_of
 
@@ -58,11 +59,11 @@ class ForeignTensors(TorchFunctionMode):
         if not self._is_foreign(tensor) or id(tensor) in self._made:
             return tensor
         if path := self._paths.get(id(tensor)):
+            if reason := other_mode(tensor, self.tree.get_submodule(path.rpartition(".")[0])):
+                raise CaptureError(reason + _here())
             return tensor_at(self.bare, path)
-        if id(tensor) not in self._attributes:
-            reason = self._reason_against(tensor)
-            if reason:
-                raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{_here()}")
+        if reason := self._reason_against(tensor):
+            raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{_here()}")
         return tensor
 
     def _reason_against(self, tensor: Tensor) -> str:
@@ -70,7 +71,7 @@ class ForeignTensors(TorchFunctionMode):
             return "that wants a gradient and is no parameter of the model"
         if tensor.untyped_storage().data_ptr() in self._storages:
             return "that is a part of one of the model's own"
-        if id(tensor) not in self._watched:
+        if id(tensor) not in self._watched and id(tensor) not in self._attributes:
             return "that no module holds, so that nobody would see it being replaced"
         return ""
 

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
-from ..errors import CaptureError
+from ..capture.purity import place_of
+from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key
 from ..ops.modes import modes
 from ..pipeline import Context
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
+from ..tree.originals import other_mode
 from .call_key import Call
 from .tree_state import TreeState
 
@@ -54,6 +58,7 @@ class SiteInterpreter(TorchFunctionMode):
         for known, paths in ((self.weights, weights), (self.replaced, replaced)):
             for path in paths:
                 self.owned[path.rpartition(".")[0]].append((known, path))
+        self.memory = {storage: path for path in weights if (storage := _whole_storage(tensor_at(tree, path)))}
         self.acting = tuple(adapter.call_key for adapter in context.adapters), context.merged
 
     @staticmethod
@@ -95,7 +100,10 @@ class SiteInterpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or not any(self._acts_on(value) for value in (*args, *kwargs.values())):
+        if self.paused:
+            return func(*args, **kwargs)
+        if not any(self._acts_on(value) for value in (*args, *kwargs.values())):
+            self._require_no_part(args)
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy(args[0]) if id(args[0]) in self.replaced else args[0]
@@ -111,6 +119,22 @@ class SiteInterpreter(TorchFunctionMode):
             return any(map(self._acts_on, value))
         return id(value) in self.weights or id(value) in self.replaced
 
+    def _require_no_part(self, values: Iterable[Any]) -> None:
+        """Raise `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call."""
+        for value in values:
+            if type(value) is Tensor and (path := self.memory.get(_storage(value))):
+                raise UncoveredOperatorError(
+                    f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
+                    f"{place_of(traceback.extract_stack())}"
+                )
+
+    def _require_one_mode(self, leaves: list[Any]) -> None:
+        """Raise `AdapterError` if the base's own module reads a weight, in another mode than the adapted model's."""
+        for leaf in leaves:
+            owner = self.weights.get(id(leaf), self.parts[-1] + ".").rpartition(".")[0]
+            if owner != self.parts[-1] and (reason := other_mode(leaf, self.tree.get_submodule(owner))):
+                raise AdapterError(reason)
+
     def _copy(self, base: Tensor) -> Tensor:
         """The adapter's own copy of a tensor that it replaces."""
         path = self.replaced[id(base)]
@@ -118,6 +142,7 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._require_one_mode(leaves)
         paths = self._paths(leaves)
         keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
         hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
@@ -181,6 +206,21 @@ class SiteInterpreter(TorchFunctionMode):
             for module in self.tree.modules()
         )
         return not elsewhere or self.parts[-1] == owner
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for a tensor that has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, say
+        return 0
+
+
+def _whole_storage(tensor: Tensor) -> int:
+    """Where a parameter's memory begins, if that is all its own, and no flat buffer of many."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return 0
+    return _storage(tensor) if tensor.untyped_storage().nbytes() == tensor.nbytes else 0
 
 
 def _is_method(func: Callable[..., Any]) -> bool:

@@ -12,7 +12,7 @@ from modules import EveryForm, cases
 from torch import nn
 
 import lorafx
-from lorafx.errors import CaptureError, ConfigError, UncoveredOperatorError
+from lorafx.errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 
 EVERY = ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
@@ -250,3 +250,56 @@ def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
     lora.second.register_forward_hook(lambda module, args, output: setattr(module, "weight", shard))
     torch.testing.assert_close(lora(x), expected)
     assert served(lora)[-1] == "sites" and lora.second.weight is shard
+
+
+class Single:
+    """An object of which there is only one."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __copy__(self):
+        raise TypeError("there is one of me")
+
+
+class Elsewhere(Chain):
+    """Reaches its first layer by an object, or computes with something that was made of its weight."""
+
+    def __init__(self, how):
+        super().__init__()
+        parts = {"detached": lambda w: w.detach(), "rows": lambda w: w[:4], "data": lambda w: w.data}
+        self.drop = nn.Dropout(0.5)
+        self.single = Single([self.first, self.drop])
+        self.__dict__["part"] = parts[how](self.first.weight) if how in parts else None
+
+    def forward(self, x):
+        if self.part is None:
+            first, drop = self.single.module
+            return self.second(drop(first(x)))
+        x = nn.functional.linear(x, self.part)
+        return self.second(x.new_zeros(len(x), 6).add(x.sum(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("capture", ["auto", "sites"])
+@pytest.mark.parametrize("how", ["detached", "rows", "data"])
+@pytest.mark.filterwarnings("ignore:.*could not be captured")
+def test_a_weight_that_is_read_through_its_memory_is_an_error(how, capture):
+    lora = lorafx.compile(Elsewhere(how), RANDOM, capture=capture)
+    with pytest.raises(
+        UncoveredOperatorError, match=r"first\.weight is read by a tensor that shares its memory.*test_per"
+    ):
+        lora(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("capture", ["auto", "sites"])
+@pytest.mark.filterwarnings("ignore:.*could not be captured")
+def test_the_bases_own_layers_must_be_in_the_models_mode(capture):
+    base = Elsewhere("module")
+    lora = lorafx.compile(base, RANDOM, capture=capture)
+    x = torch.randn(50, 4)
+    assert not torch.equal(lora(x), lora(x)), "dropout acts"
+    lora.eval()
+    with pytest.raises(AdapterError, match=r"the base's own Linear runs here.*call `eval\(\)`"):
+        lora(x)
+    base.eval()
+    assert torch.equal(lora(x), lora(x))

@@ -1,0 +1,34 @@
+"""Originals: modules of the base that run in the place of their mirrors, reached by ways that nobody redirects."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+from torch import Tensor, nn
+
+
+def other_mode(tensor: Tensor, twin: nn.Module) -> str:
+    """What to say if the base's own module reads a parameter now, training where its twin in the mirror does not.
+
+    Empty if none does. It is looked for among the functions that are running, which takes a while.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module.training != twin.training and _has(module, tensor):
+            return _message(module, twin)
+        frame = frame.f_back
+    return ""
+
+
+def _has(module: nn.Module, tensor: Tensor) -> bool:
+    return any(parameter is tensor for parameter in module._parameters.values())
+
+
+def _message(module: nn.Module, twin: nn.Module) -> str:
+    wanted, found = ("train", "evaluation") if twin.training else ("eval", "training")
+    return (
+        f"the base's own {type(module).__name__} runs here, reached by another way than the module tree. It is in "
+        f"{found} mode and the adapted model is not: call `{wanted}()` of the base as well"
+    )
