@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from types import FrameType
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ def other_mode(tensor: Tensor, twin: nn.Module) -> str:
 
     Empty if none does. It is looked for among the functions that are running, which takes a while.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and module.training != twin.training and _has(module, tensor):
