@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,10 +148,10 @@ def refuse_peft_itself(instead: str) -> None:
     peft's functions take an adapted model for one of peft's own. They look for peft's layers in it, find none, and
     would leave out what these hold, without a word.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lorafx."):
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("lorafx."):
         frame = frame.f_back
-    if frame.f_globals.get("__name__", "").startswith("peft."):
+    if frame is not None and frame.f_globals.get("__name__", "").startswith("peft."):
         function = frame.f_code.co_name
         raise AdapterError(f"peft's own `{function}` cannot read a model that lorafx adapted; use {instead}")
 
