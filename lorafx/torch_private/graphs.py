@@ -56,3 +56,9 @@ def output_spec_of(gm: GraphModule) -> pytree.TreeSpec:
     spec = gm._out_spec
     assert spec is not None, "torch.export says how a call's leaves make its output"
     return spec
+
+
+def node_at(gm: GraphModule, line: int) -> Node | None:
+    """The node whose code is at a line of what runs the graph. Without it, an error would name a line nobody wrote."""
+    number = gm._lineno_map.get(line - gm._prologue_start)
+    return None if number is None else next((n for at, n in enumerate(gm.graph.nodes) if at == number), None)
