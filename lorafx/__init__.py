@@ -17,6 +17,8 @@ from .compat import (
     PeftModelForTokenClassification,
     TaskType,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from .graph.printing import diff
 from .model.adaptation import Adaptation, of
@@ -49,9 +51,11 @@ __all__ = [
     "diff",
     "errors",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "load",
     "of",
     "passes",
+    "set_peft_model_state_dict",
     "to_float8",
     "trace",
 ]

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters.config import AdapterConfig
 from .adapters.kinds import LoraConfig, config_of
@@ -22,7 +22,9 @@ from .api import compile, load
 from .errors import ConfigError
 from .files import checkpoint
 from .files.hub import Source
+from .model.adaptation import of
 from .model.adapted_model import AdaptedModel
+from .model.adapters import LoadResult
 from .tree.lookup import tensor_at
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -139,6 +141,31 @@ class PeftConfig(metaclass=_Named):
         """The config of a saved adapter, such as to learn its base model; `kwargs` and errors are those of `load`."""
         _refuse("PeftConfig.from_pretrained", **{key: kwargs[key] for key in kwargs if key not in HUB})
         return checkpoint.read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """PEFT's function: an adapter's tensors by the keys of its file. `state_dict` has values to take instead, by path.
+
+    Raises `AdapterError` for a model that is not adapted, or an unknown name. Base embeddings are not among them.
+    """
+    own = of(model).adapter_state_dict(adapter_name)
+    if state_dict is None:
+        return own
+    paths = {id(tensor): path for path, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: state_dict[paths[id(tensor)]] for key, tensor in own.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> LoadResult:
+    """PEFT's function: give an adapter these values, by the keys of its file.
+
+    What is returned has no keys: a missing or unexpected one is a `CheckpointError`, with all values as they were.
+    """
+    of(model).load_adapter_state_dict(peft_model_state_dict, adapter_name)
+    return LoadResult([], [])
 
 
 class FastLanguageModel:

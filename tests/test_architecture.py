@@ -49,16 +49,9 @@ INSIDE = {
         "equation",
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
-    "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "lower"],
+    "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        "arguments",
-        "contexts",
-        "caches",
-        "purity",
-        "foreign_tensors",
-        "written_arguments",
-        "repeated",
-        "export",
+        *("arguments", "contexts", "caches", "purity", "foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 
 Names = str | Sequence[str] | None
 
@@ -56,6 +57,12 @@ class AdapterConfig:
     def unsupported(self) -> dict[str, Any]:
         """The fields that ask for something lorafx does not implement yet, with their values."""
         return {}
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False: PEFT's configs have this, and code that takes several methods asks for it."""
+        refuse_peft_itself("`lorafx.get_peft_model_state_dict` and `lorafx.set_peft_model_state_dict`")
+        return False
 
     @property
     def all_linear(self) -> bool:
@@ -133,6 +140,20 @@ def is_number(value: Any) -> bool:
 def is_strings(value: Any) -> bool:
     """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def refuse_peft_itself(instead: str) -> None:
+    """Raise `AdapterError` if it is code of peft's that asks, saying what its user should call.
+
+    peft's functions take an adapted model for one of peft's own. They look for peft's layers in it, find none, and
+    would leave out what these hold, without a word.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("lorafx."):
+        frame = frame.f_back
+    if frame is not None and frame.f_globals.get("__name__", "").startswith("peft."):
+        function = frame.f_code.co_name
+        raise AdapterError(f"peft's own `{function}` cannot read a model that lorafx adapted; use {instead}")
 
 
 def is_pattern_of(pattern: str, name: str) -> bool:

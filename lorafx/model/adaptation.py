@@ -16,14 +16,14 @@ from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
 from ..pipeline import Context
 from ..tree.mirror import STATE
-from .adapters import Adapters
+from .like_peft import LikePeft
 from .report import Call, Explanation, Report
 from .saving import Saving
 from .scales import Scales
 from .trainers import Trainable
 
 
-class Adaptation(Adapters, Scales, Saving, Trainable):
+class Adaptation(LikePeft, Scales, Saving, Trainable):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

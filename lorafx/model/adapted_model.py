@@ -15,6 +15,7 @@ from ..serving.dispatcher import Dispatcher
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
 from .adaptation import Adaptation, of
 from .calls import PartCall, generating, serve
+from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
 from .state import State
 from .trainers import SeenAsPeft, name_self, with_model
@@ -54,6 +55,15 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
             vars(self)["forward"] = value
             value = PartCall(self, "")
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """As ever; what PEFT's models have and lorafx's do not is an error that says what to use."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name in INSTEAD:
+                raise AttributeError(f"a model adapted by lorafx has no `{name}`. Instead: {INSTEAD[name]}") from None
+            raise
 
 
 for _name in dir(Adaptation):

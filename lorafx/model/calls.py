@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
 from ..tree.mirror import STATE
+from .backward import prepare
 from .state import State
 
 ROWS = "adapter_names"  # PEFT's keyword of a call
@@ -21,7 +22,10 @@ def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, A
     """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
     state: State = vars(tree)[STATE]
     refuse_rows(type(tree.get_submodule(path)).forward, kwargs)
-    return state.dispatcher.serve(tree, state.context, path, args, kwargs)
+    result = state.dispatcher.serve(tree, state.context, path, args, kwargs)
+    if not path:
+        prepare(state, tree, result)
+    return result
 
 
 def refuse_rows(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

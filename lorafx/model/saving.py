@@ -12,11 +12,12 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..errors import AdapterError
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
-from ..tree.lookup import find_tensor, first_name
+from ..tree.lookup import copy_into, find_tensor, first_name, tensor_at
 from .state import Part
 
 # Names of embeddings whose base weights PEFT writes along with their adapter.
@@ -66,6 +67,26 @@ class Saving(Part):
                 warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
+
+    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """An adapter's tensors, shared and not copied, by the keys that they have in its file."""
+        return {key: tensor_at(self.tree, path) for key, path in checkpoint.keys(self._adapter(adapter_name)).items()}
+
+    def load_adapter_state_dict(self, values: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+        """Give an adapter that is there these values, in place; keys are those of `adapter_state_dict`.
+
+        Raises `CheckpointError`, with all values as they were, for a missing or unexpected key or another shape, and
+        `AdapterError` for an adapter that is unknown or merged.
+        """
+        adapter = self._adapter(adapter_name)
+        if adapter_name in self._lorafx.ledger.names:
+            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before loading other values into it")
+        paths = checkpoint.keys(adapter)
+        own = {key: tensor_at(self.tree, path) for key, path in paths.items()}
+        expected = {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}
+        given = checkpoint.Checkpoint(Path("state_dict"), adapter.config, values)
+        embeddings = checkpoint.check(given, expected, self.tree)
+        copy_into(self.tree, {path: values[key] for key, path in paths.items()} | embeddings)
 
     def push_to_hub(
         self,

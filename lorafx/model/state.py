@@ -35,6 +35,7 @@ class State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
+    said_no_dropout: bool = False  # that it was trained in evaluation mode
     ledger: Ledger = field(default_factory=Ledger)
     configs: Configs = field(init=False)
 

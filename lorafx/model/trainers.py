@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.config import refuse_peft_itself
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
@@ -106,6 +107,7 @@ def with_model(base_model: property) -> property:
     """transformers' property `base_model`, changed so that `base_model.model` is the adapted model, as in PEFT."""
 
     def inner_of(tree: nn.Module) -> Any:
+        refuse_peft_itself("the methods `get_layer_status()` and `get_model_status()` of the model")
         inner = base_model.__get__(tree)
         return inner if inner is tree else Inner(inner, tree)
 

@@ -65,3 +65,9 @@ def home_of(function: Any) -> str:
     """
     in_python = isinstance(function, torch.autograd.function.BackwardCFunction)
     return getattr(function, "_forward_cls", type(function)).__module__ if in_python else ""
+
+
+def node_at(gm: GraphModule, line: int) -> Node | None:
+    """The node whose code is at a line of what runs the graph. Without it, an error would name a line nobody wrote."""
+    number = gm._lineno_map.get(line - gm._prologue_start)
+    return None if number is None else next((n for at, n in enumerate(gm.graph.nodes) if at == number), None)

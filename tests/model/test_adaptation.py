@@ -1,4 +1,4 @@
-"""The interface of an adapted model: what it says of itself, and PEFT's names for it."""
+"""The interface of an adapted model: what it says of itself, and the calls that it refuses."""
 
 import pytest
 import torch

@@ -1,0 +1,72 @@
+"""What is said when backward is called and the adapters do not train as one would think.
+
+torch says "element 0 of tensors does not require grad" of a loss that no adapter has a part in, and nothing at all of
+adapters that train without their dropout. What a call returns knows why, and says it when backward comes, not before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from .state import State
+
+
+class NoBackward:
+    """What stands for `backward` on a loss that nothing trainable has a part in: it raises `AdapterError`."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AdapterError(f"there is nothing to train: {self.reason}")
+
+
+def prepare(state: State, tree: nn.Module, result: Any) -> None:
+    """Have what a call returned say, once backward is called, why no adapter trains, or that none drops out."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    tensor = _first(result)
+    if tensor is None:
+        return
+    if not tensor.requires_grad and tensor.ndim == 0 and (reason := _reason(state)):
+        tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
+    if tensor.requires_grad and not state.said_no_dropout and _keeps_all(state, tree):
+        tensor.register_hook(lambda _: _say_no_dropout(state))
+
+
+def _first(result: Any) -> Tensor | None:
+    """The tensor that a backward pass is likely to begin with: the result, or the first that it holds, as a loss is."""
+    held = list(result.values()) if isinstance(result, dict) else result
+    found = next(iter(held), None) if isinstance(held, (tuple, list)) else held
+    return found if type(found) is Tensor and found.is_floating_point() else None
+
+
+def _reason(state: State) -> str | None:
+    """Why no adapter trains, in words that say what to do; None if it is not lorafx's doing."""
+    if state.ledger.names:
+        return f"{', '.join(map(repr, state.ledger.names))} merged; call `unmerge_adapter()` first"
+    if not state.acting:
+        return "the adapters are disabled" if state.disabled or state.adapters else "there is no adapter"
+    frozen = [name for name in state.acting if state.adapters[name].config.inference_mode]
+    if len(frozen) == len(state.acting):
+        return (
+            f"{', '.join(map(repr, frozen))} loaded for inference; pass is_trainable=True to `load` or `load_adapter`"
+        )
+    return None
+
+
+def _keeps_all(state: State, tree: nn.Module) -> bool:
+    """Whether the acting adapters would drop something out in training, and the model is in evaluation mode."""
+    configs = [state.adapters[name].config for name in state.acting if name not in state.ledger.names]
+    return not tree.training and any(getattr(config, "lora_dropout", 0) for config in configs)
+
+
+def _say_no_dropout(state: State) -> None:
+    if not state.said_no_dropout:
+        state.said_no_dropout = True
+        warnings.warn("trained in evaluation mode, without the adapters' dropout; call `train()` on the model first")

@@ -1,0 +1,169 @@
+"""Names that PEFT documents for its models with LoRA and that lorafx itself does without: what an adapter is and does.
+
+Where PEFT has a method for which there is nothing here, `INSTEAD` says what to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.config import AdapterConfig, refuse_peft_itself
+from ..errors import AdapterError
+from ..tree.lookup import tensor_at
+from .adapters import Adapters
+from .trainers import Inner
+
+INSTEAD = {
+    "add_weighted_adapter": "scale and activate the adapters, by `set_scale` and `set_adapter([...])`",
+    "from_pretrained": "`lorafx.load(model, folder)`, or `load_adapter` for one more adapter",
+    "get_model_config": "`model.config.to_dict()`",
+    "get_prompt": "prompt learning is not implemented",
+    "get_prompt_embedding_to_save": "prompt learning is not implemented",
+    "inject_adapter": "`add_adapter(name, config)`",
+    "prefix": "an adapter's tensors are those in `lorafx.of(model).peft_config` and `named_parameters()`",
+    "prepare_model_for_gradient_checkpointing": "`compile(gradient_checkpointing=True)`",
+    "rescale_adapter_scale": "`with model.rescale(factor)`",
+    "set_scaling": "`set_scale(name, factor)`",
+    "subtract_mutated_init": "start values that change the base are not implemented, so there is nothing to subtract",
+    "supports_lora_conversion": "conversion of other kinds to LoRA is not implemented",
+    "target_module_mapping": "`lorafx.adapters.default_targets.DEFAULT_TARGETS`",
+    "tuner_layer_cls": "there are no layers of lorafx's; `model.sites` lists what is adapted",
+}
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """What PEFT's `get_layer_status` says of an adapted layer, under PEFT's names."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """What PEFT's `get_model_status` says of a model, under PEFT's names."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+class LikePeft(Adapters):
+    """The part of an adapted model that has the rest of PEFT's names."""
+
+    @property
+    def base_model(self) -> Any:
+        """The model, as what PEFT puts around it: `base_model.model` is the model itself."""
+        refuse_peft_itself("the methods `get_layer_status()` and `get_model_status()` of the model")
+        return Inner(self.tree, self.tree)
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """The config of the first active adapter. Raises `AdapterError` if none is active."""
+        if not self._lorafx.active:
+            raise AdapterError("no adapter is active")
+        return self._lorafx.configs[self._lorafx.active[0]]
+
+    @property
+    def peft_type(self) -> str:
+        """The PEFT type of the first active adapter."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that some adapter trains as a whole, as its config names them; None if there are none."""
+        return {n for config in self._lorafx.configs.values() for n in config.modules_to_save or ()} or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of all modules that some adapter adapts."""
+        return list(dict.fromkeys(site.module for each in self._lorafx.adapters.values() for site in each.selection))
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
+        for adapter in [self._adapter(name) for name in names]:
+            for path in adapter.paths:
+                if isinstance(tensor := tensor_at(self.tree, path), nn.Parameter):
+                    tensor.requires_grad_(requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model from now on: merged adapters are unmerged, and none acts or trains."""
+        self._lorafx.ledger.unmerge(self.tree)
+        self._lorafx.disabled = True
+        self._set_trainable()
+
+    def enable_adapter_layers(self) -> None:
+        """Have the active adapters act again."""
+        self._lorafx.disabled = False
+        self._set_trainable()
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """Of each adapted module: which adapters it has, which of them act, train and are merged, and where."""
+        return [self._layer_status(name) for name in self.targeted_module_names]
+
+    def _layer_status(self, name: str) -> LayerStatus:
+        here = [a for a in self._lorafx.adapters.values() if any(site.module == name for site in a.selection)]
+        state, names = self._lorafx, [adapter.name for adapter in here]
+        return LayerStatus(
+            name=name,
+            module_type=f"lora.{type(self.tree.get_submodule(name)).__name__}",
+            enabled=not state.disabled,
+            active_adapters=list(state.active),
+            merged_adapters=[each for each in state.ledger.names if each in names],
+            requires_grad={each.name: self._trains(each, name) for each in here},
+            available_adapters=sorted(names),
+            devices={each.name: self._devices(each, name) for each in here},
+        )
+
+    def get_model_status(self) -> ModelStatus:
+        """The same of the model as a whole, with its numbers of parameters."""
+        state = self._lorafx
+        parameters = [(p.numel(), p.requires_grad) for p in self.tree.parameters()]
+        return ModelStatus(
+            base_model_type=type(state.base).__name__,
+            adapter_model_type="AdaptedModel",
+            peft_types={name: config.peft_type for name, config in state.configs.items()},
+            trainable_params=sum(number for number, trains in parameters if trains),
+            total_params=sum(number for number, _ in parameters),
+            num_adapter_layers=len(self.targeted_module_names),
+            enabled=not state.disabled,
+            active_adapters=list(state.active),
+            merged_adapters=list(state.ledger.names),
+            requires_grad={name: self._trains(adapter) for name, adapter in state.adapters.items()},
+            available_adapters=sorted(state.adapters),
+            devices={name: self._devices(adapter) for name, adapter in state.adapters.items()},
+        )
+
+    def _trains(self, adapter: Adapter, module: str | None = None) -> bool | str:
+        flags = {tensor_at(self.tree, path).requires_grad for path in _paths(adapter, module)}
+        return "irregular" if len(flags) > 1 else flags == {True}
+
+    def _devices(self, adapter: Adapter, module: str | None = None) -> list[str]:
+        return sorted({tensor_at(self.tree, path).device.type for path in _paths(adapter, module)})
+
+
+def _paths(adapter: Adapter, module: str | None) -> list[str]:
+    """The paths of an adapter's own tensors, at one module or at all."""
+    sites = [site for site in adapter.selection if module in (None, site.module)]
+    return [path for site in sites for path in adapter.tensors[site.name].values()]

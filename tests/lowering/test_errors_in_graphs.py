@@ -1,0 +1,42 @@
+"""Errors in a running graph name the model's own line."""
+
+import pytest
+import torch
+from modules import ids, tiny_llama
+from torch import nn
+
+import lorafx
+from lorafx.serving.call_key import Call
+
+
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.table = nn.Linear(4, 4), nn.Embedding(5, 4)
+
+    def forward(self, x, at):
+        y = self.lin(x)
+        return y + self.table(at)  # here
+
+
+def test_an_error_in_a_graph_names_the_model_s_line(capfd):
+    lora = lorafx.compile(Looks(), {"target_modules": ["lin"]}, capture="graph", backend="eager")
+    x = torch.randn(3, 4)
+    lora(x, torch.tensor([0, 1, 2]))
+    with pytest.raises(IndexError, match="out of range") as caught:
+        lora(x, torch.tensor([0, 1, 9]))
+    (note,) = caught.value.__notes__
+    assert "test_errors_in_graphs.py" in note and "return y + self.table(at)  # here" in note
+    assert "generated" not in capfd.readouterr().err
+    lora(x, torch.tensor([0, 1, 2]))
+
+
+def test_an_error_in_a_block_does():
+    lora = lorafx.compile(tiny_llama(), {"r": 2, "target_modules": ["q_proj"]}, capture="graph", backend="eager")
+    lora(input_ids=ids(1, 5))
+    lora.model.layers[1].mlp.down_proj.weight.data = torch.zeros(3, 3)
+    call = Call.of(lora, lora._lorafx.context, "", (), {"input_ids": ids(1, 5)})
+    dispatcher = lora._lorafx.dispatcher
+    with pytest.raises(RuntimeError) as caught:
+        dispatcher.run(next(iter(dispatcher)), call)
+    assert "modeling_llama.py" in caught.value.__notes__[0] and "down_proj" in caught.value.__notes__[0]
