@@ -51,7 +51,16 @@ INSIDE = {
     "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "lower"],
     "capture": ["arguments", "contexts", "caches", "purity", "written_arguments", "repeated", "export"],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),
+        *(
+            "attribute_guards",
+            "tree_state",
+            "call_key",
+            "checkpointing",
+            "programs",
+            "free_counters",
+            "per_site",
+            "settling",
+        ),
         *("misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "dispatcher"),
     ],
 }

@@ -22,6 +22,7 @@ from ..pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
+from .checkpointing import without_reentrant
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
@@ -155,6 +156,7 @@ class Dispatcher:
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
             require_adapted_modules(call)
+            without_reentrant(call.tree)
             names = leaf_names(call)
             if self.capture != "sites":
                 self.counters.learn(call, key, names, (program.key for program in self))
