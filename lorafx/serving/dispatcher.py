@@ -208,8 +208,8 @@ def require_adapted_modules(call: Call) -> None:
         computed = [site.name for site in adapter.selection if _is_computed(call.tree, site)]
         if computed:
             raise AdapterError(
-                f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module any"
-                " more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
+                f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
+                " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
 
 
