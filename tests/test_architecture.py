@@ -54,7 +54,16 @@ INSIDE = {
         *("arguments", "contexts", "caches", "purity", "foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),
+        *(
+            "attribute_guards",
+            "tree_state",
+            "call_key",
+            "checkpointing",
+            "programs",
+            "free_counters",
+            "per_site",
+            "settling",
+        ),
         *("misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "dispatcher"),
     ],
 }

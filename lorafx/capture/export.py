@@ -22,7 +22,7 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper
+from ..torch_private.tracing import IntWrapper, let_go
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
@@ -207,7 +207,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             use_lazy_graph_module(True),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
-            return exported.module()
+            gm = exported.module()
+        let_go(gm)
+        return gm
     except Interrupted:
         raise
     except CaptureError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from ..adapters.site import Site
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.written_arguments import fill
@@ -22,6 +23,7 @@ from ..pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
+from .checkpointing import without_reentrant
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
@@ -155,6 +157,7 @@ class Dispatcher:
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
             require_adapted_modules(call)
+            without_reentrant(call.tree)
             names = leaf_names(call)
             if self.capture != "sites":
                 self.counters.learn(call, key, names, (program.key for program in self))
@@ -193,7 +196,7 @@ def title_of(call: Call) -> str:
 
 
 def require_adapted_modules(call: Call) -> None:
-    """Raise `AdapterError` if modules that an adapter hangs below have been replaced or taken away."""
+    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since."""
     for adapter in call.context.adapters:
         owners = {path: site for site, by_suffix in adapter.tensors.items() for path in by_suffix.values()}
         lost = dict.fromkeys(site for path, site in owners.items() if find_tensor(call.tree, path) is None)
@@ -202,3 +205,15 @@ def require_adapted_modules(call: Call) -> None:
                 f"{', '.join(lost)}: replaced or taken away since the adapter {adapter.name!r} was put there, and its "
                 "tensors with them; delete the adapter, or change the model before adapting it"
             )
+        computed = [site.name for site in adapter.selection if _is_computed(call.tree, site)]
+        if computed:
+            raise AdapterError(
+                f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
+                " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
+            )
+
+
+def _is_computed(tree: nn.Module, site: Site) -> bool:
+    """Whether a site's module has no such tensor of its own since, but computes its weight."""
+    owner = tree.get_submodule(site.module)
+    return owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None

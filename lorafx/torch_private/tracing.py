@@ -12,7 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import _IntWrapper
-from torch.fx import Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     disable_proxy_modes_tracing,
@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
     maybe_enable_thunkify,
     set_proxy_slot,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 
 from .tensors import DisableTorchFunction
@@ -48,6 +49,21 @@ def values_of_symbols(shape_env: Any) -> Mapping[Any, Any]:
     `var_to_val` is its name in torch 2.11.
     """
     return shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+
+
+def let_go(gm: GraphModule) -> None:
+    """Have what knows a captured graph's symbolic sizes die with the graph: torch keeps it in two ways.
+
+    It knows the fake arguments, for guards, and these have sizes that know it, in C++, where no garbage is collected.
+    And its methods remember, for the process, what they were asked. Without this, each capture would stay for ever.
+    """
+    values = (node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder"))
+    mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+    if mode is not None and mode.shape_env is not None:
+        mode.shape_env.tracked_fakes = []
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 # --- fake tensors that stand in for others ---------------------------------------------------------------------------

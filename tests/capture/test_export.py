@@ -1,10 +1,13 @@
 """trace: one call as a graph of ATen operators that reads the live model."""
 
+import gc
+
 import pytest
 import torch
 from graphs import Chain, adapted
 from modules import ids, tiny_llama
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import lorafx
 from lorafx.errors import CaptureError
@@ -147,3 +150,17 @@ def test_a_setting_of_the_models_config_is_told_apart():
         assert lora(input_ids=ids(2, 5)).past_key_values is not None
         lora.config.use_cache = False
         assert lora(input_ids=ids(2, 5)).past_key_values is None
+
+
+def test_captures_leave_nothing_behind():
+    def sizes_known():
+        gc.collect()
+        return sum(type(each) is ShapeEnv for each in gc.get_objects())
+
+    numbers = []
+    for capture in ("auto", "sites", "auto", "sites", "sites"):
+        lora = lorafx.compile(Chain(), {"r": 2, "target_modules": "all-linear"}, capture=capture)
+        lora(torch.randn(5, 4))
+        del lora
+        numbers.append(sizes_known())
+    assert numbers[-1] <= numbers[1], "of every graph, torch has something that knows its symbolic sizes"

@@ -8,6 +8,7 @@ from graphs import Chain, adapted
 from modules import cases
 from serving_models import Options, random, served, twins
 from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
@@ -165,3 +166,15 @@ def test_a_call_that_the_model_refuses_says_nothing_about_attributes():
     before = lora(x)
     lora.scale = 2.0
     torch.testing.assert_close(lora(x), 2 * before)
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, weight_norm], ids=["parametrized", "with a hook"])
+def test_a_weight_that_is_computed_since_is_named(change, called):
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    if called:
+        lora(x)
+    change(lora.first)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=r"first: the weight that the adapter 'default' adapts is no tensor"):
+            lora(x)

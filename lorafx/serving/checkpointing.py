@@ -1,0 +1,23 @@
+"""Checkpointing: transformers' layers are asked for checkpoints that autograd can see through.
+
+A re-entrant checkpoint runs its layer without gradients, and again in backward if an input wants one. A frozen base's
+input wants none, unless its embeddings are made to; given `inputs_embeds` nothing would train. It is no part of a graph
+either. The other kind gives the same gradients, for any input.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
+
+
+def without_reentrant(root: nn.Module) -> None:
+    """Give modules that checkpoint re-entrantly a checkpoint of the other kind, with its other options as they are."""
+    for module in root.modules():
+        function = vars(module).get(FUNCTION)
+        if isinstance(function, partial) and function.keywords.get("use_reentrant"):
+            options = {**function.keywords, "use_reentrant": False}
+            vars(module)[FUNCTION] = partial(function.func, *function.args, **options)
