@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -99,10 +100,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_TILE_ON_CPU", 22)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A folder with a good adapter."""
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory):
     from checkpoints import adapted
 
-    adapted().save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    adapted().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path, saved_once):
+    """A folder with a good adapter, the test's own."""
+    return Path(shutil.copytree(saved_once, tmp_path / "adapter"))

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.adapters import adapter as making
 from lorafx.adapters.kinds.lora_config import NOT_YET
 from lorafx.errors import CheckpointError, ConfigError, LorafxError
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
@@ -353,7 +354,7 @@ def test_the_wrong_model_is_one_error_naming_the_file(saved: Path) -> None:
 def test_a_failure_while_tensors_are_hung_in_changes_nothing(
     saved: Path, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    base, calls, real = base_model(), [0], lorafx.adapters.adapter.attach
+    base, calls, real = base_model(), [0], making.attach
 
     def attach(*args: Any, **how: Any) -> None:
         calls[0] += 1
@@ -363,7 +364,7 @@ def test_a_failure_while_tensors_are_hung_in_changes_nothing(
 
     lora = load(saved, is_trainable=True)
     before, lora_before = State.of(base), State.of(lora)
-    monkeypatch.setattr(lorafx.adapters.adapter, "attach", attach)
+    monkeypatch.setattr(making, "attach", attach)
     for attempt in (lambda: lorafx.load(base, saved), lambda: lora.load_adapter(saved, "second")):
         calls[0] = 0
         with pytest.raises(MemoryError):

@@ -171,6 +171,7 @@ class WritingToDropped(Layer):
         )
 
 
+@pytest.mark.slow
 def test_a_block_that_writes_into_what_a_dropout_gave_runs_once():
     lora, _ = twins(WritingToDropped)
     calls = [node for node, _, _ in block_calls(lora.graph(torch.randn(5, 4)))]

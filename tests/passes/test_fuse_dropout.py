@@ -159,6 +159,7 @@ def test_compiled(backend):
     assert lora_A.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_model_trains_by_its_seed_and_alike_with_checkpointing(redraws):
     config = {"target_modules": "all-linear", "r": 2, "lora_dropout": 0.5, "init_lora_weights": False}
     lora = lorafx.compile(Chain().double(), config, random_state=0)

@@ -95,6 +95,7 @@ class Bottleneck(torch.nn.Module):
         return self.target(self.wide(x) + self.up(self.down(x)) * self.gamma)
 
 
+@pytest.mark.slow
 def test_an_update_that_a_tensor_scales_stays():
     lora, x = adapted(Bottleneck(), target_modules=["target"]), torch.randn(5, 4)
     gm = run(lora, (*PLAIN, FuseLora()), x)

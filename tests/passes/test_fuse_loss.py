@@ -127,6 +127,7 @@ def test_no_tensor_is_as_large_as_the_logits(small_chunks):
         assert (seen.elements >= 64 * 13) == large, seen.elements
 
 
+@pytest.mark.slow
 def test_a_hidden_state_that_is_written_to_is_not_one_to_wait_with():
     class Reusing(nn.Module):
         def __init__(self):

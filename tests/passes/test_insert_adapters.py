@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from graphs import INSERT, PREPARE, Chain, adapted, context, run, text
-from modules import DeeperTied, EveryForm, Tied
+from modules import DeeperTied, EveryForm, Tied, cases
 from torch import nn
 
 import lorafx
@@ -44,7 +44,7 @@ def test_what_is_not_selected_stays():
     assert text(run(lora, INSERT, torch.randn(5, 4)))[:2] == text(run(lora, PREPARE, torch.randn(5, 4)))[:2]
 
 
-@pytest.mark.parametrize("asked", [None, "float32", torch.float32])
+@pytest.mark.parametrize("asked", cases([None, "float32", torch.float32], quick=[None]))
 def test_products_run_in_the_dtype_of_the_activations_or_in_the_one_asked_for(asked):
     lora, x = adapted(Chain().bfloat16(), asked, target_modules=["second"]), torch.randn(5, 4, dtype=torch.bfloat16)
     passes = lora._lorafx.dispatcher.pipeline[: len(INSERT)]
@@ -125,7 +125,7 @@ class ReadAgain(nn.Module):
         return self.head(torch.tanh(self.embed(ids)), self.embed.weight)
 
 
-@pytest.mark.parametrize("head", [nn.functional.linear, lambda x, w: x @ w.t()])
+@pytest.mark.parametrize("head", cases([nn.functional.linear, lambda x, w: x @ w.t()], quick=[nn.functional.linear]))
 def test_a_weight_that_a_function_reads_again_changes_there_too(head):
     model, ids = ReadAgain(head).double(), torch.randint(0, 11, (2, 6))
     lora = lorafx.compile(model, {"target_modules": ["embed"], "init_lora_weights": False, "r": 2})
@@ -250,6 +250,7 @@ def test_a_twin_with_a_bias_of_its_own_gets_no_bias_of_the_adapters():
     torch.testing.assert_close(lora(x), expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_weight_that_another_module_borrows_is_replaced_there_too():
     class Borrower(Chain):
         def forward(self, x):

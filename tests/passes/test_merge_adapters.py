@@ -35,7 +35,7 @@ def reverted(lora, merged, *args):
             ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"],
             marks=pytest.mark.slow,
         ),
-        (Tied, (torch.randint(0, 11, (2, 6)),), ["embed"]),
+        pytest.param(Tied, (torch.randint(0, 11, (2, 6)),), ["embed"], marks=pytest.mark.slow),
         (lambda: Chain().bfloat16(), (torch.randn(5, 4, dtype=torch.bfloat16),), ["second"]),  # adapters in float32
     ],
 )

@@ -94,6 +94,7 @@ def test_dropout_is_before_the_adapters_alone():
     near(*outputs[::-1])
 
 
+@pytest.mark.slow
 def test_other_dtypes_and_autocast_stay():
     lora = adapted(["last"])
     with torch.autocast("cpu", torch.bfloat16):

@@ -119,7 +119,8 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("case", cases(ADAPTERS, quick=["a saved layer"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ADAPTERS)
 def test_layers_whose_adapters_differ_are_told_apart(case):
     config, expected = ADAPTERS[case]
     torch.manual_seed(0)

@@ -163,7 +163,10 @@ def test_a_mask_that_another_integer_decides_stays():
         torch.testing.assert_close(gm(x, ahead), model(x, ahead))
 
 
-@pytest.mark.parametrize("use", [lambda mask: mask, lambda mask: ~~mask, lambda mask: mask.float().log()])
+USES = [lambda mask: mask, lambda mask: ~~mask, lambda mask: mask.float().log()]
+
+
+@pytest.mark.parametrize("use", cases(USES, quick=USES[2:]))
 def test_ones_have_the_dtype_of_the_mask(use):
     model, x = Attending(lambda x, attention_mask: use(attention_mask)[:, None, None, :]), torch.randn(2, 7, 4)
     lora = lorafx.compile(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, capture="graph")

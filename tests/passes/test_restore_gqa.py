@@ -50,8 +50,8 @@ class Grouped(nn.Module):
     ("model", "restored"),
     [
         (Grouped(repeat), True),
-        (Grouped(repeat, causal=False), True),
-        (Grouped(repeat_all_the_rest), True),
+        pytest.param(Grouped(repeat, causal=False), True, marks=pytest.mark.slow),
+        pytest.param(Grouped(repeat_all_the_rest), True, marks=pytest.mark.slow),
         (Grouped(repeat, causal=False, masked=True), False),
         (Grouped(tile), False),
     ],

@@ -144,6 +144,7 @@ def test_it_keeps_no_tensor_of_its_inputs_size():
     assert [t.shape for t in kept] == [cos.shape, sin.shape]
 
 
+@pytest.mark.slow
 def test_compiled_it_is_left_to_the_compiler():
     x, cos, sin = arguments(torch.float32)
     found = torch.compile(lambda *given: fused(*given), backend="aot_eager", fullgraph=True)(x, cos, sin)

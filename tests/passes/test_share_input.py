@@ -107,6 +107,7 @@ def test_a_value_that_is_made_of_parameters_is_shared_and_dropouts_of_it_are_not
     assert len(joint) == (not dropout)
 
 
+@pytest.mark.slow
 def test_parts_say_whose_they_are():
     gm = adapted(Fork()).graph(torch.randn(5, 4))
     parts = [node for node in gm.graph.nodes if node.target is operator.getitem]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from modules import cases
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -39,7 +40,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", cases(CUTS, quick=["split", "slices"]))
 def test_each_way_to_cut_becomes_slices(cut):
     model, call = Packed(CUTS[cut]), (torch.randn(2, 3, 5), torch.randn(2, 3, 5))
     gm = lorafx.trace(model, *call)

@@ -90,6 +90,7 @@ def test_unmerging_restores_every_bit(case, cycles, one_by_one, random):
     testing.assert_merge_is_exact(lora, names, cycles=cycles, one_by_one=one_by_one)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(testing.adapted(testing.models(dtypes=REAL), adapters=4, scales=ANY_SCALE), st.randoms())
 def test_the_merged_weights_depend_neither_on_order_nor_on_grouping(case, random):
@@ -191,6 +192,7 @@ def test_no_adapter_keeps_more_than_a_copy_of_the_weight(case):
 # --- and happens whole or not at all ---
 
 
+@pytest.mark.slow
 @examples(60)
 @given(
     testing.adapted(testing.models(dtypes=REAL), adapters=3),

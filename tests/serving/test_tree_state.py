@@ -48,6 +48,7 @@ class Casting(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_cast_of_a_module_in_the_middle_is_seen():
     lora, plain = twins(Casting(), target_modules=["0", "1", "2", "3"])
     x = random(5, 4)
