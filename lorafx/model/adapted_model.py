@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -49,6 +50,12 @@ class PartCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tree._serve(self.path, args, kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
+        own = self.tree.get_submodule(self.path)
+        return inspect.signature(self.replaced.get("forward") or MethodType(type(own).forward, own))
 
 
 ROWS = "adapter_names"  # PEFT's keyword of a call
