@@ -199,9 +199,9 @@ class FastLanguageModel:
 
         `random_state` seeds the adapter's start values and nothing else. `max_seq_length` and `temporary_location` are
         taken and unused: graphs take any length, and nothing is offloaded to disk. `embed_tokens` and `lm_head` are
-        moved from `target_modules` to `modules_to_save`; of a float16 base they train in float32. `kwargs` are further
-        fields of `LoraConfig`. Raises `ConfigError` for `qat_scheme`, for keywords that are no fields, and what
-        `compile` raises.
+        moved from `target_modules` to `modules_to_save`; what is trained whole of a float16 base trains in float32.
+        `kwargs` are further fields of `LoraConfig`. Raises `ConfigError` for `qat_scheme`, for keywords that are no
+        fields, and what `compile` raises.
         """
         _refuse("FastLanguageModel.get_peft_model", qat_scheme=qat_scheme)
         targets, saved = _embeddings_moved(target_modules, modules_to_save)

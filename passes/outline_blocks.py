@@ -24,12 +24,17 @@ Kind = tuple[Hashable, Hashable]  # what a layer computes, and the form of its a
 
 @dataclass(frozen=True)
 class OutlineBlocks(Pass):
-    """Afterwards no call of a repeated module is inline, and every pass that follows sees each kind of layer once."""
+    """Afterwards no call of a repeated module is inline, and every pass that follows sees each kind of layer once.
+
+    Of modules within one another the outermost that repeat count.
+    """
 
     requires = frozenset({"canonical"})
     establishes = frozenset({"blocks"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
+        if LAYERS in gm.meta:
+            return 0  # a block runs on a layer, which has no blocks: layers within layers stay inline
         _hoist_sizes(gm.graph)
         blocks: dict[Kind, GraphModule] = dict(_known(gm, context))
         order = {node: number for number, node in enumerate(gm.graph.nodes)}

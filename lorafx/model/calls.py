@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
-from ..tree.mirror import STATE
+from ..tree.mirror import MIRRORED_AS, STATE
 from .backward import prepare
 from .state import State
 
@@ -59,6 +60,13 @@ class PartCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return serve(self.tree, self.path, args, kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
+        own = self.tree.get_submodule(self.path)
+        forward = getattr(type(own), MIRRORED_AS, type(own)).forward
+        return inspect.signature(self.replaced.get("forward") or MethodType(forward, own))
 
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:

@@ -267,3 +267,31 @@ def test_layers_that_are_sites_themselves_stay_inline():
     lora, x = adapted(model, target_modules=["0", "1", "2"]), torch.randn(5, 2, 4)
     assert blocks_of(lora.graph(x)) == []
     assert_as_flat(lora, x)
+
+
+class Within(nn.Module):
+    """Layers that have numbered layers within, as MobileBERT's have: (n, 6) -> (n, 6)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.query = nn.Linear(6, 6)
+        self.feed = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(depth))
+
+    def forward(self, x):
+        x = x + torch.tanh(self.query(x))
+        for feed in self.feed:
+            x = x + feed(x)
+        return x
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(1, 3), (2, 2), (3, 3)])
+def test_of_layers_within_layers_the_outermost_are_blocks(outer, inner):
+    model, x = nn.Sequential(*(Within(inner) for _ in range(outer))), torch.randn(5, 6)
+    lora = lorafx.compile(model, {"r": 2, "target_modules": r".*(query|feed\.\d\.2)", "init_lora_weights": False})
+    y = lora(x)
+    y.sum().backward()
+    assert all(p.grad is not None for p in lora.parameters() if p.requires_grad)
+    (block,) = blocks_of(lora.graph(x))
+    assert len(block.meta[LAYERS]) == (outer if outer > 1 else inner)
+    lora.merge_adapter()
+    torch.testing.assert_close(model(x), y)

@@ -14,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -21,6 +22,7 @@ import pytest
 import torch
 import zoo
 from both import both
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import plain
@@ -194,6 +196,18 @@ def test_merged_it_is_what_peft_merges(pair: Pair) -> None:
     pair.theirs.unmerge_adapter()
     after = weights(pair.ours._lorafx.base)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_saved_it_is_what_peft_saves(pair: Pair, tmp_path: Path) -> None:
+    for model, name in ((pair.ours, "ours"), (pair.theirs, "theirs")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(tmp_path / name)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    own = {key for key in theirs if ".lora_" in key}
+    assert {key for key in ours if ".lora_" in key} == own and all(torch.equal(ours[key], theirs[key]) for key in own)
+    again = peft.PeftModel.from_pretrained(pair.entry.build(), tmp_path / "ours")
+    assert not peft.set_peft_model_state_dict(again, ours).unexpected_keys
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

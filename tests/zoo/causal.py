@@ -68,6 +68,12 @@ ENTRIES = (
         ["c_attn", "c_proj", "c_fc", "wpe"],
         UNGROUPED | {"n_inner": 80, "tie_word_embeddings": True},
     ),
+    # Its embeddings are called otherwise than others'.
+    causal(
+        "GPTJ",
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out", "wte"],
+        {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 80, "rotary_dim": 4, **SPECIAL},
+    ),
     causal("GPTNeoX", [*FUSED, "embed_in"], UNGROUPED),
     causal("Bloom", FUSED, UNGROUPED),
     causal("Falcon", FUSED, UNGROUPED, new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=80),

@@ -9,9 +9,9 @@ from torch import Generator
 
 from .causal import ATTENTION, DECODER, GATED, SLIDING
 from .encoders import ENCODER, PROJECTIONS
-from .entry import IMAGE_SIZE, LABELS, Call, Entry, Inputs, ids, images, pictures, pretrained
+from .entry import IMAGE_SIZE, LABELS, Call, Entry, Inputs, classes, ids, images, pictures, pretrained
 
-PATCH = 4
+PATCH, FRAMES = 4, 4
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 IMAGE, START, END = 91, 92, 93  # tokens that stand for a patch, and around patches
 VIT = {
@@ -29,6 +29,12 @@ TEXT = ENCODER | {"eos_token_id": 89}
 
 def viewer(name: str, targets: list[str] | str, base: dict[str, Any] = VIT, **settings: Any) -> Entry:
     return pretrained(f"{name}ForImageClassification", pictures, targets, base | settings)
+
+
+def films(batch: int, length: int) -> Call:
+    """Frames one after another, with a label; they have no length."""
+    frames = [images(Generator().manual_seed(i), batch) for i in range(FRAMES)]
+    return {"pixel_values": torch.stack(frames, 1), "labels": classes(batch)}
 
 
 def pairs(batch: int, length: int) -> Call:
@@ -88,6 +94,21 @@ ENTRIES = (
         "ConvNext",
         ["pwconv1", "pwconv2", "patch_embeddings"],
         STAGES | {"num_stages": 2, "hidden_sizes": [12, 20], "patch_size": 2},
+    ),
+    # Without `get_input_embeddings`, as most models of images.
+    viewer("ResNet", ["convolution"], STAGES | {"embedding_size": 8, "hidden_sizes": [8, 12]}),
+    viewer("DeiT", [*ATTENTION, "fc1", "fc2"]),
+    viewer("Beit", [*ATTENTION, "fc1", "fc2"]),
+    viewer(
+        "Segformer",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+        {
+            **{"num_labels": LABELS, "depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "mlp_ratios": [2] * 4},
+            **{"num_attention_heads": [1, 1, 2, 2], "sr_ratios": [1] * 4, "strides": [2, 2, 2, 1]},
+        },
+    ),
+    pretrained(
+        "VideoMAEForVideoClassification", films, ["query", "value"], VIT | {"num_frames": FRAMES, "tubelet_size": 2}
     ),
     pretrained("CLIPModel", pairs, PROJECTIONS, {"text_config": TEXT, "vision_config": VIT, "projection_dim": 40}),
     pretrained(
