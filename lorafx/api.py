@@ -22,6 +22,7 @@ from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
+from .tree.wrappers import unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -172,7 +173,7 @@ def _pipeline(
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    if isinstance(model, AdaptedModel):
+    if isinstance(unwrapped(model), AdaptedModel):
         raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
     if isinstance(model, torch.fx.GraphModule):
         return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError
 from ..tree.attached import attach, detach
 from ..tree.lookup import find_tensor, tensor_at
+from ..tree.wrappers import loading_device
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
 from .selection import saved_modules, select
@@ -235,7 +236,7 @@ def build(
 ) -> None:
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    A site's tensors take its weight's device and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
+    A site's tensors take its weight's device (where it is in a call, if accelerate keeps it elsewhere) and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
     or 8 bits; with `on_meta` the meta device. Copies of base tensors take device and dtype from those. Values are
     `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the base's:
     `random_state` seeds a generator for them, None uses torch's global one.
@@ -245,7 +246,7 @@ def build(
     for site in adapter.selection:
         dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
         dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
-        device = torch.device("meta") if on_meta else root.get_parameter(site.weight).device
+        device = torch.device("meta") if on_meta else _device_of(root, site.weight)
         paths = adapter.tensors[site.name]
         tensors = {s: values[p] for s, p in paths.items()} if values else None
         tensors = tensors or _start_values(root, adapter, site, rng, device)
@@ -255,6 +256,11 @@ def build(
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
         made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
+        if tensor.is_meta and _device_of(root, base) != tensor.device:
+            raise AdapterError(
+                f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of `modules_to_save` "
+                "and `bias`, or load the base without offloading"
+            )
     hung: list[str] = []
     try:
         for path, parameter in made.items():
@@ -263,6 +269,12 @@ def build(
     except BaseException:
         detach(root, hung)
         raise
+
+
+def _device_of(root: nn.Module, path: str) -> torch.device:
+    """Where a tensor of the tree is while its module's forward runs."""
+    loaded = loading_device(root.get_submodule(path.rpartition(".")[0]))
+    return tensor_at(root, path).device if loaded is None else torch.device(loaded)
 
 
 def _start_values(
@@ -295,7 +307,7 @@ def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
             dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
             dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32
             path = _placed(site, "adapter_scaling", adapter.name)
-            attach(root, path, torch.zeros((), dtype=dtype, device=root.get_parameter(site.weight).device))
+            attach(root, path, torch.zeros((), dtype=dtype, device=_device_of(root, site.weight)))
             scales[site.name] = path
         tensor_at(root, scales[site.name]).fill_(values[site.name] * factor)  # type: ignore[operator]
     return replace(adapter, scales=scales)

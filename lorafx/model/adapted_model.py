@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
+from ..torch_private.compilers import compiler_in_charge, not_traced, uncompiled
 from ..tree.attached import set_trainable
 from ..tree.lookup import copy_into, find_tensor
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
@@ -51,6 +53,11 @@ class PartCall:
         return self.tree._serve(self.path, args, kwargs)
 
 
+# What Dynamo says where somebody wants a graph of more than the adapted model.
+WITHIN_DYNAMO = (
+    "a model adapted by lorafx is a graph of its own: give torch.compile that model with fullgraph=True, or the function "
+    "around it with fullgraph=False; and torch.export the model with strict=False"
+)
 ROWS = "adapter_names"  # PEFT's keyword of a call
 
 
@@ -76,6 +83,16 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
+    @not_traced(WITHIN_DYNAMO)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hooks, then `forward`. Within torch.compile the rewritten graph is compiled as that says, not lorafx."""
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    @not_traced(WITHIN_DYNAMO)
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:  # what `Module.compile` has compiled
+        return nn.Module._call_impl(self, *args, **kwargs)
+
+    @not_traced(WITHIN_DYNAMO)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._serve("", args, kwargs)
 
@@ -97,12 +114,15 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
         """
         return self.__call__
 
+    @not_traced(WITHIN_DYNAMO)
     def _serve(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(type(self._lorafx.base).forward).parameters:
+        forward = getattr(type(self), MIRRORED_AS).forward
+        if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(forward).parameters:
             raise AdapterError(
                 f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows by themselves"
             )
-        return self._lorafx.dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
+        dispatcher = self._lorafx.dispatcher_within(compiler_in_charge())
+        return dispatcher.serve(self, self._lorafx.context, path, args, kwargs)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -147,20 +167,21 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
         """What each pass did to each kept graph, and what merging holds; prints as tables."""
         graphs = {
             f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
-            for number, program in enumerate(p for p in self._lorafx.dispatcher if p.gm is not None)
+            for number, program in enumerate(p for d in self._lorafx.dispatchers for p in d if p.gm is not None)
         }
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self))
 
     def explain(self) -> Explanation:
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
-        dispatcher = self._lorafx.dispatcher
+        dispatchers = list(self._lorafx.dispatchers)
         calls = [
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss, p.launched)
-            for p in dispatcher
+            for p in chain.from_iterable(dispatchers)
         ]
-        pieces = dispatcher.graphs.lowering.pieces.values()
+        pieces = chain.from_iterable(each.graphs.lowering.pieces.values() for each in dispatchers)
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
-        return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
+        operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
+        return Explanation(tuple(calls), operators, dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""
@@ -179,7 +200,7 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
     def __repr__(self) -> str:
         state = self._lorafx
         adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
-        return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
+        return f"AdaptedModel({type(self).__name__}, {len(self.sites)} sites, adapters: {adapters})"
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +303,7 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
         remove(self, adapter)
         del state.adapters[adapter_name]
-        state.dispatcher.clear()
+        state.forget_programs()
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
             state.active = rest or tuple(state.adapters)[:1]
@@ -323,7 +344,7 @@ class AdaptedModel(Trainable, Merges, Scales, Saving):
         for adapter in state.adapters.values():
             remove(self, adapter)
         state.adapters, state.active = {}, ()
-        state.dispatcher.clear()
+        state.forget_programs()
         for path, flag in state.base_requires_grad.items():
             parameter = find_tensor(state.base, path)
             if parameter is not None and parameter.is_floating_point():
@@ -342,7 +363,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     """An AdaptedModel over `base` with no adapter yet."""
     register_caches(base)
     tree = mirrored(base)
-    tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
+    tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     tree.requires_grad_(False)
@@ -361,7 +382,8 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     """AdaptedModel as a subclass of a model's class, under the same name: libraries look models up by it."""
 
-    @functools.wraps(base.forward)
+    @not_traced(WITHIN_DYNAMO)
+    @functools.wraps(uncompiled(base.forward))
     def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
         return self._serve("", args, kwargs)
 

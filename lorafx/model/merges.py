@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -12,6 +11,7 @@ from ..adapters.adapter import Adapter
 from ..errors import MergeError
 from ..merging.ledger import Ledger
 from ..tree.lookup import tensor_at
+from ..tree.wrappers import side_by_side
 from .state import State
 
 
@@ -93,9 +93,8 @@ class Merges(nn.Module):
 
     def _given_back(self) -> nn.Module:
         """The base model object without adapters, its modules training or not as they are here."""
-        for path, module in self._lorafx.base.named_modules():
-            with contextlib.suppress(AttributeError):  # it was taken away here since
-                module.training = self.get_submodule(path).training
+        for module, own in side_by_side(self._lorafx.base, self):
+            module.training = own.training
         return self._leave()
 
 

@@ -16,6 +16,8 @@ from ..files import checkpoint
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
 from ..tree.lookup import find_tensor
+from ..tree.mirror import MIRRORED_AS
+from ..tree.wrappers import unwrapped
 from .state import State
 
 
@@ -58,7 +60,7 @@ class Saving(nn.Module):
                 path: ledger.original(self, path) for path in self._embeddings_to_save(adapter, save_embedding_layers)
             }
             name = getattr(getattr(self, "config", None), "name_or_path", None) or None
-            base = type(self._lorafx.base)
+            base = getattr(type(self), MIRRORED_AS)
             mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
             unmerged = {path: ledger.original(self, path) for path in ledger.entries if path in set(adapter.paths)}
             values = {**(state_dict or {}), **unmerged}
@@ -105,7 +107,7 @@ class Saving(nn.Module):
         paths = [path for path in checkpoint.embedding_weights(self) if path not in adapter.replaced]
         adapted = [path for path in paths if path.rpartition(".")[0] in adapter.selection.by_name]
         if wanted == "auto":
-            wanted = bool(adapted) or any(_resized(self._lorafx.base, self, path) for path in paths)
+            wanted = bool(adapted) or any(_resized(unwrapped(self._lorafx.base), self, path) for path in paths)
         return (adapted or paths) if wanted else []
 
 

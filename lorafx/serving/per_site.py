@@ -8,7 +8,6 @@ a read that no reading covers is an error here as it is in a graph of the whole.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +18,13 @@ from torch.utils import _pytree as pytree
 from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
 from ..errors import CaptureError
-from ..graph.description import argument_key
+from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
+from ..tree.hooks import RUNNING
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
 from .call_key import Call
-
-_running = threading.local()  # the interpreter that is active in a thread: the modules that it calls must find it
 
 
 class SiteInterpreter(TorchFunctionMode):
@@ -55,19 +53,18 @@ class SiteInterpreter(TorchFunctionMode):
     @staticmethod
     def running(tree: nn.Module) -> SiteInterpreter | None:
         """The interpreter that runs `tree`'s own Python in this thread now, if one does."""
-        mode = getattr(_running, "mode", None)
+        mode = RUNNING.mode
         return mode if mode is not None and mode.tree is tree else None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[SiteInterpreter]:
         """Run the tree's own Python inside."""
-        outer = getattr(_running, "mode", None)
-        _running.mode = self
+        outer, RUNNING.mode = RUNNING.mode, self
         try:
             with plain_operators(), self:
                 yield self
         finally:
-            _running.mode = outer
+            RUNNING.mode = outer
 
     @contextlib.contextmanager
     def inside(self, part: str) -> Iterator[None]:
@@ -82,12 +79,12 @@ class SiteInterpreter(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run something as though the interpreter were not active."""
-        _running.mode, self.paused = None, True
+        """Run something as though the interpreter were not active: another part's graph, or a module's hooks."""
+        RUNNING.mode, self.paused = None, True
         try:
             yield
         finally:
-            _running.mode, self.paused = self, False
+            RUNNING.mode, self.paused = self, False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +112,8 @@ class SiteInterpreter(TorchFunctionMode):
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         paths = self._paths(leaves)
-        keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
+        # A hook may have cast a weight since the layout was looked at.
+        keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
         key = self.parts[-1], func, spec, keys, modes(), self.layout, self.acting
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 

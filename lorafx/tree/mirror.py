@@ -12,18 +12,26 @@ from typing import Any
 
 from torch import nn
 
-from ..torch_private.tensors import MODULE_HOOKS
+from ..torch_private.tensors import FORWARD_HOOKS, MODULE_HOOKS
 from .attached import ATTACHED
+from .hooks import Hooks
+from .wrappers import unwrap_forward, unwrapped
 
 # Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class.
 STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
 
 
 def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A mirror of `model` and all modules below it, without what `attach` hung there."""
+    """A mirror of `model` and all modules below it, without what `attach` hung there, and without wrappers.
+
+    Raises `AdapterError` for a wrapper that cannot be taken off.
+    """
     memo = {} if memo is None else memo
     if id(model) in memo:
         return memo[id(model)]
+    if (inner := unwrapped(model)) is not model:
+        copy = memo[id(model)] = mirror(inner, memo)
+        return copy
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
     forward = vars(model).get("forward")
@@ -39,6 +47,9 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     for name in MODULE_HOOKS:
         if name in vars(model):
             copy.__dict__[name] = vars(model)[name].copy()
+    for name in FORWARD_HOOKS:
+        copy.__dict__[name] = Hooks(zip(vars(model)[name].keys(), vars(model)[name].values()))
+    unwrap_forward(copy, model)
     return copy
 
 
