@@ -24,6 +24,7 @@ from ..pipeline import Context
 from ..tree.hooks import RUNNING
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
+from ..tree.wrappers import innermost
 from .call_key import Call
 
 
@@ -177,7 +178,7 @@ def interpret(call: Call, layout: int, run_operator: Callable[..., Any]) -> Any:
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
     """The forward that the module at `path` has of itself, below what lorafx put in its place."""
-    part = tree.get_submodule(path)
+    part = innermost(tree.get_submodule(path))
     forward = vars(part).get("forward")
     if "forward" in getattr(forward, "replaced", ()):
         return forward.replaced["forward"]  # type: ignore[union-attr]

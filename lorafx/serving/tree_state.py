@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks
 from ..tree.attached import own_children, own_modules
+from ..tree.wrappers import is_fsdp1
 from .attribute_guards import AttributeGuards, AttributeState
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
@@ -68,7 +69,8 @@ class TreeGuards:
         if self._state is None or now != self._last:
             self._last = now
             self._state = TreeState(
-                self._layout(*now), attributes, self._hooked(), any(map(_is_sharded, self._tensors))
+                *(self._layout(*now), attributes, self._hooked()),
+                any(map(_is_sharded, self._tensors)) or any(map(is_fsdp1, self._modules)),
             )
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)

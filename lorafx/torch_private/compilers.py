@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -78,7 +79,7 @@ def not_traced(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         def entry(*args: Any, **kwargs: Any) -> Any:
             callback = set_eval_frame(None)  # first of all: Dynamo looks at each function that is called before
             outer = compiler_in_charge()
-            if callback:
+            if callable(callback):
                 _local.compiler = innermost_backend(callback)
             try:
                 return function(*args, **kwargs)
@@ -116,7 +117,7 @@ def uncompiled(value: Any) -> Any:
     inner = innermost_fn(value)
     code = getattr(inner, "__code__", None)
     if inner is not value and code is not None and code.co_filename == external_utils.__file__:
-        return inner.__wrapped__  # a function that Dynamo would not trace by itself, as a layer of torch's has
+        return inspect.unwrap(inner)  # a function that Dynamo would not trace by itself, as a layer of torch's has
     return inner
 
 

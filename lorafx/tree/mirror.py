@@ -96,10 +96,10 @@ def isolated(copy: nn.Module) -> nn.Module:
     for module in copy.modules():
         module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
         for name, tensor in module._parameters.items():
-            if tensor is not None and not isinstance(
-                tensor, nn.Parameter
-            ):  # what torch.func.functional_call puts there
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                # What torch.func.functional_call puts there, and FSDP1, as a plain attribute, too, while forward runs.
                 module._parameters[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+                module.__dict__.pop(name, None)
     return copy
 
 

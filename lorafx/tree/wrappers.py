@@ -28,18 +28,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Raises `AdapterError` for one that does share it: adapters that are added inside would train in each process apart.
     """
-    while True:
-        if (inner := compiled_module(model)) is not None:
-            model = inner
-        elif isinstance(model, (DataParallel, DistributedDataParallel)) and _shares(model) == 1:
-            model = model.module
-        elif isinstance(model, (DataParallel, DistributedDataParallel)) or _is_fsdp1(model):
+    while (inner := _inner(model)) is not None:
+        if _shares_work(model):
             raise AdapterError(
                 f"the base is wrapped in {type(model).__name__}, which would not see the adapter's parameters: adapt "
                 "the model first (it is the wrapper's `module`), and wrap what comes out"
             )
-        else:
-            return model
+        model = inner
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module within all wrappers, which somebody may have put around a part of an adapted model."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """What a wrapper is around; None if the module is no wrapper."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)) or is_fsdp1(model):
+        return model.module  # type: ignore[return-value]
+    return compiled_module(model)
+
+
+def _shares_work(model: nn.Module) -> bool:
+    """Whether a wrapper divides batches or parameters among several devices or processes."""
+    if isinstance(model, DataParallel):
+        return len(model.device_ids) > 1
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group.size() > 1  # type: ignore[no-any-return]
+    return is_fsdp1(model)
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether this is torch's FullyShardedDataParallel, within which parameters are whole only while it runs."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel)
 
 
 def side_by_side(
@@ -57,16 +82,22 @@ def side_by_side(
             yield from side_by_side(child, mirrored, seen)
 
 
-def _shares(model: DataParallel[Any] | DistributedDataParallel) -> int:
-    """Among how many devices or processes a wrapper divides a batch."""
-    if isinstance(model, DataParallel):
-        return max(len(model.device_ids), 1)
-    return model.process_group.size()  # type: ignore[no-any-return]
-
-
-def _is_fsdp1(model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel)
+def require_no_layers_of_peft(model: nn.Module) -> None:
+    """Raise `AdapterError` if PEFT has put layers of its own into a model, which cannot be adapted once more."""
+    peft = sys.modules.get("peft")
+    if peft is None:
+        return
+    tuners = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, tuners)]
+    if not found and not isinstance(model, peft.PeftModel):
+        return
+    path, layer = found[0] if found else ("", model)
+    names = ", ".join(map(repr, getattr(layer, "active_adapters", None) or ("none",)))
+    raise AdapterError(
+        f"the base holds PEFT's layers already: {path or 'the model'} is {type(layer).__module__}.{type(layer).__name__} "
+        f"(active adapters: {names}). Adapt the model without them: `peft_model.unload()` takes them out, "
+        "`peft_model.merge_and_unload()` keeps what they do, and `lorafx.load(base, folder)` loads PEFT's saved adapter"
+    )
 
 
 def unwrap_forward(copy: nn.Module, original: nn.Module) -> None:
@@ -95,7 +126,7 @@ def _is_method_of(forward: Any, module: nn.Module) -> bool:
 
 
 class AcceleratesHook:
-    """A hook of accelerate's, for a mirror: it acts on the original, which has no adapters, and whose tensors these are.
+    """A hook of accelerate's, for a mirror: it acts on the original, which has the same tensors and no adapters.
 
     One that only moves arguments to a device is accelerate's in name, so that it becomes part of a graph. All others,
     as those that load weights for the time of a call, expect to be called each time.
