@@ -52,7 +52,7 @@ INSIDE = {
     "capture": ["arguments", "contexts", "caches", "purity", "written_arguments", "repeated", "export"],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "programs", "free_counters", "per_site", "settling"),
-        *("misses", "graph_builder", "site_graphs", "site_policy", "dispatcher"),
+        *("misses", "graph_builder", "site_graphs", "site_policy", "traced", "dispatcher"),
     ],
 }
 

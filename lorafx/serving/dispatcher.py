@@ -26,6 +26,7 @@ from .per_site import SiteInterpreter, interpret
 from .programs import GuardFailed, Program, ProgramCache, guarded
 from .site_graphs import SiteGraphs
 from .site_policy import SitePolicy
+from .traced import is_traced, run_traced
 from .tree_state import TreeGuards
 
 CAPTURES = ("auto", "graph", "sites")
@@ -80,6 +81,8 @@ class Dispatcher:
         if interpreter is not None:
             return self.sites.step_into(interpreter, path, args, kwargs, self.serve)
         call = Call.of(tree, context, path, args, kwargs)
+        if is_traced():
+            return run_traced(call, self.pipeline, self.observers)
         key = self.key(call)
         kept = self.programs.of(key)
         for program in kept:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..torch_private.tensors import FORWARD_HOOKS, MODULE_HOOKS
+from ..torch_private.tracing import real
 from .attached import ATTACHED
 from .hooks import Hooks
 from .wrappers import unwrap_forward, unwrapped
@@ -96,10 +97,13 @@ def isolated(copy: nn.Module) -> nn.Module:
     for module in copy.modules():
         module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
         for name, tensor in module._parameters.items():
-            if tensor is not None and not isinstance(tensor, nn.Parameter):
-                # What torch.func.functional_call puts there, and FSDP1, as a plain attribute, too, while forward runs.
-                module._parameters[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
-                module.__dict__.pop(name, None)
+            if tensor is None or (own := real(tensor)) is tensor and isinstance(tensor, nn.Parameter):
+                continue
+            # What torch.func.functional_call and torch.export put there, and FSDP1, as a plain attribute, too.
+            module._parameters[name] = nn.Parameter(own.detach(), tensor.requires_grad)
+            module.__dict__.pop(name, None)
+        for name, tensor in module._buffers.items():
+            module._buffers[name] = tensor if tensor is None else real(tensor)
     return copy
 
 
