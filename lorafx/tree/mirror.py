@@ -48,9 +48,10 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     for name in MODULE_HOOKS:
         if name in vars(model):
             copy.__dict__[name] = vars(model)[name].copy()
-    for name in FORWARD_HOOKS:
-        copy.__dict__[name] = Hooks(zip(vars(model)[name].keys(), vars(model)[name].values()))
     unwrap_forward(copy, model)
+    for name in FORWARD_HOOKS:
+        if hooks := copy.__dict__[name]:  # where there are none, Dynamo shall find the dict that it knows
+            copy.__dict__[name] = Hooks(zip(hooks.keys(), hooks.values()))
     return copy
 
 
