@@ -236,10 +236,11 @@ def build(
 ) -> None:
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    A site's tensors take its weight's device (where it is in a call, if accelerate keeps it elsewhere) and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
-    or 8 bits; with `on_meta` the meta device. Copies of base tensors take device and dtype from those. Values are
-    `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the base's:
-    `random_state` seeds a generator for them, None uses torch's global one.
+    A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
+    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device. Copies of base
+    tensors take device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded),
+    else the kind's start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
+    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, Tensor] = {}
@@ -258,8 +259,8 @@ def build(
         made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
         if tensor.is_meta and _device_of(root, base) != tensor.device:
             raise AdapterError(
-                f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of `modules_to_save` "
-                "and `bias`, or load the base without offloading"
+                f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
+                "`modules_to_save` and `bias`, or load the base without offloading"
             )
     hung: list[str] = []
     try:

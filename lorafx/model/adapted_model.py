@@ -55,8 +55,8 @@ class PartCall:
 
 # What Dynamo says where somebody wants a graph of more than the adapted model.
 WITHIN_DYNAMO = (
-    "a model adapted by lorafx is a graph of its own: give torch.compile that model with fullgraph=True, or the function "
-    "around it with fullgraph=False; and torch.export the model with strict=False"
+    "a model adapted by lorafx is a graph of its own: give torch.compile that model with fullgraph=True, or the "
+    "function around it with fullgraph=False; and torch.export the model with strict=False"
 )
 ROWS = "adapter_names"  # PEFT's keyword of a call
 

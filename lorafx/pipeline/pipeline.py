@@ -81,7 +81,7 @@ class Pipeline(tuple[Pass, ...]):
         return Pipeline(*(p for p in self if p.name not in names))
 
     def through(self, *facts: str) -> Pipeline:
-        """The pipeline up to the first pass that establishes the first of these facts that one establishes; else all."""
+        """The pipeline up to the pass that establishes one of these facts, in order of preference; all if none does."""
         places = ([place for place, p in enumerate(self) if fact in p.establishes] for fact in facts)
         return next((self[: found[0] + 1] for found in places if found), self)
 

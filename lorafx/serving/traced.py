@@ -59,8 +59,9 @@ def _captured(call: Call) -> tuple[GraphModule, Context]:
     read = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
 
     def concerned(adapter: Adapter) -> Adapter:
-        weights = [path for path in (site.weight for site in adapter.selection) if id(tensor_at(call.tree, path)) in read]
-        return adapter.only(weights, [base for base in adapter.replaced if id(tensor_at(call.tree, base)) in read])
+        paths = [*(site.weight for site in adapter.selection), *adapter.replaced]
+        here = [path for path in paths if id(tensor_at(call.tree, path)) in read]
+        return adapter.only(here, here)
 
     adapters = tuple(a for a in map(concerned, call.context.adapters) if a.selection or a.replaced)
     owners = {call.path}.union(*(adapter.owners for adapter in adapters))

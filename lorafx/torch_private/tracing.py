@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.export import _trace as export_trace
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -40,6 +41,7 @@ __all__ = [
     "maybe_enable_thunkify",
 ]
 
+
 def real(tensor: Tensor) -> Tensor:
     """A tensor without values, in the form of one that only a tracer sees, to trace aside with; any other as it is.
 
@@ -67,12 +69,13 @@ def outside_recorders() -> Iterator[None]:
     torch.export records an adapted model.
     """
     names = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
-    before = {name: getattr(torch.export._trace, name) for name in names}
+    state: dict[str, Any] = vars(export_trace)  # type: ignore[assignment]
+    before = {name: state[name] for name in names}
     try:
         with _disable_current_modes():
             yield
     finally:
-        vars(torch.export._trace).update(before)
+        state.update(before)
 
 
 # An integer argument for which torch.export may leave a graph open. Without it, each number would get its own graph.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,7 +25,12 @@ RUNNING = Running()
 
 
 class Hooks(OrderedDict[int, Any]):
-    """Hooks by their number, as nn.Module keeps them: `items` are what it calls, the values are the hooks themselves."""
+    """Hooks by number, as nn.Module keeps them: `items` are what it calls, `values` are the hooks themselves."""
+
+    @classmethod
+    def of(cls, hooks: Mapping[int, Any]) -> Hooks:
+        """The same hooks, to be called outside."""
+        return cls(zip(hooks.keys(), hooks.values()))
 
     def items(self) -> Any:
         """The hooks as they are to be called."""
@@ -36,7 +41,7 @@ class Hooks(OrderedDict[int, Any]):
 
     def copy(self) -> Hooks:
         """The same hooks in another dict."""
-        return Hooks(zip(self.keys(), self.values()))
+        return Hooks.of(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hooks, (list(zip(self.keys(), self.values())),)

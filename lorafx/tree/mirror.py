@@ -50,8 +50,7 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
             copy.__dict__[name] = vars(model)[name].copy()
     unwrap_forward(copy, model)
     for name in FORWARD_HOOKS:
-        if hooks := copy.__dict__[name]:  # where there are none, Dynamo shall find the dict that it knows
-            copy.__dict__[name] = Hooks(zip(hooks.keys(), hooks.values()))
+        copy.__dict__[name] = Hooks.of(copy.__dict__[name])
     return copy
 
 
@@ -98,13 +97,12 @@ def isolated(copy: nn.Module) -> nn.Module:
     for module in copy.modules():
         module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
         for name, tensor in module._parameters.items():
-            if tensor is None or (own := real(tensor)) is tensor and isinstance(tensor, nn.Parameter):
+            if tensor is None or ((own := real(tensor)) is tensor and isinstance(tensor, nn.Parameter)):
                 continue
             # What torch.func.functional_call and torch.export put there, and FSDP1, as a plain attribute, too.
             module._parameters[name] = nn.Parameter(own.detach(), tensor.requires_grad)
             module.__dict__.pop(name, None)
-        for name, tensor in module._buffers.items():
-            module._buffers[name] = tensor if tensor is None else real(tensor)
+        module._buffers.update({name: real(buffer) for name, buffer in module._buffers.items() if buffer is not None})
     return copy
 
 

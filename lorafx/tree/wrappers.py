@@ -1,4 +1,4 @@
-"""Wrappers: what torch.compile, accelerate and data parallelism put around a model or its modules is taken off a mirror.
+"""Wrappers: what torch.compile, accelerate and data parallelism put around modules is taken off a mirror.
 
 A mirror is the bare model: what is captured and compiled is the rewritten graph, under the bare model's names. What a
 wrapper does to a call besides compiling it stays: accelerate's hooks become hooks of torch's, on the mirror.
@@ -94,9 +94,10 @@ def require_no_layers_of_peft(model: nn.Module) -> None:
     path, layer = found[0] if found else ("", model)
     names = ", ".join(map(repr, getattr(layer, "active_adapters", None) or ("none",)))
     raise AdapterError(
-        f"the base holds PEFT's layers already: {path or 'the model'} is {type(layer).__module__}.{type(layer).__name__} "
-        f"(active adapters: {names}). Adapt the model without them: `peft_model.unload()` takes them out, "
-        "`peft_model.merge_and_unload()` keeps what they do, and `lorafx.load(base, folder)` loads PEFT's saved adapter"
+        f"the base holds PEFT's layers already: {path or 'the model'} is {type(layer).__module__}."
+        f"{type(layer).__name__} (active adapters: {names}). Adapt the model without them: `peft_model.unload()` takes "
+        "them out, `peft_model.merge_and_unload()` keeps what they do, and `lorafx.load(base, folder)` loads PEFT's "
+        "saved adapter"
     )
 
 

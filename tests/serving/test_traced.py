@@ -42,10 +42,14 @@ def test_an_exported_model_is_dynamic_in_sizes_and_survives_a_file():
     program = torch.export.export(lora, (ids[:, :5].clone(),), dynamic_shapes=({0: Dim("rows"), 1: Dim("tokens")},))
     assert not [node for node in program.graph.nodes if "lorafx" in str(node.target)]
     names = {name for name, _ in lora.named_parameters()}
-    assert {"out.lora_A.default.weight", "attention.lora_B.default.weight"} <= set(program.state_dict) <= {
-        *names,
-        *dict(lora.named_buffers()),
-    }
+    assert (
+        {"out.lora_A.default.weight", "attention.lora_B.default.weight"}
+        <= set(program.state_dict)
+        <= {
+            *names,
+            *dict(lora.named_buffers()),
+        }
+    )
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -126,7 +126,7 @@ def test_data_parallelism_over_one_device_is_nothing():
     assert unwrapped(model) is innermost(model) is model.module
     assert "out.lora_A.default.weight" in dict(adapted(model).named_parameters())
     model.device_ids = [0, 1]
-    with pytest.raises(AdapterError, match="wrapped in DataParallel.*adapt the model first"):
+    with pytest.raises(AdapterError, match=r"wrapped in DataParallel.*adapt the model first"):
         adapted(model)
 
 
