@@ -37,6 +37,7 @@ def mixed():
     return lora
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_dynamic_in_sizes_and_survives_a_file():
     lora, ids = mixed(), torch.arange(33).view(3, 11) % 11
     program = torch.export.export(lora, (ids[:, :5].clone(),), dynamic_shapes=({0: Dim("rows"), 1: Dim("tokens")},))
@@ -57,6 +58,7 @@ def test_an_exported_model_is_dynamic_in_sizes_and_survives_a_file():
     assert torch.allclose(result, lora(ids), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [torch.jit.trace, lambda lora, x: make_fx(lora)(x)])
 def test_other_recorders(record):
     lora, ids = mixed(), torch.arange(15).view(3, 5) % 11

@@ -164,7 +164,7 @@ def test_hooks_that_move_arguments_are_part_of_the_graph():
     assert "forward" in vars(base.layers[0].fc) and not hasattr(lora.layers[0].fc, "_hf_hook")
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
 def test_weights_that_are_loaded_for_a_call_are_adapted_there(where, tmp_path):
     base = net()
     offload = accelerate.cpu_offload if where == "cpu" else accelerate.disk_offload
