@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..torch_private.compilers import uncompiled
 from ..torch_private.tensors import FORWARD_HOOKS, MODULE_HOOKS
 from ..torch_private.tracing import real
 from .attached import ATTACHED
@@ -35,7 +36,7 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
         return copy
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
-    forward = vars(model).get("forward")
+    forward = uncompiled(vars(model).get("forward"))
     if getattr(forward, "lorafx", False) or STATE in vars(model):  # `model` is adapted, and its `forward` serves calls
         copy.__dict__.pop("forward", None)
         copy.__dict__.update(getattr(forward, "replaced", {}))

@@ -64,6 +64,20 @@ def test_the_rewritten_graph_is_what_is_compiled(way, fullgraph):
     assert torch.equal(run(x), expected)
 
 
+def test_a_part_that_is_compiled_is_still_a_part():
+    torch._dynamo.reset()
+    lora = adapted(Chain())
+    expected = lora(x)
+    lora.second.forward = torch.compile(lora.second.forward, backend="eager")
+    assert torch.equal(lora(x), expected)
+    with lora.disable_adapter():
+        assert torch.allclose(lora(x), torch.nn.functional.linear(torch.relu(x @ lora.first.weight.T), *_second(lora)))
+
+
+def _second(lora):
+    return lora.second.weight, lora.second.bias
+
+
 def test_a_function_that_must_be_one_graph_hears_why_it_cannot():
     torch._dynamo.reset()
     run = around(adapted(Chain()), backend="eager", fullgraph=True)
