@@ -23,6 +23,7 @@ from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
+from .tree.wrappers import require_no_layers_of_peft, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -174,8 +175,9 @@ def _pipeline(
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    if isinstance(model, AdaptedModel):
+    if isinstance(unwrapped(model), AdaptedModel):
         raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
+    require_no_layers_of_peft(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model
     return mirrored(model)

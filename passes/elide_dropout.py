@@ -35,6 +35,7 @@ class ElideDropout(Pass):
     """Afterwards every dropout drops something."""
 
     requires = frozenset({"adapters"})
+    establishes = frozenset({"lean"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         return RULE.apply_everywhere(gm, self.name)

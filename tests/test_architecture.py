@@ -54,17 +54,9 @@ INSIDE = {
         *("arguments", "contexts", "caches", "purity", "foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *(
-            "attribute_guards",
-            "tree_state",
-            "call_key",
-            "checkpointing",
-            "programs",
-            "free_counters",
-            "per_site",
-            "settling",
-        ),
-        *("misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "dispatcher"),
+        *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters", "per_site"),
+        *("settling", "misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "traced"),
+        "dispatcher",
     ],
 }
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SelectionError
+from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import attach, detach
 from ..tree.lookup import find_tensor, tensor_at
+from ..tree.wrappers import loading_device
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
 from .naming import require_usable
@@ -251,17 +252,18 @@ def build(
 ) -> None:
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    A site's tensors take its weight's device and dtype; with `autocast_adapter_dtype` float32 if that is a float of 16
-    or 8 bits; with `on_meta` the meta device. Copies of base tensors take device and dtype from those. Values are
-    `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the base's:
-    `random_state` seeds a generator for them, None uses torch's global one.
+    A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
+    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device. Copies of base
+    tensors take device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded),
+    else the kind's start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
+    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, Tensor] = {}
     for site in adapter.selection:
         dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
         dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
-        device = torch.device("meta") if on_meta else root.get_parameter(site.weight).device
+        device = torch.device("meta") if on_meta else _device_of(root, site.weight)
         paths = adapter.tensors[site.name]
         tensors = {s: values[p] for s, p in paths.items()} if values else None
         tensors = tensors or _start_values(root, adapter, site, rng, device)
@@ -271,6 +273,11 @@ def build(
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
         made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
+        if tensor.is_meta and _device_of(root, base) != tensor.device:
+            raise AdapterError(
+                f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
+                "`modules_to_save` and `bias`, or load the base without offloading"
+            )
     hung: list[str] = []
     try:
         for path, parameter in made.items():
@@ -279,6 +286,12 @@ def build(
     except BaseException:
         detach(root, hung)
         raise
+
+
+def _device_of(root: nn.Module, path: str) -> torch.device:
+    """Where a tensor of the tree is while its module's forward runs."""
+    loaded = loading_device(root.get_submodule(path.rpartition(".")[0]))
+    return tensor_at(root, path).device if loaded is None else torch.device(loaded)
 
 
 def _start_values(
@@ -311,7 +324,7 @@ def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
             dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
             dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32
             path = _placed(site, "adapter_scaling", adapter.name)
-            attach(root, path, torch.zeros((), dtype=dtype, device=root.get_parameter(site.weight).device))
+            attach(root, path, torch.zeros((), dtype=dtype, device=_device_of(root, site.weight)))
             scales[site.name] = path
         tensor_at(root, scales[site.name]).fill_(values[site.name] * factor)  # type: ignore[operator]
     return replace(adapter, scales=scales)

@@ -22,7 +22,7 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, let_go
+from ..torch_private.tracing import IntWrapper, let_go, real
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
@@ -222,6 +222,7 @@ def _example(tensor: Tensor) -> Tensor:
     if is_wrapped(tensor):
         with temporarily_clear_interpreter_stack():
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    tensor = real(tensor)
     with torch.inference_mode(False):  # or the model could not write to it while torch.export looks on
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from ..torch_private.graphs import name_of, schema_of
 from ..torch_private.tensors import is_wrapped
-from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher
+from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher, real
 from .match import Match, Pattern, trace_function
 
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
@@ -64,7 +64,7 @@ def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
     """The value of `node`, recomputed on fake tensors, which have shape, dtype and device but no numbers."""
     if node.op == "get_attr":
         tensor = resolve(gm, str(node.target))
-        return mode.from_tensor(tensor, static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
+        return mode.from_tensor(real(tensor), static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     # Without the python dispatcher, composite operators fail on symbolic sizes.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from ..errors import ConfigError
-from ..torch_private.compilers import CUDA_GRAPHS, inductor_modes, settings_of_mode
+from ..torch_private.compilers import CUDA_GRAPHS, inductor_modes, inductor_options, settings_of_mode
 
 _OURS = "auto", "eager"
 _GRAPHS = "reduce-overhead"  # the mode that is nothing but CUDA graphs
@@ -25,13 +26,29 @@ class Backend:
     itself, and training fails. `budget` is AOTAutograd's, from 0
     (recompute all) to 1 (keep all that it would keep by itself); None is that without norms and activations. Raises
     `ConfigError` for what is none of these.
+
+    What somebody gave to torch.compile around an adapted model is a backend, too (`of`): `options` are then Inductor's
+    settings, or `compiler` is what compiles, and `dynamic=False` has pieces compiled for each size.
     """
 
     name: str = "auto"
     mode: str | None = None
     budget: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    compiler: Callable[..., Any] | None = None
+    dynamic: bool = True
+
+    @classmethod
+    def of(cls, compiler: Callable[..., Any], budget: float | None) -> Backend:
+        """The backend that does what `compiler` does, which torch.compile made of its arguments."""
+        options, dynamic = inductor_options(compiler), getattr(compiler, "dynamic", None) is not False
+        if options is not None:
+            return cls("inductor", budget=budget, options=options, dynamic=dynamic)
+        return cls(str(getattr(compiler, "compiler_name", compiler)), None, budget, {}, compiler, dynamic)
 
     def __post_init__(self) -> None:
+        if self.compiler is not None:
+            return
         if self.budget is not None and not 0 <= self.budget <= 1:
             raise ConfigError(f"activation_budget={self.budget!r} is not between 0 and 1")
         if self.name not in _OURS and self.name not in (backends := torch.compiler.list_backends(exclude_tags=())):
@@ -46,15 +63,20 @@ class Backend:
     @property
     def records(self) -> bool:
         """Whether calls on CUDA are recorded and replayed."""
-        return self.mode is not None and settings_of_mode(self.mode).get(CUDA_GRAPHS, False)
+        return self._all_settings.get(CUDA_GRAPHS, False)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the mode sets of Inductor's configuration."""
-        settings = settings_of_mode(self.mode) if self.mode else {}
-        return {name: value for name, value in settings.items() if name != CUDA_GRAPHS}
+        """What the mode and the options set of Inductor's configuration."""
+        return {name: value for name, value in self._all_settings.items() if name != CUDA_GRAPHS}
+
+    @property
+    def _all_settings(self) -> dict[str, Any]:
+        return (settings_of_mode(self.mode) if self.mode else {}) | self.options
 
     def on(self, gm: GraphModule) -> str:
-        """The name of what compiles this graph."""
+        """The name of what compiles this graph; "eager" if nothing does."""
+        if self.compiler is not None:
+            return f"torch.compile's {self.name}"
         on_cuda = self.name == "auto" and any(p.is_cuda for p in gm.parameters())
         return "inductor" if on_cuda else self.name.replace("auto", "eager")

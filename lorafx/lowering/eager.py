@@ -96,7 +96,8 @@ def reader(roots: list[str], paths: list[str]) -> Callable[..., list[Tensor]]:
     def read(*given: nn.Module) -> list[Tensor]:
         found: list[Any] = list(given)
         for parent, name in modules:
-            found.append(found[parent]._modules.get(name) or getattr(found[parent], name))
+            child = found[parent]._modules.get(name)
+            found.append(getattr(found[parent], name) if child is None else child)  # a wrapper gives what is within it
         values = []
         for owner, name in tensors:
             value = found[owner]._parameters.get(name)

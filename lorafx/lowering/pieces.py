@@ -33,13 +33,13 @@ class Piece:
     def __init__(self, title: str, function: Callable[..., Any], compiler: str, backend: Backend):
         self.title, self.compiled = title, 0
         self.reasons: list[str] = []
-        self._backend = lookup_backend(compiler)
+        self._backend = backend.compiler or lookup_backend(compiler)
         # What norms and activations give is recomputed where backward needs it, unless there is room for everything.
         self._settings: dict[str, Any] = {KEEP_MATERIALIZED: backend.budget == 1}
         if backend.budget is not None:
             self._settings[ACTIVATION_BUDGET] = backend.budget
         self._options: dict[str, Any] = {"config_patches": _patches(backend)} if compiler == "inductor" else {}
-        self.run = torch.compile(function, backend=self._compile, dynamic=True)
+        self.run = torch.compile(function, backend=self._compile, dynamic=backend.dynamic)
 
     def _compile(self, gm: GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         if is_recorded():  # kernels are tried out, which would spoil the recording
@@ -87,6 +87,7 @@ class CompiledBlock(Compiled):
 def _read(layer: Any, owners: list[str], name: str) -> Tensor:
     """An attribute of a layer; most are parameters, and this is faster than by `getattr`."""
     for atom in owners:
-        layer = layer._modules[atom]
+        child = layer._modules.get(atom)
+        layer = getattr(layer, atom) if child is None else child
     found = layer._parameters.get(name)
     return getattr(layer, name) if found is None else found

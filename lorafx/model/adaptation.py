@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -70,20 +71,21 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
         """What each pass did to each kept graph, and what merging holds; prints as tables."""
         graphs = {
             f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
-            for number, program in enumerate(p for p in self._lorafx.dispatcher if p.gm is not None)
+            for number, program in enumerate(p for d in self._lorafx.dispatchers for p in d if p.gm is not None)
         }
         return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self.tree))
 
     def explain(self) -> Explanation:
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
-        dispatcher = self._lorafx.dispatcher
+        dispatchers = list(self._lorafx.dispatchers)
         calls = [
             Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss, p.launched)
-            for p in dispatcher
+            for p in chain.from_iterable(dispatchers)
         ]
-        pieces = dispatcher.graphs.lowering.pieces.values()
+        pieces = chain.from_iterable(each.graphs.lowering.pieces.values() for each in dispatchers)
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
-        return Explanation(tuple(calls), len(dispatcher.operators), dispatcher.programs.dropped, compiled)
+        operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
+        return Explanation(tuple(calls), operators, dropped, compiled)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ..capture.caches import register_caches
 from ..serving.dispatcher import Dispatcher
+from ..torch_private.compilers import not_traced, uncompiled
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
 from .adaptation import Adaptation, of
-from .calls import PartCall, generating, serve
+from .calls import WITHIN_DYNAMO, PartCall, generating, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
 from .state import State
@@ -42,6 +43,15 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Calling the class makes a plain model of the base's class, as `sequential[:2]` does. See `compile`."""
         return getattr(cls, MIRRORED_AS)(*args, **kwargs)
+
+    @not_traced(WITHIN_DYNAMO)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hooks, then `forward`. Within torch.compile the rewritten graph is compiled as that says, not lorafx."""
+        return getattr(type(self), MIRRORED_AS).__call__(self, *args, **kwargs)
+
+    @not_traced(WITHIN_DYNAMO)
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:  # what `Module.compile` has compiled
+        return getattr(type(self), MIRRORED_AS)._call_impl(self, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (getattr(type(self), MIRRORED_AS),), self.__dict__
@@ -83,7 +93,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     """An AdaptedModel over `base` with no adapter yet."""
     register_caches(base)
     tree = mirrored(base)
-    tree.__class__ = _class_for(type(base))  # type: ignore[arg-type]
+    tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
     tree.requires_grad_(False)
@@ -99,7 +109,7 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 
 
 # What an adapted model is for Python, whatever its base says of itself.
-_ALWAYS = ("__new__", "__reduce__", "__repr__")
+_ALWAYS = ("__new__", "__reduce__", "__repr__", "__call__", "_call_impl")
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
@@ -114,7 +124,8 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     What the model's class defines comes before what AdaptedModel does, in Python's order and so for every name.
     """
 
-    @functools.wraps(base.forward)
+    @not_traced(WITHIN_DYNAMO)
+    @functools.wraps(uncompiled(base.forward))
     def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
         return serve(self, "", args, kwargs)
 

@@ -138,7 +138,7 @@ class Adapters(Merges):
             raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
         remove(self.tree, adapter)
         del state.adapters[adapter_name]
-        state.dispatcher.clear()
+        state.forget_programs()
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
             state.active = rest or tuple(state.adapters)[:1]

@@ -12,18 +12,26 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
+from ..torch_private.compilers import compiler_in_charge, not_traced
 from ..tree.mirror import MIRRORED_AS, STATE
+from ..tree.wrappers import innermost
 from .backward import prepare
 from .state import State
 
 ROWS = "adapter_names"  # PEFT's keyword of a call
+# What Dynamo says where somebody wants a graph of more than the adapted model.
+WITHIN_DYNAMO = (
+    "a model adapted by lorafx is a graph of its own: give torch.compile that model with fullgraph=True, or the "
+    "function around it with fullgraph=False; and torch.export the model with strict=False"
+)
 
 
+@not_traced(WITHIN_DYNAMO)
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
     state: State = vars(tree)[STATE]
-    refuse_rows(type(tree.get_submodule(path)).forward, kwargs)
-    result = state.dispatcher.serve(tree, state.context, path, args, kwargs)
+    refuse_rows(type(innermost(tree.get_submodule(path))).forward, kwargs)
+    result = state.dispatcher_within(compiler_in_charge()).serve(tree, state.context, path, args, kwargs)
     if not path:
         prepare(state, tree, result)
     return result

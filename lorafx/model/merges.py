@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable
 
@@ -12,7 +11,8 @@ from ..adapters.adapter import Adapter, remove
 from ..errors import MergeError
 from ..merging.ledger import Ledger
 from ..tree.lookup import find_tensor, tensor_at
-from .state import Part
+from ..tree.wrappers import side_by_side
+from .part import Part
 
 
 class Merges(Part):
@@ -91,9 +91,8 @@ class Merges(Part):
 
     def _given_back(self) -> nn.Module:
         """The base model object without adapters, its modules training or not as they are here."""
-        for path, module in self._lorafx.base.named_modules():
-            with contextlib.suppress(AttributeError):  # it was taken away here since
-                module.training = self.tree.get_submodule(path).training
+        for module, own in side_by_side(self._lorafx.base, self.tree):
+            module.training = own.training
         return self._leave()
 
     def _leave(self) -> nn.Module:
@@ -102,7 +101,7 @@ class Merges(Part):
         for adapter in state.adapters.values():
             remove(self.tree, adapter)
         state.adapters, state.active = {}, ()
-        state.dispatcher.clear()
+        state.forget_programs()
         for path, flag in state.base_requires_grad.items():
             parameter = find_tensor(state.base, path)
             if parameter is not None and parameter.is_floating_point():

@@ -18,7 +18,8 @@ from ..files.given import Given
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
 from ..tree.lookup import copy_into, find_tensor, first_name, tensor_at
-from .state import Part
+from ..tree.wrappers import unwrapped
+from .part import Part
 
 # Names of embeddings whose base weights PEFT writes along with their adapter.
 KNOWN_EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -132,7 +133,7 @@ class Saving(Part):
         owners = {path: path.rpartition(".")[0] for path in paths}
         known = [p for p in paths if owners[p].rpartition(".")[2] in KNOWN_EMBEDDINGS]
         adapted = [p for p in known if owners[p] in adapter.selection.by_name]
-        resized = any(_resized(self._lorafx.base, self.tree, path) for path in paths)
+        resized = any(_resized(unwrapped(self._lorafx.base), self.tree, path) for path in paths)
         if wanted == "auto" and (adapted or resized):
             warnings.warn(
                 f"{', '.join(paths if resized else adapted)}: saved along with {adapter.name!r}, being "

@@ -13,7 +13,7 @@ from ..adapters.config import is_number, require
 from ..adapters.kinds import SCALING
 from ..errors import AdapterError
 from ..tree.lookup import copy_into, tensor_at
-from .state import Part
+from .part import Part
 
 
 class Scales(Part):

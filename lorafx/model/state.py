@@ -1,23 +1,19 @@
-"""State: what an adapted model is besides a module tree, and the base of all classes that work on both."""
+"""State: what an adapted model is besides a module tree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
-from ..errors import AdapterError
+from ..lowering.backend import Backend
 from ..merging.ledger import Ledger
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
-from ..tree.mirror import STATE
-
-if TYPE_CHECKING:
-    from .adapted_model import AdaptedModel
 
 
 @dataclass
@@ -25,7 +21,8 @@ class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
     `base_requires_grad` has the base's flags by path, as they were before lorafx froze it. While the adapters are
-    `disabled`, none acts, and `active` says which will when that is over.
+    `disabled`, none acts, and `active` says which will when that is over. `compiled` has a dispatcher for each
+    torch.compile that somebody put around the model, with what that compiles with; a copy makes its own.
     """
 
     base: nn.Module
@@ -38,14 +35,40 @@ class State:
     said_no_dropout: bool = False  # that it was trained in evaluation mode
     ledger: Ledger = field(default_factory=Ledger)
     configs: Configs = field(init=False)
+    compiled: list[tuple[Callable[..., Any], Dispatcher]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.configs = Configs(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "compiled": []}
 
     @property
     def acting(self) -> tuple[str, ...]:
         """Names of the adapters that act, apart from merged ones."""
         return () if self.disabled else self.active
+
+    @property
+    def dispatchers(self) -> Iterator[Dispatcher]:
+        """All that serve calls: the model's own, and those for a torch.compile around it."""
+        yield self.dispatcher
+        yield from (dispatcher for _, dispatcher in self.compiled)
+
+    def dispatcher_within(self, compiler: Callable[..., Any] | None) -> Dispatcher:
+        """What serves calls within a torch.compile that compiles with this; within none if it is None."""
+        if compiler is None:
+            return self.dispatcher
+        for known, dispatcher in self.compiled:
+            if known == compiler:
+                return dispatcher
+        backend = Backend.of(compiler, self.dispatcher.backend.budget)
+        self.compiled.append((compiler, replace(self.dispatcher, backend=backend)))
+        return self.compiled[-1][1]
+
+    def forget_programs(self) -> None:
+        """Forget every program, and all that was learnt from calls."""
+        self.compiled = []
+        self.dispatcher.clear()
 
     @property
     def context(self) -> Context:
@@ -71,23 +94,3 @@ class Configs(Mapping[str, AdapterConfig]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-class Part:
-    """A part of what `lorafx.of` gives: methods that work on a model's tree and its state.
-
-    The tree is never asked for a name of lorafx's, since the base model may use the same name for something else.
-    """
-
-    def __init__(self, tree: AdaptedModel):
-        self.tree = tree
-
-    @property
-    def _lorafx(self) -> State:
-        state: State = vars(self.tree)[STATE]
-        return state
-
-    def _adapter(self, name: str) -> Adapter:
-        if name not in self._lorafx.adapters:
-            raise AdapterError(f"there is no adapter {name!r}; there are {list(self._lorafx.adapters)}")
-        return self._lorafx.adapters[name]

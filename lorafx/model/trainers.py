@@ -21,7 +21,7 @@ from ..adapters.config import refuse_peft_itself
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
-from .state import Part
+from .part import Part
 
 # Fields of a config about an adapter's origin, start values and choice of modules: with the same sites and tensors, two
 # adapters that differ in these alone compute the same.

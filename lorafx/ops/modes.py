@@ -25,7 +25,12 @@ def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes
 
 
-@functools.cache  # the machine stays the same
 def _devices() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu", accelerator.type) if accelerator else ("cpu",)
+    return ("cpu",) if (found := accelerator()) is None else ("cpu", found)
+
+
+@functools.cache  # the machine stays the same
+def accelerator() -> str | None:
+    """The kind of device that this machine has besides its CPU, as "cuda"; None if it has none."""
+    found = torch.accelerator.current_accelerator()
+    return found.type if found else None

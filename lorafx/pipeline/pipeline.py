@@ -80,6 +80,11 @@ class Pipeline(tuple[Pass, ...]):
             raise PipelineError(f"no pass named {sorted(unknown)} in: {self}")
         return Pipeline(*(p for p in self if p.name not in names))
 
+    def through(self, *facts: str) -> Pipeline:
+        """The pipeline up to the pass that establishes one of these facts, in order of preference; all if none does."""
+        places = ([place for place, p in enumerate(self) if fact in p.establishes] for fact in facts)
+        return next((self[: found[0] + 1] for found in places if found), self)
+
     def check(self) -> None:
         """Raise `PipelineError` if a pass requires a fact that only a later pass, or none, establishes."""
         order = nx.DiGraph()

@@ -21,6 +21,7 @@ from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.lookup import find_tensor
+from ..tree.wrappers import innermost, is_fsdp1
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
@@ -31,6 +32,7 @@ from .per_site import SiteInterpreter, interpret
 from .programs import GuardFailed, Program, ProgramCache, guarded
 from .site_graphs import SiteGraphs
 from .site_policy import SitePolicy
+from .traced import is_traced, run_traced
 from .tree_state import TreeGuards
 
 CAPTURES = ("auto", "graph", "sites")
@@ -86,6 +88,8 @@ class Dispatcher:
         if interpreter is not None:
             return self.sites.step_into(interpreter, path, args, kwargs, self.serve)
         call = Call.of(tree, context, path, args, kwargs)
+        if is_traced():
+            return run_traced(call, self.pipeline, self.observers)
         key = self.key(call)
         kept = self.programs.of(key)
         for program in kept:
@@ -214,6 +218,10 @@ def require_adapted_modules(call: Call) -> None:
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:
-    """Whether a site's module has no such tensor of its own since, but computes its weight."""
-    owner = tree.get_submodule(site.module)
-    return owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
+    """Whether a site's module has no such tensor of its own since, but computes its weight.
+
+    FSDP1 has whole ones there while it runs, and says so nowhere.
+    """
+    owner = innermost(tree.get_submodule(site.module))
+    missing = owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
+    return missing and not any(map(is_fsdp1, tree.modules()))

@@ -8,7 +8,6 @@ a read that no reading covers is an error here as it is in a graph of the whole.
 from __future__ import annotations
 
 import contextlib
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,16 +21,16 @@ from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
 from ..capture.purity import place_of
 from ..errors import AdapterError, CaptureError, UncoveredOperatorError
-from ..graph.description import argument_key
+from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
+from ..tree.hooks import RUNNING
 from ..tree.lookup import tensor_at
 from ..tree.mirror import MIRRORED_AS
 from ..tree.originals import other_mode
+from ..tree.wrappers import innermost
 from .call_key import Call
 from .tree_state import TreeState
-
-_running = threading.local()  # the interpreter that is active in a thread: the modules that it calls must find it
 
 
 class SiteInterpreter(TorchFunctionMode):
@@ -64,19 +63,18 @@ class SiteInterpreter(TorchFunctionMode):
     @staticmethod
     def running(tree: nn.Module) -> SiteInterpreter | None:
         """The interpreter that runs `tree`'s own Python in this thread now, if one does."""
-        mode = getattr(_running, "mode", None)
+        mode = RUNNING.mode
         return mode if mode is not None and mode.tree is tree else None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[SiteInterpreter]:
         """Run the tree's own Python inside."""
-        outer = getattr(_running, "mode", None)
-        _running.mode = self
+        outer, RUNNING.mode = RUNNING.mode, self
         try:
             with plain_operators(), self:
                 yield self
         finally:
-            _running.mode = outer
+            RUNNING.mode = outer
 
     @contextlib.contextmanager
     def inside(self, part: str) -> Iterator[None]:
@@ -91,12 +89,12 @@ class SiteInterpreter(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run something as though the interpreter were not active."""
-        _running.mode, self.paused = None, True
+        """Run something as though the interpreter were not active: another part's graph, or a module's hooks."""
+        RUNNING.mode, self.paused = None, True
         try:
             yield
         finally:
-            _running.mode, self.paused = self, False
+            RUNNING.mode, self.paused = self, False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,7 +142,8 @@ class SiteInterpreter(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._require_one_mode(leaves)
         paths = self._paths(leaves)
-        keys = tuple(path or argument_key(leaf) for path, leaf in zip(paths, leaves))
+        # A hook may have cast a weight since the layout was looked at.
+        keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
         hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
         key = self.parts[-1], func, spec, keys, modes(), self.state.layout, self.acting, hooked
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
@@ -240,7 +239,7 @@ def interpret(call: Call, state: TreeState, run_operator: Callable[..., Any]) ->
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
     """The forward that the module at `path` has of itself, below what lorafx put in its place."""
-    part = tree.get_submodule(path)
+    part = innermost(tree.get_submodule(path))
     forward = vars(part).get("forward")
     if "forward" in getattr(forward, "replaced", ()):
         return forward.replaced["forward"]  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks
 from ..tree.attached import own_children, own_modules
+from ..tree.wrappers import is_fsdp1
 from .attribute_guards import AttributeGuards, AttributeState
 
 # Hooks of these libraries are part of how a model computes; anybody else's expect to be called each time.
@@ -73,8 +74,8 @@ class TreeGuards:
         now = list(map(_dtype_of, self._tensors)), list(map(_device_of, self._tensors)), training
         if self._state is None or now != self._last:
             self._last = now
-            hooked, sharded = self._hooked(), any(map(_is_sharded, self._tensors))
-            self._state = TreeState(self._layout(*now), attributes, hooked, sharded, self._hooked_adapters)
+            sharded = any(map(_is_sharded, self._tensors)) or any(map(is_fsdp1, self._modules))
+            self._state = TreeState(self._layout(*now), attributes, self._hooked(), sharded, self._hooked_adapters)
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)
         return self._state

@@ -33,6 +33,9 @@ is_mkldnn_enabled = torch._C._get_mkldnn_enabled
 # The dicts of a module that hold hooks around its forward and backward. Without them, graphs would pass hooks by.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# Those around its forward alone. Without them, hooks that cast or load weights for a call would be taken for operators.
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
 # All dicts of a module that hold hooks, or say how to call them. Without them, a mirror would share its original's.
 MODULE_HOOKS = (
     *CALL_HOOKS,

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.export import _trace as export_trace
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -23,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .tensors import DisableTorchFunction
 
@@ -38,6 +41,43 @@ __all__ = [
     # Makes nodes of what Python computes of sizes only where they are used. Without it, layers would differ by nodes.
     "maybe_enable_thunkify",
 ]
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A tensor without values, in the form of one that only a tracer sees, to trace aside with; any other as it is.
+
+    Without it, nothing could be captured of a model that torch.export traces, whose parameters are fake meanwhile.
+    """
+    if not isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return tensor
+    sizes, strides = ([_as_traced(size) for size in numbers] for numbers in (tensor.shape, tensor.stride()))
+    made = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _as_traced(size: int | torch.SymInt) -> int:
+    """A size in the call that is traced; an open one that no input has is taken for one that is neither 0 nor 1."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 7
+
+
+@contextlib.contextmanager
+def outside_recorders() -> Iterator[None]:
+    """Without any mode that records operators, and able to export while torch.export runs.
+
+    Most of what recorders switch on is a thread's own, but not all of it. Without it, nothing could be captured while
+    torch.export records an adapted model.
+    """
+    names = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
+    state: dict[str, Any] = vars(export_trace)  # type: ignore[assignment]
+    before = {name: state[name] for name in names}
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        state.update(before)
+
 
 # An integer argument for which torch.export may leave a graph open. Without it, each number would get its own graph.
 IntWrapper = _IntWrapper

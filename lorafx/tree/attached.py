@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
 from .lookup import find_tensor
+from .wrappers import innermost
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
 KEPT = "_lorafx_kept"  # on an attached module on the meta device: its buffers as they were before, by name
@@ -103,7 +104,10 @@ def has_copies_among_children(module: nn.Module) -> bool:
 
 
 def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
-    """A new tree of empty modules that holds the modules of `root` at the paths `owners`, shared and not copied."""
+    """A new tree of empty modules that holds the modules of `root` at the paths `owners`, shared and not copied.
+
+    What somebody has wrapped since is held as it is within its wrapper.
+    """
     owners = sorted(set(owners), key=lambda path: path.count("."))
     if "" in owners:
         return root
@@ -115,7 +119,7 @@ def branch(root: nn.Module, owners: Iterable[str]) -> nn.Module:
             if atom not in inner._modules:
                 inner.add_module(atom, nn.Module().train(root.training))
             inner = inner.get_submodule(atom)
-        inner._modules.setdefault(last, root.get_submodule(path))
+        inner._modules.setdefault(last, innermost(root.get_submodule(path)))
     return bare
 
 

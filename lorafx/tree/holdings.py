@@ -214,10 +214,10 @@ def _of_function(function: FunctionType) -> Iterator[Holding]:
             yield _by_names(attrgetter, cell, ["cell_contents"])
     if function.__defaults__ or function.__kwdefaults__:
         yield _by_names(attrgetter, function, ["__defaults__", "__kwdefaults__"])
+    if is_library(function.__module__ or ""):  # its globals stay, and what it keeps by the way is its own affair
+        return
     if vars(function):
         yield Holding(dict.values, vars(function))
-    if is_library(function.__module__ or ""):
-        return
     named = [name for name in function.__code__.co_names if name in function.__globals__]
     if named:
         yield _by_names(itemgetter, function.__globals__, named)

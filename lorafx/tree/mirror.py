@@ -11,10 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from ..torch_private.tensors import MODULE_HOOKS
+from ..torch_private.compilers import uncompiled
+from ..torch_private.tensors import FORWARD_HOOKS, MODULE_HOOKS
+from ..torch_private.tracing import real
 from .attached import ATTACHED
 from .holdings import CONTAINERS, PLAIN
+from .hooks import Hooks
 from .redirection import Redirection
+from .wrappers import unwrap_forward, unwrapped
 
 # Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class.
 STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
@@ -22,13 +26,19 @@ _SHARED = ("_modules", "_parameters", "_buffers")  # these are a mirror's own, o
 
 
 def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A mirror of `model` and all modules below it, without what `attach` hung there."""
+    """A mirror of `model` and all modules below it, without what `attach` hung there, and without wrappers.
+
+    Raises `AdapterError` for a wrapper that cannot be taken off.
+    """
     memo = {} if memo is None else memo
     if id(model) in memo:
         return memo[id(model)]
+    if (inner := unwrapped(model)) is not model:
+        copy = memo[id(model)] = mirror(inner, memo)
+        return copy
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
-    forward = vars(model).get("forward")
+    forward = uncompiled(vars(model).get("forward"))
     if getattr(forward, "lorafx", False) or STATE in vars(model):  # `model` is adapted, and its `forward` serves calls
         copy.__dict__.pop("forward", None)
         copy.__dict__.update(getattr(forward, "replaced", {}))
@@ -41,6 +51,9 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     for name in MODULE_HOOKS:
         if name in vars(model):
             copy.__dict__[name] = vars(model)[name].copy()
+    unwrap_forward(copy, model)
+    for name in FORWARD_HOOKS:
+        copy.__dict__[name] = Hooks.of(copy.__dict__[name])
     return copy
 
 
@@ -80,10 +93,12 @@ def isolated(copy: nn.Module) -> nn.Module:
     for module in copy.modules():
         module.__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
         for name, tensor in module._parameters.items():
-            if tensor is not None and not isinstance(
-                tensor, nn.Parameter
-            ):  # what torch.func.functional_call puts there
-                module._parameters[name] = nn.Parameter(tensor.detach(), tensor.requires_grad)
+            if tensor is None or ((own := real(tensor)) is tensor and isinstance(tensor, nn.Parameter)):
+                continue
+            # What torch.func.functional_call and torch.export put there, and FSDP1, as a plain attribute, too.
+            module._parameters[name] = nn.Parameter(own.detach(), tensor.requires_grad)
+            module.__dict__.pop(name, None)
+        module._buffers.update({name: real(buffer) for name, buffer in module._buffers.items() if buffer is not None})
     return copy
 
 

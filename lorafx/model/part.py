@@ -1,0 +1,33 @@
+"""Part: the base of all classes that work on an adapted model, on its module tree and its state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..adapters.adapter import Adapter
+from ..errors import AdapterError
+from ..tree.mirror import STATE
+from .state import State
+
+if TYPE_CHECKING:
+    from .adapted_model import AdaptedModel
+
+
+class Part:
+    """A part of what `lorafx.of` gives: methods that work on a model's tree and its state.
+
+    The tree is never asked for a name of lorafx's, since the base model may use the same name for something else.
+    """
+
+    def __init__(self, tree: AdaptedModel):
+        self.tree = tree
+
+    @property
+    def _lorafx(self) -> State:
+        state: State = vars(self.tree)[STATE]
+        return state
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self._lorafx.adapters:
+            raise AdapterError(f"there is no adapter {name!r}; there are {list(self._lorafx.adapters)}")
+        return self._lorafx.adapters[name]

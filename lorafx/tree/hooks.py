@@ -1,0 +1,55 @@
+"""Hooks of a mirror's modules: they run outside of whatever runs the modules' own Python operator by operator.
+
+A hook that casts or loads a weight for the time of a call reads that weight, as an operator does that an adapter acts
+on. It means the base's, and no adapter acts on what a hook computes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+Suspend = Callable[[], AbstractContextManager[None]]
+
+
+class Running(threading.local):
+    """What runs modules' own Python in a thread now, if anything does; `suspended()` of it runs hooks outside."""
+
+    mode: Any = None
+
+
+RUNNING = Running()
+
+
+class Hooks(OrderedDict[int, Any]):
+    """Hooks by number, as nn.Module keeps them: `items` are what it calls, `values` are the hooks themselves."""
+
+    @classmethod
+    def of(cls, hooks: Mapping[int, Any]) -> Hooks:
+        """The same hooks, to be called outside."""
+        return cls(zip(hooks.keys(), hooks.values()))
+
+    def items(self) -> Any:
+        """The hooks as they are to be called."""
+        mode = RUNNING.mode
+        if mode is None:
+            return super().items()
+        return [(number, _outside(hook, mode.suspended)) for number, hook in super().items()]
+
+    def copy(self) -> Hooks:
+        """The same hooks in another dict."""
+        return Hooks.of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hooks, (list(zip(self.keys(), self.values())),)
+
+
+def _outside(hook: Callable[..., Any], suspended: Suspend) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            return hook(*args, **kwargs)
+
+    return run
