@@ -30,7 +30,7 @@ from .arguments import argument_names, images
 from .caches import branchless_windows, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors
-from .purity import innermost_line, no_unrolling, pure, unchanging
+from .purity import Changed, innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
 from .repeated.layers import RepeatedLayers
@@ -71,11 +71,38 @@ def trace_part(
     raises `CaptureError`. With `once`, layers that run the same operators are traced once, and the graph has blocks.
     Raises `CaptureError` as `trace` does.
     """
+    try:
+        return _trace_once(model, path, args, kwargs, free, unroll, once)
+    except CaptureError as error:
+        if not isinstance(cause := error.__cause__, Changed) or cause.put_back is None:
+            raise
+        try:  # once more: what the model has noted in its config may be there for good
+            return _trace_once(model, path, args, kwargs, free, unroll, once)
+        except CaptureError as again:
+            if isinstance(again.__cause__, Changed) and again.__cause__.put_back is not None:
+                again.__cause__.put_back()
+            cause.put_back()
+            raise
+
+
+def _trace_once(
+    model: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: Collection[int],
+    unroll: bool,
+    once: bool,
+) -> GraphModule:
+    """Capture with repeated layers traced once, if wanted and possible."""
     if once and repeated_modules(model.get_submodule(path)):
         try:
             return _trace_part(model, path, args, kwargs, free, unroll, once=True)
-        except (Interrupted, CaptureError):  # as for operators that take functions: torch refuses to trace them so
+        except Interrupted:
             pass
+        except CaptureError as error:  # as for operators that take functions: torch refuses to trace them so
+            if isinstance(error.__cause__, Changed):
+                raise
     return _trace_part(model, path, args, kwargs, free, unroll)
 
 

@@ -60,22 +60,39 @@ def pure() -> Iterator[None]:
 
 
 class Changed(CaptureError):
-    """A call changes the model's own attributes."""
+    """A call changes what the model's modules hold.
+
+    `put_back` is None if everything is as it was. Otherwise the call has only changed objects that a mirror shares with
+    the model, such as its config, where it may have noted something for good; calling it undoes that.
+    """
+
+    put_back: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module."""
+    """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module, or of what modules hold."""
     kept: list[Any] = []
     before, put_back = _attributes(model, kept), _snapshot(model)
     yield
     after = _attributes(model, kept)
-    different = (
+    different = [
         name for name in before | after if name not in before or name not in after or before[name] != after[name]
-    )
-    if name := next(different, None):
-        put_back()
-        raise Changed(f"it changes {name} of the model, which a graph would not do again")
+    ]
+    if different:
+        error = Changed(f"it changes {different[0]} of the model, which a graph would not do again")
+        if all(name in _shared(model) for name in different):
+            error.put_back = put_back
+        else:
+            put_back()
+        raise error
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """The settings of objects that are neither modules nor classes."""
+    places = settings_of(model.named_modules())
+    objects = [(path, names) for path, holder, names in places if not isinstance(holder, (nn.Module, type))]
+    return {f"{path}.{name}" for path, names in objects for name in names}
 
 
 @contextlib.contextmanager

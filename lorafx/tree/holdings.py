@@ -214,7 +214,9 @@ def _of_function(function: FunctionType) -> Iterator[Holding]:
             yield _by_names(attrgetter, cell, ["cell_contents"])
     if function.__defaults__ or function.__kwdefaults__:
         yield _by_names(attrgetter, function, ["__defaults__", "__kwdefaults__"])
-    if is_library(function.__module__ or ""):  # its globals stay, and what it keeps by the way is its own affair
+    if is_library(
+        function.__globals__.get("__name__") or ""
+    ):  # its globals stay, and what it keeps by the way is its own affair
         return
     if vars(function):
         yield Holding(dict.values, vars(function))

@@ -1,6 +1,7 @@
 """trace: one call as a graph of ATen operators that reads the live model."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,3 +165,25 @@ def test_captures_leave_nothing_behind():
         del lora
         numbers.append(sizes_known())
     assert numbers[-1] <= numbers[1], "of every graph, torch has something that knows its symbolic sizes"
+
+
+class Noting(nn.Module):
+    """Notes something in its config: the first time, or each time."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.up, self.each, self.config = nn.Linear(4, 6), each, SimpleNamespace(kind=None, calls=0)
+
+    def forward(self, x):
+        self.config.kind = self.config.kind or "found"
+        self.config.calls += self.each
+        return self.up(x)
+
+
+def test_what_a_model_notes_in_its_config_for_good_is_no_obstacle():
+    model, x = Noting(each=0), torch.randn(3, 4)
+    assert torch.equal(lorafx.trace(model, x)(x), model(x)) and model.config.kind == "found"
+    model = Noting(each=1)
+    with pytest.raises(CaptureError, match="it changes config"):
+        lorafx.trace(model, x)
+    assert model.config == SimpleNamespace(kind=None, calls=0), "nothing is left of two tries"

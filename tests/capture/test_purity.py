@@ -130,3 +130,13 @@ def test_a_models_own_source_of_random_numbers_is_refused(draw):
     model[0].draw = draw
     with pytest.raises(Changed, match=r"it changes 0\.draw"), unchanging(model):
         draw.random()
+
+
+def test_what_only_objects_hold_may_have_been_noted_for_good():
+    model = nn.Sequential(Remembers())
+    model[0].state = SimpleNamespace(kind=None)
+    with pytest.raises(Changed, match=r"0\.state\.kind") as caught, unchanging(model):
+        model[0].state.kind = "found"
+    assert model[0].state.kind == "found"
+    caught.value.put_back()
+    assert model[0].state.kind is None
