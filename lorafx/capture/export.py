@@ -22,14 +22,14 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, let_go, real
+from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
 from .arguments import argument_names, images
 from .caches import branchless_windows, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
-from .foreign_tensors import ForeignTensors
+from .foreign_tensors import ForeignTensors, require_no_foreign
 from .purity import Changed, innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
@@ -103,7 +103,14 @@ def _trace_once(
         except CaptureError as error:  # as for operators that take functions: torch refuses to trace them so
             if isinstance(error.__cause__, Changed):
                 raise
-    return _trace_part(model, path, args, kwargs, free, unroll)
+    try:
+        return _trace_part(model, path, args, kwargs, free, unroll)
+    except CaptureError as error:
+        if not is_of_functions(error.__cause__):
+            raise
+        gm = _trace_part(model, path, args, kwargs, free, unroll, watched=False)
+        require_no_foreign(gm, model)
+        return gm
 
 
 def _trace_part(
@@ -114,6 +121,7 @@ def _trace_part(
     free: Collection[int],
     unroll: bool,
     once: bool = False,
+    watched: bool = True,
 ) -> GraphModule:
     require_free_names(model)
     bare = isolated(mirrored(model))
@@ -126,7 +134,8 @@ def _trace_part(
     def call(*args: Any, **kwargs: Any) -> Any:
         parameters = layers.shown() if layers else contextlib.nullcontext()
         loops = contextlib.nullcontext() if unroll else no_unrolling(part)
-        with parameters, unchanging(part), loops, ForeignTensors(model, bare):
+        foreign = ForeignTensors(model, bare) if watched else contextlib.nullcontext()
+        with parameters, unchanging(part), loops, foreign:
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..graph.modules import CAPTURED
 from ..torch_private.tensors import DisableTorchFunction, is_wrapped
 from ..torch_private.tracing import FakeTensor
 from ..tree.holdings import all_holdings
@@ -89,8 +91,19 @@ class ForeignTensors(TorchFunctionMode):
 
     @functools.cached_property
     def _storages(self) -> set[int]:
-        tensors = (*self.tree.parameters(), *self.tree.buffers())
-        return {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}
+        return _storages_of(self.tree)
+
+
+def require_no_foreign(gm: GraphModule, tree: nn.Module) -> None:
+    """Raise `CaptureError` if a graph captured without `ForeignTensors` has one of the tree's as a constant."""
+    storages = _storages_of(tree)
+    for name, constant in gm.get_submodule(CAPTURED).named_buffers():
+        if constant.untyped_storage().data_ptr() in storages:
+            raise CaptureError(f"it reads one of the model's own tensors by another way than its modules ({name})")
+
+
+def _storages_of(tree: nn.Module) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in (*tree.parameters(), *tree.buffers())} - {0}
 
 
 def _here() -> str:

@@ -92,7 +92,7 @@ def _shared(model: nn.Module) -> set[str]:
     """The settings of objects that are neither modules nor classes."""
     places = settings_of(model.named_modules())
     objects = [(path, names) for path, holder, names in places if not isinstance(holder, (nn.Module, type))]
-    return {f"{path}.{name}" for path, names in objects for name in names}
+    return {f"{path}.{name}".lstrip(".") for path, names in objects for name in names}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +42,15 @@ __all__ = [
     # Makes nodes of what Python computes of sizes only where they are used. Without it, layers would differ by nodes.
     "maybe_enable_thunkify",
 ]
+
+
+def is_of_functions(error: BaseException | None) -> bool:
+    """Whether Dynamo could not look into the functions that an operator takes, as torch.cond does.
+
+    It looks at torch function modes then, too. Without this, no such model would be a graph.
+    """
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    return dynamo is not None and isinstance(error, dynamo.UncapturedHigherOrderOpError)
 
 
 def real(tensor: Tensor) -> Tensor:

@@ -104,3 +104,19 @@ def test_a_tensor_that_is_watched_or_made_in_the_call_is_a_constant(function):
     gm = trace(model, x)
     torch.testing.assert_close(gm(x), model(x))
     assert resolve(gm, "up.weight") is model.up.weight
+
+
+@pytest.mark.parametrize("how", ["own", "foreign"])
+def test_operators_that_take_functions_are_captured_without_it(how):
+    def choose(self, x):
+        other = self.single.module if how == "foreign" else self.other
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (self.up(other(x)),))
+
+    model, x = Reading(choose), torch.randn(3, 4)
+    model.other = nn.Linear(4, 4)
+    model.single = held_by_one_who_cannot_be_copied(model.other)
+    if how == "foreign":
+        with pytest.raises(CaptureError, match="own tensors by another way"):
+            trace(model, x)
+    else:
+        torch.testing.assert_close(trace(model, x)(x), model(x))
