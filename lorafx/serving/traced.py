@@ -27,13 +27,20 @@ from ..torch_private.tracing import get_proxy_mode, outside_recorders
 from ..tree.attached import branch, has_copies_among_children, trained_paths
 from ..tree.lookup import tensor_at
 from .call_key import Call
+from .graph_builder import CAPTURING
 from .per_site import interpret
 from .tree_state import TreeGuards
 
 
 def is_traced() -> bool:
-    """Whether somebody records the operators that run in this thread."""
-    return torch.jit.is_tracing() or get_proxy_mode() is not None
+    """Whether somebody records the operators that run in this thread.
+
+    torch keeps some of its recorders for all threads, so while another one captures a graph, the answer waits for that.
+    """
+    if torch.jit.is_tracing() or get_proxy_mode() is None:
+        return torch.jit.is_tracing()
+    with CAPTURING:
+        return get_proxy_mode() is not None
 
 
 def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...]) -> Any:

@@ -179,6 +179,6 @@ def test_an_adapter_acts_by_whatever_road_a_layer_is_reached(capture, plan, tmp_
     lora.unmerge_adapter()
     folder = tempfile.mkdtemp(dir=tmp_path)
     lora.save_pretrained(folder)
-    again = lorafx.load(built(plan), folder, capture=capture, autocast_adapter_dtype=False)
+    again = lorafx.load(built(plan).eval(), folder, capture=capture, autocast_adapter_dtype=False)
     torch.testing.assert_close(again(x), expected)
     torch.testing.assert_close(lora.merge_and_unload()(x), expected)
