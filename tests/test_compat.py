@@ -300,6 +300,7 @@ def test_embeddings_among_the_targets_are_trained_whole():
     assert trained == {"lm_head.modules_to_save.default.weight", "model.embed_tokens.modules_to_save.default.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "trained"), [("float16", "float32"), ("bfloat16", "bfloat16")])
 def test_embeddings_of_a_float16_base_train_in_float32(dtype, trained):
     """As in Unsloth, for float16 loses small steps, and a gradient scaler refuses parameters in it."""

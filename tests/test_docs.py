@@ -16,6 +16,7 @@ def blocks(file: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
     namespace: dict = {"__name__": "page"}
     exec(compile("\n".join(blocks(ROOT / "docs/writing-a-pass.md")), "writing-a-pass.md", "exec"), namespace)

@@ -22,6 +22,7 @@ def llama():
     return model, lorafx.trace(model, input_ids=tokens, labels=tokens)
 
 
+@pytest.mark.slow
 def test_the_loss_is_bit_equal_at_other_sizes(llama):
     model, gm = llama
     for batch, length in ((2, 7), (3, 12), (5, 4)):
@@ -153,6 +154,7 @@ def test_a_setting_of_the_models_config_is_told_apart():
         assert lora(input_ids=ids(2, 5)).past_key_values is None
 
 
+@pytest.mark.slow
 def test_captures_leave_nothing_behind():
     def sizes_known():
         gc.collect()

@@ -106,6 +106,7 @@ def test_a_tensor_that_is_watched_or_made_in_the_call_is_a_constant(function):
     assert resolve(gm, "up.weight") is model.up.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["own", "foreign"])
 def test_operators_that_take_functions_are_captured_without_it(how):
     def choose(self, x):

@@ -146,6 +146,7 @@ def test_an_old_weights_file_is_fetched_where_there_is_no_new_one(hub, files, tm
     assert_same_adapters(load(weights_only=True), adapted())
 
 
+@pytest.mark.slow
 def test_the_cache_is_where_it_was_asked_to_be_and_serves_when_the_hub_is_gone(hub, files, tmp_path, monkeypatch):
     hub.add(REPO, files)
     load(cache_dir=tmp_path / "mine")
@@ -250,6 +251,7 @@ def test_pushed_files_are_those_that_saving_writes(hub, files):
     assert_same_adapters(load(), adapted())
 
 
+@pytest.mark.slow
 def test_branches_pull_requests_and_selected_adapters(hub):
     lora = adapted()
     lora.add_adapter("other", {"r": 2, "target_modules": ["v_proj"], "init_lora_weights": False})
@@ -265,6 +267,7 @@ def test_branches_pull_requests_and_selected_adapters(hub):
     assert_same_adapters(loaded, lora, "other")
 
 
+@pytest.mark.slow
 def test_a_card_is_written_once_with_tags_and_never_over_the_users(hub):
     adapted().push_to_hub(REPO, tags=["mine"])
     repository = hub.repositories[REPO]

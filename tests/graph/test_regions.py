@@ -32,6 +32,7 @@ def test_layers_are_one_family_with_what_goes_in_and_out():
     assert all("layers.1." in str(n.meta["nn_module_stack"]) or n in second.nodes for n in second.nodes)
 
 
+@pytest.mark.slow
 def test_equal_signatures_are_equal_computations():
     for make, expected in KINDS.values():
         calls = found(graph(Stack(make)))

@@ -57,6 +57,7 @@ def test_a_plain_loop_trains_as_with_peft(tmp_path, dtype, tolerance):
     assert len(ours.explain().calls) == 1
 
 
+@pytest.mark.slow
 def test_a_state_dict_moves_all_that_there_is():
     lora, x = adapted()
     expected = lora(*x)
@@ -106,6 +107,7 @@ def test_a_copy_of_the_whole_model_computes_the_same_and_is_another(family, how)
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in lora.state_dict().items() if k in base.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64))]
 )

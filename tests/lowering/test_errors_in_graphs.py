@@ -31,6 +31,7 @@ def test_an_error_in_a_graph_names_the_model_s_line(capfd):
     lora(x, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.slow
 def test_an_error_in_a_block_does():
     lora = lorafx.compile(tiny_llama(), {"r": 2, "target_modules": ["q_proj"]}, capture="graph", backend="eager")
     lora(input_ids=ids(1, 5))

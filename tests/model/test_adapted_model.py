@@ -137,6 +137,7 @@ def test_what_is_not_there_is_refused_and_not_dropped():
         lora(torch.randn(5, 4), adapter_names=["default"] * 5)
 
 
+@pytest.mark.slow
 def test_no_names_of_adapters_are_as_good_as_none():
     class Takes(Chain):
         def forward(self, x, **rest):

@@ -50,6 +50,7 @@ def test_what_is_merged_or_disabled_says_so(x):
     lora(x).backward()
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_transformers_model_says_so():
     lora = lorafx.compile(tiny_llama(), {"r": 2, "target_modules": ["q_proj"]})
     lora.merge_adapter()
@@ -72,6 +73,7 @@ def test_what_has_another_gradient_is_left_alone(x):
     assert lora.first.weight.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "sites"])
 def test_training_in_evaluation_mode_without_dropout_is_said_once(capture, x):
     def said(model, calls, **config):

@@ -46,7 +46,7 @@ def around(lora, **options):
 WAYS = [(whole, False), (whole, True), (in_place, False), (in_place, True), (forward, True), (around, False)]
 
 
-@pytest.mark.parametrize(("way", "fullgraph"), WAYS)
+@pytest.mark.parametrize(("way", "fullgraph"), [WAYS[0], *(pytest.param(*w, marks=pytest.mark.slow) for w in WAYS[1:])])
 def test_the_rewritten_graph_is_what_is_compiled(way, fullgraph):
     torch._dynamo.reset()
     lora, backend = adapted(Chain()), Recording()
@@ -85,6 +85,7 @@ def test_a_function_that_must_be_one_graph_hears_why_it_cannot():
         run(x)
 
 
+@pytest.mark.slow
 def test_copies_compile_for_themselves():
     lora = adapted(Chain())
     compiled = torch.compile(lora, backend="eager")
@@ -108,6 +109,7 @@ def test_what_torch_compile_says_is_a_backend():
 # --- FSDP1 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [False, True])
 def test_fsdp1_around_an_adapted_model(layers):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

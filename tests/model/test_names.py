@@ -160,6 +160,7 @@ def test_a_model_that_answers_for_another():
     assert callable(lora.merge_adapter) and lorafx.of(lora).sites[0].name == "inner.lin"
 
 
+@pytest.mark.slow
 def test_a_model_that_chooses_its_forward():
     class Two(Uses):
         def train(self, mode=True):

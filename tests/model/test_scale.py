@@ -97,6 +97,7 @@ def test_rescaling_lasts_for_a_while():
     torch.testing.assert_close(lora(x), base + 0.5 * update, **CLOSE)
 
 
+@pytest.mark.slow
 def test_it_is_no_part_of_what_is_saved_and_goes_with_the_adapter(tmp_path):
     model, x = Chain(), torch.randn(5, 4)
     keys, lora = set(model.state_dict()), adapted(model)
@@ -159,6 +160,7 @@ def test_a_scale_that_changes_before_backward_is_not_that_of_the_call():
     assert torch.equal(torch.autograd.grad(output, b)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_scale_set_in_inference_mode_serves_training_too():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     with torch.inference_mode():

@@ -70,6 +70,7 @@ class Net(nn.Module):
         return self.tail(self.body(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", cases(["auto", "sites"], quick=["sites"]))
 @pytest.mark.parametrize("momentum", cases([0.1, None], quick=[None]))
 def test_buffers_of_saved_modules_are_buffers_that_change_as_in_the_plain_model(capture, momentum, tmp_path):

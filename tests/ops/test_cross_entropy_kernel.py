@@ -174,6 +174,7 @@ def test_it_compiles_for_gpus_that_are_not_there(compiled):
     assert not re.search(r"\b(atom|red)\.", compiled["ptx"])
 
 
+@pytest.mark.slow
 def test_a_label_that_is_no_class_is_the_one_thing_asserted(compiled):
     assert re.findall(r'tt\.assert .*"(.*)"', compiled["ttir"]) == ["a label is no class"]
     assert "__assertfail" in compiled["ptx"]

@@ -38,6 +38,7 @@ def waiting(shared):
     lora.zero_grad()
 
 
+@pytest.mark.slow
 def test_what_is_known_without_computing():
     lora, ids, expected = made()
     logits = lora(ids, ids)[1]
@@ -109,6 +110,7 @@ def test_gradients_of_who_does_not_ask_torch(change, waiting):
     assert all(torch.allclose(f, w, rtol=1e-5) for f, w in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_logits_after_a_step_are_an_error(waiting):
     lora, ids, before = waiting
     logits, read = lora(ids, ids)[1], lora(ids, ids)[1]
@@ -120,6 +122,7 @@ def test_logits_after_a_step_are_an_error(waiting):
     assert torch.equal(read, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detach", [False, True])
 def test_merging_computes_what_waits_first(detach, waiting):
     lora, ids, before = waiting
@@ -160,6 +163,7 @@ def test_detached_logits_keep_no_history(read, waiting):
     assert graph() is None and torch.equal(kept, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", cases([torch.no_grad, torch.inference_mode], quick=[torch.no_grad]))
 def test_evaluation(off, waiting):
     lora, ids, expected = waiting

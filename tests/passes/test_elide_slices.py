@@ -1,5 +1,6 @@
 """elide_slices: what takes all is gone, what leaves something out stays."""
 
+import pytest
 import torch
 from graphs import Chain, adapted, run, text
 from torch import nn
@@ -16,6 +17,7 @@ def slices(gm):
     return [line.partition(" = ")[2] for line in text(gm) if " = slice.Tensor(" in line]
 
 
+@pytest.mark.slow
 def test_what_takes_all_is_gone():
     model = nn.Sequential(Chain(), Sliced())
     lora, x = adapted(model, target_modules=["first"]), torch.randn(5, 4, 4)

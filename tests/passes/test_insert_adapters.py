@@ -207,6 +207,7 @@ def test_a_saved_twin_of_a_tied_weight_is_read_only_where_it_is_named():
     torch.testing.assert_close(lora(ids), expected, msg="its twin does not")
 
 
+@pytest.mark.slow
 def test_saved_twins_of_a_tied_weight_are_each_read_where_they_are_named():
     model, ids = DeeperTied(), torch.randint(0, 11, (2, 6))
     lora = adapted(model, target_modules=["middle"], modules_to_save=["embed", "head"])

@@ -284,6 +284,7 @@ class Within(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("outer", "inner"), [(1, 3), (2, 2), (3, 3)])
 def test_of_layers_within_layers_the_outermost_are_blocks(outer, inner):
     model, x = nn.Sequential(*(Within(inner) for _ in range(outer))), torch.randn(5, 6)

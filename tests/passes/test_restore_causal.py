@@ -166,6 +166,7 @@ def test_a_mask_that_another_integer_decides_stays():
 USES = [lambda mask: mask, lambda mask: ~~mask, lambda mask: mask.float().log()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", cases(USES, quick=USES[2:]))
 def test_ones_have_the_dtype_of_the_mask(use):
     model, x = Attending(lambda x, attention_mask: use(attention_mask)[:, None, None, :]), torch.randn(2, 7, 4)

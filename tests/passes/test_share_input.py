@@ -66,6 +66,7 @@ class Twice(nn.Module):
         return first + self.b(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", cases([False, True], quick=[True]))
 def test_what_is_written_in_between_is_seen(writes):
     lora, x = adapted(Twice(writes)), torch.randn(5, 4)

@@ -120,6 +120,7 @@ def test_a_weight_that_is_read_in_parts_or_turned_is_merged_and_called(model, ta
     torch.testing.assert_close(model(x, c), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, pytest.param(lambda lora: pickle.loads(pickle.dumps(lora)), marks=pytest.mark.slow)]
 )

@@ -109,6 +109,7 @@ def test_the_merged_weights_depend_neither_on_order_nor_on_grouping(case, random
         torch.testing.assert_close(actual[path], tensor, rtol=unit, atol=0)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(testing.adapted(testing.models(dtypes=HALF), scales=ANY_SCALE))
 def test_merging_rounds_once(case):
@@ -129,6 +130,7 @@ def test_merging_rounds_once(case):
         torch.testing.assert_close(merged.double(), value, rtol=unit, atol=smallest)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(testing.adapted(testing.models(dtypes=REAL), adapters=2), st.integers(0, 2**32), st.booleans())
 def test_any_finite_weights_come_back(case, seed, hostile):
@@ -168,6 +170,7 @@ LARGE = testing.models(
 )
 
 
+@pytest.mark.slow
 @examples(20)
 @given(testing.adapted(LARGE, adapters=4, scales=st.floats(1e-4, 0.05)))
 def test_small_adapters_keep_under_a_quarter_of_the_weight(case):
@@ -179,6 +182,7 @@ def test_small_adapters_keep_under_a_quarter_of_the_weight(case):
             assert kept < 0.25 * size, f"{path}: {kept} of {size} bytes"
 
 
+@pytest.mark.slow
 @examples(20)
 @given(testing.adapted(testing.models(dtypes=REAL) | LARGE, adapters=4, scales=st.floats(1e-3, 100)))
 def test_no_adapter_keeps_more_than_a_copy_of_the_weight(case):
@@ -246,12 +250,14 @@ def _failing(where, countdown):
 # --- files ---
 
 
+@pytest.mark.slow
 @examples(25)
 @given(testing.adapted(mergeable=False, adapters=3))
 def test_saving_and_loading_is_the_identity(tmp_path_factory, case):
     testing.assert_roundtrip(case.build(), tmp_path_factory.mktemp("adapter"))
 
 
+@pytest.mark.slow
 @examples(10)
 @given(testing.adapted(adapters=3))
 def test_a_merged_model_saves_the_same_files(tmp_path_factory, case):

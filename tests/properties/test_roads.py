@@ -156,6 +156,7 @@ def built(plan: Plan) -> nn.Module:
     return plan.build(3)[0].double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "sites"])
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans)

@@ -99,6 +99,7 @@ def test_what_trains_inside_a_function_of_others_is_left_alone():
     assert lora.first.lora_B.default.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_sites_in_blocks_own_copies_and_merged_adapters_count(llama):
     lora, _ = llama
@@ -124,6 +125,7 @@ class Decoding(nn.Module):
         return self.decoder(cache[0]), cache
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_decoder_whose_encoder_or_first_step_ran_the_sites_is_silent():
     lora, x = lorafx.compile(Decoding(), {"r": 2, "target_modules": ["encoder.first"]}), torch.randn(5, 4)

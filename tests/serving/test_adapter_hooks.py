@@ -85,6 +85,7 @@ def test_hooks_see_and_change_what_pefts_do(both):
         torch.testing.assert_close(ours.get_parameter(name).grad, gradient)
 
 
+@pytest.mark.slow
 def test_hooks_that_are_gone_leave_the_fused_graph():
     lora, x, seen = adapted(Chain()), torch.randn(5, 4), []
     before = lora(x)

@@ -78,6 +78,7 @@ def test_dropout_that_is_switched_off_drops_nothing():
     assert torch.equal(lora(x), lora(x))
 
 
+@pytest.mark.slow
 def test_it_says_which_attribute_changed():
     lora, x = adapted(Attributes()), torch.randn(5, 4)
     lora(x)
@@ -106,6 +107,7 @@ class Listing(dict):
         return list(super().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases([dict, Listing], quick=[dict]))
 def test_a_setting_within_a_container_is_no_constant(kind):
     class Scaled(Chain):
@@ -196,6 +198,7 @@ class Remote(Chain):
         return scaled(self.add(super().forward(x))) * type(self).factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -9,6 +9,7 @@ import lorafx
 REENTRANT = {"use_reentrant": True}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_inputs_without_gradients_train_with_reentrant_checkpoints(order):

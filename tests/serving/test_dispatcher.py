@@ -43,6 +43,7 @@ class Modes(Chain):
         return y + 1 if torch.is_grad_enabled() else y - 1
 
 
+@pytest.mark.slow
 def test_gradient_modes_are_as_the_caller_set_them():
     lora, plain = twins(Modes())
     x = random(5, 4)

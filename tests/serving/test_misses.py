@@ -8,6 +8,7 @@ from graphs import adapted
 from serving_models import Options, whys
 
 
+@pytest.mark.slow
 def test_it_says_in_what_a_call_differed():
     lora, x = adapted(Options()), torch.randn(5, 4)
     lora(x)

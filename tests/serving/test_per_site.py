@@ -31,6 +31,7 @@ def served(lora):
     return [call.served_by for call in lora.explain().calls]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "replaced",
     [
@@ -291,6 +292,7 @@ def test_a_weight_that_is_read_through_its_memory_is_an_error(how, capture):
         lora(torch.randn(5, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "sites"])
 @pytest.mark.filterwarnings("ignore:.*could not be captured")
 def test_the_bases_own_layers_must_be_in_the_models_mode(capture):

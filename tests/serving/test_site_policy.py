@@ -31,6 +31,7 @@ class Unrolled(nn.Module):
         return h
 
 
+@pytest.mark.slow
 def test_a_loop_over_a_size_runs_by_sites_at_once():
     lora, x = adapted(Unrolled(by_size=True)), torch.randn(2, 5, 4)
     with pytest.warns(UserWarning, match=r"loops over a size.*test_site_policy.py"):

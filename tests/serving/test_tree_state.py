@@ -58,6 +58,7 @@ def test_a_cast_of_a_module_in_the_middle_is_seen():
     torch.testing.assert_close(lora(x), plain(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases(["full backward", "full backward pre", "global"], quick=["full backward"]))
 def test_every_hook_is_called(kind):
     lora, x, calls = adapted(Chain()), torch.randn(5, 4), []
@@ -104,6 +105,7 @@ def test_a_hook_that_came_and_went_leaves_nothing_behind():
     assert served(lora) == ["sites", "graph"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["first", "first.lora_A.default", "everywhere"])
 def test_hooks_registered_anew_in_each_step_cost_nothing_and_are_not_kept(where):
     lora, x, sizes, dead = adapted(Chain()), torch.randn(5, 4), [], []

@@ -42,6 +42,7 @@ def test_weights_may_be_cast_for_the_time_of_a_call():
     assert all(parameter.grad is not None for parameter in last.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_cast_otherwise_has_another_graph():
     lora = adapted(stored_in_half(Chain()))
     lora(x)

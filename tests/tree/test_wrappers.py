@@ -91,8 +91,17 @@ def decorated(_):
 x = torch.linspace(-1, 1, 12).view(3, 4)
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
-@pytest.mark.parametrize("wrap", [whole, in_place, forward, layers, layers_and_leaves, decorated])
+WAYS = in_place, forward, layers, layers_and_leaves, decorated
+
+
+@pytest.mark.parametrize("capture", ["graph", pytest.param("sites", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        whole,
+        *(pytest.param(w, marks=pytest.mark.slow) for w in (in_place, forward, layers, layers_and_leaves, decorated)),
+    ],
+)
 def test_nothing_that_was_compiled_before_runs(wrap, capture, tmp_path):
     plain = adapted(net())
     lora = lorafx.compile(wrap(net()), plain.peft_config["default"], random_state=0, capture=capture)
@@ -157,6 +166,7 @@ def test_modules_side_by_side_are_those_of_the_same_name():
 # --- accelerate ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hooks_that_move_arguments_are_part_of_the_graph():
     base = accelerate.dispatch_model(net(), {"": "cpu"}, force_hooks=True)
     lora = adapted(base)

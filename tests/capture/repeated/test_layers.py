@@ -323,6 +323,7 @@ def test_a_part_that_is_called_by_itself():
     assert torch.equal(other["stack"](x), output)
 
 
+@pytest.mark.slow
 def test_a_captured_block_is_split_where_adapters_differ_and_inlined_where_they_reach_out():
     lora = lorafx.compile(Stack(), {"target_modules": ["up"], "rank_pattern": {r"layers\.[01]\.up": 3}})
     gm = lora.graph(torch.randn(5, 4))

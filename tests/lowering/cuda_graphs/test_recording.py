@@ -33,6 +33,7 @@ def test_logits_that_nobody_asked_for_wait_as_they_do_without():
                 lora.unmerge_adapter()
 
 
+@pytest.mark.slow
 def test_outputs_are_the_callers_own():
     """A later replay writes over nothing that an earlier one has given: outputs, gradients, logits that wait."""
     _, graphs = both()
@@ -90,6 +91,7 @@ def test_what_is_frozen_or_moved_is_recorded_again():
     assert_same(*(trained(each, losses, steps=9) for each in (plain, graphs)))
 
 
+@pytest.mark.slow
 def test_a_second_backward_is_refused():
     _, graphs = both()
     for n in range(3):
@@ -187,6 +189,7 @@ def change_an_adapter(lora):
 WRITES = [change_an_adapter, lorafx.AdaptedModel.merge_adapter]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", cases(WRITES, quick=[change_an_adapter]))
 def test_backward_after_a_parameter_was_written_to_is_refused(write):
     """Autograd refuses it, too: gradients would be those of other values than forward had."""

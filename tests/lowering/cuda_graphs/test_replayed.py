@@ -28,6 +28,7 @@ from lorafx.lowering.backend import Backend
 from lorafx.lowering.cuda_graphs.recording import ModelTensors
 
 
+@pytest.mark.slow
 def test_two_calls_before_a_backward():
     """The second runs as it is, for the first one's backward needs what it kept."""
     plain, graphs = both()
@@ -39,6 +40,7 @@ def test_two_calls_before_a_backward():
     assert launched(graphs) == "4 replayed"  # of ten calls
 
 
+@pytest.mark.slow
 def test_a_call_whose_backward_never_comes_keeps_nobody_waiting():
     _, graphs = both()
     for n in range(3):
@@ -193,6 +195,7 @@ def test_a_model_elsewhere_is_told_that_nothing_is_recorded(monkeypatch):
     assert launched(graphs) == "not recorded: the parameters are not all on one CUDA device"
 
 
+@pytest.mark.slow
 def test_what_fails_to_record_runs_as_it_is(monkeypatch):
     plain, graphs = both()
     monkeypatch.setattr(Recorder, "record", lambda self, body: 1 / 0)
