@@ -5,5 +5,7 @@ runs it; a new kind of call is given a program first. `call_key` says what a pro
 and `attribute_guards` what of it lies in the tree, and `programs` keeps what was made. `graph_builder` makes a graph;
 `per_site` runs the model's own Python where a call cannot be one, by the `site_graphs`. What is decided on the way has
 a file for each idea: `free_counters` (which integers may be any), `misses` (in what a new kind of call differs),
-`site_policy` (what goes by sites, and why) and `settling` (models that change themselves once).
+`site_policy` (what goes by sites, and why), `settling` (models that change themselves once), `checkpointing` (layers
+that checkpoint re-entrantly), `adapter_hooks` (hooks on an adapter's own modules), `traced` (calls that somebody else
+records) and `acting` (whether a call ran a site at all).
 """
