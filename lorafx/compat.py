@@ -154,7 +154,7 @@ def get_peft_model_state_dict(
     if state_dict is None:
         return own
     paths = {id(tensor): path for path, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict[paths[id(tensor)]] for key, tensor in own.items()}
+    return {key: state_dict[paths[id(tensor)]] if id(tensor) in paths else tensor for key, tensor in own.items()}
 
 
 def set_peft_model_state_dict(

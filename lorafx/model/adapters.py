@@ -78,7 +78,7 @@ class Adapters(Merges):
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
         adapter, values, embeddings = checkpoint.fit(mirrored(self.tree), adapter_name, found, is_trainable)
         if adapter_name in self._lorafx.adapters:
-            require_same(self._adapter(adapter_name), adapter, self._lorafx.ledger.names)
+            require_same(self._require_unmerged(adapter_name, "loading other values into it"), adapter)
             copy_into(self.tree, values)
         else:
             self._install(adapter, autocast_adapter_dtype, values=values)
@@ -117,11 +117,7 @@ class Adapters(Merges):
         if isinstance(adapter_name, Mapping):
             raise AdapterError("adapters have no weights here: activate them by name, and give each its `set_scale`")
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
-        adapters = [self._adapter(name) for name in names]
-        replaced = [base for adapter in adapters for base in adapter.replaced]
-        twice = next((base for base in replaced if replaced.count(base) > 1), None)
-        if twice:
-            raise AdapterError(f"{' and '.join(names)} cannot be active together: each has its own {twice}")
+        self._require_together(names)
         if self._lorafx.ledger.names:
             warnings.warn("the model was merged; it is unmerged before the active adapters change")
             self._lorafx.ledger.unmerge(self.tree)
@@ -129,38 +125,52 @@ class Adapters(Merges):
         self._set_trainable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors. If none is active then, the first that is left becomes active.
+        """Remove an adapter and its tensors. If none is active then, the first that is merged or left becomes active.
 
         Raises `AdapterError` for an unknown name, or while the adapter is merged.
         """
-        adapter, state = self._adapter(adapter_name), self._lorafx
-        if adapter_name in state.ledger.names:
-            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before deleting it")
+        adapter, state = self._require_unmerged(adapter_name, "deleting it"), self._lorafx
         remove(self.tree, adapter)
         del state.adapters[adapter_name]
         state.forget_programs()
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
-            state.active = rest or tuple(state.adapters)[:1]
+            state.active = rest or (state.ledger.names or tuple(state.adapters))[:1]
         self._set_trainable()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile."""
+        """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile.
+
+        Adapters may be added, deleted or made active meanwhile; they act, and train, after the block.
+        """
         state = self._lorafx
-        active, merged = state.active, state.ledger.names
+        active, merged, disabled = state.active, state.ledger.names, state.disabled
         trained = [parameter for parameter in self.tree.parameters() if parameter.requires_grad]
-        self._lorafx.ledger.unmerge(self.tree)
-        state.active = ()
-        self._set_trainable()
+        self.disable_adapter_layers()
         try:
             yield
         finally:
-            state.active = active
-            if merged:
-                self._merge([self._adapter(name) for name in merged])
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            state.disabled = disabled
+            if state.active == active:
+                gone = set(merged) - set(state.adapters)
+                self._merge([state.adapters[n] for n in merged if n not in gone and n not in state.ledger.names])
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+            else:
+                self._set_trainable()
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model from now on: merged adapters are unmerged, and none acts or trains."""
+        self._lorafx.ledger.unmerge(self.tree)
+        self._lorafx.disabled = True
+        self._set_trainable()
+
+    def enable_adapter_layers(self) -> None:
+        """Have the active adapters act again."""
+        with self._unmerged():  # what was merged since belongs into their copies of base tensors
+            self._lorafx.disabled = False
+        self._set_trainable()
 
     def _set_trainable(self) -> None:
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""

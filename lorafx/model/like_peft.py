@@ -107,17 +107,6 @@ class LikePeft(Adapters):
                 if isinstance(tensor := tensor_at(self.tree, path), nn.Parameter):
                     tensor.requires_grad_(requires_grad)
 
-    def disable_adapter_layers(self) -> None:
-        """Run as the base model from now on: merged adapters are unmerged, and none acts or trains."""
-        self._lorafx.ledger.unmerge(self.tree)
-        self._lorafx.disabled = True
-        self._set_trainable()
-
-    def enable_adapter_layers(self) -> None:
-        """Have the active adapters act again."""
-        self._lorafx.disabled = False
-        self._set_trainable()
-
     def get_layer_status(self) -> list[LayerStatus]:
         """Of each adapted module: which adapters it has, which of them act, train and are merged, and where."""
         return [self._layer_status(name) for name in self.targeted_module_names]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from ..adapters.adapter import Adapter, remove
-from ..errors import MergeError
+from ..errors import AdapterError, MergeError
 from ..merging.ledger import Ledger
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
@@ -25,14 +26,15 @@ class Merges(Part):
 
         Merges the active adapters, or those named. W + ΔW is computed in float64 and rounded once. `safe_merge` refuses
         a result that is not finite. Raises `MergeError`, with every weight as it was, when any site cannot be merged,
-        and `AdapterError` for an unknown name.
+        and `AdapterError` for an unknown name, or one that replaces a tensor which another acting adapter replaces too.
         """
         state = self._lorafx
-        names = state.active if adapter_names is None else tuple(adapter_names)
+        names = state.acting if adapter_names is None else tuple(adapter_names)
         adapters = self._in_order([name for name in dict.fromkeys(names) if name not in state.ledger.names])
         if not adapters:
             warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
+        self._require_together((*state.ledger.names, *state.active, *names))
         self._merge(adapters, safe=safe_merge, progressbar=progressbar)
 
     def _merge(self, adapters: list[Adapter], **how: bool) -> None:
@@ -40,6 +42,60 @@ class Merges(Part):
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
+
+    def _require_together(self, names: Iterable[str]) -> None:
+        """Raise `AdapterError` for adapters of which two have their own copy of one base tensor: which would act?"""
+        owners: dict[str, str] = {}
+        for name in dict.fromkeys(names):
+            for base in self._adapter(name).replaced:
+                if base in owners:
+                    raise AdapterError(
+                        f"{owners[base]!r} and {name!r} cannot be active together, nor one be merged while the other "
+                        f"is active: each has its own {base}"
+                    )
+                owners[base] = name
+
+    def _require_unmerged(self, name: str, before: str) -> Adapter:
+        """The adapter of this name; `AdapterError` if it is merged, or others are merged into its copies of tensors."""
+        adapter, ledger = self._adapter(name), self._lorafx.ledger
+        if name in ledger.names:
+            raise AdapterError(f"{name!r} is merged; unmerge it before {before}")
+        if held := [base for base, path in adapter.replaced.items() if path in ledger.entries]:
+            raise AdapterError(
+                f"{', '.join(map(repr, ledger.names))} merged into {held[0]} as {name!r} trains it; call "
+                f"`unmerge_adapter()` before {before}"
+            )
+        return adapter
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """Unmerge what is merged, and merge it again after the `with` block, with what acts then."""
+        merged = self._lorafx.ledger.names
+        self._lorafx.ledger.unmerge(self.tree)
+        try:
+            yield
+        finally:
+            if merged:
+                self._merge([self._adapter(name) for name in merged])
+
+    @contextlib.contextmanager
+    def _alone(self, names: Iterable[str]) -> Iterator[None]:
+        """Have no other adapters be active than these; on an error, all are as before.
+
+        What is merged into the others' copies of base tensors moves to the base's own.
+        """
+        state, active = self._lorafx, self._lorafx.active
+        rest = tuple(name for name in active if name in names)
+        try:
+            if any(self._adapter(name).replaced for name in active if name not in rest):
+                with self._unmerged():
+                    state.active = rest
+            yield
+        except BaseException:
+            if state.active != active:
+                with self._unmerged():
+                    state.active = active
+            raise
 
     def _in_order(self, names: list[str]) -> list[Adapter]:
         """These adapters in the order in which they act; `MergeError` if merging them would change the result.
@@ -72,14 +128,19 @@ class Merges(Part):
     ) -> nn.Module:
         """Merge for good and return the base model object, a plain model again.
 
-        Biases and modules that the adapters trained as a whole replace the base's. Arguments and errors are those of
+        Merges the active adapters, or those named, besides what is merged already; others are dropped. Biases and
+        modules that the adapters trained as a whole replace the base's. Arguments and errors are those of
         `merge_adapter`.
         """
+        ledger = self._lorafx.ledger
         names = list(self._lorafx.active if adapter_names is None else adapter_names)
-        new = [name for name in names if name not in self._lorafx.ledger.names]
-        if new:
-            self.merge_adapter(new, safe_merge, progressbar)
-        for name in dict.fromkeys((*self._lorafx.ledger.names, *names)):
+        adapters = self._in_order([name for name in dict.fromkeys(names) if name not in ledger.names])
+        chosen = dict.fromkeys((*ledger.names, *names))
+        self._require_together(chosen)
+        with self._alone(chosen):
+            if adapters:
+                self._merge(adapters, safe=safe_merge, progressbar=progressbar)
+        for name in chosen:
             _keep_replaced(self.tree, self._adapter(name))
         self._lorafx.ledger = Ledger()
         return self._given_back()

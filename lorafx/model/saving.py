@@ -12,20 +12,19 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..errors import AdapterError
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
 from ..tree.lookup import copy_into, find_tensor, first_name, tensor_at
 from ..tree.wrappers import unwrapped
-from .part import Part
+from .merges import Merges
 
 # Names of embeddings whose base weights PEFT writes along with their adapter.
 KNOWN_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-class Saving(Part):
+class Saving(Merges):
     """The part of an adapted model that writes its adapters."""
 
     def save_pretrained(
@@ -70,8 +69,15 @@ class Saving(Part):
             checkpoint.write(self.tree, adapter, folder, tensors)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
-        """An adapter's tensors, shared and not copied, by the keys that they have in its file."""
-        return {key: tensor_at(self.tree, path) for key, path in checkpoint.keys(self._adapter(adapter_name)).items()}
+        """An adapter's tensors, shared and not copied, by the keys that they have in its file.
+
+        Of a copy that other adapters are merged into it is the value without them.
+        """
+        ledger, paths = self._lorafx.ledger, checkpoint.keys(self._adapter(adapter_name))
+        return {
+            key: ledger.original(self.tree, path) if path in ledger.entries else tensor_at(self.tree, path)
+            for key, path in paths.items()
+        }
 
     def load_adapter_state_dict(self, values: Mapping[str, Tensor], adapter_name: str = "default") -> None:
         """Give an adapter that is there these values, in place; keys are those of `adapter_state_dict`.
@@ -79,9 +85,7 @@ class Saving(Part):
         Raises `CheckpointError`, with all values as they were, for a missing or unexpected key or another shape, and
         `AdapterError` for an adapter that is unknown or merged.
         """
-        adapter = self._adapter(adapter_name)
-        if adapter_name in self._lorafx.ledger.names:
-            raise AdapterError(f"{adapter_name!r} is merged; unmerge it before loading other values into it")
+        adapter = self._require_unmerged(adapter_name, "loading other values into it")
         paths = checkpoint.keys(adapter)
         own = {key: tensor_at(self.tree, path) for key, path in paths.items()}
         expected = {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}

@@ -12,11 +12,11 @@ from ..adapters.adapter import scaled
 from ..adapters.config import is_number, require
 from ..adapters.kinds import SCALING
 from ..errors import AdapterError
-from ..tree.lookup import copy_into, tensor_at
-from .part import Part
+from ..tree.lookup import copy_into, find_tensor, tensor_at
+from .merges import Merges
 
 
-class Scales(Part):
+class Scales(Merges):
     """The part of an adapted model that changes the scales of its adapters."""
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
@@ -44,7 +44,10 @@ class Scales(Part):
 
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
-        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does."""
+        """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does.
+
+        What is merged within the block is merged anew after it.
+        """
         active = list(self._lorafx.active)
         for name in active:
             self._require_scalable(name)
@@ -59,4 +62,6 @@ class Scales(Part):
         try:
             yield
         finally:
-            copy_into(self.tree, before)
+            merged = bool({*active} & {*self._lorafx.ledger.names})
+            with self._unmerged() if merged else contextlib.nullcontext():
+                copy_into(self.tree, {p: value for p, value in before.items() if find_tensor(self.tree, p) is not None})

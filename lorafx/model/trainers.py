@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +119,8 @@ def name_self(tree: nn.Module) -> None:
         tree.__dict__["model"] = tree
 
 
-def require_same(known: Adapter, found: Adapter, merged: Iterable[str]) -> None:
+def require_same(known: Adapter, found: Adapter) -> None:
     """Raise `AdapterError` if the adapter `known` cannot take over the values of `found`, read from a file."""
-    if known.name in merged:
-        raise AdapterError(f"{known.name!r} is merged; unmerge it before loading other values into it")
     ignored = _ORIGIN | _START | _NAMES
     old, new = ({k: v for k, v in a.config.to_dict().items() if k not in ignored} for a in (known, found))
     differ = [key for key in old if old[key] != new.get(key)]
