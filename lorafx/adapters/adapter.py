@@ -20,7 +20,7 @@ from .kinds import SCALING, Kind, Operands, kind_of
 from .naming import require_usable
 from .selection import saved_modules, select
 from .site import Selection, Site
-from .storages import weights_of
+from .storages import DENSE, weights_of
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -165,6 +165,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
     kind = kind_of(config.peft_type)
     selection = select(root, config)
+    _require_numbers(root, selection)
     for site in selection:
         kind.check(site, config)
     for remark in kind.remarks(selection, config):
@@ -197,6 +198,19 @@ def _require_readable(root: nn.Module, selection: Selection) -> None:
             f"{site.name} cannot be adapted: the model's root has a `{name}`, and so has every torch.fx.GraphModule. "
             "Give that module another name, or make the model a child of another one"
         )
+
+
+def _require_numbers(root: nn.Module, selection: Selection) -> None:
+    """Raise `SelectionError` for a weight of integers, which is a quantised one that no storage knows."""
+    for site in selection:
+        weight = tensor_at(root, site.weight)
+        if site.storage == DENSE and not (weight.is_floating_point() or weight.is_complex()):
+            owner = type(root.get_submodule(site.module))
+            raise SelectionError(
+                f"{site.name} ({owner.__module__}.{owner.__name__}) keeps its weight as {weight.dtype}, as quantised "
+                "layers do, and no storage here knows that one. Leave it out, load the base unquantised, or teach "
+                "lorafx its layout: `lorafx.adapters.storages.register`"
+            )
 
 
 def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:

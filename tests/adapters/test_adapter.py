@@ -11,6 +11,7 @@ from lorafx.adapters import readings, storages
 from lorafx.adapters.adapter import plan
 from lorafx.adapters.readings import LINEAR, Reading
 from lorafx.adapters.storages import Dense
+from lorafx.errors import SelectionError
 from lorafx.tree.attached import attach
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -150,3 +151,20 @@ def test_layers_are_of_one_form_if_their_equations_and_tensors_are():
     assert forms[0] == forms[1] != forms[2]
     lora.layers[1].up.eval()
     assert adapter.relative_to("layers.1").signature(lora.layers[1]) != forms[0], "dropout depends on the mode"
+
+
+class Packed(nn.Linear):
+    """A layer that keeps two numbers of its weight in a byte, as quantised ones do."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(torch.zeros(inputs * outputs // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("targets", [["0"], "all-linear"])
+def test_a_quantised_weight_that_no_storage_knows_is_refused_by_name(targets):
+    base = nn.Sequential(Packed(4, 6), nn.Linear(6, 3), nn.Linear(3, 3))
+    before = {path: parameter.requires_grad for path, parameter in base.named_parameters()}
+    with pytest.raises(SelectionError, match=r"0 \(test_adapter\.Packed\) keeps its weight as torch\.uint8"):
+        lorafx.compile(base, {"r": 2, "target_modules": targets})
+    assert {path: parameter.requires_grad for path, parameter in base.named_parameters()} == before
