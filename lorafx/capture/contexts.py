@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..torch_private.replacing import fastpath_replaced
 from ..torch_private.tensors import global_call_hooks, has_saved_tensors_hooks, temporarily_clear_interpreter_stack
+from .padding import encode
 
 
 @contextlib.contextmanager
@@ -52,15 +54,12 @@ def quiet() -> Iterator[None]:
     sys.stderr.write(printed.getvalue())
 
 
-@contextlib.contextmanager
-def plain_operators() -> Iterator[None]:
-    """Keep torch.nn's encoder layers from running as one kernel, which reads many weights and no adapter can act in."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def plain_operators() -> contextlib.AbstractContextManager[None]:
+    """Keep torch.nn's encoder layers from running as one kernel, which reads many weights and no adapter can act in.
+
+    Encoders give the same without it, padded positions included.
+    """
+    return fastpath_replaced(encode)
 
 
 @contextlib.contextmanager

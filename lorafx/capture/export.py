@@ -27,6 +27,7 @@ from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
 from .arguments import argument_names, images
+from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
@@ -135,7 +136,8 @@ def _trace_part(
         parameters = layers.shown() if layers else contextlib.nullcontext()
         loops = contextlib.nullcontext() if unroll else no_unrolling(part)
         foreign = ForeignTensors(model, bare) if watched else contextlib.nullcontext()
-        with parameters, unchanging(part), loops, foreign:
+        history = AutogradUse() if watched else contextlib.nullcontext()
+        with parameters, unchanging(part), loops, foreign, history, no_own_backward():
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

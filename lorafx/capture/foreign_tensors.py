@@ -47,6 +47,7 @@ class ForeignTensors(TorchFunctionMode):
         kwargs = kwargs or {}
         with DisableTorchFunction():
             if any(self._is_foreign(leaf) for leaf in pytree.arg_tree_leaves(*args, **kwargs)):
+                self._require_no_write(func, args)
                 args, kwargs = pytree.tree_map_only(Tensor, self._own, (args, kwargs))
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
@@ -67,6 +68,17 @@ class ForeignTensors(TorchFunctionMode):
         if reason := self._reason_against(tensor):
             raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{_here()}")
         return tensor
+
+    def _require_no_write(self, func: Callable[..., Any], args: Any) -> None:
+        """Raise `CaptureError` if a function writes to a tensor that is not in the tree: torch would do so now."""
+        target = args[0] if args else None
+        if not isinstance(target, Tensor) or not self._is_foreign(target) or not writes(func):
+            return
+        if id(target) not in self._made and id(target) not in self._paths:
+            raise CaptureError(
+                f"it changes a tensor of shape {list(target.shape)} that is no buffer, which a graph would not do again"
+                f"{_here()}"
+            )
 
     def _reason_against(self, tensor: Tensor) -> str:
         if tensor.requires_grad:
@@ -92,6 +104,13 @@ class ForeignTensors(TorchFunctionMode):
     @functools.cached_property
     def _storages(self) -> set[int]:
         return _storages_of(self.tree)
+
+
+def writes(func: Callable[..., Any]) -> bool:
+    """Whether a torch function, by its name, writes to its first argument: `add_`, `x[i] = …`, `x.data = …`."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", "__set__") or name.startswith("__i")
 
 
 def require_no_foreign(gm: GraphModule, tree: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
-from ..graph.description import setting_key
+from ..graph.description import held_key
 from ..torch_private.replacing import range_replaced
 from ..tree.holdings import snapshot
 from ..tree.settings import settings_of
@@ -128,11 +128,11 @@ def no_unrolling(model: nn.Module) -> Iterator[None]:
 
 
 def _attributes(model: nn.Module, kept: list[Any]) -> dict[str, Any]:
-    """The settings of a model: a key by the dotted name of each."""
+    """The settings of a model: a key by the dotted name of each; a tensor is another one if it was put there since."""
     places = list(settings_of(model.named_modules()))
     apart = {id(holder) for _, holder, _ in places}
     return {
-        f"{path}.{name}".lstrip("."): setting_key(holder, name, kept, apart)
+        f"{path}.{name}".lstrip("."): held_key(vars(holder)[name], kept, apart)
         for path, holder, names in places
         for name in names
     }

@@ -54,12 +54,6 @@ def attribute_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Ha
     return held_key(value, keep, apart)
 
 
-def setting_key(holder: Any, name: str, keep: list[Any], apart: Container[int] = ()) -> Hashable:
-    """The key of an attribute, which is a module's own or that of something that a module holds."""
-    key = attribute_key if isinstance(holder, nn.Module) else held_key
-    return key(vars(holder)[name], keep, apart)
-
-
 def held_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashable:
     """A key by value for plain values and containers, by identity for all else, and by all that is held within.
 

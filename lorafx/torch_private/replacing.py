@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -48,3 +50,60 @@ def sliding_windows_replaced(update: Callable[..., Any], get_mask_sizes: Callabl
     finally:
         for name, method in own.items():
             setattr(DynamicSlidingWindowLayer, name, method)
+
+
+@contextlib.contextmanager
+def function_apply_replaced(apply: Callable[..., Any]) -> Iterator[None]:
+    """Let autograd functions be applied by `apply(plain, cls, …)`, where `plain` is what they are applied by otherwise.
+
+    `torch.autograd.Function.apply` asks its base class, as does one that somebody has kept by another name. Tracers see
+    through such functions. Were it not so, nobody would know that one with a backward of its own ran.
+    """
+    base: Any = torch.autograd.function._SingleLevelFunction
+    base.apply = classmethod(lambda cls, *args, **kwargs: apply(super(base, cls).apply, cls, *args, **kwargs))
+    try:
+        yield
+    finally:
+        del base.apply
+
+
+# The forward that torch has for `nn.TransformerEncoder`, which reads four attributes of what it is called with.
+plain_encoder = torch.nn.TransformerEncoder.forward
+
+
+class _Fastpath:
+    """Torch's switch for encoders that run as one kernel, off while anybody needs it off, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.was_on = threading.Lock(), 0, True
+
+    def off(self, encoder: Callable[..., Any]) -> None:
+        with self.lock:
+            if not self.users:
+                self.was_on = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+                torch.nn.TransformerEncoder.forward = encoder if self.was_on else plain_encoder  # type: ignore
+            self.users += 1
+
+    def back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.backends.mha.set_fastpath_enabled(self.was_on)
+                torch.nn.TransformerEncoder.forward = plain_encoder  # type: ignore[method-assign]
+
+
+_FASTPATH = _Fastpath()
+
+
+@contextlib.contextmanager
+def fastpath_replaced(encoder: Callable[..., Any]) -> Iterator[None]:
+    """Keep encoder layers from running as one kernel; where they did, let encoders run `encoder`.
+
+    The kernel reads many weights, and no adapter could act in it. But what an encoder gives depends on it.
+    """
+    _FASTPATH.off(encoder)
+    try:
+        yield
+    finally:
+        _FASTPATH.back()

@@ -121,3 +121,28 @@ def test_operators_that_take_functions_are_captured_without_it(how):
             trace(model, x)
     else:
         torch.testing.assert_close(trace(model, x)(x), model(x))
+
+
+def in_place(self):
+    self.mean.mul_(0.5).add_(1.0)
+
+
+def by_index(self):
+    self.mean[:] = 2.0
+
+
+def by_data(self):
+    self.mean.data = self.mean.data + 1.0
+
+
+def another(self):
+    self.mean = self.mean * 0.5
+
+
+@pytest.mark.parametrize("change", [in_place, by_index, by_data, another])
+def test_a_tensor_that_is_no_buffer_is_not_changed_by_a_graph(change):
+    model = Reading(lambda self, x: (change(self), self.up(x) + self.mean)[1])
+    model.mean = mean = torch.ones(6)
+    with pytest.raises(CaptureError, match="it changes"):
+        trace(model, torch.randn(3, 4))
+    assert model.mean is mean and mean.tolist() == [1.0] * 6

@@ -1,0 +1,82 @@
+"""What a model asks of autograd, or tells it, while it runs: a graph has the operators of forward and none of that.
+
+The model is captured without adapters, so nothing that it computes wants a gradient then, as it does later. A branch on
+that would be taken wrongly, and a tensor's hook or a function's own backward would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import CaptureError
+from ..torch_private.replacing import function_apply_replaced
+from .purity import place_of
+
+
+def _getter(name: str) -> Any:
+    """What torch function modes are given where somebody reads this attribute of a tensor."""
+    return getattr(Tensor, name).__get__
+
+
+# What hangs on a gradient that only the adapters bring. `requires_grad` is looked at apart: an argument's own is known.
+_ASKS: dict[Any, str] = {
+    _getter("grad_fn"): "asks for a tensor's `grad_fn`",
+    _getter("is_leaf"): "asks whether a tensor is a leaf",
+    Tensor.register_hook: "registers a hook on a tensor",
+    Tensor.register_post_accumulate_grad_hook: "registers a hook on a tensor",
+    Tensor.retain_grad: "retains a tensor's gradient",
+}
+_HANDING_ON = ("torch._tensor", "torch.overrides", "torch.utils._contextlib", __name__.partition(".")[0] + ".")
+_REQUIRES_GRAD = _getter("requires_grad")
+
+
+class AutogradUse(TorchFunctionMode):
+    """While active, raises `CaptureError` where a model's own code looks at or changes the history of a tensor."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        asks = _ASKS.get(func) or ("asks whether a tensor wants a gradient" if func == _REQUIRES_GRAD else "")
+        unsure = asks and torch.is_grad_enabled() and not (func == _REQUIRES_GRAD and result)
+        if unsure and not _is_torchs_own(_asker()):
+            raise CaptureError(f"it {asks}, which no graph does{place_of(traceback.extract_stack())}")
+        return result
+
+
+@contextlib.contextmanager
+def no_own_backward() -> Iterator[None]:
+    """Raise `CaptureError` where a model of this thread applies a function with a backward of its own, to train."""
+    thread = threading.get_ident()
+
+    def apply(plain: Callable[..., Any], function: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_torchs_own(vars(function)):
+            raise CaptureError(
+                f"it applies {function.__name__}, which has a backward of its own, and a graph would go by its forward"
+                f"{place_of(traceback.extract_stack())}"
+            )
+        return plain(*args, **kwargs)
+
+    with function_apply_replaced(apply):
+        yield
+
+
+def _asker() -> dict[str, Any]:
+    """The globals of the function that asks a tensor, below the methods by which tensors and modes hand it on."""
+    frame: Any = inspect.currentframe()
+    while frame.f_globals.get("__name__", "").startswith(_HANDING_ON):
+        frame = frame.f_back
+    return frame.f_globals  # type: ignore[no-any-return]
+
+
+def _is_torchs_own(names: Any) -> bool:
+    """Whether a frame's globals, or a class's attributes, are of torch itself."""
+    home = names.get("__name__") or names.get("__module__") or ""
+    return home == "torch" or home.startswith("torch.")

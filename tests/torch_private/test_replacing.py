@@ -1,0 +1,45 @@
+"""replacing: what stands in the place of other functions goes away with the last who needs it, in whatever thread."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import nn
+
+from lorafx.torch_private.replacing import fastpath_replaced, function_apply_replaced
+
+
+def encode(self, *args):
+    """Stands in for an encoder's forward."""
+
+
+def test_the_switch_is_back_when_the_last_thread_needs_it_no_more():
+    plain, inside, done = nn.TransformerEncoder.forward, threading.Event(), threading.Event()
+
+    def other():
+        with fastpath_replaced(encode):
+            inside.set()
+            done.wait(5)
+
+    thread = threading.Thread(target=other)
+    with fastpath_replaced(encode):
+        thread.start()
+        inside.wait(5)
+    assert not torch.backends.mha.get_fastpath_enabled() and nn.TransformerEncoder.forward is encode
+    done.set()
+    thread.join()
+    assert torch.backends.mha.get_fastpath_enabled() and nn.TransformerEncoder.forward is plain
+
+
+def test_functions_are_applied_as_ever_afterwards():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+    seen, held = [], Twice.apply
+    with function_apply_replaced(lambda plain, function, *args: seen.append(function) or plain(*args)):
+        assert held(torch.ones(())).item() == Twice.apply(torch.ones(())).item() == 2.0
+    held(torch.ones(()))
+    assert seen == [Twice, Twice]
