@@ -75,8 +75,12 @@ def test_loraplus_trains_as_pefts(config):
 def test_lorafa_trains_as_pefts_by_the_scaling_of_each_site():
     theirs, ours = both(r=2, lora_alpha=5, target_modules=["mid", "out"], alpha_pattern={"out": 1})
     before = ours.mid.lora_A.default.weight.detach().clone()
+    scalings = []
     for library, model in ((optimizers, theirs), (lorafx, ours)):
-        train(model, library.create_lorafa_optimizer(model, r=2, lora_alpha=5, lr=1e-2, weight_decay=0.1))
+        optimizer = library.create_lorafa_optimizer(model, r=2, lora_alpha=5, lr=1e-2, weight_decay=0.1)
+        scalings.append([s for s in optimizer.param_groups[0]["scaling_factors"] if s is not None])
+        train(model, optimizer)
+    assert scalings[0] == scalings[1] == [2.5, 2.5, 0.5, 0.5]
     assert_same(theirs, ours)
     assert torch.equal(ours.mid.lora_A.default.weight, before)
 
