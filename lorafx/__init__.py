@@ -24,6 +24,7 @@ from .graph.printing import diff
 from .model.adaptation import Adaptation, of
 from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
+from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
@@ -48,6 +49,8 @@ __all__ = [
     "Site",
     "TaskType",
     "compile",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "diff",
     "errors",
     "get_peft_model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from inspect import isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from .calls import WITHIN_DYNAMO, PartCall, generating, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
 from .state import State
-from .trainers import SeenAsPeft, name_self, with_model
+from .trainers import SeenAsPeft, name_self, refuse_optimizers_of_peft, with_model
 
 if TYPE_CHECKING:  # for a type checker the model has the whole interface; in truth each name that its base leaves free
     _Interface = Adaptation
@@ -58,6 +59,11 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
 
     def __repr__(self) -> str:
         return repr(of(self))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ever. PEFT's optimizers, which would train adapters otherwise than they say, are refused."""
+        refuse_optimizers_of_peft(self)
+        return super().named_parameters(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
