@@ -51,8 +51,8 @@ INSIDE = {
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "foreign_tensors"),
-        *("written_arguments", "repeated", "export"),
+        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use"),
+        *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters", "per_site"),

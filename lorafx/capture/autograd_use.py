@@ -46,7 +46,7 @@ class AutogradUse(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         asks = _ASKS.get(func) or ("asks whether a tensor wants a gradient" if func == _REQUIRES_GRAD else "")
         unsure = asks and torch.is_grad_enabled() and not (func == _REQUIRES_GRAD and result)
-        if unsure and not _is_torchs_own(_asker()):
+        if unsure and not is_asked_by_torch():
             raise CaptureError(f"it {asks}, which no graph does{place_of(traceback.extract_stack())}")
         return result
 
@@ -68,12 +68,15 @@ def no_own_backward() -> Iterator[None]:
         yield
 
 
-def _asker() -> dict[str, Any]:
-    """The globals of the function that asks a tensor, below the methods by which tensors and modes hand it on."""
+def is_asked_by_torch() -> bool:
+    """Whether torch's own code called the torch function that a mode is given now, and not the model's.
+
+    Below it are the methods by which tensors and modes hand a call on.
+    """
     frame: Any = inspect.currentframe()
     while frame.f_globals.get("__name__", "").startswith(_HANDING_ON):
         frame = frame.f_back
-    return frame.f_globals  # type: ignore[no-any-return]
+    return _is_torchs_own(frame.f_globals)
 
 
 def _is_torchs_own(names: Any) -> bool:

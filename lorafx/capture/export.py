@@ -31,6 +31,7 @@ from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
+from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
 from .purity import Changed, innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
@@ -129,6 +130,7 @@ def _trace_part(
     part = bare.get_submodule(path)
     without_hooks(part)
     layers = RepeatedLayers(bare, path) if once else None
+    layout = LayoutUse()
     # The module is called, and not its forward: only then does export note in each node that it is in this module.
     function = part if path else part.forward
 
@@ -136,8 +138,10 @@ def _trace_part(
         parameters = layers.shown() if layers else contextlib.nullcontext()
         loops = contextlib.nullcontext() if unroll else no_unrolling(part)
         foreign = ForeignTensors(model, bare) if watched else contextlib.nullcontext()
-        history = AutogradUse() if watched else contextlib.nullcontext()
-        with parameters, unchanging(part), loops, foreign, history, no_own_backward():
+        asked = contextlib.ExitStack()
+        for mode in (AutogradUse(), layout) if watched else ():
+            asked.enter_context(mode)
+        with parameters, unchanging(part), loops, foreign, asked, no_own_backward():
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
@@ -147,7 +151,9 @@ def _trace_part(
     gm = rooted(exported, model)
     if layers:
         fold(gm)
-    gm.meta[FILLS] = called.fills  # type: ignore[attr-defined]
+    gm.meta[FILLS], gm.meta[CONTIGUOUS] = called.fills, layout.asked  # type: ignore[attr-defined]
+    if layout.asked and not all_contiguous(pytree.tree_leaves((args, kwargs))):
+        raise CaptureError("it asks how a tensor lies in memory, and an argument is not contiguous")
     return gm
 
 

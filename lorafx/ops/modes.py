@@ -1,10 +1,12 @@
-"""Modes that a call runs in: autocast, gradients, inference, recording."""
+"""Modes that a call runs in: autocast, gradients, inference, recording, and what torch takes for given."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+
+Defaults = tuple[torch.dtype, torch.device, bool]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -19,10 +21,15 @@ def is_recorded() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...]]:
-    """The gradient mode, inference mode, and autocast's dtype on each kind of device there is."""
+def modes() -> tuple[bool, bool, tuple[torch.dtype | None, ...], Defaults]:
+    """The gradient mode, inference mode, autocast's dtype on each kind of device there is, and torch's defaults."""
     dtypes = tuple([autocast_dtype(device) for device in _devices()])
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtypes, defaults()
+
+
+def defaults() -> Defaults:
+    """What torch takes where a model does not say: dtype and device of new tensors, and whether to be deterministic."""
+    return torch.get_default_dtype(), torch.get_default_device(), torch.are_deterministic_algorithms_enabled()
 
 
 def _devices() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..adapters.adapter import Adapter
 from ..capture.arguments import images
 from ..graph.description import argument_key, parameter_key
-from ..ops.modes import is_recorded, modes
+from ..ops.modes import Defaults, is_recorded, modes
 from ..pipeline import Context
 from ..torch_private.tensors import is_wrapped
 from ..tree.lookup import find_tensor
@@ -119,6 +119,7 @@ class CallKey(NamedTuple):
     grad: bool
     inference: bool
     autocast: tuple[torch.dtype | None, ...]
+    defaults: Defaults
     layout: int
     adapters: tuple[Hashable, ...]
     merged: frozenset[str]

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from ..adapters.site import Site
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
+from ..capture.layout_use import CONTIGUOUS, all_contiguous
 from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
@@ -141,6 +142,8 @@ class Dispatcher:
         with CAPTURING:
             refresh(gm, call.tree)
             refresh(lowered.graph, call.tree)
+        if gm.meta[CONTIGUOUS] and not all_contiguous(call.leaves):
+            raise GuardFailed("an argument is not contiguous")
         leaves, output = guarded(lowered.run, call.leaves), lowered.output
         return fill(leaves, output, call.args, call.kwargs) if gm.meta[FILLS] else output.unflatten(leaves)
 

@@ -86,7 +86,7 @@ def _arguments(new: Program, old: Program) -> Iterator[str]:
 
 
 def _modes(new: CallKey, old: CallKey) -> Iterator[str]:
-    for field in ("grad", "inference", "autocast", "adapters", "merged", "full"):
+    for field in ("grad", "inference", "autocast", "defaults", "adapters", "merged", "full"):
         if getattr(new, field) != getattr(old, field):
             yield f"{field}: {_text(getattr(old, field))} → {_text(getattr(new, field))}"
     if new.layout != old.layout:

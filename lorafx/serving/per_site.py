@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,7 +235,28 @@ def interpret(call: Call, state: TreeState, run_operator: Callable[..., Any]) ->
     """
     interpreter = SiteInterpreter(call.tree, call.context, state, call.path, run_operator)
     with interpreter.active():
-        return own_forward(call.tree, call.path)(*call.args, **call.kwargs), interpreter.acted
+        result = own_forward(call.tree, call.path)(*call.args, **call.kwargs)
+    if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read
+        return _stepwise(interpreter, result), True
+    return result, interpreter.acted
+
+
+def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """A forward that yields: each of its steps runs as the call does, and what happens between them does not."""
+    step = partial(next, generator)
+    while True:
+        try:
+            with interpreter.active():
+                item = step()
+        except StopIteration as stop:
+            return stop.value
+        try:
+            step = partial(generator.send, (yield item))
+        except GeneratorExit:
+            generator.close()
+            raise
+        except BaseException as error:
+            step = partial(generator.throw, error)
 
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:

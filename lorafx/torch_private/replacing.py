@@ -1,4 +1,4 @@
-"""Functions put in the place of others while a model is captured: Python's `range`, and a cache layer's methods.
+"""Functions put in the place of others while a model is captured: Python's `range`, a cache layer's methods and more.
 
 Neither torch nor transformers promises that models get at these functions by these names.
 """
@@ -6,6 +6,7 @@ Neither torch nor transformers promises that models get at these functions by th
 from __future__ import annotations
 
 import contextlib
+import keyword
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import graph as fx_graph
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 # The method as transformers has it, for layers that keep more than their window.
@@ -107,3 +109,15 @@ def fastpath_replaced(encoder: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         _FASTPATH.back()
+
+
+def _attribute_text(base: str, target: str) -> str:
+    """How a graph's code reads an attribute by its dotted name, whatever a `ModuleDict` calls its entries."""
+    for name in target.split("."):
+        is_plain = name.isidentifier() and not keyword.iskeyword(name)
+        base = f"{base}.{name}" if is_plain else f"getattr({base}, {name!r})"
+    return base
+
+
+# Torch's own writes keywords, and names with quotes, as they are. Without it, a module called `class` is in no graph.
+fx_graph._format_target = _attribute_text

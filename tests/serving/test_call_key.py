@@ -1,5 +1,6 @@
 """A call and its key: taken apart as by a pytree, and what is told apart by the key."""
 
+import contextlib
 from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from graphs import Chain, adapted
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+import lorafx
 from lorafx.capture.caches import register_caches
 from lorafx.serving.call_key import Call, CallKey, full_masks, in_one_order, taken_apart
 from lorafx.serving.tree_state import TreeGuards
@@ -100,6 +103,47 @@ def test_a_mask_that_masks_nothing_is_part_of_the_key(mask, full):
     assert inside == [()], "its values cannot be looked at"
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Making(nn.Module):
+    """Makes tensors of whatever torch makes by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.up(x) + torch.arange(6) / 3 + (0.5 if torch.empty(0).is_cpu else 0)
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_what_a_model_makes_by_default_is_as_the_caller_set_it(capture):
+    lora, x = lorafx.compile(Making(), {"r": 2, "target_modules": ["up"]}, capture=capture), torch.randn(5, 4)
+    plain = Making()
+    plain.load_state_dict({name: lora.state_dict()[name] for name in plain.state_dict()})
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        with default_dtype(dtype):
+            torch.testing.assert_close(lora(x), plain(x))
+            assert lora(x).dtype == dtype
+
+
 def test_modes_and_acting_adapters_are_part_of_the_key():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     state = TreeGuards().state(lora)
@@ -113,11 +157,14 @@ def test_modes_and_acting_adapters_are_part_of_the_key():
         torch.no_grad(),
         torch.inference_mode(),
         torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+        default_dtype(torch.float64),
+        deterministic(),
         lora.disable_adapter(),
     ):
         with mode:
             keys.add(key())
     keys.add(key()._replace(layout=-1))
     lora.merge_adapter()
-    assert len(keys | {key(), key(x.double())}) == 8
+    assert len(keys | {key(), key(x.double())}) == 11
     assert key().with_any_attributes().attributes is None

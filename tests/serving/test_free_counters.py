@@ -31,7 +31,7 @@ def test_an_integer_that_means_something_else_as_a_symbol_stays_a_constant(llama
 
 
 def key(*leaves, grad=True):
-    return CallKey("", "structure", leaves, grad, False, (), 0, (), frozenset(), None, ())
+    return CallKey("", "structure", leaves, grad, False, (), (), 0, (), frozenset(), None, ())
 
 
 def test_counters_are_integers_above_1_in_which_alone_calls_differ():

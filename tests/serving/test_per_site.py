@@ -305,3 +305,35 @@ def test_the_bases_own_layers_must_be_in_the_models_mode(capture):
         lora(x)
     base.eval()
     assert torch.equal(lora(x), lora(x))
+
+
+class Yielding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = yield self.first(x)
+        try:
+            yield self.second(hidden)
+        except ValueError:
+            yield -self.second(hidden)
+        return "done"
+
+
+def steps(model, x):
+    """What a forward gives in each of its steps: taken, sent back to it, and after an error."""
+    generator = model(x)
+    first = next(generator)
+    second, third = generator.send(first), generator.throw(ValueError())
+    with pytest.raises(StopIteration, match="done"):
+        next(generator)
+    return first, second, third
+
+
+def test_a_forward_that_yields_has_its_adapters_in_each_step():
+    lora, x = lorafx.compile(Yielding(), RANDOM), torch.randn(2, 4)
+    found = steps(lora, x)
+    found[2].sum().backward()
+    assert len(gradients(lora)) == 4
+    torch.testing.assert_close(found, steps(lora.merge_and_unload(), x))

@@ -77,7 +77,7 @@ def test_a_capture_that_fails_leaves_the_models_containers_alone():
 
 def test_a_kind_of_call_is_given_one_more_try():
     def program(attributes, **facts):
-        return Program("", CallKey("", (), (), True, False, (), 0, (), frozenset(), attributes, ()), (), **facts)
+        return Program("", CallKey("", (), (), True, False, (), (), 0, (), frozenset(), attributes, ()), (), **facts)
 
     settling, states = Settled(), [AttributeState({"prepared": value}, ()) for value in (False, True)]
     assert settling.may_be_done(program(states[0], changes_model=True))

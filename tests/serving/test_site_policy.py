@@ -125,7 +125,7 @@ STATE = TreeState(0, AttributeState({}, ()), hooked=False, sharded=False)
     ],
 )
 def test_reasons_against_a_graph(capture, state, kept, reason):
-    key = CallKey("", (), (), True, False, (), 0, (), frozenset(), state.attributes, ())
+    key = CallKey("", (), (), True, False, (), (), 0, (), frozenset(), state.attributes, ())
     found = SitePolicy(capture).reason_against_a_graph(key, state, kept)
     assert reason in found and bool(reason) == bool(found)
 

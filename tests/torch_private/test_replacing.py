@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
+import lorafx
 from lorafx.torch_private.replacing import fastpath_replaced, function_apply_replaced
+
+
+class Named(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 6)})
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.layers.values())
 
 
 def encode(self, *args):
@@ -43,3 +54,11 @@ def test_functions_are_applied_as_ever_afterwards():
         assert held(torch.ones(())).item() == Twice.apply(torch.ones(())).item() == 2.0
     held(torch.ones(()))
     assert seen == [Twice, Twice]
+
+
+@pytest.mark.parametrize("name", ["class", "None", "a b", "it's", 'a "b"', "two\nlines"])
+def test_modules_may_be_called_what_python_would_not_have(name):
+    model, x = Named(name), torch.randn(5, 4)
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(model, {"r": 2, "target_modules": [name]}, capture=capture)
+        torch.testing.assert_close(lora(x), model(x))
