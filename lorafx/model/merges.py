@@ -39,6 +39,8 @@ class Merges(Part):
 
     def _merge(self, adapters: list[Adapter], **how: bool) -> None:
         """Merge adapters in this order."""
+        for adapter in adapters:
+            adapter.require_in_place(self.tree)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
