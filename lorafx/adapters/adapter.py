@@ -101,6 +101,23 @@ class Adapter:
             scales=_relative(scales, within),
         )
 
+    def require_in_place(self, root: nn.Module) -> None:
+        """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
+        sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
+        owners = sites | {copy: base for base, copy in self.replaced.items()}
+        if lost := dict.fromkeys(owner for path, owner in owners.items() if find_tensor(root, path) is None):
+            raise AdapterError(
+                f"{', '.join(lost)}: replaced or taken away since the adapter {self.name!r} was put there, and its "
+                "tensors with them; delete the adapter, or change the model before adapting it"
+            )
+        shapes = {site.weight: site.weight_shape for site in self.selection if site.storage == DENSE}
+        shapes |= {base: tuple(tensor_at(root, copy).shape) for base, copy in self.replaced.items()}
+        if resized := [path for path, shape in shapes.items() if _is_resized(find_tensor(root, path), shape)]:
+            raise AdapterError(
+                f"{', '.join(resized)}: of another size than when the adapter {self.name!r} was put there, as after "
+                "`resize_token_embeddings`; delete the adapter, or resize the model before adapting it"
+            )
+
     def signature(self, root: nn.Module) -> Hashable:
         """A key that is equal for adapters with the same equations and shapes, whatever the tensors' values."""
         return (
@@ -147,6 +164,11 @@ class Adapter:
             for path in self.replaced.values()
         }
         return {site.module for site in self.selection} | copies
+
+
+def _is_resized(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has another shape; what shards a model may flatten it, or leave nothing of it here."""
+    return tensor is not None and tensor.ndim == len(shape) and tuple(tensor.shape) != shape and tensor.numel() > 0
 
 
 def _relative(paths: Mapping[str, str], within: str) -> dict[str, str]:

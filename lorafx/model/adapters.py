@@ -116,7 +116,7 @@ class Adapters(Merges):
         """
         if isinstance(adapter_name, Mapping):
             raise AdapterError("adapters have no weights here: activate them by name, and give each its `set_scale`")
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        names = self._listed(adapter_name)
         self._require_together(names)
         if self._lorafx.ledger.names:
             warnings.warn("the model was merged; it is unmerged before the active adapters change")

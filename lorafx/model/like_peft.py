@@ -101,8 +101,7 @@ class LikePeft(Adapters):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
-        for adapter in [self._adapter(name) for name in names]:
+        for adapter in [self._adapter(name) for name in self._listed(adapter_names)]:
             for path in adapter.paths:
                 if isinstance(tensor := tensor_at(self.tree, path), nn.Parameter):
                     tensor.requires_grad_(requires_grad)

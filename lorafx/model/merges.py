@@ -29,8 +29,8 @@ class Merges(Part):
         and `AdapterError` for an unknown name, or one that replaces a tensor which another acting adapter replaces too.
         """
         state = self._lorafx
-        names = state.acting if adapter_names is None else tuple(adapter_names)
-        adapters = self._in_order([name for name in dict.fromkeys(names) if name not in state.ledger.names])
+        names = state.acting if adapter_names is None else self._listed(adapter_names)
+        adapters = self._in_order([name for name in names if name not in state.ledger.names])
         if not adapters:
             warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
@@ -39,6 +39,8 @@ class Merges(Part):
 
     def _merge(self, adapters: list[Adapter], **how: bool) -> None:
         """Merge adapters in this order."""
+        for adapter in adapters:
+            adapter.require_in_place(self.tree)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
@@ -133,8 +135,8 @@ class Merges(Part):
         `merge_adapter`.
         """
         ledger = self._lorafx.ledger
-        names = list(self._lorafx.active if adapter_names is None else adapter_names)
-        adapters = self._in_order([name for name in dict.fromkeys(names) if name not in ledger.names])
+        names = self._lorafx.active if adapter_names is None else self._listed(adapter_names)
+        adapters = self._in_order([name for name in names if name not in ledger.names])
         chosen = dict.fromkeys((*ledger.names, *names))
         self._require_together(chosen)
         with self._alone(chosen):

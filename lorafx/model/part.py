@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter
@@ -26,6 +27,11 @@ class Part:
     def _lorafx(self) -> State:
         state: State = vars(self.tree)[STATE]
         return state
+
+    @staticmethod
+    def _listed(names: str | Iterable[str]) -> tuple[str, ...]:
+        """Names of adapters, each once; one may be given as it is, for its letters are no names."""
+        return (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self._lorafx.adapters:

@@ -50,8 +50,10 @@ class Saving(Merges):
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
-        names = list(self._lorafx.adapters) if selected_adapters is None else list(selected_adapters)
+        names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
         adapters = [self._adapter(name) for name in names]
+        for adapter in adapters:
+            adapter.require_in_place(self.tree)
         if not is_main_process and state_dict is not None:
             return  # the values are gathered already
         given, alone = None if state_dict is None else Given(state_dict), len(adapters) == 1

@@ -21,7 +21,6 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
-from ..tree.lookup import find_tensor
 from ..tree.wrappers import innermost, is_fsdp1
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
@@ -205,13 +204,7 @@ def title_of(call: Call) -> str:
 def require_adapted_modules(call: Call) -> None:
     """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since."""
     for adapter in call.context.adapters:
-        owners = {path: site for site, by_suffix in adapter.tensors.items() for path in by_suffix.values()}
-        lost = dict.fromkeys(site for path, site in owners.items() if find_tensor(call.tree, path) is None)
-        if lost:
-            raise AdapterError(
-                f"{', '.join(lost)}: replaced or taken away since the adapter {adapter.name!r} was put there, and its "
-                "tensors with them; delete the adapter, or change the model before adapting it"
-            )
+        adapter.require_in_place(call.tree)
         computed = [site.name for site in adapter.selection if _is_computed(call.tree, site)]
         if computed:
             raise AdapterError(

@@ -11,7 +11,7 @@ from lorafx.adapters import readings, storages
 from lorafx.adapters.adapter import plan
 from lorafx.adapters.readings import LINEAR, Reading
 from lorafx.adapters.storages import Dense
-from lorafx.errors import SelectionError
+from lorafx.errors import AdapterError, SelectionError
 from lorafx.tree.attached import attach
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -168,3 +168,34 @@ def test_a_quantised_weight_that_no_storage_knows_is_refused_by_name(targets):
     with pytest.raises(SelectionError, match=r"0 \(test_adapter\.Packed\) keeps its weight as torch\.uint8"):
         lorafx.compile(base, {"r": 2, "target_modules": targets})
     assert {path: parameter.requires_grad for path, parameter in base.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["0"]}, {"target_modules": ["1"], "modules_to_save": ["0"]}],
+    ids=["adapted", "saved"],
+)
+def test_an_adapter_of_what_was_replaced_or_resized_since_is_refused_by_name(config, tmp_path):
+    for change, message in ((_resize, "0.weight: of another size"), (_replace, "0.*: replaced or taken away")):
+        lora = lorafx.compile(nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), config)
+        lora(torch.tensor([4]))
+        change(lora)
+        with pytest.raises(AdapterError, match=message):
+            lora(torch.tensor([6]))
+        with pytest.raises(AdapterError, match=message):
+            lora.merge_adapter()
+        with pytest.raises(AdapterError, match=message):
+            lora.save_pretrained(tmp_path)
+        assert not any(tmp_path.iterdir())
+        lora.delete_adapter("default")
+        assert lora(torch.tensor([6])).shape == (1, 2)
+
+
+def _resize(model):
+    """What transformers does to embeddings."""
+    model[0].weight = nn.Parameter(torch.zeros(7, 3))
+
+
+def _replace(model):
+    """What transformers does to heads."""
+    model[0] = nn.Embedding(7, 3)

@@ -165,3 +165,14 @@ def test_adapters_made_active_while_disabled_act_afterwards(lora):
         assert torch.equal(lora(x), base) and not any(p.requires_grad for p in lora.parameters())
     assert torch.equal(lora(x), other)
     assert {"other" in name for name, p in lora.named_parameters() if p.requires_grad} == {True}
+
+
+def test_one_name_is_one_adapter_and_its_letters_are_none(lora, tmp_path):
+    for letter in "ab":
+        lora.add_adapter(letter, {"target_modules": ["first"]})
+    lora.add_adapter("ab", {"target_modules": ["first"]})
+    lora.merge_adapter("ab")
+    assert lora.merged_adapters == ["ab"]
+    lora.save_pretrained(tmp_path, selected_adapters="ab")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["ab"]
+    assert lora.merge_and_unload(adapter_names="ab") is not None
