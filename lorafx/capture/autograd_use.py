@@ -57,7 +57,7 @@ def no_own_backward() -> Iterator[None]:
     thread = threading.get_ident()
 
     def apply(plain: Callable[..., Any], function: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_torchs_own(vars(function)):
+        if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_known(vars(function)):
             raise CaptureError(
                 f"it applies {function.__name__}, which has a backward of its own, and a graph would go by its forward"
                 f"{place_of(traceback.extract_stack())}"
@@ -77,6 +77,11 @@ def is_asked_by_torch() -> bool:
     while frame.f_globals.get("__name__", "").startswith(_HANDING_ON):
         frame = frame.f_back
     return _is_torchs_own(frame.f_globals)
+
+
+def _is_known(names: Any) -> bool:
+    """Whether a function is torch's, or lorafx's own: the replayer of repeated layers has one."""
+    return _is_torchs_own(names) or names.get("__module__", "").startswith(__name__.partition(".")[0] + ".")
 
 
 def _is_torchs_own(names: Any) -> bool:

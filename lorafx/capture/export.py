@@ -135,13 +135,13 @@ def _trace_part(
     function = part if path else part.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        parameters = layers.shown() if layers else contextlib.nullcontext()
-        loops = contextlib.nullcontext() if unroll else no_unrolling(part)
-        foreign = ForeignTensors(model, bare) if watched else contextlib.nullcontext()
-        asked = contextlib.ExitStack()
-        for mode in (AutogradUse(), layout) if watched else ():
-            asked.enter_context(mode)
-        with parameters, unchanging(part), loops, foreign, asked, no_own_backward():
+        with contextlib.ExitStack() as stack:  # function modes must leave in the reverse order, whatever happens
+            stack.enter_context(layers.shown() if layers else contextlib.nullcontext())
+            stack.enter_context(unchanging(part))
+            stack.enter_context(contextlib.nullcontext() if unroll else no_unrolling(part))
+            for mode in (ForeignTensors(model, bare), AutogradUse(), layout) if watched else ():
+                stack.enter_context(mode)
+            stack.enter_context(no_own_backward())
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
