@@ -50,3 +50,11 @@ def furnish(folder: Path) -> dict[str, bytes]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return own
+
+
+def furnished(place: Path) -> Path:
+    """A folder below `place` with the adapter of rank 2, and with what others have put there."""
+    folder = place / "place" / "adapter"
+    adapter(2).save_pretrained(folder)
+    furnish(folder)
+    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import re
 import warnings
@@ -11,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError
+from .peft_itself import refuse_peft_itself
 
 Names = str | Sequence[str] | None
 
@@ -140,25 +140,6 @@ def is_number(value: Any) -> bool:
 def is_strings(value: Any) -> bool:
     """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-
-
-def refuse_peft_itself(instead: str) -> None:
-    """Raise `AdapterError` if it is code of peft's that asks, saying what its user should call.
-
-    peft's functions take an adapted model for one of peft's own. They look for peft's layers in it, find none, and
-    would leave out what these hold, without a word.
-    """
-    if function := asking_function_of_peft():
-        raise AdapterError(f"peft's own `{function}` cannot read a model that lorafx adapted; use {instead}")
-
-
-def asking_function_of_peft() -> str | None:
-    """The name of peft's function that asks lorafx for something; None if it is somebody else who asks."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("lorafx."):
-        frame = frame.f_back
-    of_peft = frame is not None and frame.f_globals.get("__name__", "").startswith("peft.")
-    return frame.f_code.co_name if frame is not None and of_peft else None
 
 
 def is_pattern_of(pattern: str, name: str) -> bool:

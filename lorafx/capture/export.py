@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,14 @@ def trace_part(
     raises `CaptureError`. With `once`, layers that run the same operators are traced once, and the graph has blocks.
     Raises `CaptureError` as `trace` does.
     """
+    wanted = _Wanted(model, path, args, kwargs, free, unroll)
     try:
-        return _trace_once(model, path, args, kwargs, free, unroll, once)
+        return _trace_once(wanted, once)
     except CaptureError as error:
         if not isinstance(cause := error.__cause__, Changed) or cause.put_back is None:
             raise
         try:  # once more: what the model has noted in its config may be there for good
-            return _trace_once(model, path, args, kwargs, free, unroll, once)
+            return _trace_once(wanted, once)
         except CaptureError as again:
             if isinstance(again.__cause__, Changed) and again.__cause__.put_back is not None:
                 again.__cause__.put_back()
@@ -87,44 +88,40 @@ def trace_part(
             raise
 
 
-def _trace_once(
-    model: nn.Module,
-    path: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    free: Collection[int],
-    unroll: bool,
-    once: bool,
-) -> GraphModule:
+class _Wanted(NamedTuple):
+    """The call to capture, as `trace_part` is asked for it."""
+
+    model: nn.Module
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    free: Collection[int]
+    unroll: bool
+
+
+def _trace_once(wanted: _Wanted, once: bool) -> GraphModule:
     """Capture with repeated layers traced once, if wanted and possible."""
-    if once and repeated_modules(model.get_submodule(path)):
+    if once and repeated_modules(wanted.model.get_submodule(wanted.path)):
         try:
-            return _trace_part(model, path, args, kwargs, free, unroll, once=True)
+            return _trace_part(wanted, once=True)
         except Interrupted:
             pass
         except CaptureError as error:  # as for operators that take functions: torch refuses to trace them so
             if isinstance(error.__cause__, Changed):
                 raise
     try:
-        return _trace_part(model, path, args, kwargs, free, unroll)
+        return _trace_part(wanted)
     except CaptureError as error:
         if not is_of_functions(error.__cause__):
             raise
-        gm = _trace_part(model, path, args, kwargs, free, unroll, watched=False)
-        require_no_foreign(gm, model)
+        gm = _trace_part(wanted, watched=False)
+        require_no_foreign(gm, wanted.model)
         return gm
 
 
-def _trace_part(
-    model: nn.Module,
-    path: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    free: Collection[int],
-    unroll: bool,
-    once: bool = False,
-    watched: bool = True,
-) -> GraphModule:
+def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> GraphModule:
+    """Capture; with `watched`, what the model does besides tensor operators is looked at by torch function modes."""
+    model, path, args, kwargs, free, unroll = wanted
     require_free_names(model)
     bare = isolated(mirrored(model))
     part = bare.get_submodule(path)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import AdapterConfig, refuse_peft_itself
+from ..adapters.config import AdapterConfig
+from ..adapters.peft_itself import refuse_peft_itself
 from ..errors import AdapterError
 from ..tree.lookup import tensor_at
 from .adapters import Adapters
@@ -36,12 +37,10 @@ INSTEAD = {
 }
 
 
-@dataclass(frozen=True)
-class LayerStatus:
-    """What PEFT's `get_layer_status` says of an adapted layer, under PEFT's names."""
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What PEFT says of adapters, at one layer or in all; a flag that differs from tensor to tensor is "irregular"."""
 
-    name: str
-    module_type: str
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -50,8 +49,16 @@ class LayerStatus:
     devices: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class ModelStatus:
+@dataclass(frozen=True, kw_only=True)
+class LayerStatus(Status):
+    """What PEFT's `get_layer_status` says of an adapted layer, under PEFT's names."""
+
+    name: str
+    module_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus(Status):
     """What PEFT's `get_model_status` says of a model, under PEFT's names."""
 
     base_model_type: str
@@ -60,12 +67,6 @@ class ModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | str]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
 
 
 class LikePeft(Adapters):

@@ -8,8 +8,10 @@ while it registers something, they are not found at all: it may well ask whether
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from inspect import isfunction
 from typing import Any
 
 from torch import nn
@@ -41,12 +43,19 @@ class Offered:
 
     def __get__(self, tree: Any, cls: type) -> Any:
         if tree is None:
-            return getattr(Adaptation, self.name)
+            return self._unbound()
         with contextlib.suppress(AttributeError):
             return cls.__getattr__(tree, self.name)  # type: ignore[attr-defined]
         if _hidden.get() or SiteInterpreter.running(tree) is not None:
             raise AttributeError(f"{cls.__name__!r} object has no attribute {self.name!r}")
         return getattr(of(tree), self.name)
+
+    def _unbound(self) -> Any:
+        """What the class shows: a method that takes a model, as `AdaptedModel.merge_adapter(model)`, or a property."""
+        offered = getattr(Adaptation, self.name)
+        if not isfunction(offered):
+            return offered
+        return functools.wraps(offered)(lambda tree, *args, **kwargs: offered(of(tree), *args, **kwargs))
 
 
 class OwnNamesFirst(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import asking_function_of_peft, refuse_peft_itself
+from ..adapters.peft_itself import asking_function_of_peft, refuse_peft_itself
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter

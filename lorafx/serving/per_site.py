@@ -102,7 +102,7 @@ class SiteInterpreter(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         if not any(self._acts_on(value) for value in (*args, *kwargs.values())):
-            self._require_no_part(args)
+            self._require_no_part((*args, *kwargs.values()))
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy(args[0]) if id(args[0]) in self.replaced else args[0]
@@ -121,7 +121,9 @@ class SiteInterpreter(TorchFunctionMode):
     def _require_no_part(self, values: Iterable[Any]) -> None:
         """Raise `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call."""
         for value in values:
-            if type(value) is Tensor and (path := self.memory.get(_storage(value))):
+            if isinstance(value, (list, tuple)):
+                self._require_no_part(value)
+            elif type(value) is Tensor and (path := self.memory.get(_storage(value))):
                 raise UncoveredOperatorError(
                     f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
                     f"{place_of(traceback.extract_stack())}"

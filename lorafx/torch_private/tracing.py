@@ -45,14 +45,11 @@ __all__ = [
 
 
 def is_of_functions(error: BaseException | None) -> bool:
-    """Whether torch stumbled over torch function modes within an operator that takes functions.
+    """Whether Dynamo could not look into the functions that an operator takes, as torch.cond does.
 
-    Dynamo looks into those of torch.cond and at the modes with them; torch.vmap counts modes, and takes others for its
-    own. Without this, no such model would be a graph.
+    It looks at torch function modes then, too. Without this, no such model would be a graph.
     """
     dynamo = sys.modules.get("torch._dynamo.exc")
-    if isinstance(error, AssertionError):
-        return "PreDispatchTorchFunctionMode" in str(error)
     return dynamo is not None and isinstance(error, dynamo.UncapturedHigherOrderOpError)
 
 

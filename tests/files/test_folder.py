@@ -8,13 +8,12 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from folders import adapter, contents, furnish, partials, rank_of
+from folders import adapter, contents, furnish, furnished, partials, rank_of
 
 import lorafx
 from lorafx.errors import LorafxError
@@ -29,10 +28,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKI
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A furnished folder with the adapter of rank 2."""
-    folder = tmp_path / "place" / "adapter"
-    adapter(2).save_pretrained(folder)
-    furnish(folder)
-    return folder
+    return furnished(tmp_path)
 
 
 # --- success ---------------------------------------------------------------------------------------------------------
@@ -337,47 +333,6 @@ def test_an_interrupted_save_is_refused_and_says_where_the_files_are(saved: Path
     (saved / CONFIG).rename(left / "old" / CONFIG)
     with pytest.raises(lorafx.errors.CheckpointError, match=f"{CONFIG}.*interrupted.*{re.escape(str(left))}"):
         rank_of(saved)
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Mount something at a path until the test ends; skips the test where that is not allowed."""
-    mounted: list[Path] = []
-
-    def run(*what: str | Path, at: Path) -> None:
-        if shutil.which("mount") is None or subprocess.run(["mount", *what, at], capture_output=True).returncode:
-            pytest.skip("this process may not mount")
-        mounted.append(at)
-
-    yield run
-    for at in reversed(mounted):
-        subprocess.run(["umount", at], check=True)
-
-
-@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-def test_a_mount_point_is_saved_into(tmp_path: Path, mount: Callable[..., None], kind: str) -> None:
-    volume, source = tmp_path / "place" / "volume", tmp_path / "source"
-    volume.mkdir(parents=True)
-    source.mkdir()
-    mount(*(["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", source]), at=volume)
-    own = furnish(volume)
-    for rank in (2, 5):
-        adapter(rank).save_pretrained(volume)
-        assert rank_of(volume) == rank
-    assert own.items() <= contents(volume).items() and not partials(volume.parent)
-
-
-@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-def test_what_is_mounted_below_the_folder_is_left_alone(saved: Path, mount: Callable[..., None], kind: str) -> None:
-    source, below = saved.parent / "source", saved / "logs" / "a volume"
-    source.mkdir()
-    below.mkdir()
-    mount(*(["-t", "tmpfs", "none"] if kind == "tmpfs" else ["--bind", source]), at=below)
-    adapter(5).save_pretrained(saved)
-    (below / "precious").write_bytes(b"mine")
-    adapter(2).save_pretrained(saved)
-    assert rank_of(saved) == 2 and (below / "precious").read_bytes() == b"mine"
-    assert not partials(saved.parent)
 
 
 def test_one_failing_adapter_of_several_leaves_each_folder_whole(

@@ -213,7 +213,10 @@ def test_names_of_graph_modules_at_the_root():
         lorafx.compile(model, {"r": 2, "target_modules": ["captured"]})
 
 
-def test_the_class_shows_the_names():
-    assert lorafx.AdaptedModel.merge_adapter is Adaptation.merge_adapter and set(PUBLIC) <= set(
-        dir(lorafx.AdaptedModel)
-    )
+def test_the_class_shows_the_names_and_has_methods_that_take_a_model():
+    assert set(PUBLIC) <= set(dir(lorafx.AdaptedModel))
+    assert lorafx.AdaptedModel.merge_adapter.__doc__ == Adaptation.merge_adapter.__doc__
+    assert lorafx.AdaptedModel.sites is Adaptation.sites
+    lora = lorafx.compile(nn.Sequential(nn.Linear(4, 4)), {"r": 2, "target_modules": ["0"]})
+    lorafx.AdaptedModel.merge_adapter(lora, safe_merge=True)
+    assert lora.merged_adapters == ["default"]

@@ -269,20 +269,29 @@ class Elsewhere(Chain):
     def __init__(self, how):
         super().__init__()
         parts = {"detached": lambda w: w.detach(), "rows": lambda w: w[:4], "data": lambda w: w.data}
+        parts |= {"by keyword": parts["data"], "in a list": parts["data"]}
+        self.how = how
         self.drop = nn.Dropout(0.5)
         self.single = Single([self.first, self.drop])
         self.__dict__["part"] = parts[how](self.first.weight) if how in parts else None
+
+    def apply_part(self, x):
+        if self.how == "by keyword":
+            return nn.functional.linear(x, weight=self.part)
+        if self.how == "in a list":
+            return x @ torch.cat([self.part, self.part]).T
+        return nn.functional.linear(x, self.part)
 
     def forward(self, x):
         if self.part is None:
             first, drop = self.single.module
             return self.second(drop(first(x)))
-        x = nn.functional.linear(x, self.part)
+        x = self.apply_part(x)
         return self.second(x.new_zeros(len(x), 6).add(x.sum(1, keepdim=True)))
 
 
 @pytest.mark.parametrize("capture", ["auto", "sites"])
-@pytest.mark.parametrize("how", ["detached", "rows", "data"])
+@pytest.mark.parametrize("how", ["detached", "rows", "data", "by keyword", "in a list"])
 @pytest.mark.filterwarnings("ignore:.*could not be captured")
 def test_a_weight_that_is_read_through_its_memory_is_an_error(how, capture):
     lora = lorafx.compile(Elsewhere(how), RANDOM, capture=capture)

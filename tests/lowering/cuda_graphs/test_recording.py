@@ -7,6 +7,8 @@ from replays import DEVICE, Tiny, assert_same, both, decoded, gradients, ids, la
 from torch import nn
 from transformers import StaticCache
 
+import lorafx
+
 
 @pytest.mark.parametrize("dropout", cases([0.0, 0.3], quick=[0.3]))
 def test_training_is_the_same_bits(dropout):
@@ -184,11 +186,7 @@ def change_an_adapter(lora):
     lora.q_proj.lora_A.default.weight.mul_(2)
 
 
-def merge(lora):
-    lora.merge_adapter()
-
-
-WRITES = [change_an_adapter, merge]
+WRITES = [change_an_adapter, lorafx.AdaptedModel.merge_adapter]
 
 
 @pytest.mark.slow
