@@ -27,7 +27,8 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
-# What hangs on a gradient that only the adapters bring. `requires_grad` is looked at apart: an argument's own is known.
+# Questions whose answers depend on gradients that only adapters bring. `requires_grad` is not among them: where it is
+# true without adapters, as of an argument that wants a gradient, the answer is right already.
 _ASKS: dict[Any, str] = {
     _getter("grad_fn"): "asks for a tensor's `grad_fn`",
     _getter("is_leaf"): "asks whether a tensor is a leaf",

@@ -155,7 +155,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
 
 
 def require_free_names(model: nn.Module) -> None:
-    """Raise `CaptureError` for a model that calls something at its root as graph modules call something of theirs."""
+    """Raise `CaptureError` for a root with a child or tensor called like something of torch's GraphModule."""
     if taken := taken_names(model):
         raise CaptureError(
             f"{type(model).__name__} has a `{taken[0]}`, and so has every torch.fx.GraphModule: there can be no graph "

@@ -38,7 +38,7 @@ def encode(
 
 
 def _leaves_padding_out(encoder: nn.TransformerEncoder, src: Tensor) -> bool:
-    """Whether torch would leave out padding, whatever the mask. A training step, also in evaluation, has it all."""
+    """Whether torch would leave out padding, whatever the mask. It never does with gradients on."""
     nested = getattr(encoder, "use_nested_tensor", False) and not encoder.layers[0].training and src.dim() == 3
     return bool(nested) and not src.is_nested and not torch.is_grad_enabled() and not torch.is_autocast_enabled()
 

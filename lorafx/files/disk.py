@@ -1,4 +1,4 @@
-"""Write files so that they are on the disk when it is said that they are."""
+"""Write files and folders, and wait until the disk has them."""
 
 from __future__ import annotations
 

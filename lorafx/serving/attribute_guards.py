@@ -60,7 +60,7 @@ class AttributeGuards:
         """Watch these modules from now on. The root's `forward` is left out: how it is called is no graph's concern."""
         self._holders, self._names = [], []
         self._readers: list[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = []
-        self._apart: set[int] = set()  # holders, by id: they are watched by names
+        self._apart: set[int] = set()  # ids of the objects whose attributes are watched by their names
         self._of_modules: set[str] = set()
         for path, holder, names in settings_of(modules):
             attributes = vars(holder)

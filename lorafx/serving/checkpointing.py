@@ -15,7 +15,7 @@ FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's 
 
 
 def without_reentrant(root: nn.Module) -> None:
-    """Give modules that checkpoint re-entrantly a checkpoint of the other kind, with its other options as they are."""
+    """Give modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options."""
     for module in root.modules():
         function = vars(module).get(FUNCTION)
         if isinstance(function, partial) and function.keywords.get("use_reentrant"):

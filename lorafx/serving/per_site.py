@@ -47,7 +47,7 @@ class SiteInterpreter(TorchFunctionMode):
         super().__init__()
         self.tree, self.context, self.state, self.run_operator = tree, context, state, run_operator
         self.parts, self.paused = [part], False
-        self.acted = False  # whether a site has been read since
+        self.acted = False  # whether a site was read
         weights = [site.weight for adapter in context.adapters for site in adapter.selection]
         replaced = [base for adapter in context.adapters for base in adapter.replaced]
         self.weights = {id(tensor_at(tree, path)): path for path in weights}
@@ -244,7 +244,7 @@ def interpret(call: Call, state: TreeState, run_operator: Callable[..., Any]) ->
 
 
 def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """A forward that yields: each of its steps runs as the call does, and what happens between them does not."""
+    """A forward that yields: its steps run with the adapters, and what its caller does between them without."""
     step = partial(next, generator)
     while True:
         try:

@@ -58,7 +58,7 @@ class Holding(NamedTuple):
 
 
 def holdings(value: Any) -> list[Holding]:
-    """All that holds values in a value itself, to be read as fast as Python reads anything.
+    """What in a value holds other values, in a form that is fast to read again and again.
 
     Of a container, what is in it; of an object, its attributes; of a function, what it closes over, its defaults and
     the globals that it names; of a class that is somebody's own, its attributes; of a method or `functools.partial`,

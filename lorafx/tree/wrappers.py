@@ -166,6 +166,6 @@ def _hang(copy: nn.Module, hook: AcceleratesHook) -> None:
 
 
 def loading_device(module: nn.Module) -> Any:
-    """The device on which a module of a mirror gets weights that are elsewhere between calls; None for another."""
+    """Where a module has its weights during a call, if accelerate keeps them elsewhere between calls; else None."""
     hooks = [hook for hooks in call_hooks(module) for hook in hooks.values() if isinstance(hook, AcceleratesHook)]
     return next((hook.device for hook in hooks if hook.device is not None), None)
