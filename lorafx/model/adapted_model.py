@@ -123,6 +123,14 @@ _LIBRARIES = (
 )
 
 
+def _call_as_it_is(model: AdaptedModel, compile_config: Any = None) -> Any:
+    """What `generate` is to call with a static cache, which transformers would compile: the model, as it is.
+
+    Its graphs are compiled already, as `compile` was told to. torch would compile lorafx's own Python with them.
+    """
+    return model.__call__
+
+
 @functools.cache
 def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     """AdaptedModel behind a model's class, under the same name: libraries look models up by it.
@@ -147,4 +155,5 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
         names["generate"] = generating(base.generate)  # type: ignore[attr-defined]
     if issubclass(base, PreTrainedModel):
         names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
+        names["get_compiled_call"] = _call_as_it_is
     return type(base.__name__, (AdaptedModel,) if base is nn.Module else (base, AdaptedModel), names)
