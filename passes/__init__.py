@@ -8,6 +8,7 @@ from .choose_kernels import ChooseKernels
 from .elide_casts import ElideCasts
 from .elide_dropout import ElideDropout
 from .elide_empty import ElideEmpty
+from .elide_packed import ElidePacked
 from .elide_slices import ElideSlices
 from .fold_scaling import FoldScaling
 from .freeze_base import FreezeBase
@@ -44,6 +45,7 @@ default = Pipeline(
     InsertAdapters(),
     MergeAdapters(),
     FreezeBase(),
+    ElidePacked(),
     ElideCasts(),
     ElideDropout(),
     FuseLora(),
@@ -62,6 +64,7 @@ __all__ = [
     "ElideCasts",
     "ElideDropout",
     "ElideEmpty",
+    "ElidePacked",
     "ElideSlices",
     "FoldScaling",
     "FreezeBase",

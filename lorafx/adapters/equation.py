@@ -34,12 +34,15 @@ BOUND = "operator_"  # prefix of the operator's argument names, so that none is 
 
 def patterns(site: Site) -> dict[Operator, Graph]:
     """The operators that may read a site's weight, each with its pattern on the weight as it is stored."""
-    return _patterns(operators_for(site.reading, len(site.weight_shape)), site.storage)
+    own = tuple(each for each in site.storage.operators if each.lookup == site.reading.lookup)
+    return _patterns(own, operators_for(site.reading, len(site.weight_shape)), site.storage)
 
 
 @functools.cache
-def _patterns(operators: tuple[Operator, ...], storage: Storage) -> dict[Operator, Graph]:
-    own = {operator: template(operator.pattern, names_of(operator.pattern)) for operator in storage.operators}
+def _patterns(
+    of_storage: tuple[Operator, ...], operators: tuple[Operator, ...], storage: Storage
+) -> dict[Operator, Graph]:
+    own = {operator: template(operator.pattern, names_of(operator.pattern)) for operator in of_storage}
     return own | {operator: _on_stored(operator, storage) for operator in operators}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 from ..errors import ConfigError, SelectionError
+from ..tree.lookup import tensor_at
 from .config import AdapterConfig
 from .default_targets import DEFAULT_TARGETS
 from .readings import CONV1D, LINEAR, READINGS, Reading
@@ -140,12 +141,12 @@ def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter, _, _ in weights_of(module):
-            owners.setdefault(id(module._parameters[parameter]), []).append(name)
+            owners.setdefault(id(tensor_at(module, parameter)), []).append(name)
     seen: set[int] = set()
     for name, named in _with_children(modules, matched):
         module = modules[name]
         for parameter, reading, storage in weights_of(module):
-            weight = module._parameters[parameter]
+            weight = tensor_at(module, parameter)
             if id(weight) not in seen:
                 seen.add(id(weight))
                 others = [other for other in owners[id(weight)] if modules[other] is not module]
@@ -169,8 +170,9 @@ def _site(
     tied: tuple[str, ...],
     named: str,
 ) -> Site:
-    if isinstance(module.get_parameter(parameter), nn.parameter.UninitializedParameter):
+    if isinstance(tensor_at(module, parameter), nn.parameter.UninitializedParameter):
         raise SelectionError(f"{name} is a lazy module that has not run yet; call the model once before compiling")
+    storage = storage.of(module, name)
     shape, groups = storage.shape(module, parameter), getattr(module, "groups", 1)
     inputs, outputs = reading.features(shape, groups)
     return Site(

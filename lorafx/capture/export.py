@@ -26,6 +26,7 @@ from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
+from ..tree.own_layers import show_own_layers
 from .arguments import argument_names, images
 from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, register_caches
@@ -124,6 +125,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
     model, path, args, kwargs, free, unroll = wanted
     require_free_names(model)
     bare = isolated(mirrored(model))
+    show_own_layers(bare, model)
     part = bare.get_submodule(path)
     without_hooks(part)
     layers = RepeatedLayers(bare, path) if once else None
@@ -179,6 +181,7 @@ def trace_operator(
     """
     live = branch(tree, owners)
     bare = isolated(mirrored(live))
+    show_own_layers(bare, live)
 
     def call(*inputs: Tensor) -> Any:
         given = iter(inputs)

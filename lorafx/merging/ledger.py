@@ -22,7 +22,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.storages import DENSE, Storage
 from ..errors import MergeError
 from ..ops.deferral import settle
-from ..tree.lookup import find_tensor, first_name
+from ..tree.lookup import find_tensor, first_name, tensor_at
 from .residual import Residual, fingerprint, supports
 from .source import Source, bytes_of
 
@@ -43,10 +43,11 @@ class Target:
 
     def write(self, root: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Write into these tensors; deferred logits that still have to read the old values are computed first."""
-        settle(root.get_parameter(self.path))
+        settle(tensor_at(root, self.path))
         for name, tensor in self.stored(root).items():
             if name in values:
                 tensor.copy_(values[name])
+        self.storage.written(root.get_submodule(self.path.rpartition(".")[0]))
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Itera
         if find_tensor(root, path) is None:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         storage = site.storage if role == "weight" else DENSE
-        parameter = root.get_parameter(path)
+        parameter = tensor_at(root, path)
         if storage == DENSE and not supports(parameter.dtype):
             raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
         yield Target(names[id(parameter)], role, storage)
@@ -189,7 +190,7 @@ def _transition(
     root: nn.Module, target: Target, entry: Entry | None, sources: tuple[Source, ...], safe: bool
 ) -> Entry | None:
     """Set what is merged into one parameter; returns its new entry, None for no sources. The write comes last."""
-    weight = root.get_parameter(target.path)
+    weight = tensor_at(root, target.path)
     original = {name: tensor.to(weight.device) for name, tensor in _original(root, target, entry).items()}
     if not sources:
         target.write(root, original)
@@ -269,7 +270,7 @@ def _prints(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _check_untouched(root: nn.Module, entry: Entry) -> None:
     path = entry.target.path
-    weight = root.get_parameter(path).detach()
+    weight = tensor_at(root, path).detach()
     if weight.is_meta:
         raise MergeError(f"{path} was merged on {entry.device} and has been moved to meta, so its values are gone")
     if weight.dtype != entry.dtype:

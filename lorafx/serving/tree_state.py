@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks
 from ..tree.attached import own_children, own_modules
+from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
 from .attribute_guards import AttributeGuards, AttributeState
 
@@ -109,7 +110,7 @@ class TreeGuards:
 
     def _watch_attributes(self, root: nn.Module) -> tuple[AttributeState, tuple[bool, ...]]:
         own = set(map(id, self._modules))
-        self._attributes.watch(root, ((path, m) for path, m in root.named_modules() if id(m) in own))
+        self._attributes.watch(root, ((path, m) for path, m in root.named_modules() if id(m) in own and not own_forward_of(m)))
         state = self._attributes.state()
         assert state is not None, "what was just looked at is there"
         return state

@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..readings import Reading
+from .bitsandbytes_4bit import Bitsandbytes4bit
+from .bitsandbytes_8bit import Bitsandbytes8bit
 from .dense import DENSE, Dense
 from .float8 import FLOAT8, Float8, Float8Linear
+from .opaque import Opaque
+from .own_forward import OwnForward
 from .storage import Storage
+from .torchao import TorchAO
 
 # The first that finds a weight in a module says how it is stored; those that `register` adds are asked first.
-STORAGES: list[Storage] = [FLOAT8, DENSE]
+STORAGES: list[Storage] = [FLOAT8, Bitsandbytes4bit(), Bitsandbytes8bit(), TorchAO(), DENSE, Opaque()]
 
 
 def register(storage: Storage) -> Storage:
@@ -34,4 +39,25 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Reading, Storage]]:
             return
 
 
-__all__ = ["DENSE", "FLOAT8", "STORAGES", "Dense", "Float8", "Float8Linear", "Storage", "register", "weights_of"]
+def keep_own_layers(root: nn.Module) -> None:
+    """Have the modules of a tree whose storages say so run their own forward. Raises `SelectionError` as `of` does."""
+    for path, module in root.named_modules():
+        for _, _, storage in weights_of(module):
+            if isinstance(storage, OwnForward):
+                storage.of(module, path)
+                storage.install(module)
+
+
+__all__ = [
+    "DENSE",
+    "FLOAT8",
+    "STORAGES",
+    "Dense",
+    "Float8",
+    "Float8Linear",
+    "OwnForward",
+    "Storage",
+    "keep_own_layers",
+    "register",
+    "weights_of",
+]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...tree.lookup import tensor_at
 from ..readings import Operator, Reading
 
 
@@ -27,17 +28,24 @@ class Storage:
         """The names of a module's parameters that are stored so, each with its reading; none for any other module."""
         raise NotImplementedError
 
+    def of(self, module: nn.Module, path: str = "") -> Storage:
+        """This storage with what it has to know of a module at `path` that keeps its weights so, such as block sizes.
+
+        Raises `SelectionError` for one whose weights cannot be used as they are.
+        """
+        return self
+
     def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
         """All tensors of the module that make up the weight, by the names of `expression`'s arguments."""
-        return {"weight": module.get_parameter(parameter)}
+        return {"weight": tensor_at(module, parameter)}
 
     def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
         """The shape of the dense weight."""
-        return tuple(module.get_parameter(parameter).shape)
+        return tuple(tensor_at(module, parameter).shape)
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
         """The dtype of the dense weight, from which an adapter's parameters take theirs."""
-        return module.get_parameter(parameter).dtype
+        return tensor_at(module, parameter).dtype
 
     @staticmethod
     def expression(weight: Any) -> Any:
@@ -54,6 +62,9 @@ class Storage:
         Those that stay the same may be left out. Raises `MergeError` if there are no such tensors.
         """
         raise NotImplementedError
+
+    def written(self, module: nn.Module) -> None:
+        """What has to be done once the tensors that make up the weight have been written to."""
 
     def __eq__(self, other: object) -> bool:
         """Storages of one class and the same options are the same: copies of models have copies of them."""

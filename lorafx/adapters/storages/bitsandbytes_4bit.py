@@ -1,0 +1,123 @@
+"""bitsandbytes, 4 bits: `Linear4bit` and `Embedding4bit`, in NF4 or FP4, with absmax quantised again or not.
+
+W  ≈  code[Q] · absmax        for each block of, say, 64 numbers        (QLoRA: Dettmers et al., arXiv 2305.14314)
+
+On a CPU that multiplies bfloat16 in AVX-512, bitsandbytes packs Q in another way when a layer first runs in evaluation.
+It rounds absmax to bfloat16 then, computes without gradients, and does not find the way back where absmax is not
+quantised again. Adapted layers are kept from that, and where it has happened to a base it is undone, but the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import SelectionError
+from ..readings import EMBEDDING, LINEAR, Reading
+from .own_forward import OwnForward, is_of
+
+
+class Bitsandbytes4bit(OwnForward):
+    """Packed weights with a `quant_state`. Merging quantises anew, absmax too, in the blocks there are."""
+
+    name = "bitsandbytes 4-bit"
+
+    def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
+        if is_of("bitsandbytes.nn", "Linear4bit", module):
+            yield "weight", LINEAR
+        elif is_of("bitsandbytes.nn", "Embedding4bit", module):
+            yield "weight", EMBEDDING
+
+    def of(self, module: nn.Module, path: str = "") -> Bitsandbytes4bit:
+        state = _state_of(module)
+        if state is None:
+            raise SelectionError(
+                f"{path or type(module).__name__}: its weight has not been quantised to 4 bits yet, which bitsandbytes "
+                "does when the model is moved to a device; call `model.to(device)` first (also for the CPU)"
+            )
+        storage = Bitsandbytes4bit()
+        vars(storage).update(
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dense_shape=tuple(state.shape),
+            kept_as=module.weight.dtype,
+        )
+        return storage
+
+    def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
+        return tuple(_state_of(module).shape)
+
+    def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
+        """That of what was quantised; for an embedding, of what it gives."""
+        own = getattr(module, "dtype", None)
+        return own if isinstance(own, torch.dtype) else _state_of(module).dtype
+
+    def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
+        self.prepare(module)
+        state = _state_of(module)
+        found = {"weight": module.weight.data, "absmax": state.absmax}
+        return found | ({"of_absmax": state.state2.absmax, "offset": state.offset} if state.nested else {})
+
+    def prepare(self, module: nn.Module) -> None:
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+        if getattr(_state_of(module), "packing_format_for_cpu", False):
+            _unpack(module.weight)
+
+    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """In float32."""
+        from bitsandbytes import functional
+
+        absmax = stored["absmax"]
+        if "of_absmax" in stored:
+            inner = functional.QuantState(
+                stored["of_absmax"], code=_dynamic_code(absmax.device), blocksize=256, dtype=torch.float32
+            )
+            absmax = functional.dequantize_blockwise(absmax, inner) + stored["offset"]
+        options: Any = vars(self)
+        state = functional.QuantState(
+            absmax.float(),
+            torch.Size(options["dense_shape"]),
+            blocksize=options["blocksize"],
+            quant_type=options["quant_type"],
+            dtype=torch.float32,
+        )
+        return functional.dequantize_4bit(stored["weight"], state)
+
+    def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from bitsandbytes import functional
+
+        options: Any = vars(self)
+        weight, state = functional.quantize_4bit(
+            dense.float().contiguous(),
+            blocksize=options["blocksize"],
+            compress_statistics="of_absmax" in stored,
+            quant_type=options["quant_type"],
+            quant_storage=options["kept_as"],
+        )
+        found = {"weight": weight.view(stored["weight"].shape), "absmax": state.absmax}
+        return found | ({"of_absmax": state.state2.absmax, "offset": state.offset} if state.nested else {})
+
+
+def _state_of(module: nn.Module) -> Any:
+    """The weight's `quant_state`; FSDP and `.data` lose it, and the module has it still."""
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def _dynamic_code(device: torch.device) -> Tensor:
+    """The 256 numbers that absmax is quantised to."""
+    from bitsandbytes import functional
+
+    return functional.create_dynamic_map().to(device)
+
+
+def _unpack(weight: Any) -> None:
+    """Give a weight that was packed for the CPU its usual form, with absmax as it was rounded, not quantised again."""
+    from bitsandbytes import functional
+
+    state = weight.quant_state
+    absmax = state.absmax.t().reshape(-1).float()
+    weight.data, _ = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax, state.nested, state.offset, state.state2 = absmax, False, None, None

@@ -1,0 +1,69 @@
+"""What storages have in common whose modules run their own forward, with the adapter beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MergeError
+from ...ops import own_forward as _  # noqa: F401, defines the operator
+from ...tree.own_layers import run_by_itself
+from ..readings import Operator
+from ..readings.embedding import wide as wide_of_rows
+from ..readings.linear import narrow, wide
+from .storage import Storage
+
+aten = torch.ops.aten
+_own_forward = torch.ops.lorafx.own_forward.default
+
+
+def layer(x, weight, bias, number, features, dtype):
+    """A linear layer's own forward: (…, in) -> (…, features)"""
+    return _own_forward(x, weight, bias, number, features, dtype)
+
+
+def rows(x, weight, bias, number, features, dtype):
+    """An embedding's own forward: (…,) of row numbers -> (…, features)"""
+    return _own_forward(x, weight, bias, number, features, dtype)
+
+
+def narrow_of_rows(x, a):
+    """(…,) of row numbers, (r, rows) -> (…, r)"""
+    return aten.embedding.default(aten.t.default(a), x)
+
+
+LAYER = Operator(layer, narrow, wide)
+ROWS = Operator(rows, narrow_of_rows, wide_of_rows, transposed=True, lookup=True)
+
+
+class OwnForward(Storage):
+    """Weights that are read by their module's forward alone. A subclass says which modules keep theirs so.
+
+    An adapter acts on what that forward gives, in the dtype that it gives.
+    """
+
+    lossy = True
+    operators = (LAYER, ROWS)
+
+    def install(self, module: nn.Module) -> None:
+        """Have a module of a tree run its own forward, by one operator."""
+        parameter, reading = next(iter(self.weights(module)))
+        _, features = reading.features(self.shape(module, parameter), 1)
+        dtype = self.dtype(module, parameter) if reading.lookup else None
+        run_by_itself(module, parameter, features, dtype, self.prepare)
+
+    def prepare(self, module: nn.Module) -> None:
+        """What has to be so before the module's own forward runs."""
+
+    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
+        raise MergeError(f"{self.name}: nobody but the module itself can read such a weight")
+
+    def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise MergeError(f"{self.name}: nobody but the module itself can read such a weight")
+
+
+def is_of(library: str, name: str, module: nn.Module) -> bool:
+    """Whether a module is of a class of this name, or of one below it, that a library defines: nothing is imported."""
+    return any(cls.__name__ == name and cls.__module__.startswith(library) for cls in type(module).__mro__)

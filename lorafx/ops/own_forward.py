@@ -1,0 +1,99 @@
+"""own_forward: a module's own forward as one operator, for layers whose weight only their own code can read.
+
+    y = module(x)        (…, in) -> (…, features), or (…) of row numbers -> (…, features)
+
+Its derivative is that of the module's code. A compiler does not look into it: it is given an operator that runs the
+module again in backward, on x that was kept, as checkpointing does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..torch_private.tracing import FakeTensor
+from ..tree.own_layers import layer_of, own_forward_of
+from .calls import is_plain
+from .library import LIBRARY, composite
+
+
+def own_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, number: Tensor, features: int, dtype: torch.dtype | None
+) -> Tensor:
+    """What the own layer of this number computes of x: (…, `features`), in `dtype`, or that of x if it is None.
+
+    `weight` is what a site is known by, and not looked at; `bias` takes the place of the module's own.
+    Raises `AdapterError` for a module that gives something else.
+    """
+    if isinstance(x, FakeTensor):
+        return _shape(x, bias, number, features, dtype)
+    if not is_plain(x):
+        return torch.ops.lorafx.hidden_forward(x, bias, number, features, dtype)
+    return _run(x, bias, number, features, dtype)
+
+
+def _run(x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: torch.dtype | None) -> Tensor:
+    module = layer_of(number)
+    forward = own_forward_of(module)
+    assert forward is not None, "only own layers have numbers"
+    y = forward.run(x, bias)
+    expected = (features, dtype or x.dtype)
+    if (y.shape[-1], y.dtype) != expected:
+        raise AdapterError(
+            f"{type(module).__name__} gave {y.shape[-1]} features in {y.dtype} of {x.dtype}, where lorafx expected "
+            f"{expected[0]} in {expected[1]}; give it inputs of the dtype that it computes in"
+        )
+    return y
+
+
+def _shape(x: Tensor, bias: Any, number: Any, features: int, dtype: torch.dtype | None) -> Tensor:
+    leading = x.shape if dtype is not None and not x.is_floating_point() else x.shape[:-1]
+    return x.new_empty((*leading, features), dtype=dtype or x.dtype)
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and bias; an empty tensor for one that there is none of."""
+    given = [tensor for tensor in (x, bias) if tensor is not None and tensor.is_floating_point()]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        mine = iter(leaves)
+        inner_x = next(mine) if x.is_floating_point() else x
+        y = _run(inner_x, next(mine, None), number, features, dtype)
+    found = iter(torch.autograd.grad(y, leaves, dy))
+    dx = next(found) if x.is_floating_point() else x.new_empty(0)
+    return dx, next(found, x.new_empty(0))
+
+
+def _gradient_shapes(dy: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, bias, number, ctx.features, ctx.dtype = inputs
+    ctx.save_for_backward(x, bias, number)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, bias, number = ctx.saved_tensors
+    dx, d_bias = torch.ops.lorafx.hidden_backward(dy, x, bias, number, ctx.features, ctx.dtype)
+    return dx if x.is_floating_point() else None, None if bias is None else d_bias, None, None, None
+
+
+_GIVEN = "Tensor x, Tensor? bias, Tensor number, SymInt features, ScalarType? dtype"
+composite(
+    "own_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor number, SymInt features, ScalarType? dtype) -> Tensor",
+    own_forward,
+)
+for _name, _schema, _function, _fake in (
+    ("hidden_forward", f"({_GIVEN}) -> Tensor", _run, _shape),
+    ("hidden_backward", f"(Tensor dy, {_GIVEN}) -> (Tensor, Tensor)", _gradients, _gradient_shapes),
+):
+    LIBRARY.define(f"{_name}{_schema}")
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("lorafx::hidden_forward", _backward, setup_context=_keep, lib=LIBRARY)
