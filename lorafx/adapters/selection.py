@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError, SelectionError
 from ..tree.lookup import tensor_at
+from ..tree.own_layers import TOKEN
 from .config import AdapterConfig
 from .default_targets import DEFAULT_TARGETS
 from .readings import CONV1D, LINEAR, READINGS, Reading
@@ -126,9 +127,9 @@ def _all_linear(model: nn.Module, config: AdapterConfig) -> set[str]:
     if head is None and config.task_type == "SEQ_CLS":
         head = next((h for name in CLASSIFIER_HEADS if (h := getattr(model, name, None)) is not None), None)
     return {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module is not head and any(reading in (LINEAR, CONV1D) for _, reading, _ in weights_of(module))
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if module is not head and any(r in (LINEAR, CONV1D) and name != TOKEN for name, r, _ in weights_of(module))
     }
 
 

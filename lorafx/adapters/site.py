@@ -36,7 +36,7 @@ class Site:
     @property
     def name(self) -> str:
         """The module's path; with the parameter's name added if that is not the reading's usual one."""
-        return self.module if self.parameter == self.reading.weight else self.weight
+        return self.module if self.storage.whole or self.parameter == self.reading.weight else self.weight
 
     @property
     def weight(self) -> str:

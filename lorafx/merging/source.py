@@ -12,6 +12,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.kinds import Operands
 from ..adapters.site import Site
 from ..errors import MergeError
+from ..tree.lookup import tensor_at
 from .residual import fingerprint
 
 # Adapter tensors are copied if they are at most this share of the weight: then unmerging works after they changed.
@@ -32,7 +33,7 @@ class Source:
     def of(cls, root: nn.Module, adapter: Adapter, site: Site) -> Source:
         """Record what `adapter` holds for `site` now."""
         tensors = {suffix: tensor.detach() for suffix, tensor in adapter.tensors_at(root, site).items()}
-        small = sum(map(bytes_of, tensors.values())) <= _SMALL * bytes_of(root.get_parameter(site.weight))
+        small = sum(map(bytes_of, tensors.values())) <= _SMALL * bytes_of(tensor_at(root, site.weight))
         prints = {suffix: fingerprint(tensor) for suffix, tensor in tensors.items() if not tensor.is_meta}
         copies = {suffix: tensor.clone() for suffix, tensor in tensors.items()} if small else None
         return cls(adapter, site, adapter.numbers(root, site), prints, copies)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
+from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint
 from ..tree.attached import set_trainable
@@ -95,6 +96,7 @@ class Adapters(Merges):
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
+        keep_own_layers(self.tree, [site.module for site in adapter.selection])
         serve_parts(self.tree, adapter)
         self._set_trainable()
 

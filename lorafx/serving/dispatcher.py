@@ -218,6 +218,8 @@ def _is_computed(tree: nn.Module, site: Site) -> bool:
 
     FSDP1 has whole ones there while it runs, and says so nowhere.
     """
+    if site.storage.whole:
+        return False
     owner = innermost(tree.get_submodule(site.module))
     missing = owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
     return missing and not any(map(is_fsdp1, tree.modules()))

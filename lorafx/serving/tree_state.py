@@ -110,7 +110,8 @@ class TreeGuards:
 
     def _watch_attributes(self, root: nn.Module) -> tuple[AttributeState, tuple[bool, ...]]:
         own = set(map(id, self._modules))
-        self._attributes.watch(root, ((path, m) for path, m in root.named_modules() if id(m) in own and not own_forward_of(m)))
+        watched = ((path, m) for path, m in root.named_modules() if id(m) in own and own_forward_of(m) is None)
+        self._attributes.watch(root, watched)
         state = self._attributes.state()
         assert state is not None, "what was just looked at is there"
         return state

@@ -24,6 +24,10 @@ __all__ = [
 DisableTorchFunction = torch._C.DisableTorchFunction
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
+# A context in which subclasses' `__torch_function__` is called again. Without it, an operator that was given one of
+# torchao's tensors could not run code that is given another.
+enabled_torch_function = torch._C._EnableTorchFunction
+
 # Makes a tensor of a Python class without memory. Without it, logits could not be computed when they are asked for.
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 

@@ -17,7 +17,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..torch_private.tensors import enabled_torch_function
+
 NUMBER = "lorafx_number"  # on an own layer: the tensor that has its number
+TOKEN = "lorafx_token"  # on an own layer without tensors: one that stands for its weight
 
 _LAYERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # graphs of all trees know layers by number
 _NUMBERS = itertools.count(1)
@@ -52,7 +55,7 @@ class OwnForward:
         """What the module itself computes, with this bias."""
         self.prepare(self.module)
         forward = self.replaced.get("forward")
-        with _with_bias(self.module, bias):
+        with enabled_torch_function(), _with_bias(self.module, bias):
             return type(self.module).forward(self.module, x) if forward is None else forward(x)
 
 
@@ -83,6 +86,11 @@ def number_of(module: nn.Module) -> Tensor:
     return number
 
 
+def token_of(module: nn.Module) -> Tensor:
+    """The tensor that stands for the weight of an own layer without tensors."""
+    return module.__dict__.setdefault(TOKEN, torch.empty(0))
+
+
 def layer_of(number: Tensor) -> nn.Module:
     """The own layer of a number."""
     return _LAYERS[int(number)]
@@ -99,7 +107,9 @@ def show_own_layers(bare: nn.Module, tree: nn.Module) -> None:
         if forward is None or path not in twins:
             continue
         twin = twins[path]
-        twin.__dict__.pop(NUMBER, None)
+        if forward.parameter == TOKEN:
+            twin._buffers[TOKEN] = token_of(module)
+        twin.__dict__ = {name: value for name, value in vars(twin).items() if name not in (NUMBER, TOKEN)}
         for tensors in (twin._parameters, twin._buffers):
             tensors.update({name: _stand_in(t) for name, t in tensors.items() if t is not None and name != "bias"})
         twin._buffers[NUMBER] = number_of(module)

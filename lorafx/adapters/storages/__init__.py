@@ -6,7 +6,7 @@ stored tensors to a dense weight and back. `register` adds a storage of your own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -39,13 +39,16 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Reading, Storage]]:
             return
 
 
-def keep_own_layers(root: nn.Module) -> None:
-    """Have the modules of a tree whose storages say so run their own forward. Raises `SelectionError` as `of` does."""
+def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
+    """Have modules of a tree run their own forward: those whose storages are sure of it, and those at paths `adapted`.
+
+    Raises `SelectionError` as `Storage.of` does.
+    """
+    chosen = set(adapted)
     for path, module in root.named_modules():
         for _, _, storage in weights_of(module):
-            if isinstance(storage, OwnForward):
-                storage.of(module, path)
-                storage.install(module)
+            if isinstance(storage, OwnForward) and (path in chosen or storage.is_certain(module)):
+                storage.of(module, path).install(module)  # type: ignore[attr-defined]
 
 
 __all__ = [

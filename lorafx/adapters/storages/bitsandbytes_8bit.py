@@ -63,9 +63,9 @@ class Bitsandbytes8bit(OwnForward):
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "scale" not in stored:
             return {"weight": dense.to(stored["weight"].dtype)}
-        scale = dense.abs().amax(1)
-        rows = dense * (_LARGEST / scale.clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)
-        return {"weight": rows.round().to(torch.int8), "scale": scale.to(stored["scale"].dtype)}
+        scale = dense.abs().amax(1).to(stored["scale"].dtype)
+        rows = dense * (_LARGEST / scale.double().clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)
+        return {"weight": rows.round().to(torch.int8), "scale": scale}
 
     def written(self, module: nn.Module) -> None:
         """A layer that keeps floats remembers what it made of them."""

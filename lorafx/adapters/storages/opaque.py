@@ -5,11 +5,13 @@ It runs its own forward, with the adapter beside it, and cannot be merged into.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...tree.own_layers import TOKEN, token_of
 from ..readings import LINEAR, Reading
 from .own_forward import OwnForward
 
@@ -18,14 +20,22 @@ _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("i
 
 
 class Opaque(OwnForward):
-    """Layers with numbers of features and no children, in which no weight can be read by operators."""
+    """Layers with numbers of features, and no weight of so many floats in them or below them."""
 
     name = "opaque"
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
-        if features_of(module) and not module._modules and _is_quantised(module):
-            names = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
-            yield next((name for name in names if name != "bias"), ""), LINEAR
+        if not (features := features_of(module)) or any(True for child in module.children() for _ in _tensors(child)):
+            return
+        if not any(t.is_floating_point() and t.numel() >= math.prod(features) for _, t in _tensors(module)):
+            name = next((name for name, _ in _tensors(module) if name != "bias"), TOKEN)
+            if name == TOKEN:
+                token_of(module)
+            yield name, LINEAR
+
+    def is_certain(self, module: nn.Module) -> bool:
+        """Whether the module keeps a matrix of integers, as a quantised layer does."""
+        return any(t.ndim > 1 and not t.is_floating_point() for _, t in _tensors(module))
 
     def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
         inputs, outputs = features_of(module) or (0, 0)
@@ -33,8 +43,7 @@ class Opaque(OwnForward):
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
         """That of the first tensor of floats, most often scales or the bias."""
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        return next((t.dtype for t in tensors if t is not None and t.is_floating_point()), torch.get_default_dtype())
+        return next((t.dtype for _, t in _tensors(module) if t.is_floating_point()), torch.get_default_dtype())
 
 
 def features_of(module: nn.Module) -> tuple[int, int] | None:
@@ -46,8 +55,5 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    """Whether it has a matrix, and none of floats in full."""
-    matrices = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim > 1]
-    inputs, outputs = features_of(module) or (0, 0)
-    return not any(t.is_floating_point() and t.numel() >= inputs * outputs for t in matrices)
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

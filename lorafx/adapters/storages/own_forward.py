@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError
-from ...ops import own_forward as _  # noqa: F401, defines the operator
+from ...ops import own_forward as _operator  # noqa: F401, defines it
 from ...tree.own_layers import run_by_itself
 from ..readings import Operator
 from ..readings.embedding import wide as wide_of_rows
@@ -45,7 +45,12 @@ class OwnForward(Storage):
     """
 
     lossy = True
+    whole = True
     operators = (LAYER, ROWS)
+
+    def is_certain(self, module: nn.Module) -> bool:
+        """Whether the module keeps its weights so for sure: then it runs its own forward even if nothing adapts it."""
+        return True
 
     def install(self, module: nn.Module) -> None:
         """Have a module of a tree run its own forward, by one operator."""

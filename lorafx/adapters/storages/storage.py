@@ -15,13 +15,14 @@ from ..readings import Operator, Reading
 class Storage:
     """A way of keeping weights. A subclass says which modules keep theirs so, and how.
 
-    `lossy` says that `dense(packed(W))` may differ from W by more than one rounding. `operators` are operators that
-    read the stored weight itself; besides them a graph may read it by any operator of its reading, on the result of
-    `expression`.
+    `whole` says that a module has one such weight, which its site is not named after. `lossy` says that
+    `dense(packed(W))` may differ from W by more than one rounding. `operators` are operators that read the stored
+    weight itself; besides them a graph may read it by any operator of its reading, on the result of `expression`.
     """
 
     name = ""
     lossy = False
+    whole = False
     operators: tuple[Operator, ...] = ()
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:

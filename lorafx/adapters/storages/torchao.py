@@ -1,5 +1,7 @@
 """torchao: linear layers and embeddings whose weight is one of torchao's tensors, of int8, int4, float8 or other kinds.
 
+W  ≈  s · Q        a scale s for each block of numbers, most often a row
+
 Such a tensor takes part in torch's operators by itself, each kind in a way of its own, so the layer runs as it is.
 """
 
@@ -15,9 +17,14 @@ from ...errors import MergeError
 from ..readings import EMBEDDING, LINEAR, Reading
 from .own_forward import OwnForward
 
+_INSTEAD = "merge into the original checkpoint instead (`lorafx.merge`), and quantise the result"
+
 
 class TorchAO(OwnForward):
-    """One of torchao's tensors as the weight of `nn.Linear` or `nn.Embedding`."""
+    """One of torchao's tensors as the weight of `nn.Linear` or `nn.Embedding`.
+
+    Those that are symmetric, one number of 8 bits each, can be merged into: with new scales, in the blocks there are.
+    """
 
     name = "torchao"
 
@@ -29,8 +36,47 @@ class TorchAO(OwnForward):
             elif isinstance(module, nn.Embedding):
                 yield "weight", EMBEDDING
 
+    def of(self, module: nn.Module, path: str = "") -> TorchAO:
+        weight: Any = module.weight
+        storage = TorchAO()
+        vars(storage).update(
+            kind=type(weight),
+            options=weight.__tensor_flatten__()[1],
+            layout=(weight.shape, weight.stride()),
+            largest=_largest(weight),
+        )
+        return storage
+
+    def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
+        weight: Any = module._parameters[parameter].data  # type: ignore[union-attr]
+        found = {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]}
+        return {"weight" if name == "qdata" else name: tensor for name, tensor in found.items()}
+
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        return stored["weight"].dequantize()
+        """In float32."""
+        own: Any = vars(self)
+        inner = {"qdata" if name == "weight" else name: tensor for name, tensor in stored.items()}
+        return own["kind"].__tensor_unflatten__(inner, own["options"], *own["layout"]).dequantize().float()
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        raise MergeError("torchao")
+        own: Any = vars(self)
+        codes, scale, zero = stored["weight"], stored.get("scale"), stored.get("zero_point")
+        if own["largest"] is None or scale is None or (zero is not None and zero.any()):
+            raise MergeError(f"{own['kind'].__name__} of torchao cannot be merged into; {_INSTEAD}")
+        rows, columns = (full // size for full, size in zip(dense.shape, own["options"]["block_size"]))
+        blocks = dense.reshape(rows, dense.shape[0] // rows, columns, dense.shape[1] // columns)
+        scales = (blocks.abs().amax((1, 3), keepdim=True) / own["largest"]).to(scale.dtype)
+        found = blocks / scales.clamp(min=torch.finfo(scales.dtype).tiny)
+        found = found if codes.is_floating_point() else found.round()
+        return {"weight": found.reshape(dense.shape).to(codes.dtype), "scale": scales.reshape(scale.shape)}
+
+
+def _largest(weight: Any) -> float | None:
+    """The largest number that a code stands for; None where codes are packed or not known."""
+    codes = getattr(weight, "qdata", None)
+    if codes is None or codes.shape != weight.shape:
+        return None
+    if codes.is_floating_point():
+        return torch.finfo(codes.dtype).max
+    bits = str(getattr(weight, "target_dtype", codes.dtype)).removeprefix("torch.int")
+    return 2 ** (int(bits) - 1) - 1 if bits.isdigit() else None
