@@ -188,6 +188,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     kind = kind_of(config.peft_type)
     selection = select(root, config)
     _require_numbers(root, selection)
+    _require_weights(kind, selection, config)
     for site in selection:
         kind.check(site, config)
     for remark in kind.remarks(selection, config):
@@ -233,6 +234,16 @@ def _require_numbers(root: nn.Module, selection: Selection) -> None:
                 "layers do, and no storage here knows that one. Leave it out, load the base unquantised, or teach "
                 "lorafx its layout: `lorafx.adapters.storages.register`"
             )
+
+
+def _require_weights(kind: Kind, selection: Selection, config: AdapterConfig) -> None:
+    """Raise `ConfigError` for a kind that computes with the base's weight where graphs cannot read it."""
+    hidden = [site for site in selection if kind.reads_weight and site.storage.whole]
+    if hidden:
+        raise ConfigError(
+            f"{config.peft_type} computes with the base's weight, and that of {hidden[0].name} (stored as "
+            f"{hidden[0].storage}) cannot be read in a graph; leave it out, or load the base unquantised"
+        )
 
 
 def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:

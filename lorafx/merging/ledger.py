@@ -168,10 +168,15 @@ def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Itera
         if find_tensor(root, path) is None:
             raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
         storage = site.storage if role == "weight" else DENSE
+        if not storage.readable:
+            raise MergeError(
+                f"{site.name} is stored as {storage}: only the module itself can read such a weight, so nothing can be "
+                "merged into it; merge into the original checkpoint instead (`lorafx.merge`)"
+            )
         parameter = tensor_at(root, path)
         if storage == DENSE and not supports(parameter.dtype):
             raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
-        yield Target(names[id(parameter)], role, storage)
+        yield Target(names.get(id(parameter), path), role, storage)
 
 
 def _require_no_other_bias(root: nn.Module, source: Source) -> None:
@@ -219,7 +224,10 @@ def _merged(
         dense = changed
     if target.storage.lossy:
         warnings.warn(f"{target.path} is stored as {target.storage}: merging into it loses what that cannot hold")
-    return target.storage.packed(dense, original)
+    try:
+        return target.storage.packed(dense, original)
+    except MergeError as error:
+        raise MergeError(f"{target.path}: {error}") from error
 
 
 def _remembering(root: nn.Module, entry: Entry, original: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> Entry:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...tree.attached import own_modules
 from ...tree.own_layers import TOKEN, token_of
 from ..readings import LINEAR, Reading
 from .own_forward import OwnForward
@@ -23,9 +24,10 @@ class Opaque(OwnForward):
     """Layers with numbers of features, and no weight of so many floats in them or below them."""
 
     name = "opaque"
+    readable = False
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
-        if not (features := features_of(module)) or any(True for child in module.children() for _ in _tensors(child)):
+        if not (features := features_of(module)) or any(map(_tensors, _below(module))):
             return
         if not any(t.is_floating_point() and t.numel() >= math.prod(features) for _, t in _tensors(module)):
             name = next((name for name, _ in _tensors(module) if name != "bias"), TOKEN)
@@ -55,5 +57,11 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _below(module: nn.Module) -> list[nn.Module]:
+    """The modules below it, without those that hold adapters."""
+    return [inner for inner in own_modules(module) if inner is not module]
+
+
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+    every = (*module._parameters.items(), *module._buffers.items())
+    return [(name, tensor) for name, tensor in every if tensor is not None]

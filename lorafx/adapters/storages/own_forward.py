@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...errors import MergeError
 from ...ops import own_forward as _operator  # noqa: F401, defines it
 from ...tree.own_layers import run_by_itself
 from ..readings import Operator
@@ -61,12 +58,6 @@ class OwnForward(Storage):
 
     def prepare(self, module: nn.Module) -> None:
         """What has to be so before the module's own forward runs."""
-
-    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        raise MergeError(f"{self.name}: nobody but the module itself can read such a weight")
-
-    def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        raise MergeError(f"{self.name}: nobody but the module itself can read such a weight")
 
 
 def is_of(library: str, name: str, module: nn.Module) -> bool:

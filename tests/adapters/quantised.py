@@ -1,0 +1,101 @@
+"""What holds of adapted quantised layers, whoever quantised them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import torch
+from torch import nn
+
+import lorafx
+
+RANK, SCALING = 3, 2.0
+CONFIG = {"r": RANK, "lora_alpha": RANK * SCALING, "target_modules": ["up", "down"], "init_lora_weights": False}
+
+
+class Block(nn.Module):
+    """(…, 64) -> (…, 64), by way of 128 features."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.up, self.down = linear(64, 128), linear(128, 64)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+class Layers(nn.Module):
+    def __init__(self, linear, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(linear) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def formula(base, lora, x):
+    """What the adapted model computes: each quantised layer as it is by itself, and the update beside it."""
+
+    def adapted(plain, layer, x):
+        return plain(x) + SCALING * (x @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T).to(x.dtype)
+
+    for plain, layer in zip(base.layers, lora.layers):
+        x = x + torch.tanh(adapted(plain.down, layer.down, torch.relu(adapted(plain.up, layer.up, x))))
+    return x
+
+
+def tensors(model):
+    """All the bits of a model, packed ones and what they are packed with included."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor.detach().reshape(-1).view(torch.uint8).clone() for name, tensor in state.items()}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def hold(base, x, folder, close, ways=("graph", "sites", "aot_eager"), pickles=True):
+    """Adapt a model of equal quantised layers in each way, compare with the formula, save, load, copy; returns it."""
+    plain = base(x)
+    lora = lorafx.compile(base, CONFIG, capture="graph")
+    expected = formula(base, lora, x)
+    assert (expected - plain).abs().max() > 0.1, "the adapter makes a difference"
+    wanted = torch.autograd.grad(expected.square().sum(), trained(lora))
+    lora.save_pretrained(folder)
+    options = {"graph": {"capture": "graph"}, "sites": {"capture": "sites"}, "aot_eager": {"backend": "aot_eager"}}
+    for way in ways:
+        loaded = lorafx.load(base, folder, is_trainable=True, **options[way])
+        y = loaded(x)
+        torch.testing.assert_close(y, expected, **close)
+        y.square().sum().backward()
+        for parameter, gradient in zip(trained(loaded), wanted):
+            size = gradient.abs().max()
+            torch.testing.assert_close(parameter.grad / size, gradient / size, rtol=0, atol=4 * close["atol"])
+    for other in (copy.deepcopy(lora), *([pickle.loads(pickle.dumps(lora))] if pickles else [])):
+        torch.testing.assert_close(other(x), expected, **close)
+    with lora.disable_adapter():
+        torch.testing.assert_close(lora(x), plain, **close)
+    return lora
+
+
+def hold_merged(base, lora, x, within):
+    """Merge into the quantised weights, and take the adapter out again: every bit is as it was."""
+    expected, before = lora(x), tensors(base)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lora.merge_adapter()
+    assert any("loses what that cannot hold" in str(each.message) for each in told)
+    error = (lora(x) - expected).norm() / expected.norm()
+    assert 0 < error < within
+    torch.testing.assert_close(base(x), lora(x), rtol=0, atol=0)
+    lora.unmerge_adapter()
+    assert same(before, tensors(base))
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def trained(lora):
+    return [parameter for parameter in lora.parameters() if parameter.requires_grad]

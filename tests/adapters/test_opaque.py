@@ -1,0 +1,102 @@
+"""Layers whose weight nobody else can read: the adapter acts beside their own forward."""
+
+import pytest
+import torch
+from quantised import CONFIG, Layers, hold, trained
+from torch import nn
+
+import lorafx
+from lorafx.adapters import adapter, kinds
+from lorafx.errors import ConfigError, MergeError
+
+CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
+
+
+class Packed(nn.Module):
+    """As those of GPTQ: codes of 4 bits in integers of 32, with scales."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.infeatures, self.outfeatures = inputs, outputs
+        weight = torch.randn(outputs, inputs) / inputs**0.5
+        scales = weight.abs().amax(1, keepdim=True) / 7
+        codes = (weight / scales).round().to(torch.int32) + 8
+        shifts = 4 * torch.arange(8, dtype=torch.int32)
+        self.register_buffer("qweight", (codes.view(outputs, -1, 8) << shifts).sum(-1, dtype=torch.int32))
+        self.register_buffer("scales", scales)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        codes = (self.qweight[..., None] >> 4 * torch.arange(8, dtype=torch.int32)) & 15
+        return nn.functional.linear(x, (codes.flatten(1) - 8).to(x.dtype) * self.scales, self.bias)
+
+
+class Elsewhere(nn.Module):
+    """Whose weight is no tensor of the module, and whose code looks at numbers."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weights = [torch.randn(outputs, inputs) / inputs**0.5]
+
+    def forward(self, x):
+        if float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        return x @ self.weights[0].T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [Packed, Elsewhere])
+def test_all_that_can_be_done_with_a_layer_of_somebodys_own(layer, tmp_path):
+    base, x = Layers(layer), torch.randn(2, 5, 64)
+    lora = hold(base, x, tmp_path, CLOSE)
+    expected = lora(x)
+    with pytest.raises(MergeError, match=r"layers\.0\.up.*only the module itself"):
+        lora.merge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+    assert lora.unload() is base and "forward" not in vars(base.layers[0].up)
+
+
+def test_all_linear_layers_are_those_that_are_packed_too():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed, self.elsewhere, self.head = Packed(64, 32), Elsewhere(32, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.elsewhere(self.packed(x)))
+
+    base, x = Head(), torch.randn(3, 64)
+    lora = lorafx.compile(base, {"r": 2, "target_modules": "all-linear", "init_lora_weights": False})
+    assert [site.name for site in lora.sites] == ["packed", "head"]
+    lora(x).sum().backward()
+    assert len(trained(lora)) == 4 and all(parameter.grad is not None for parameter in trained(lora))
+
+
+def test_a_layer_that_only_has_numbers_of_features_is_not_taken_for_one():
+    """Its shape is another than the numbers say; nothing adapts it, and it runs as ever."""
+
+    class Pool(nn.Module):
+        in_features, out_features = 64, 8
+
+        def forward(self, x):
+            return x.unflatten(-1, (8, 8))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.pool = nn.Linear(16, 64), Pool()
+
+        def forward(self, x):
+            return self.pool(self.up(x))
+
+    base, x = Net(), torch.randn(3, 16)
+    lora = lorafx.compile(base, {"r": 2, "target_modules": ["up"]}, capture="graph")
+    torch.testing.assert_close(lora(x), base(x), **CLOSE)
+
+
+def test_a_kind_that_needs_the_weight_is_refused(monkeypatch):
+    config = kinds.config_of(CONFIG)
+    monkeypatch.setattr(type(kinds.kind_of("LORA")), "reads_weight", True)
+    with pytest.raises(ConfigError, match=r"layers\.0\.up.*cannot be read"):
+        adapter.plan(Layers(Packed), "default", config)

@@ -1,0 +1,66 @@
+"""Weights of torchao: adapted, trained, merged and restored, on the CPU."""
+
+import pytest
+import torch
+from quantised import CONFIG, Layers, hold, hold_merged
+from torch import nn
+
+import lorafx
+from lorafx.errors import MergeError
+
+quantization = pytest.importorskip("torchao.quantization")
+CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
+pytestmark = pytest.mark.slow
+
+
+def build(config):
+    base = Layers(nn.Linear).requires_grad_(False)
+    quantization.quantize_(base, config)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("kind", "within"),
+    [("Int8WeightOnlyConfig", 0.02), ("Float8WeightOnlyConfig", 0.1), ("IntxWeightOnlyConfig", 0.02)],
+)
+def test_all_that_can_be_done_with_a_quantised_base(kind, within, tmp_path):
+    """Steps are 1/127 of a row's largest number, and in float8 at most 1/16 of each number."""
+    base, x = build(getattr(quantization, kind)()), torch.randn(2, 5, 64)
+    lora = hold(base, x, tmp_path, CLOSE, pickles=False)  # torchao's tensors cannot be
+    expected = lora(x)
+    before = [parameter.data.qdata.clone() for parameter in base.parameters() if hasattr(parameter.data, "qdata")]
+    with pytest.warns(UserWarning, match="loses what that cannot hold"):
+        lora.merge_adapter()
+    assert 0 < (lora(x) - expected).norm() / expected.norm() < within
+    lora.unmerge_adapter()
+    after = [parameter.data.qdata for parameter in base.parameters() if hasattr(parameter.data, "qdata")]
+    assert len(before) == 6 and all(map(torch.equal, before, after))
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_activations_may_be_rounded_too(tmp_path):
+    """By integers in each call: where rounding is near a half, another order of summation may go to another integer."""
+    base, x = build(quantization.Int8DynamicActivationInt8WeightConfig()), torch.randn(2, 5, 64)
+    hold(base, x, tmp_path, {"rtol": 0, "atol": 0.1}, ways=["graph", "sites"], pickles=False)
+
+
+def test_codes_of_4_bits_in_groups(tmp_path):
+    """A scale for each 32 numbers; steps are 1/7 of the largest of them."""
+    options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}
+    base, x = build(quantization.IntxWeightOnlyConfig(**options)), torch.randn(2, 5, 64)
+    lora = hold(base, x, tmp_path, CLOSE, ways=["sites"], pickles=False)
+    expected = lora(x)
+    lora.merge_adapter()
+    assert 0 < (lora(x) - expected).norm() / expected.norm() < 0.3
+    lora.unmerge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_asymmetric_codes_are_not_merged_into():
+    mapping = quantization.MappingType.ASYMMETRIC
+    base = build(quantization.IntxWeightOnlyConfig(mapping_type=mapping))
+    lora, x = lorafx.compile(base, CONFIG, capture="sites"), torch.randn(3, 64)
+    expected = lora(x)
+    with pytest.raises(MergeError, match="layers.0.up.*cannot be merged into.*original checkpoint"):
+        lora.merge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
