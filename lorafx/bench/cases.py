@@ -53,6 +53,7 @@ class Case:
     shape: Shape
     part: str = "model"
     dtype: str = "float32"
+    quantised: str = ""  # "nf4" or "int8": the linear layers but the head are bitsandbytes' own
     batch: int = 4
     sequence: int = 256
     targets: tuple[str, ...] = ALL
@@ -79,7 +80,8 @@ class Case:
         sizes = f"hidden {shape.hidden}, MLP {shape.intermediate}"
         if self.part == "model":
             sizes += f", {shape.layers} layers, vocabulary {shape.vocabulary}"
-        return ", ".join([f"{self.part}: {sizes}, {self.dtype}, {work} {self.batch} x {self.sequence} tokens", *extras])
+        dtype = f"{self.dtype}, {self.quantised}" if self.quantised else self.dtype
+        return ", ".join([f"{self.part}: {sizes}, {dtype}, {work} {self.batch} x {self.sequence} tokens", *extras])
 
 
 def _variant(case: Case, name: str, **changes: object) -> Case:
@@ -99,6 +101,8 @@ _decode = Case(
     references=("merged", "peft"),
     bars=(Bar("lorafx", "merged", 1.15),),
 )
+
+_QUANTISED_BARS = (Bar("lorafx", "peft", 1.0), Bar("lorafx", "peft", 1.0, of="peak"))
 
 CPU = (
     _train,
@@ -128,6 +132,7 @@ CPU = (
         targets=("q_proj",),
         bars=(Bar("lorafx", "peft", 1.0),),
     ),
+    *(_variant(_train, f"train-{kind}", quantised=kind, bars=_QUANTISED_BARS) for kind in ("nf4", "int8")),
     _decode,
     _variant(
         _train,
@@ -170,6 +175,14 @@ CUDA = (
     _variant(_real, "1b-4096-dropout", dropout=0.05),
     _8b_4096,
     _variant(_real, "8b-4096-dropout", shape=_8b, dropout=0.05),
+    _variant(
+        _real,
+        "8b-4096-nf4",
+        shape=_8b,
+        quantised="nf4",
+        contestants=("base", "peft-default", "peft", "lorafx", "lorafx-default", "lorafx-compiled", "unsloth"),
+        bars=(Bar("lorafx*", "peft-default", 0.67), Bar("lorafx*", "peft-default", 1.0, of="peak")),
+    ),
     _variant(
         _real,
         "8b-16384-checkpointing",
@@ -219,6 +232,8 @@ SMOKE = (
     _smoke,
     _variant(_smoke, "smoke-bf16", part="linears", dtype="bfloat16", dropout=0.05, contestants=EAGER),
     _variant(_smoke, "smoke-block", part="block", checkpointing=True, contestants=EAGER),
+    _variant(_smoke, "smoke-nf4", quantised="nf4", contestants=EAGER),
+    _variant(_smoke, "smoke-int8", quantised="int8", contestants=EAGER),
     _variant(_decode, "smoke-decode", shape=_tiny, sequence=8, decode=4, rounds=3, bars=()),
     _variant(_decode, "smoke-static", shape=_tiny, sequence=8, decode=4, rounds=3, static_cache=True, bars=()),
     _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),

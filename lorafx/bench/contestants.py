@@ -143,7 +143,7 @@ def with_unsloth(case: Case, base: nn.Module) -> Setup:
     _need("unsloth")
     from unsloth import FastLanguageModel
 
-    options = {"load_in_4bit": False, "dtype": getattr(torch, case.dtype)}
+    options = {"load_in_4bit": case.quantised == "nf4", "dtype": getattr(torch, case.dtype)}
     model, _ = FastLanguageModel.from_pretrained(base.name_or_path, max_seq_length=case.sequence, **options)
     adapters = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": list(case.targets)}
     checkpoints = {"use_gradient_checkpointing": "unsloth" if case.checkpointing else False}

@@ -44,7 +44,28 @@ def build(case: Case, device: str) -> nn.Module:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     with torch.device(device):
-        return _build(case).to(dtype).train().requires_grad_(False)
+        base = _build(case).to(dtype).train().requires_grad_(False)
+    return _quantised(base, case).to(device) if case.quantised else base
+
+
+def _quantised(base: nn.Module, case: Case) -> nn.Module:
+    """The base with bitsandbytes' layers in the place of its linear ones but the head, as transformers loads it."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(base.named_modules()):
+        if not isinstance(linear, nn.Linear) or name == "lm_head":
+            continue
+        sizes, options = (linear.in_features, linear.out_features), {"bias": linear.bias is not None}
+        if case.quantised == "nf4":
+            own: Any = bnb.nn.LinearNF4(*sizes, compute_dtype=linear.weight.dtype, **options)
+            own.weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", module=own)
+        else:
+            own = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, **options)
+            own.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False)
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, own.train())
+    base.__dict__[f"is_loaded_in_{4 if case.quantised == 'nf4' else 8}bit"] = True  # what PEFT goes by
+    return base
 
 
 def _build(case: Case) -> nn.Module:
@@ -74,6 +95,8 @@ def _build(case: Case) -> nn.Module:
 def twin(base: nn.Module) -> nn.Module:
     """A copy of a model's modules that shares its tensors: its modules can be replaced, and the base stays as it is."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    states = [vars(module)["state"] for module in base.modules() if "state" in vars(module)]  # where int8 has its scales
+    shared |= {id(state): state for state in states}
     return copy.deepcopy(base, shared)
 
 

@@ -1,6 +1,6 @@
 """The reference: what a case should give, by PEFT in more precision than the case's, and how far off rounding may be.
 
-    small bases, short sequences    PEFT in float64, and fixed limits
+    small bases, short sequences    PEFT in float64 (quantised ones in float32), and fixed limits
     others                          PEFT in float32; where that does not fit, in the case's own dtype
 
 How far a bfloat16 model's gradients are off by rounding alone grows with its depth: in 32 layers a fifth, PEFT's own
@@ -48,19 +48,20 @@ def reference(case: Case, base: nn.Module, batch: Batch) -> Reference:
     small = sum(p.numel() for p in base.parameters()) < EXACT_BELOW and case.sequence <= EXACT_UP_TO
     try:
         if small:
-            return Reference(_outcome(case, *_wider(base, batch, torch.float64)), "PEFT in float64", *limits)
+            exact = torch.float32 if case.quantised else torch.float64  # bitsandbytes computes in no wider one
+            return Reference(_outcome(case, *_wider(base, batch, exact)), f"PEFT in {str(exact)[6:]}", *limits)
         # Without dropout, which parity leaves out, PEFT can keep checkpoints alone, and gives the same numbers.
         case = replace(case, dropout=0.0, checkpointing=case.part in ("model", "block") and not case.decode)
         own = _outcome(case, base, batch)
-        exact = _in_float32(case, base, batch)
+        wide = _in_float32(case, base, batch)
     except Exception as error:  # on a device that is too small, say
         return Reference(None, f"nothing, for PEFT failed: {first_line(error)}", *limits)
     finally:
         tidy()
-    if exact is None:
+    if wide is None:
         return Reference(own, f"PEFT in {case.dtype}, for float32 does not fit", *limits)
-    off = [ROUNDINGS * (each or 0.0) for each in differences(own, exact)]
-    return Reference(exact, "PEFT in float32", *map(max, limits, off))
+    off = [ROUNDINGS * (each or 0.0) for each in differences(own, wide)]
+    return Reference(wide, "PEFT in float32", *map(max, limits, off))
 
 
 def _in_float32(case: Case, base: nn.Module, batch: Batch) -> Outcome | None:
@@ -73,6 +74,8 @@ def _in_float32(case: Case, base: nn.Module, batch: Batch) -> Outcome | None:
 
 
 def _wider(base: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[nn.Module, Batch]:
+    if {p.dtype for p in base.parameters() if p.is_floating_point()} == {dtype}:
+        return base, batch
     return copy.deepcopy(base).to(dtype), batch.as_dtype(dtype)
 
 

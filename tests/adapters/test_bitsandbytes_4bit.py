@@ -125,5 +125,5 @@ def test_what_is_not_quantised_yet_is_an_error():
 def test_an_adapter_of_the_packed_shape_is_an_error(tmp_path):
     lorafx.compile(Layers(nn.Linear), CONFIG).save_pretrained(tmp_path)
     base = Layers(lambda i, o: bnb.nn.Linear4bit(i, o + 64)).to("cpu")
-    with pytest.raises(LorafxError, match="layers.0.up"):
+    with pytest.raises(LorafxError, match=r"layers\.0\.up"):
         lorafx.load(base, tmp_path)

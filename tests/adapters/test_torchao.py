@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantised import CONFIG, Layers, hold, hold_merged
+from quantised import CONFIG, Layers, hold
 from torch import nn
 
 import lorafx
@@ -61,6 +61,6 @@ def test_asymmetric_codes_are_not_merged_into():
     base = build(quantization.IntxWeightOnlyConfig(mapping_type=mapping))
     lora, x = lorafx.compile(base, CONFIG, capture="sites"), torch.randn(3, 64)
     expected = lora(x)
-    with pytest.raises(MergeError, match="layers.0.up.*cannot be merged into.*original checkpoint"):
+    with pytest.raises(MergeError, match=r"layers\.0\.up.*cannot be merged into.*original checkpoint"):
         lora.merge_adapter()
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
