@@ -32,7 +32,7 @@ INSTEAD = {
     "prepare_model_for_gradient_checkpointing": "`compile(gradient_checkpointing=True)`",
     "rescale_adapter_scale": "`with model.rescale(factor)`",
     "set_scaling": "`set_scale(name, factor)`",
-    "subtract_mutated_init": "start values that change the base are not implemented, so there is nothing to subtract",
+    "subtract_mutated_init": "`save_pretrained(folder, path_initial_model_for_weight_conversion=…)`",
     "supports_lora_conversion": "conversion of other kinds to LoRA is not implemented",
     "target_module_mapping": "`lorafx.adapters.default_targets.DEFAULT_TARGETS`",
     "tuner_layer_cls": "there are no layers of lorafx's; `model.sites` lists what is adapted",
