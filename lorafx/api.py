@@ -50,8 +50,7 @@ def compile(
 
     The selection is resolved and the adapter's parameters exist when this returns; a graph is captured at the first
     call of each kind, or now for `example_inputs` (keyword arguments as a mapping, or positional ones as a tuple). The
-    base's parameters are frozen and shared, never copied. Start values may be taken out of them
-    (`init_lora_weights="pissa"`, `"olora"` or `"loftq"`): then they are left with the rest, as in PEFT.
+    base's parameters are frozen and shared, never copied; PiSSA, OLoRA and LoftQ take start values out of them.
 
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.

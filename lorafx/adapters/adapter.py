@@ -294,14 +294,14 @@ def build(
 ) -> Rests:
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
-    Returns what is left of base weights that start values were taken out of, also where these give way to `values`:
-    they are not written yet, by any of the base's tensors.
-
     A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
     `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device. Copies of base
     tensors take device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded),
     else the kind's start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
     Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
+
+    Returns what is to be left of base weights that start values are taken out of, also where these give way to
+    `values`. It is not written yet.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, Tensor] = {}
@@ -319,15 +319,25 @@ def build(
             tensors = {suffix: values[path] for suffix, path in paths.items()}
         for suffix, path in paths.items():
             made[path] = nn.Parameter(tensors[suffix].detach().to(device, dtype, copy=True))
+    _hang(root, made | dict(_copies(root, adapter, values)))
+    return rests
+
+
+def _copies(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's copies of base tensors, by path."""
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
-        made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
+        yield path, nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
         if tensor.is_meta and _device_of(root, base) != tensor.device:
             raise AdapterError(
                 f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
                 "`modules_to_save` and `bias`, or load the base without offloading"
             )
+
+
+def _hang(root: nn.Module, made: Mapping[str, Tensor]) -> None:
+    """Hang tensors in the tree, by path: all of them or none."""
     hung: list[str] = []
     try:
         for path, parameter in made.items():
@@ -336,7 +346,6 @@ def build(
     except BaseException:
         detach(root, hung)
         raise
-    return rests
 
 
 def _device_of(root: nn.Module, path: str) -> torch.device:

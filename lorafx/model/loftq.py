@@ -5,6 +5,7 @@ B A  ≈  W - dequantised(Q)        W from the files of the full model, one tens
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..adapters.adapter import Adapter
 from ..adapters.site import Site
@@ -113,16 +113,15 @@ class _FullWeights:
         prefix = f"{getattr(tree, 'base_model_prefix', '')}."
         whole = place if place.is_file() else place / _FILE
         if whole.is_file():
-            with safe_open(whole, framework="pt") as file:
+            with _opened(str(whole)) as file:
                 return cls(dict.fromkeys(file.keys(), str(whole)), prefix)
         try:
-            shards, index = get_checkpoint_shard_files(str(place), str(place / _INDEX))
-        except OSError as error:
-            raise CheckpointError(
-                f"{place} has neither {_FILE} nor {_INDEX}, from which to read full weights"
-            ) from error
-        files = {Path(shard).name: shard for shard in shards}
-        return cls({name: files[shard] for name, shard in index["weight_map"].items()}, prefix)
+            index = json.loads((place / _INDEX).read_text(encoding="utf-8"))
+            return cls({name: str(place / shard) for name, shard in index["weight_map"].items()}, prefix)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{place} has neither {_FILE} nor {_INDEX}, the full model's files") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a damaged file gives
+            raise CheckpointError(f"{place / _INDEX} cannot be read as an index of shards: {error}") from error
 
     def _key(self, site: Site) -> str | None:
         """What the files call a site's weight: with or without the name of the inner model."""
@@ -134,7 +133,7 @@ class _FullWeights:
             key = self._key(site)
             if key is None:
                 raise CheckpointError(f"no file of the full model has {site.weight}; pass `model_path`")
-            with self._open(key) as file:
+            with _opened(self.owners[key]) as file:
                 shape = tuple(file.get_slice(key).get_shape())
             if shape != tuple(site.weight_shape):
                 raise CheckpointError(f"{self.owners[key]}: {key} is {shape}, and the model needs {site.weight_shape}")
@@ -142,14 +141,15 @@ class _FullWeights:
     def read(self, site: Site) -> Tensor:
         key = self._key(site)
         assert key is not None, "what was required is there"
-        with self._open(key) as file:
+        with _opened(self.owners[key]) as file:
             return file.get_tensor(key)
 
-    def _open(self, key: str) -> Any:
-        try:
-            return safe_open(self.owners[key], framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.owners[key]} cannot be read: {error}") from error
+
+def _opened(file: str) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _loaded_from(tree: nn.Module) -> Path:

@@ -67,19 +67,33 @@ class Saving(Merges):
             return  # the values are gathered already
         given, alone = None if state_dict is None else Given(state_dict), len(adapters) == 1
         values_of = [{} if given is None else given.values_for(self.tree, adapter, alone) for adapter in adapters]
-        for adapter, values in zip(adapters, values_of):
-            embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
-            merged = [path for path in adapter.paths if path in self._lorafx.ledger.entries]
-            values |= {path: self._lorafx.ledger.original(self.tree, path) for path in merged}
-            tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
-            if start is not None:
-                adapter, tensors = _since(adapter, tensors, start, self.tree)
-            if not is_main_process:
-                continue
+        gathered = [
+            self._gathered(adapter, values | self._unmerged_values(adapter), save_embedding_layers, given, start)
+            for adapter, values in zip(adapters, values_of)
+        ]
+        for adapter, tensors in gathered if is_main_process else ():
             if adapter.is_rescaled(self.tree):
                 warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
+
+    def _unmerged_values(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The adapter's copies of base tensors that others are merged into, as they are without these."""
+        merged = [path for path in adapter.paths if path in self._lorafx.ledger.entries]
+        return {path: self._lorafx.ledger.original(self.tree, path) for path in merged}
+
+    def _gathered(
+        self,
+        adapter: Adapter,
+        values: Mapping[str, Tensor],
+        save_embedding_layers: bool | str,
+        given: Given | None,
+        start: checkpoint.Checkpoint | None,
+    ) -> tuple[Adapter, dict[str, Tensor]]:
+        """What to write of an adapter: one for the base as it was if there is the adapter's `start`."""
+        embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
+        tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
+        return (adapter, tensors) if start is None else _since(adapter, tensors, start, self.tree)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """An adapter's tensors, shared and not copied, by the keys that they have in its file.
