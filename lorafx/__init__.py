@@ -24,6 +24,8 @@ from .graph.printing import diff
 from .model.adaptation import Adaptation, of
 from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
+from .model.loftq import replace_lora_weights_loftq
+from .model.preparation import prepare_model_for_kbit_training
 from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
@@ -58,6 +60,8 @@ __all__ = [
     "load",
     "of",
     "passes",
+    "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
     "to_float8",
     "trace",

@@ -50,7 +50,7 @@ def compile(
 
     The selection is resolved and the adapter's parameters exist when this returns; a graph is captured at the first
     call of each kind, or now for `example_inputs` (keyword arguments as a mapping, or positional ones as a tuple). The
-    base's parameters are frozen and shared, never copied.
+    base's parameters are frozen and shared, never copied; PiSSA, OLoRA and LoftQ take start values out of them.
 
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
@@ -77,7 +77,7 @@ def compile(
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
-        of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
+        rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         of(adapted).set_adapter(adapter_name)
         _checkpoint_by_sites(adapted, gradient_checkpointing)
         if example_inputs is not None:
@@ -85,6 +85,7 @@ def compile(
     except BaseException:
         of(adapted)._leave()
         raise
+    of(adapted)._leave_rests(rests)
     return adapted
 
 
@@ -114,7 +115,8 @@ def load(
     the folder's own. `hub` is `subfolder`, and for a Hub id `revision`, `token`, `cache_dir`, `force_download` and
     `local_files_only`. `weights_only=True` also takes an old `adapter_model.bin`, read through torch's restricted
     unpickler. The other options are those of `compile`; what makes start values has no place here, for the file has
-    the values. Embedding weights in the file are written into the base's.
+    the values. Embedding weights in the file are written into the base's, and start values that its config takes out of
+    the base (PiSSA and the like) are taken out of it again.
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, `ConfigError` for an
     option that there is not, and `AdapterError` or `PipelineError` as `compile` does; the model is as it was.
@@ -127,7 +129,7 @@ def load(
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype)
     try:
-        of(adapted)._install(fitted, values=values)
+        rests = of(adapted)._install(fitted, values=values)
         of(adapted).set_adapter(adapter_name)
         _checkpoint_by_sites(adapted, gradient_checkpointing)
         if not is_trainable:
@@ -137,6 +139,7 @@ def load(
     except BaseException:
         of(adapted)._leave()
         raise
+    of(adapted)._leave_rests(rests)
     copy_into(adapted, embeddings)
     return adapted
 

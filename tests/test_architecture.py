@@ -55,6 +55,7 @@ INSIDE = {
             "site",
             "kinds",
             "selection",
+            "start_values",
             "adapter",
         ),
         "equation",

@@ -20,6 +20,7 @@ from .kinds import SCALING, Kind, Operands, kind_of
 from .naming import require_usable
 from .selection import saved_modules, select
 from .site import Selection, Site
+from .start_values import Rests, start_values
 from .storages import DENSE, weights_of
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
@@ -50,6 +51,11 @@ class Adapter:
             yield from by_suffix.values()
         yield from self.replaced.values()
         yield from self.scales.values()
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether its start values at some site are taken out of the base weight."""
+        return any(self.kind.takes_from_base(site, self.config) for site in self.selection)
 
     @property
     def call_key(self) -> str:
@@ -296,35 +302,53 @@ def build(
     autocast_adapter_dtype: bool = True,
     on_meta: bool = False,
     values: Mapping[str, Tensor] | None = None,
-) -> None:
+) -> Rests:
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
     A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
     `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device. Copies of base
     tensors take device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded),
     else the kind's start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
-    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded.
+    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
+
+    Returns what is to be left of base weights that start values are taken out of, also where these give way to
+    `values`. It is not written yet.
     """
     rng = None if random_state is None else torch.Generator().manual_seed(random_state)
     made: dict[str, Tensor] = {}
+    rests: Rests = {}
     for site in adapter.selection:
         dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
         dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
-        device = torch.device("meta") if on_meta else _device_of(root, site.weight)
-        paths = adapter.tensors[site.name]
-        tensors = {s: values[p] for s, p in paths.items()} if values else None
-        tensors = tensors or _start_values(root, adapter, site, rng, device)
+        takes = adapter.kind.takes_from_base(site, adapter.config)
+        device = torch.device("meta") if on_meta and not takes else _device_of(root, site.weight)
+        paths, tensors = adapter.tensors[site.name], dict[str, Tensor]()
+        if takes or not values:
+            tensors, rest = start_values(root, adapter.kind, adapter.config, site, rng, device.type)
+            rests |= {site: rest} if rest else {}
+        if values:
+            tensors = {suffix: values[path] for suffix, path in paths.items()}
         for suffix, path in paths.items():
             made[path] = nn.Parameter(tensors[suffix].detach().to(device, dtype, copy=True))
+    _hang(root, made | dict(_copies(root, adapter, values)))
+    return rests
+
+
+def _copies(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's copies of base tensors, by path."""
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
-        made[path] = nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
+        yield path, nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
         if tensor.is_meta and _device_of(root, base) != tensor.device:
             raise AdapterError(
                 f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
                 "`modules_to_save` and `bias`, or load the base without offloading"
             )
+
+
+def _hang(root: nn.Module, made: Mapping[str, Tensor]) -> None:
+    """Hang tensors in the tree, by path: all of them or none."""
     hung: list[str] = []
     try:
         for path, parameter in made.items():
@@ -339,23 +363,6 @@ def _device_of(root: nn.Module, path: str) -> torch.device:
     """Where a tensor of the tree is while its module's forward runs."""
     loaded = loading_device(root.get_submodule(path.rpartition(".")[0]))
     return tensor_at(root, path).device if loaded is None else torch.device(loaded)
-
-
-def _start_values(
-    root: nn.Module, adapter: Adapter, site: Site, rng: torch.Generator | None, device: torch.device
-) -> dict[str, Tensor]:
-    """The kind's start values, by suffix."""
-    where = "meta" if device.type == "meta" else "cpu"  # the same random numbers, whatever the device
-    specs = adapter.kind.tensors(site, adapter.config)
-    weight, dtype = None, torch.float32
-    if adapter.kind.reads_weight:
-        weight = site.storage.dense(site.storage.stored(root.get_submodule(site.module), site.parameter)).detach()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight = weight.to(where, dtype)
-    tensors = {name: torch.empty(spec.shape, device=where, dtype=dtype) for name, spec in specs.items()}
-    with torch.no_grad():
-        adapter.kind.init(site, adapter.config, tensors, None if where == "meta" else rng, weight)
-    return {spec.suffix: tensors[name] for name, spec in specs.items()}
 
 
 def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ..adapters.adapter import TRAINED_BIAS
 from ..adapters.config import AdapterConfig
 from ..adapters.site import Selection
 from ..errors import AdapterError, CaptureError
@@ -86,17 +85,6 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
         operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
         return Explanation(tuple(calls), operators, dropped, compiled)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one."""
-        counts = [(name, p.numel(), p.requires_grad) for name, p in self.tree.named_parameters()]
-        total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
-        return sum(number for _, number, trainable in counts if trainable), total
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
         """The rewritten graph that serves this call; captured now if none is kept. The call is not run.

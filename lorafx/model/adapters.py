@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, build, plan, remove, trainable_paths
+import torch
+
+from ..adapters.adapter import TRAINED_BIAS, Adapter, Rests, build, plan, remove, trainable_paths
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint
+from ..merging.ledger import Target
 from ..tree.attached import set_trainable
 from ..tree.lookup import copy_into
 from ..tree.mirror import mirrored
@@ -47,7 +50,8 @@ class Adapters(Merges):
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
         adapter = plan(mirrored(self.tree), adapter_name, config_of(peft_config))
-        self._install(adapter, autocast_adapter_dtype, random_state=random_state, on_meta=low_cpu_mem_usage)
+        rests = self._install(adapter, autocast_adapter_dtype, random_state=random_state, on_meta=low_cpu_mem_usage)
+        self._leave_rests(rests)
 
     def load_adapter(
         self,
@@ -82,23 +86,36 @@ class Adapters(Merges):
             require_same(self._require_unmerged(adapter_name, "loading other values into it"), adapter)
             copy_into(self.tree, values)
         else:
-            self._install(adapter, autocast_adapter_dtype, values=values)
+            self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
         copy_into(self.tree, embeddings)
         if not is_trainable:
             self.tree.eval()
         return LoadResult([], [])
 
-    def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> None:
+    def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> Rests:
+        """Put an adapter on the model; returns what is to be left of the base's weights, see `build`."""
         state = self._lorafx
         if adapter.name in state.adapters:
             raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        if state.ledger.names and adapter.takes_from_base:
+            raise AdapterError(
+                f"{', '.join(map(repr, state.ledger.names))} merged into the weights that {adapter.name!r} takes its "
+                "start values from; call `unmerge_adapter()` first"
+            )
         self._warn_of_biases(adapter)
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
-        build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
+        rests = build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
         keep_own_layers(self.tree, [site.module for site in adapter.selection])
         serve_parts(self.tree, adapter)
         self._set_trainable()
+        return rests
+
+    @torch.no_grad()
+    def _leave_rests(self, rests: Rests) -> None:
+        """Leave base weights with what start values were not taken out of."""
+        for site, tensors in rests.items():
+            Target(site.weight, storage=site.storage).write(self.tree, tensors)
 
     def _warn_of_biases(self, adapter: Adapter) -> None:
         """Say that an adapter that trains biases cannot be active beside another that trains the same."""
@@ -132,6 +149,7 @@ class Adapters(Merges):
         Raises `AdapterError` for an unknown name, or while the adapter is merged.
         """
         adapter, state = self._require_unmerged(adapter_name, "deleting it"), self._lorafx
+        self._warn_of_rests([adapter])
         remove(self.tree, adapter)
         del state.adapters[adapter_name]
         state.forget_programs()

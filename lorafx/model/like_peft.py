@@ -5,15 +5,17 @@ Where PEFT has a method for which there is nothing here, `INSTEAD` says what to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import TRAINED_BIAS, Adapter
 from ..adapters.config import AdapterConfig
 from ..adapters.peft_itself import refuse_peft_itself
+from ..adapters.storages import weights_of
 from ..errors import AdapterError
 from ..tree.lookup import tensor_at
 from .adapters import Adapters
@@ -30,7 +32,7 @@ INSTEAD = {
     "prepare_model_for_gradient_checkpointing": "`compile(gradient_checkpointing=True)`",
     "rescale_adapter_scale": "`with model.rescale(factor)`",
     "set_scaling": "`set_scale(name, factor)`",
-    "subtract_mutated_init": "start values that change the base are not implemented, so there is nothing to subtract",
+    "subtract_mutated_init": "`save_pretrained(folder, path_initial_model_for_weight_conversion=…)`",
     "supports_lora_conversion": "conversion of other kinds to LoRA is not implemented",
     "target_module_mapping": "`lorafx.adapters.default_targets.DEFAULT_TARGETS`",
     "tuner_layer_cls": "there are no layers of lorafx's; `model.sites` lists what is adapted",
@@ -100,6 +102,26 @@ class LikePeft(Adapters):
         """The paths of all modules that some adapter adapts."""
         return list(dict.fromkeys(site.module for each in self._lorafx.adapters.values() for site in each.selection))
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of parameters (trainable, all). Of a trained bias and the base's it replaces, `all` counts one.
+
+        A quantised weight counts as the numbers that it stands for, not as what they are packed into.
+        """
+        counts = [(name, self._numbers_in(name, p), p.requires_grad) for name, p in self.tree.named_parameters()]
+        total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
+        return sum(number for _, number, trainable in counts if trainable), total
+
+    def _numbers_in(self, path: str, parameter: nn.Parameter) -> int:
+        owner, _, name = path.rpartition(".")
+        module = self.tree.get_submodule(owner)
+        packed = next((storage for weight, _, storage in weights_of(module) if weight == name and storage.lossy), None)
+        return math.prod(packed.shape(module, name)) if packed else parameter.numel()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
         for adapter in [self._adapter(name) for name in self._listed(adapter_names)]:
@@ -128,13 +150,13 @@ class LikePeft(Adapters):
     def get_model_status(self) -> ModelStatus:
         """The same of the model as a whole, with its numbers of parameters."""
         state = self._lorafx
-        parameters = [(p.numel(), p.requires_grad) for p in self.tree.parameters()]
+        trainable, total = self.get_nb_trainable_parameters()
         return ModelStatus(
             base_model_type=type(state.base).__name__,
             adapter_model_type="AdaptedModel",
             peft_types={name: config.peft_type for name, config in state.configs.items()},
-            trainable_params=sum(number for number, trains in parameters if trains),
-            total_params=sum(number for number, _ in parameters),
+            trainable_params=trainable,
+            total_params=total,
             num_adapter_layers=len(self.targeted_module_names),
             enabled=not state.disabled,
             active_adapters=list(state.active),

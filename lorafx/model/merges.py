@@ -148,9 +148,21 @@ class Merges(Part):
         return self._given_back()
 
     def unload(self) -> nn.Module:
-        """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does."""
+        """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does.
+
+        Weights that start values were taken out of (PiSSA, OLoRA, LoftQ) stay so, with a warning, as in PEFT.
+        """
         self._lorafx.ledger.unmerge(self.tree)
+        self._warn_of_rests(self._lorafx.adapters.values())
         return self._given_back()
+
+    def _warn_of_rests(self, adapters: Iterable[Adapter]) -> None:
+        """Say that adapters leave a base without what their start values took out of it."""
+        if names := [adapter.name for adapter in adapters if adapter.takes_from_base]:
+            warnings.warn(
+                f"{', '.join(map(repr, names))} took start values out of the base's weights, which stay without them: "
+                "merge, or load the base again"
+            )
 
     def _given_back(self) -> nn.Module:
         """The base model object without adapters, its modules training or not as they are here."""

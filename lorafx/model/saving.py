@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Saving(Merges):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the adapters in PEFT's format: `"default"` into the folder itself, others into subfolders.
@@ -45,11 +47,18 @@ class Saving(Merges):
         the keys of PEFT's files. Only with `is_main_process` something is written, but every process of several has to
         call this: together they gather what is sharded. The files of a folder are replaced at once.
 
-        Raises `CheckpointError` for what the file system refuses, for `safe_serialization=False`, and for a
-        `state_dict` that lacks a parameter of the adapters; `AdapterError` for an unknown name.
+        An adapter that took its start values out of the base (PiSSA, OLoRA) fits what is left of it, or a base that
+        they are taken out of again, as loading does. With `path_initial_model_for_weight_conversion`, a folder it was
+        saved to before training, it is written as one of twice the rank for the base as it was.
+
+        Raises `CheckpointError` for what the file system refuses, for `safe_serialization=False`, for a `state_dict`
+        that lacks a parameter of the adapters, and for a folder that holds no such adapter; `AdapterError` for an
+        unknown name, `ConfigError` for a conversion that PEFT's format cannot say.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
+        initial = path_initial_model_for_weight_conversion
+        start = None if initial is None else checkpoint.read(initial)
         names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
         adapters = [self._adapter(name) for name in names]
         for adapter in adapters:
@@ -58,17 +67,33 @@ class Saving(Merges):
             return  # the values are gathered already
         given, alone = None if state_dict is None else Given(state_dict), len(adapters) == 1
         values_of = [{} if given is None else given.values_for(self.tree, adapter, alone) for adapter in adapters]
-        for adapter, values in zip(adapters, values_of):
-            embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
-            merged = [path for path in adapter.paths if path in self._lorafx.ledger.entries]
-            values |= {path: self._lorafx.ledger.original(self.tree, path) for path in merged}
-            tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
-            if not is_main_process:
-                continue
+        gathered = [
+            self._gathered(adapter, values | self._unmerged_values(adapter), save_embedding_layers, given, start)
+            for adapter, values in zip(adapters, values_of)
+        ]
+        for adapter, tensors in gathered if is_main_process else ():
             if adapter.is_rescaled(self.tree):
                 warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
+
+    def _unmerged_values(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The adapter's copies of base tensors that others are merged into, as they are without these."""
+        merged = [path for path in adapter.paths if path in self._lorafx.ledger.entries]
+        return {path: self._lorafx.ledger.original(self.tree, path) for path in merged}
+
+    def _gathered(
+        self,
+        adapter: Adapter,
+        values: Mapping[str, Tensor],
+        save_embedding_layers: bool | str,
+        given: Given | None,
+        start: checkpoint.Checkpoint | None,
+    ) -> tuple[Adapter, dict[str, Tensor]]:
+        """What to write of an adapter: one for the base as it was if there is the adapter's `start`."""
+        embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
+        tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
+        return (adapter, tensors) if start is None else _since(adapter, tensors, start, self.tree)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """An adapter's tensors, shared and not copied, by the keys that they have in its file.
@@ -156,6 +181,17 @@ class Saving(Merges):
         ledger = self._lorafx.ledger
         value = None if given is None or first_name(self.tree, path) in ledger.entries else given.get(path)
         return ledger.original(self.tree, path) if value is None else value
+
+
+def _since(
+    adapter: Adapter, tensors: dict[str, Tensor], start: checkpoint.Checkpoint, tree: nn.Module
+) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter for the base as it was before start values were taken out of it, and its tensors by key."""
+    own = [key for key in checkpoint.keys(adapter) if key in tensors]
+    expected = {key: (tuple(tensors[key].shape), tensors[key].is_floating_point()) for key in own}
+    checkpoint.check(start, expected, tree)
+    config, joined = adapter.kind.since(adapter.config, tensors, start.tensors)
+    return replace(adapter, config=config), joined
 
 
 def _resized(base: nn.Module, tree: nn.Module, path: str) -> bool:

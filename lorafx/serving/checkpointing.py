@@ -10,14 +10,18 @@ from __future__ import annotations
 from functools import partial
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
 
 
 def without_reentrant(root: nn.Module) -> None:
-    """Give modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options."""
+    """Give modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options.
+
+    torch's own default is the re-entrant kind, which PEFT's preparation of quantised models leaves as it is.
+    """
     for module in root.modules():
         function = vars(module).get(FUNCTION)
-        if isinstance(function, partial) and function.keywords.get("use_reentrant"):
+        if isinstance(function, partial) and function.keywords.get("use_reentrant", function.func is checkpoint):
             options = {**function.keywords, "use_reentrant": False}
             vars(module)[FUNCTION] = partial(function.func, *function.args, **options)

@@ -92,7 +92,7 @@ def _bools(field: str) -> dict:
     return {field: True} if field in ("use_dora", "use_qalora", "ensure_weight_tying") else {}
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "eva", "orthogonal", "nonsense"])
+@pytest.mark.parametrize("init", ["pissa_niter_", "pissa_niter_x", "eva", "orthogonal", "nonsense"])
 def test_an_init_that_is_not_implemented_is_refused(init):
     from graphs import Chain
 

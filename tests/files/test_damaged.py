@@ -57,7 +57,7 @@ ASKED = {
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
     "ensure_weight_tying": True,
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "eva",
     "peft_type": "LOHA",
 }
 

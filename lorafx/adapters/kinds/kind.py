@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..config import AdapterConfig
 from ..readings import Operator
 from ..site import Selection, Site
@@ -108,15 +109,34 @@ class Kind:
         """The numbers of its equation; one called "scaling" can be changed while the adapter runs."""
         return {}
 
+    def takes_from_base(self, site: Site, config: Any) -> bool:
+        """Whether the start values at a site are taken out of the base weight, which is left with the rest."""
+        return False
+
     def init(
         self, site: Site, config: Any, tensors: Mapping[str, Tensor], rng: torch.Generator | None, weight: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
         """Fill the tensors of a site with their start values, in place.
 
         They are float32 or wider, on the CPU or on the meta device; `weight`, the dense base weight for a kind that
-        `reads_weight`, has their dtype and device. Without `rng`, numbers come from torch's global generator.
+        `reads_weight` or `takes_from_base`, has their dtype and device. Without `rng`, numbers come from torch's global
+        generator. Returns the dense weight that the base has from then on, or None if that stays what it is. A site
+        that takes from the base has tensors where its weight is.
         """
         raise NotImplementedError
+
+    def approach(self, site: Site, config: Any, tensors: Mapping[str, Tensor], delta: Tensor) -> None:
+        """Fill the tensors of a site so that they come as near to a change of the dense weight as they can."""
+        raise ConfigError(f"adapters of kind {self.config.__name__} cannot be fitted to a change of the weight")
+
+    def since(
+        self, config: Any, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The adapter that does to the base as it was what this one does to what is left of it.
+
+        `tensors` are the adapter's, `start` those it began with, by the keys of a file. Returns the config and tensors.
+        """
+        raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
 
     # --- what it computes --------------------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, MergeError
 from ..config import is_pattern_of
-from ..readings import IN_PROJ
+from ..readings import CONV1D, IN_PROJ, LINEAR
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
 from .lora_config import LoraConfig
+from .lora_start import is_random, is_taken, low_rank, taken
 
 aten = torch.ops.aten
 
@@ -76,6 +77,10 @@ class Lora(Kind):
                 f"{site.name} has groups={site.groups}, and rank {rank(site, config)} is no multiple of it; "
                 "choose another `r` or a `rank_pattern` for it"
             )
+        if config.loftq_config and config.init_lora_weights != "loftq":
+            raise ConfigError('`loftq_config` needs `init_lora_weights="loftq"`; set that, or leave the config out')
+        if is_taken(config.init_lora_weights):
+            _require_takable(site, config, self.numbers(site, config)["scaling"])
 
     def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
         names = [site.named for site in selection]
@@ -84,11 +89,21 @@ class Lora(Kind):
             if idle:
                 shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
                 yield f"`{field}` keys that match no adapted module: {idle} (they are regexes for the ends of {shown})"
+        if is_random(config.init_lora_weights):
+            yield (
+                f"{config.init_lora_weights!r} takes other start values out of the base each time: what is saved fits "
+                "this base alone, unless it is saved with `path_initial_model_for_weight_conversion`"
+            )
+        if is_taken(config.init_lora_weights) and (rows := [site.name for site in selection if site.reading.lookup]):
+            yield f"embeddings start as ever, not by {config.init_lora_weights!r}, as in PEFT: {', '.join(rows)}"
         if bare := [site.name for site in selection if config.lora_bias and not site.has_bias]:
             yield (
                 f"`lora_bias` adds a bias to {len(bare)} layers without one, such as {bare[0]}: the adapter acts "
                 "there, and cannot be merged"
             )
+
+    def takes_from_base(self, site: Site, config: LoraConfig) -> bool:
+        return is_taken(config.init_lora_weights) and not site.reading.lookup
 
     def init(
         self,
@@ -97,22 +112,82 @@ class Lora(Kind):
         tensors: Mapping[str, Tensor],
         rng: torch.Generator | None,
         weight: Tensor | None,
-    ) -> None:
-        a, b = tensors["lora_A"], tensors["lora_B"]
-        if site.reading.lookup:
-            nn.init.normal_(b, generator=rng)
-            _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
-            return
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(a, std=1 / rank(site, config), generator=rng)
+    ) -> Tensor | None:
+        if not self.takes_from_base(site, config):
+            _fill(site, config, tensors, rng)
+            return None
+        assert weight is not None, "what takes from the base is given it"
+        matrix = weight.t() if site.reading.transposed else weight
+        scaling, init = self.numbers(site, config)["scaling"], str(config.init_lora_weights)
+        a, b, rest = taken(matrix, rank(site, config), scaling, init, config.loftq, rng)
+        tensors["lora_A"].copy_(a)
+        tensors["lora_B"].copy_(b)
+        return rest.t() if site.reading.transposed else rest
+
+    def approach(self, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], delta: Tensor) -> None:
+        """By the largest singular values, whatever the scaling is: as PEFT's LoftQ does."""
+        a, b = low_rank(delta.t() if site.reading.transposed else delta, rank(site, config))
+        tensors["lora_A"].copy_(a)
+        tensors["lora_B"].copy_(b)
+
+    def since(
+        self, config: LoraConfig, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """B A - B₀ A₀ = [B, -B₀] [A; A₀]: of twice the rank, and the same scaling."""
+        if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+            raise ConfigError("`use_rslora` with `rank_pattern` or `alpha_pattern` cannot be converted, as in PEFT")
+        joined = dict(tensors)
+        for key, tensor in tensors.items():
+            if key.endswith(("lora_A.weight", "lora_embedding_A")):
+                joined[key] = torch.cat([tensor, start[key]])
+            elif key.endswith(("lora_B.weight", "lora_embedding_B")):
+                joined[key] = torch.cat([tensor, -start[key]], 1)
+        factor = math.sqrt(2) if config.use_rslora else 2
+        changes: dict[str, Any] = {
+            "r": 2 * config.r,
+            "lora_alpha": factor * config.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
+            "alpha_pattern": {key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
+        }
+        return config.replace(init_lora_weights=True, loftq_config={}, **changes), joined
+
+
+def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
+    """Start values that the base has no part in."""
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    if site.reading.lookup:
+        nn.init.normal_(b, generator=rng)
+        _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
+        return
+    if config.init_lora_weights == "gaussian":
+        nn.init.normal_(a, std=1 / rank(site, config), generator=rng)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+    bound = 1 / math.sqrt(b[0].numel())
+    for tensor in (b, tensors["lora_bias"]) if "lora_bias" in tensors else (b,):
+        if config.init_lora_weights:
+            nn.init.zeros_(tensor)
         else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
-        bound = 1 / math.sqrt(b[0].numel())
-        for tensor in (b, tensors["lora_bias"]) if "lora_bias" in tensors else (b,):
-            if config.init_lora_weights:
-                nn.init.zeros_(tensor)
-            else:
-                nn.init.uniform_(tensor, -bound, bound, generator=rng)
+            nn.init.uniform_(tensor, -bound, bound, generator=rng)
+
+
+def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:
+    """Raise `ConfigError` where no start values can be taken out of the weight; embeddings have ordinary ones."""
+    init, sizes = config.init_lora_weights, (site.in_features, site.out_features)
+    if site.reading.lookup and init != "loftq":
+        return
+    if site.reading not in (LINEAR, CONV1D):
+        raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` is for linear layers; exclude it")
+    if site.storage.lossy and init != "olora":
+        raise ConfigError(
+            f"{site.name}: `init_lora_weights={init!r}` starts from a weight that is not quantised, not one stored as "
+            f"{site.storage}; initialise on the full base, quantise what is left of it, and load the adapter there "
+            "with a config of `init_lora_weights=True`; or call `lorafx.replace_lora_weights_loftq`"
+        )
+    if scaling <= 0:
+        raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` needs a `lora_alpha` above 0")
+    if rank(site, config) > min(sizes):
+        raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` gives at most rank {min(sizes)} there")
 
 
 def rank(site: Site, config: LoraConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
+from .lora_start import is_taken
 
 # Fields that hold a config of their own.
 _CONFIGS = (
@@ -67,6 +68,23 @@ def _check_not_implemented(config: LoraConfig) -> None:
     require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
 
 
+def _check_loftq(config: LoraConfig) -> None:
+    if config.init_lora_weights != "loftq":
+        return
+    given = _fields(config.loftq_config)
+    if not given:
+        raise ConfigError('`init_lora_weights="loftq"` needs a `loftq_config`, such as {"loftq_bits": 4}')
+    known = given.keys() <= {"loftq_bits", "loftq_iter"}
+    require(known, "loftq_config", given, 'a dict of "loftq_bits" and "loftq_iter"')
+    require(given.get("loftq_bits", 4) in (4, 8), "loftq_bits", given.get("loftq_bits"), "4 or 8, as in PEFT 0.21")
+    require(_rank(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """A config in a field of another: a dict, or a dataclass of PEFT's."""
+    return dict(config) if isinstance(config, Mapping) else dict(vars(config)) if is_dataclass(config) else {}
+
+
 def _list_of(kind: type) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
@@ -107,11 +125,11 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    loftq_config: Any = field(default_factory=dict)
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: Any = None
-    loftq_config: Any = field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -128,8 +146,13 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    checks = _check_numbers, _check_flags, _check_patterns, _check_not_implemented
+    checks = _check_numbers, _check_flags, _check_patterns, _check_not_implemented, _check_loftq
     null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
+
+    @property
+    def loftq(self) -> dict[str, int]:
+        """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
+        return {"loftq_bits": 4, "loftq_iter": 1} | _fields(self.loftq_config)
 
     @property
     def unsupported(self) -> dict[str, Any]:
@@ -140,8 +163,9 @@ class LoraConfig(AdapterConfig):
             for name in NOT_YET
             if (value := getattr(self, name)) != defaults[name] and value not in ([], {}, ())
         }
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            asked["init_lora_weights"] = self.init_lora_weights
+        init = self.init_lora_weights
+        if not (isinstance(init, bool) or init == "gaussian" or is_taken(init)):
+            asked["init_lora_weights"] = init
         return asked
 
 
@@ -149,7 +173,6 @@ class LoraConfig(AdapterConfig):
 NOT_YET = (
     "megatron_config",
     "trainable_token_indices",
-    "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
