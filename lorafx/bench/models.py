@@ -95,7 +95,9 @@ def _build(case: Case) -> nn.Module:
 def twin(base: nn.Module) -> nn.Module:
     """A copy of a model's modules that shares its tensors: its modules can be replaced, and the base stays as it is."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    states = [vars(module)["state"] for module in base.modules() if "state" in vars(module)]  # where int8 has its scales
+    states = [
+        vars(module)["state"] for module in base.modules() if "state" in vars(module)
+    ]  # where int8 has its scales
     shared |= {id(state): state for state in states}
     return copy.deepcopy(base, shared)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantised import CONFIG, Layers, hold, hold_merged
+from packed_layers import CONFIG, Layers, hold, hold_merged
 from torch import nn
 
 import lorafx

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantised import CONFIG, Layers, hold, trained
+from packed_layers import CONFIG, Layers, hold, trained
 from torch import nn
 
 import lorafx

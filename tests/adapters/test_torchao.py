@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantised import CONFIG, Layers, hold
+from packed_layers import CONFIG, Layers, hold
 from torch import nn
 
 import lorafx
