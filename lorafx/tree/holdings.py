@@ -65,8 +65,9 @@ def holdings(value: Any) -> list[Holding]:
     what it is bound to; of a small array or a source of random numbers, its state. Of a tensor or module nothing, nor
     of objects that belong to a library's machinery rather than to a model.
     """
-    if isinstance(value, type) and not is_library(value.__module__):
-        return [_by_names(itemgetter, vars(value), names)] if (names := own_names(value)) else []
+    if isinstance(value, type):
+        names = [] if is_library(value.__module__) else own_names(value)
+        return [_by_names(itemgetter, vars(value), names)] if names else []
     if isinstance(value, _CLOSED):
         return []
     if isinstance(value, tuple(_STATES)):
