@@ -65,9 +65,8 @@ def holdings(value: Any) -> list[Holding]:
     what it is bound to; of a small array or a source of random numbers, its state. Of a tensor or module nothing, nor
     of objects that belong to a library's machinery rather than to a model.
     """
-    if isinstance(value, type):
-        names = [] if is_library(value.__module__) else own_names(value)
-        return [_by_names(itemgetter, vars(value), names)] if names else []
+    if isinstance(value, type) and not is_library(value.__module__):
+        return [_by_names(itemgetter, vars(value), names)] if (names := own_names(value)) else []
     if isinstance(value, _CLOSED):
         return []
     if isinstance(value, tuple(_STATES)):
@@ -199,7 +198,8 @@ def _by_names(getter: Callable[..., Any], of: Any, names: Iterable[str]) -> Hold
 
 
 def _of_attributes(value: Any) -> list[Holding]:
-    inside = [Holding(dict.values, vars(value))] if hasattr(value, "__dict__") else []
+    own = getattr(value, "__dict__", None)  # of a type with arguments, as `tuple[int]`, it is that of the class
+    inside = [Holding(dict.values, own)] if isinstance(own, dict) else []
     named = [n for kind in type(value).__mro__ for n in _slots(kind) if not n.startswith("__") and hasattr(value, n)]
     return inside + ([_by_names(attrgetter, value, named)] if named else [])
 
