@@ -41,7 +41,7 @@ INSIDE = {
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
-        *("description", "match", "emit", "writes", "blocks", "effects", "rule", "modules", "regions", "outline"),
+        *("description", "match", "emit", "blocks", "writes", "effects", "rule", "modules", "regions", "outline"),
         *("masks", "verify", "printing"),
     ],
     "adapters": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..torch_private.replacing import plain_update, sliding_windows_replaced
+from ..torch_private.tracing import Number
 
 _MAPPED = "_lorafx_mapped"  # on a cache: the names of children that a tree map has made something else of
 # What a graph computes with, or looks into; integers count too, and no booleans.
@@ -44,6 +45,41 @@ def is_cache(value: Any) -> bool:
 def is_length(name: str) -> bool:
     """Whether an argument of this dotted name is the number of tokens that a layer of a cache has seen."""
     return name.rpartition(".")[2].startswith("cumulative_length")
+
+
+def parts(arguments: Mapping[str, Any]) -> dict[Number, Hashable]:
+    """The part that each number plays in caches among a call's arguments: their sizes, strides and counters.
+
+    Layers of one class, in one list, are alike: what is called the same in them plays one part, if it is equal in all.
+    """
+    numbers: dict[Hashable, dict[Number, int]] = {}
+    for name, value in arguments.items():
+        for place, leaf, part in _leaves(value, f"L[{name!r}]", (name,), False):
+            for method, index, number in _numbers(leaf):
+                numbers.setdefault((part, method, index), {})[place, method, index] = number
+    return {place: part for part, found in numbers.items() if len(set(found.values())) == 1 for place in found}
+
+
+def _leaves(value: Any, place: str, part: tuple[Any, ...], inside: bool) -> Iterator[tuple[str, Any, Hashable]]:
+    """The tensors and integers in the caches of an argument, each with its place, as torch names it, and its part."""
+    inside = inside or is_cache(value)
+    items = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if isinstance(value, dict) else ()
+    for key, item in vars(value).items() if is_cache(value) else items:
+        role = type(item) if inside and isinstance(key, int) else key
+        yield from _leaves(item, f"{place}[{key!r}]", (*part, role), inside)
+    if inside and (isinstance(value, Tensor) or type(value) is int):
+        yield place, value, part
+
+
+def _numbers(leaf: Tensor | int) -> Iterator[tuple[str, int | None, int]]:
+    """The numbers that torch may take for symbols: of a tensor each with the method and the place to ask for it."""
+    if isinstance(leaf, int):
+        yield "", None, leaf
+        return
+    for index, (size, stride) in enumerate(zip(leaf.shape, leaf.stride())):
+        yield "size", index, size
+        yield "stride", index, stride
+    yield "storage_offset", None, leaf.storage_offset()
 
 
 def _family(cls: Any) -> Iterator[Any]:

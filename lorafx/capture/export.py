@@ -22,14 +22,14 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real
+from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real, sharing_symbols
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
 from ..tree.own_layers import show_own_layers
 from .arguments import argument_names, images
 from .autograd_use import AutogradUse, no_own_backward
-from .caches import branchless_windows, register_caches
+from .caches import branchless_windows, parts, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
@@ -229,7 +229,7 @@ def _as_called(
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Collection[int] = ()) -> GraphModule:
     # With clones, since torch.export takes one tensor that is passed twice for a single input.
     args, kwargs = pytree.tree_map_only(Tensor, _example, (args, kwargs))
-    shapes = ShapesCollection()
+    shapes, alike = ShapesCollection(), parts({**dict(zip(argument_names(model.forward, args), args)), **kwargs})
     fixed = {id(value) for value in images(args, kwargs)}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [IntWrapper(leaf) if number in free else leaf for number, leaf in enumerate(leaves)]
@@ -249,6 +249,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             quiet(),
             pure(),
             use_lazy_graph_module(True),
+            sharing_symbols(alike),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]
             gm = exported.module()

@@ -65,11 +65,11 @@ def may_share(node: Node) -> bool:
 def written_inputs(gm: GraphModule) -> set[int]:
     """The numbers of a graph's inputs that it may write to, itself or in its blocks."""
     inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    sources = (_source(value) for node in gm.graph.nodes for value in _written(node, gm))
+    sources = (_source(value) for node in gm.graph.nodes for value in written(node, gm))
     return {inputs[source] for source in sources if source in inputs}
 
 
-def _written(node: Node, gm: GraphModule) -> list[Node]:
+def written(node: Node, gm: GraphModule) -> list[Node]:
     """The values that a node may write to; of an operator that runs graphs which write, all that it is given."""
     given: list[Any]
     if is_block_call(node):

@@ -6,6 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..torch_private.graphs import schema_of
+from .blocks import is_block_call
 from .emit import resolve
 from .match import Match
 
@@ -15,7 +16,7 @@ _NORMS = ("batch_norm", "instance_norm")
 
 def writes(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node writes into a tensor, itself or in the graphs that it runs."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or is_block_call(node):
         return any(_body_writes(argument, gm) for argument in node.args if isinstance(argument, Node))
     schema = schema_of(node.target)
     return bool(schema and (schema.is_mutable or any(norm in schema.name for norm in _NORMS)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import _trace as export_trace
@@ -29,6 +30,9 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .tensors import DisableTorchFunction
+
+# A number that may become a symbol: by torch's name of the argument, the tensor's method that gives it, and its place.
+Number = tuple[str, str, int | None]
 
 __all__ = [
     # Tensors without values, and the mode that makes them. Without them, new nodes would have no shapes.
@@ -99,6 +103,48 @@ def values_of_symbols(shape_env: Any) -> Mapping[Any, Any]:
     `var_to_val` is its name in torch 2.11.
     """
     return shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+
+
+class _SharingSymbols(ShapeEnv):
+    """Makes one symbol for all numbers of one part, where torch makes one for each number."""
+
+    def __init__(self, parts: Mapping[Number, Hashable]):
+        super().__init__(tracked_fakes=[], trace_asserts=True)
+        self.parts, self.made = parts, dict[Hashable, Any]()
+
+    def create_symbol(self, val: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        of_tensor = getattr(source, "prop", None)
+        number = (source.base.name, of_tensor.method_name(), source.idx) if of_tensor else (source.name, "", None)
+        part = self.parts.get(number)
+        if part is None:
+            return super().create_symbol(val, source, *args, **kwargs)
+        if part not in self.made:
+            self.made[part] = super().create_symbol(val, source, *args, **kwargs)
+        elif (made := self.made[part]) in self.var_to_sources:  # as torch does for equal sizes, where it may share
+            self.source_to_var[source.name] = made
+            self.var_to_sources[made].append(source)
+        return self.made[part]
+
+
+@contextlib.contextmanager
+def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
+    """Let torch.export, called here, make one symbol for all numbers of one part; the graph then asks for equal ones.
+
+    Without it, each layer of a cache would have sizes of its own: no layer would be like another, and torch would spend
+    more on these sizes than on a layer.
+    """
+    if not parts:
+        yield
+        return
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # as torch.export has it
+        mode = FakeTensorMode(shape_env=_SharingSymbols(parts), allow_non_fake_inputs=True, export=True)
+    with tracing(TracingContext(mode)):
+        yield
+
+
+def known_equal(mode: FakeTensorMode) -> Mapping[Any, Any]:
+    """What torch has found symbols to be equal to so far. Without it, layers would differ by the names of a size."""
+    return mode.shape_env.replacements if mode.shape_env else {}
 
 
 def let_go(gm: GraphModule) -> None:

@@ -198,7 +198,8 @@ def _by_names(getter: Callable[..., Any], of: Any, names: Iterable[str]) -> Hold
 
 
 def _of_attributes(value: Any) -> list[Holding]:
-    inside = [Holding(dict.values, vars(value))] if hasattr(value, "__dict__") else []
+    own = getattr(value, "__dict__", None)  # of a type with arguments, as `tuple[int]`, it is that of the class
+    inside = [Holding(dict.values, own)] if isinstance(own, dict) else []
     named = [n for kind in type(value).__mro__ for n in _slots(kind) if not n.startswith("__") and hasattr(value, n)]
     return inside + ([_by_names(attrgetter, value, named)] if named else [])
 

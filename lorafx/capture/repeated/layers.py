@@ -15,9 +15,9 @@ from ...graph.blocks import repeated_modules
 from ...graph.description import operand_key
 from ...ops.modes import modes
 from ...torch_private.tensors import DisableTorchFunction
-from ...torch_private.tracing import detect_fake_mode, get_proxy_mode, maybe_enable_thunkify
+from ...torch_private.tracing import detect_fake_mode, get_proxy_mode, known_equal, maybe_enable_thunkify
 from .hidden_parameters import HiddenParameters
-from .record import Record, Step
+from .record import Record, Step, rename_sizes
 from .recorder import Recorder
 from .replayer import Replayer
 
@@ -27,6 +27,7 @@ class RepeatedLayers:
 
     def __init__(self, root: nn.Module, part: str):
         self.root, self.start, self.running = root, Step(), False
+        self.known_equal: Any = {}  # symbols that torch had found to be equal when questions were last named by them
         self.modes: Hashable = None
         self.numbers = itertools.count()  # one for each new kind of layer
         self.kept: list[Any] = []  # objects that questions name by id: kept alive, so that no other object gets the id
@@ -48,8 +49,12 @@ class RepeatedLayers:
         if mode is None or self.running or modes() != self.modes:  # regions of other modes are graphs of their own
             return forward(*args, **kwargs)
         self.running = True
+        fake_mode = detect_fake_mode()
+        if fake_mode and known_equal(fake_mode) != self.known_equal:
+            self.known_equal = dict(known_equal(fake_mode))
+            rename_sizes(self.start, fake_mode.shape_env.replace)
         try:
-            listener = _Listener(self, layer, path, mode.tracer, detect_fake_mode())
+            listener = _Listener(self, layer, path, mode.tracer, fake_mode)
             with listener, maybe_enable_thunkify():
                 output = forward(*args, **kwargs)
             listener.finish()

@@ -11,15 +11,17 @@ tensor is named by the part it plays:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sympy import Expr
 from torch import Tensor, nn
 from torch.fx import Node
 
 from ...graph.description import traced_tensor_key
 from ...torch_private.tracing import slot_of
+from .answers import Known, mapped
 
 
 class Interrupted(Exception):
@@ -42,6 +44,26 @@ class Step:
     line: str = ""  # the stack trace of the node that it became
     then: dict[Hashable, Step] = field(default_factory=dict)  # by the question that came next
     kind: Kind | None = None  # of layers that ask nothing more
+
+
+def rename_sizes(start: Step, replace: Callable[[Expr], Expr]) -> None:
+    """Let a tree name sizes by other expressions, since torch finds out on the way that two symbols are equal."""
+
+    def new(name: Any) -> Any:
+        if isinstance(name, Known):
+            return Known(new(name.name))
+        if type(name) is tuple:
+            return tuple(map(new, name))
+        return replace(name) if isinstance(name, Expr) else name
+
+    pending = [start]
+    while pending:
+        step = pending.pop()
+        step.answer = mapped(new, Known, step.answer)
+        before, step.then = step.then, {}
+        for question, following in before.items():
+            step.then.setdefault(new(question), following)
+        pending += step.then.values()
 
 
 class Record:

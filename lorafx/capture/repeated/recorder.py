@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from ...graph import writes
-from ...graph.effects import reaches_out
+from ...graph.effects import may_share, written
 from ...graph.regions import is_size
 from ...torch_private.tensors import DisableTorchFunction
 from ...torch_private.tracing import FakeTensor, meta_like, node_of, set_slot
@@ -83,17 +84,36 @@ class Recorder:
             node = node.next
 
     def _stands_alone(self, nodes: tuple[Node, ...]) -> bool:
-        """Whether the layer's nodes depend on its tensors, its inputs and sizes alone, and write to none of them."""
+        """Whether the layer's nodes depend on its tensors, its inputs and sizes alone, and may write where they do."""
         inside, record = set(nodes), self.record
-        given = {slot.proxy.node for _, slot in record.given if slot is not None}
+        given = {slot.proxy.node: tensor for tensor, slot in record.given if slot is not None}
         return (
             len(nodes) > 2
             and len(given) == len(record.given)
             and inside.issuperset(record.nodes)  # type: ignore[arg-type]
             and all(map(_may_be_in_block, nodes))
-            and not any(writes(node, self.root) and reaches_out(node, inside) for node in nodes)
+            and all(self._may_write(node, inside, given) for node in nodes if writes(node, self.root))
             and all(n in inside or n in given or is_size(n) for node in nodes for n in node.all_input_nodes)
         )
+
+    def _may_write(self, node: Node, inside: set[Node], given: Mapping[Node, Tensor]) -> bool:
+        """Whether a node writes to what the layer has made, or puts numbers into its inputs, as into a static cache.
+
+        An input must come out as it went in, but for the numbers: so it may have no history of gradients, and it keeps
+        its sizes.
+        """
+        sources = [_source(value, given) for value in written(node, self.root)]
+        outside = [source for source in sources if source in given or source not in inside]
+        tensors = [given.get(source) for source in outside]
+        filled = all(t is not None and not self.record.is_own(t) and not t.requires_grad for t in tensors)
+        return bool(sources) and filled and not (outside and torch.Tag.inplace_view in node.target.tags)
+
+
+def _source(value: Node, given: Container[Node]) -> Node:
+    """The node whose memory a value may be: what the layer is given, or what an operator has made."""
+    while value not in given and value.op == "call_function" and value.args and may_share(value):
+        value = value.args[0]
+    return value
 
 
 def _may_be_in_block(node: Node) -> bool:

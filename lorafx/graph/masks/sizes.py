@@ -14,8 +14,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ...torch_private.tracing import values_of_symbols
-from .. import resolve, writes
-from ..effects import may_share, must_stay
+from .. import resolve
+from ..effects import may_share, must_stay, written
 from ..modules import CAPTURED
 
 aten = torch.ops.aten
@@ -102,7 +102,7 @@ def is_written_to(ran: AtSizes) -> bool:
 
 def _is_written_to(node: Node, gm: GraphModule) -> bool:
     views = [user for user in node.users if may_share(user) and user.args[:1] == (node,)]
-    return any(writes(user, gm) for user in node.users) or any(_is_written_to(view, gm) for view in views)
+    return any(node in written(user, gm) for user in node.users) or any(_is_written_to(view, gm) for view in views)
 
 
 def symbols_of(sizes: Sequence[Any]) -> list[Any]:
