@@ -52,6 +52,12 @@ def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monk
     assert "lorafx does not implement this yet, and will not ignore it: use_dora=True" in printed
 
 
+def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
+    pytest.importorskip("bitsandbytes")
+    exec(compile("\n".join(blocks(ROOT / "docs/quantised.md")), "quantised.md", "exec"), {"__name__": "page"})
+    assert "2 sites" in capsys.readouterr().out
+
+
 def test_the_architecture_page_names_every_module_and_pass():
     page = (ROOT / "docs/architecture.md").read_text()
     import lorafx
