@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ class Lora(Kind):
 
     def delta(self, name: str, at: Operands) -> Tensor:
         return (at.product(at.lora_A, at.lora_B) if name == "weight" else at.lora_bias) * at.scaling
+
+    def rows(self, name: str, at: Operands, start: int, stop: int) -> Operands | None:
+        if name != "weight":
+            return None
+        a, b = at.site.reading.factors_of_rows(at.lora_A, at.lora_B, start, stop)
+        site = replace(at.site, weight_shape=(stop - start, *at.site.weight_shape[1:]))
+        return replace(at, site=site, tensors={**at.tensors, "lora_A": a, "lora_B": b})
 
     def changes(self, site: Site, config: LoraConfig) -> tuple[str, ...]:
         if site.groups > 1:
