@@ -12,8 +12,10 @@ from .streaming import DTYPES, merge
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="folder or Hub id of the original model, as safetensors")
-    parser.add_argument("adapters", metavar="ADAPTER", nargs="+", help="folder or Hub id of an adapter in PEFT's format")
-    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="the folder to write, which must not be there")
+    parser.add_argument("adapters", metavar="ADAPTER", nargs="+", help="folder or Hub id of one in PEFT's format")
+    parser.add_argument(
+        "-o", "--out", metavar="OUT", required=True, help="the folder to write; not there yet, or empty"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights; default: each as it is stored")
 
 
