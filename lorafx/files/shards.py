@@ -160,12 +160,11 @@ def write(
     `done` is told how many bytes were written.
     """
     with open(file, "wb") as out:
-        out.write(_header(entries, metadata))
+        done(out.write(_header(entries, metadata)))
         for key in _ordered(entries):
             before = out.tell()
             for piece in pieces(key):
-                out.write(piece)
-                done(len(piece))
+                done(out.write(piece))
             assert out.tell() - before == entries[key].nbytes, key
         out.flush()
         os.fsync(out.fileno())

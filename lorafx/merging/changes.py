@@ -6,6 +6,7 @@ that; others have the adapters merged into them, one after another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,20 +46,17 @@ class Update:
         numbers = self.adapter.kind.numbers(self.site, self.adapter.config)
         return self.adapter.operands(self.site, self.tensors, numbers)
 
-    def merged(self, dense: Tensor, at: Operands, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the parameter, in float64, with the adapter in them."""
-        kind, whole = self.adapter.kind, (start, stop) == (0, self._rows)
-        part = at if whole else kind.rows(self.role, at, start, stop)
-        assert part is not None, "only what goes by rows is cut into blocks"
-        return kind.merged(self.role, dense, part)
+    def of_rows(self, at: Operands, start: int, stop: int) -> Operands | None:
+        """What is needed for some rows alone; None if a row cannot be merged without the others."""
+        return self.adapter.kind.rows(self.role, at, start, stop)
 
-    def goes_by_rows(self, at: Operands) -> bool:
-        """Whether rows can be merged without the others."""
-        return self.adapter.kind.rows(self.role, at, 0, self._rows) is not None
-
-    @property
-    def _rows(self) -> int:
-        return self.site.weight_shape[0] if self.role == "weight" else self.site.out_features
+    def merged(self, dense: Tensor, at: Operands | None, what: str) -> Tensor:
+        """The parameter in float64, or some rows of it, with the adapter in them."""
+        assert at is not None, "only what goes by rows is cut into blocks"
+        result = self.adapter.kind.merged(self.role, dense, at)
+        if result.shape != dense.shape:
+            raise MergeError(f"{what}: adapter {self.adapter.name!r} would make {tuple(result.shape)} of it")
+        return result
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,15 @@ class Change:
         """
         operands = [update.operands() for update in self.updates]
         rows = shape[0] if shape else 1
-        step = rows
-        if all(update.goes_by_rows(at) for update, at in zip(self.updates, operands)):
-            step = max(1, _BLOCK * rows // max(1, torch.Size(shape).numel()))
+        by_rows = all(update.of_rows(at, 0, 1) is not None for update, at in zip(self.updates, operands))
+        step = max(1, _BLOCK * rows // max(1, math.prod(shape))) if by_rows else rows
         for start in range(0, rows, max(1, step)):
             stop = min(rows, start + step)
             dense = read(start, stop) if self.own is None else rounded(_part(self.own, start, stop), dtype, what)
             dense = dense.double() if self.updates else dense
             for update, at in zip(self.updates, operands):
-                dense = update.merged(dense, at, start, stop)
+                part = at if stop - start == rows else update.of_rows(at, start, stop)
+                dense = update.merged(dense, part, what)
             yield rounded(dense, dtype, what)
 
 

@@ -47,6 +47,7 @@ class Output:
         self.keeps = (lambda name: False) if dtype is None else kept_in_float32(fitted.model, dtype)
         self.changes = changes_of(fitted.model, fitted.adapters)
         self.keys = {name: key for key, name in fitted.loading.names.items()}
+        self.names = fitted.loading.names | {k: each.name for each in fitted.loading.conversions for k in each.patterns}
         self.conversions = self._conversions()
         self.convert = functools.lru_cache(maxsize=2)(self._convert)  # a file's order may mix two, as up and down
         self.names_added: set[str] = set()
@@ -76,7 +77,7 @@ class Output:
 
     def _entry(self, key: str) -> Entry:
         """What a tensor of the base will be stored as."""
-        entry, name = self.entries[key], self.fitted.loading.names.get(key, key)
+        entry, name = self.entries[key], self.names.get(key, key)
         own = self.fitted.loading.own.get(name)
         kept = self.keeps(name) or (own is not None and own.dtype != self.dtype)
         return entry if self.dtype is None or kept or entry.torch_dtype not in _FLOATS else entry.cast(self.dtype)
@@ -100,10 +101,8 @@ class Output:
         for names in self._names_of_parameters():
             for name in self._lacking(names):
                 change = self.changes.get(name, _UNCHANGED)
-                key, source = (
-                    self.fitted.loading.key_of(name),
-                    next((self.keys[n] for n in names if n in self.keys), None),
-                )
+                key = self.fitted.loading.key_of(name)
+                source = next((self.keys[other] for other in names if other in self.keys), None)
                 if key is None or (source is None and change.own is None):
                     raise CheckpointError(f"{self.base.folder} has no {name}, which the adapter changes")
                 added[key] = self._changed(key, change, source) if source else self._new(key, change)
@@ -111,11 +110,12 @@ class Output:
         return added
 
     def _names_of_parameters(self) -> list[list[str]]:
-        """The names of each tensor of the model, those first to which others are tied."""
+        """The names of each tensor that the model saves, those first to which others are tied."""
         model, names = self.fitted.model, dict[int, list[str]]()
         sources = set(model.all_tied_weights_keys.values())
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-            names.setdefault(id(tensor), []).append(name)
+            if name in self.fitted.loading.own:
+                names.setdefault(id(tensor), []).append(name)
         return [sorted(group, key=lambda name: name not in sources) for group in names.values()]
 
     def _lacking(self, names: list[str]) -> list[str]:

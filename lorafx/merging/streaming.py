@@ -67,7 +67,7 @@ def merge(
     others, left_out = source.others()
     if left_out:
         warnings.warn(f"not copied, being weights that are not merged: {', '.join(map(str, left_out))}")
-    with staged(target, _note(source, found, wide)) as stage:
+    with staged(target, _note(source, found, wide, others)) as stage:
         _write_shards(stage, source, output)
         for file in others:
             _copy(stage, source.folder, str(file))
@@ -117,6 +117,7 @@ def _config(output: Output) -> dict[str, Any]:
     """The base's config, with what has changed: the dtype, whether embeddings are tied, the class."""
     config = copy.deepcopy(output.base.config)
     if output.dtype is not None:
+        config.setdefault("dtype" if "torch_dtype" not in config else "torch_dtype", None)
         _set_dtype(config, str(output.dtype).removeprefix("torch."))
     if output.is_untied:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -131,7 +132,7 @@ def _config(output: Output) -> dict[str, Any]:
 def _set_dtype(config: dict[str, Any], name: str) -> None:
     """Say the dtype where it is said, here and in the configs of a model's parts."""
     for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and value is not None:
+        if key in ("dtype", "torch_dtype"):
             config[key] = name
         elif isinstance(value, dict):
             _set_dtype(value, name)
@@ -162,11 +163,20 @@ def _copy(stage: Staging, folder: Path, name: str) -> None:
     stage.add(name, partial(write, data=(folder / name).read_bytes()))
 
 
-def _note(base: BaseFolder, found: Sequence[checkpoint.Checkpoint], dtype: torch.dtype | None) -> str:
+def _note(
+    base: BaseFolder, found: Sequence[checkpoint.Checkpoint], dtype: torch.dtype | None, others: Sequence[Path]
+) -> str:
     """What a merged folder is made of, for who goes on with one that is not whole."""
-    files = {name: [shard.file.stat().st_size, shard.file.stat().st_mtime_ns] for name, shard in base.shards.items()}
-    values = {"base": str(base.folder.resolve()), "files": files, "config": base.config, "dtype": str(dtype)}
-    return json.dumps(values | {"adapters": [_fingerprint(each) for each in found]}, indent=2)
+    stats = {name: shard.file.stat() for name, shard in base.shards.items()}
+    values = {
+        "base": str(base.folder.resolve()),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "others": [str(file) for file in others],
+        "config": base.config,
+        "adapters": [_fingerprint(each) for each in found],
+        "dtype": str(dtype),
+    }
+    return json.dumps(values, indent=2)
 
 
 def _fingerprint(found: checkpoint.Checkpoint) -> str:

@@ -91,10 +91,6 @@ class Reading:
         change = b @ a
         return change.t() if self.transposed else change
 
-    def factors_of_rows(self, a: Tensor, b: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """What of A and B makes rows `start` to `stop` of the weight, as it is stored."""
-        return (a[:, start:stop], b) if self.transposed else (a, b[start:stop])
-
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, is the reading itself: its operators are functions, which cannot be pickled."""
         return reading_called, (self.name,)
