@@ -21,6 +21,7 @@ from .compat import (
     set_peft_model_state_dict,
 )
 from .graph.printing import diff
+from .merging.streaming import merge
 from .model.adaptation import Adaptation, of
 from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
@@ -58,6 +59,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "load",
+    "merge",
     "of",
     "passes",
     "prepare_model_for_kbit_training",

@@ -158,6 +158,13 @@ def serve_info(call: Handler, repo: str, revision: str = "main") -> None:
     call.send_json({"id": repo, "sha": sha, "siblings": [{"rfilename": file} for file in files]})
 
 
+def serve_tree(call: Handler, repo: str, revision: str) -> None:
+    """The list of files that a snapshot is made of."""
+    _, files = call.at(repo, revision)
+    oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+    call.send_json([{"type": "file", "path": f, "oid": oids[f], "size": len(content)} for f, content in files.items()])
+
+
 def make_repository(call: Handler) -> None:
     asked = json.loads(call.body)
     repo = f"{asked['organization']}/{asked['name']}"
@@ -224,6 +231,7 @@ ROUTES = (
     ("HEAD|GET", rf"/{REPO}/resolve/{REVISION}/(?P<file>.+)", serve_file),
     ("GET", rf"/api/models/{REPO}", serve_info),
     ("GET", rf"/api/models/{REPO}/revision/{REVISION}", serve_info),
+    ("GET", rf"/api/models/{REPO}/tree/{REVISION}", serve_tree),
     ("POST", r"/api/repos/create", make_repository),
     ("POST", rf"/api/models/{REPO}/branch/(?P<branch>.+)", make_branch),
     ("POST", rf"/api/models/{REPO}/preupload/{REVISION}", choose_upload),

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: download an adapter's files, upload a folder; all through `huggingface_hub`."""
+"""The Hugging Face Hub: download an adapter's files or a model's, upload a folder; all through `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class Source:
         """
         if Path(self.place).is_dir():
             return Path(self.place) / (self.subfolder or "")
-        self._refuse_paths()
+        self.refuse_paths()
         revision = self.revision
         for names in wanted:
             file = self._first(names, revision)
             revision = file.parents[len(PurePosixPath(self.subfolder or "").parts)].name  # …/snapshots/<commit>/…
         return file.parent
 
-    def _refuse_paths(self) -> None:
+    def refuse_paths(self) -> None:
         """Raise `CheckpointError` for what can only be meant as a path here, and is none of a folder."""
         path = Path(self.place)
         if path.is_file():
@@ -113,6 +113,13 @@ class Source:
     def _named(self) -> str:
         at = f", revision {self.revision}" if self.revision else ""
         return f"{self.place}{at}{f', subfolder {self.subfolder}' if self.subfolder else ''}:"
+
+
+def snapshot(repo_id: str, leave_out: Sequence[str]) -> Path:
+    """A repository's files in the cache, downloaded if need be, but for those of these patterns; `CheckpointError`."""
+    Source(repo_id).refuse_paths()
+    with _explained(f"{repo_id} is no folder here, and cannot be had from the Hub"):
+        return Path(huggingface_hub.snapshot_download(repo_id, ignore_patterns=list(leave_out)))
 
 
 def _stays_inside(subfolder: str) -> bool:

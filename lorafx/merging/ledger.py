@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import Adapter
+from ..adapters.site import Site
 from ..adapters.storages import DENSE, Storage
 from ..errors import MergeError
 from ..ops.deferral import settle
@@ -110,7 +111,7 @@ class Ledger:
         for adapter in everyone:
             for site in adapter.selection:
                 source = earlier.get((adapter.name, site.name)) or Source.of(root, adapter, site)
-                for target in _targets(root, source, names):
+                for target in targets_of(root, adapter, site, names):
                     targets[target] = (*targets.get(target, ()), source)
         touched = {target: t for target, t in targets.items() if any(s.adapter in adapters for s in t)}
         self._move(root, touched, safe, progressbar)
@@ -159,14 +160,16 @@ class Ledger:
             self.entries[target.path] = entry
 
 
-def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Iterator[Target]:
-    """The base parameters that a source changes; `MergeError` if one of them does not exist."""
-    site = source.site
-    _require_no_other_bias(root, source)
-    for role in source.adapter.kind.changes(site, source.adapter.config):
+def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int, str]) -> Iterator[Target]:
+    """The base parameters that an adapter changes at a site, under their `names`, which are by the parameters' ids.
+
+    Raises `MergeError` if one of them does not exist, or if no change of them is what the adapter does.
+    """
+    _require_no_other_bias(root, adapter, site)
+    for role in adapter.kind.changes(site, adapter.config):
         path = site.weight if role == "weight" else site.bias
         if find_tensor(root, path) is None:
-            raise MergeError(f"adapter {source.adapter.name!r} changes {path}, which the base does not have")
+            raise MergeError(f"adapter {adapter.name!r} changes {path}, which the base does not have")
         storage = site.storage if role == "weight" else DENSE
         if not storage.readable:
             raise MergeError(
@@ -179,15 +182,15 @@ def _targets(root: nn.Module, source: Source, names: Mapping[int, str]) -> Itera
         yield Target(names.get(id(parameter), path), role, storage)
 
 
-def _require_no_other_bias(root: nn.Module, source: Source) -> None:
+def _require_no_other_bias(root: nn.Module, adapter: Adapter, site: Site) -> None:
     """Raise `MergeError` where the weight has other modules with biases, which the adapter may act on too."""
-    site, own = source.site, find_tensor(root, source.site.bias)
-    for twin in site.tied if not source.adapter.kind.additive else ():
+    own = find_tensor(root, site.bias)
+    for twin in site.tied if not adapter.kind.additive else ():
         bias = find_tensor(root, f"{twin}.{site.reading.bias}")
         if bias is not None and bias is not own:
             raise MergeError(
                 f"{site.name} shares its weight with {twin}, which has a bias of its own: adapter "
-                f"{source.adapter.name!r} does more than change the weight there, and cannot be merged"
+                f"{adapter.name!r} does more than change the weight there, and cannot be merged"
             )
 
 

@@ -172,6 +172,13 @@ class Kind:
         """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors are float64."""
         return base + self.delta(name, at)
 
+    def rows(self, name: str, at: Operands, start: int, stop: int) -> Operands | None:
+        """What `merged` needs to be given rows `start` to `stop` of a base parameter, and give these rows merged.
+
+        None if a row cannot be merged without the others; then whole parameters are in memory when they are merged.
+        """
+        return None
+
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor | None:
         """The inverse of `merged`, up to rounding; None if there is none, and the ledger keeps a copy instead."""
         return merged - self.delta(name, at) if self.additive else None
