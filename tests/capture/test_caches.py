@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from lorafx.capture.caches import branchless_windows, is_cache, is_length, register_caches
+from lorafx.capture.caches import branchless_windows, is_cache, is_length, parts, register_caches
 
 register_caches(nn.Module())
 
@@ -86,3 +86,21 @@ def test_windows_without_branches_hold_what_transformers_holds(steps):
     own = DynamicSlidingWindowLayer.update
     assert all(map(torch.equal, windows(steps, True), windows(steps, False)))
     assert DynamicSlidingWindowLayer.update is own
+
+
+def test_numbers_that_are_equal_in_all_layers_of_a_class_play_one_part():
+    cache = filled(layers=3)
+    cache.layers[2].keys = torch.randn(1, 2, 5, 4)
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=5))
+    cache.layers[3].update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
+    found = parts({"past": cache, "x": torch.ones(3, 4), "n": 3})
+
+    def part(layer, name, method="size", index=2):
+        return found.get((f"L['past']['layers'][{layer}]['{name}']", method, index))
+
+    assert part(0, "values") == part(1, "values") == part(2, "values") is not None
+    assert part(0, "keys", index=0) == part(2, "keys", index=0) not in (None, part(0, "values", index=0))
+    assert part(0, "keys") is part(1, "keys") is part(2, "keys") is None, "one is longer"
+    assert part(3, "values") not in (None, part(0, "values")), "another class"
+    assert part(3, "cumulative_length", "", None) is not None and part(0, "values", "storage_offset", None) is not None
+    assert all(name.startswith("L['past']") for name, _, _ in found)

@@ -1,5 +1,6 @@
 """tracing: fake tensors that stand in for others, and the nodes that compute them."""
 
+import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -57,3 +58,23 @@ def test_values_of_symbols_are_what_sizes_were():
 
     make_fx(run, tracing_mode="symbolic")(torch.ones(5, 7))
     assert list(map(int, found.values())) == [5]
+
+
+def test_numbers_of_one_part_are_one_symbol():
+    class Both(nn.Module):
+        def forward(self, x, y):
+            return x * 1, y * 1
+
+    parts = {(f"L['{name}']", "size", 0): "rows" for name in "xy"}
+    shapes = {name: dict.fromkeys(range(2), torch.export.Dim.AUTO) for name in "xy"}
+    for given, rows in ((parts, 1), ({}, 2)):
+        with tracing.sharing_symbols(given):
+            gm = torch.export.export(Both(), (torch.ones(5, 3), torch.ones(5, 3)), dynamic_shapes=shapes).module()
+        values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        assert len({value.shape[0].node.expr for value in values}) == rows
+        assert len({value.shape[1].node.expr for value in values}) == 2
+        gm(torch.ones(4, 3), torch.ones(4, 7))
+    with tracing.sharing_symbols(parts):
+        gm = torch.export.export(Both(), (torch.ones(5, 3), torch.ones(5, 3)), dynamic_shapes=shapes).module()
+    with pytest.raises(AssertionError):
+        gm(torch.ones(4, 3), torch.ones(6, 3))

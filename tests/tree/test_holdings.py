@@ -95,6 +95,7 @@ def test_functions_hold_the_globals_that_they_name():
         torch.ones(2),
         nn.Linear(2, 3),
         nn.Linear,
+        tuple[torch.Tensor, int],
         torch,
         3,
         "text",

@@ -106,13 +106,13 @@ class Recorder:
         outside = [source for source in sources if source in given or source not in inside]
         tensors = [given.get(source) for source in outside]
         filled = all(t is not None and not self.record.is_own(t) and not t.requires_grad for t in tensors)
-        return bool(sources) and filled and not (outside and torch.Tag.inplace_view in node.target.tags)
+        return bool(sources) and filled and not (outside and torch.Tag.inplace_view in getattr(node.target, "tags", ()))
 
 
 def _source(value: Node, given: Container[Node]) -> Node:
     """The node whose memory a value may be: what the layer is given, or what an operator has made."""
     while value not in given and value.op == "call_function" and value.args and may_share(value):
-        value = value.args[0]
+        value = value.args[0]  # type: ignore[assignment]
     return value
 
 

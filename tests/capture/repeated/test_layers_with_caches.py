@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from lorafx.capture.caches import register_caches
+from lorafx.capture.caches import is_cache, is_length, register_caches
 from lorafx.capture.export import trace_part
 from lorafx.graph.blocks import block_calls, blocks_of
 from lorafx.graph.modules import accepts
 
 HEADS, WIDTH, WINDOW, ROOM = 2, 4, 5, 16
+
+pytestmark = pytest.mark.slow  # several captures each
 
 
 class Attending(nn.Module):
@@ -103,7 +105,8 @@ def started(make, look, depth, tokens):
 
 def counters(*args):
     """The numbers of the arguments' leaves that count tokens, which a graph is given as inputs."""
-    return [number for number, leaf in enumerate(pytree.tree_leaves((args, {}))) if type(leaf) is int and leaf > 1]
+    leaves, _ = pytree.tree_flatten_with_path((args, {}))
+    return [number for number, (path, leaf) in enumerate(leaves) if type(leaf) is int and is_length(path[-1].key)]
 
 
 def captured(model, x, cache, once=True):
@@ -119,12 +122,24 @@ def outcome(function, x, cache):
     if isinstance(output, tuple):
         output, filled = output
         cache = filled.get("1", cache)
-    return pytree.tree_leaves((output, cache))
+    return [("output", output), *held("cache", cache)]
+
+
+def held(name, value):
+    """The values in a cache, each with its name."""
+    if is_cache(value):
+        value = {key: vars(value)[key] for key in sorted(vars(value))}
+    if not isinstance(value, (dict, list)):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from held(f"{name}.{key}", item)
 
 
 def same(ours, theirs):
-    assert len(ours) == len(theirs)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs))
+    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for (_, a), (_, b) in zip(ours, theirs)
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 4])

@@ -3,11 +3,13 @@
 import gc
 from collections import Counter
 
+import sympy
 import torch
 from torch import nn
 from traced import traced
 
-from lorafx.capture.repeated.record import Record, Step
+from lorafx.capture.repeated.answers import Known
+from lorafx.capture.repeated.record import Record, Step, rename_sizes
 
 
 def test_inputs_are_numbered_and_named_once():
@@ -64,3 +66,22 @@ def test_what_was_made_is_found_as_long_as_somebody_holds_it():
         assert record.find(("made", 0)) is None
 
     traced(check)
+
+
+def test_sizes_are_renamed_in_questions_and_answers_at_any_depth():
+    old, new = sympy.symbols("old new")
+    names = [("input", 1, (size, 4)) for size in (old, new)]
+    last = Step()
+    start = Step(then={("ask", names[0]): Step(Known(names[0]), then={("again", (names[0],)): last})})
+    rename_sizes(start, lambda size: size.xreplace({old: new}))
+    ((question, step),) = start.then.items()
+    assert question == ("ask", names[1]) and step.answer == Known(names[1])
+    assert step.then == {("again", (names[1],)): last}
+
+
+def test_questions_that_turn_out_to_be_one_go_by_the_first():
+    old, new = sympy.symbols("old new")
+    first, second = Step(line="first"), Step(line="second")
+    start = Step(then={("ask", old): first, ("ask", new): second})
+    rename_sizes(start, lambda size: size.xreplace({old: new}))
+    assert start.then == {("ask", new): first}

@@ -1,5 +1,6 @@
 """recorder: what a layer asks is traced and remembered, and a layer that stands alone is the first of a kind."""
 
+import pytest
 import torch
 from traced import traced
 
@@ -40,12 +41,30 @@ def test_what_is_written_to_in_place_is_known_by_its_name_and_has_its_last_node(
     traced(check)
 
 
-def test_a_layer_that_writes_to_its_input_is_no_kind():
+def test_a_layer_may_put_numbers_into_its_input():
     def check(context, x):
         layer = context.run_first(x * 1, torch.Tensor.neg_, torch.relu, torch.exp)
+        assert layer.recorder.record.at.kind is not None
+
+    (mark,) = marks(traced(check))
+    assert [node.target for node in mark.inputs] == [torch.ops.aten.mul.Tensor]
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.t_, torch.Tensor.detach_])
+def test_a_layer_that_makes_something_else_of_its_input_is_no_kind(write):
+    def check(context, x):
+        layer = context.run_first(x * 1, write, torch.relu, torch.exp)
         assert context.start.then == {} and layer.recorder.record.at.kind is None
 
     assert marks(traced(check)) == []
+
+
+def test_a_layer_that_writes_to_what_has_gradients_is_no_kind():
+    def check(context, x):
+        layer = context.run_first(x * 1, torch.Tensor.neg_, torch.relu, torch.exp)
+        assert layer.recorder.record.at.kind is None
+
+    assert marks(traced(check, torch.ones(2, 3, requires_grad=True))) == []
 
 
 def test_a_layer_that_uses_a_node_of_others_is_no_kind():
