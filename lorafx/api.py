@@ -80,8 +80,7 @@ def compile(
         rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         of(adapted).set_adapter(adapter_name)
         _checkpoint_by_sites(adapted, gradient_checkpointing)
-        if example_inputs is not None:
-            _capture(adapted, example_inputs)
+        _capture(adapted, example_inputs)
     except BaseException:
         of(adapted)._leave()
         raise
@@ -134,8 +133,7 @@ def load(
         _checkpoint_by_sites(adapted, gradient_checkpointing)
         if not is_trainable:
             adapted.eval()
-        if example_inputs is not None:
-            _capture(adapted, example_inputs)
+        _capture(adapted, example_inputs)
     except BaseException:
         of(adapted)._leave()
         raise
@@ -150,8 +148,10 @@ def _checkpoint_by_sites(adapted: AdaptedModel, wanted: bool | str) -> None:
         adapted.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
-def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
-    """Make the program that serves such a call."""
+def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> None:
+    """Make the program that serves such a call, if one is given."""
+    if example_inputs is None:
+        return
     named = isinstance(example_inputs, Mapping)
     args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
     state = adapted._lorafx

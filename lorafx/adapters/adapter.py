@@ -306,9 +306,10 @@ def build(
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
     A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
-    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device. Copies of base
-    tensors take device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded),
-    else the kind's start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
+    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device, but for those
+    that are taken out of the base. Copies of base tensors take device and dtype from those. Values are `values`, by
+    path, if given (of an adapter that is loaded), else the kind's start values or the base's: `random_state` seeds a
+    generator for them, None uses torch's global one.
     Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
 
     Returns what is to be left of base weights that start values are taken out of, also where these give way to
