@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..torch_private.graphs import is_vmap_bracket, schema_of
-from . import writes
+from . import resolve, writes
 from .blocks import is_block_call
 
 aten = torch.ops.aten
@@ -69,12 +69,12 @@ def written_inputs(gm: GraphModule) -> set[int]:
     return {inputs[source] for source in sources if source in inputs}
 
 
-def written(node: Node, gm: GraphModule) -> list[Node]:
+def written(node: Node, gm: torch.nn.Module) -> list[Node]:
     """The values that a node may write to; of an operator that runs graphs which write, all that it is given."""
     given: list[Any]
     if is_block_call(node):
-        block = gm.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
-        given = [node.args[2 + number] for number in written_inputs(block)]  # type: ignore[arg-type]
+        block = resolve(gm, str(node.args[0].target))  # type: ignore[union-attr]
+        given = [node.args[2 + number] for number in written_inputs(block)]
     elif not writes(node, gm):
         return []
     else:
