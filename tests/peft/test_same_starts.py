@@ -111,3 +111,27 @@ def test_olora_on_a_quantised_base_quantises_what_is_left_as_peft_does(tmp_path)
     ours, theirs = lorafx.compile(first, config), peft.get_peft_model(second, peft.LoraConfig(**config))
     quantised.as_trained(theirs)
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=0, atol=1e-5)
+
+
+@QUANTISES
+def test_what_pissa_leaves_is_quantised_and_the_adapter_loaded_there_as_in_peft(tmp_path):
+    import quantised
+
+    base = models.llama()
+    ours, theirs = both(base, {"init_lora_weights": "pissa"})
+    config = ours.peft_config["default"]
+    ours.save_pretrained(tmp_path / "ours")
+    base.save_pretrained(tmp_path / "left")  # the object that was adapted, which is left with the rest
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.unload().save_pretrained(tmp_path / "their_left")
+
+    with pytest.raises(lorafx.errors.ConfigError, match="quantise what is left"):
+        lorafx.load(quantised.quantised(tmp_path / "left", "fp4"), tmp_path / "ours")
+    again = lorafx.load(
+        quantised.quantised(tmp_path / "left", "fp4"),
+        tmp_path / "ours",
+        config=config.replace(init_lora_weights=True),
+    )
+    read = peft.PeftModel.from_pretrained(quantised.quantised(tmp_path / "their_left", "fp4"), tmp_path / "theirs")
+    torch.testing.assert_close(outputs(again), outputs(quantised.as_trained(read)), rtol=0, atol=1e-5)
