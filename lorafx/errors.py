@@ -42,7 +42,7 @@ class AdapterError(LorafxError, ValueError):
 
 
 class CheckpointError(LorafxError, ValueError):
-    """An adapter folder that cannot be read or written; the message names the file and the key."""
+    """A folder of an adapter or a base that cannot be read or written; the message names the file and the key."""
 
 
 class RecomputeError(LorafxError, RuntimeError):
