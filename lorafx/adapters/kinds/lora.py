@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, MergeError
 from ..config import is_pattern_of
+from ..low_rank import LowRank
 from ..readings import IN_PROJ
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
@@ -36,7 +37,7 @@ class Lora(Kind):
         update = at.wide(hidden, at.lora_B, at.tensors.get("lora_bias"))
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
 
-    def delta(self, name: str, at: Operands) -> Tensor:
+    def delta(self, name: str, at: Operands) -> LowRank | Tensor:
         return (at.product(at.lora_A, at.lora_B) if name == "weight" else at.lora_bias) * at.scaling
 
     def changes(self, site: Site, config: LoraConfig) -> tuple[str, ...]:
