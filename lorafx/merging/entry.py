@@ -3,9 +3,9 @@
     W' = round(W + Σ ΔW)        with W and ΔW in float32, or in float64 for a weight in float64
 
 Other kinds than additive ones have their own W'. Subtracting ΔW again would not give W back, so an entry keeps what
-rounding took (`residual.py`), or a copy if that is smaller or the kind has no inverse. It goes by blocks of rows that fit
-a processor's cache, and writes each before it looks at the next. The fingerprint of a block of W says later whether what
-comes back is W, before that is written; and where something fails half way, which blocks have to be undone.
+rounding took (`residual.py`), or a copy if that is smaller or the kind has no inverse. It goes by blocks of rows, and
+writes each before it looks at the next. The fingerprint of a block of W says later whether what comes back is W, before
+that is written; and where something fails half way, which blocks have to be undone.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Entry:
             raise MergeError(f"{path} was merged on {self.device} and has been moved to meta, so its values are gone")
         if weight.dtype != self.dtype:
             raise MergeError(
-                f"{path} was merged in {self.dtype} and is {weight.dtype} now, so its original is out of reach; unmerge "
-                f"before converting a model (`.to(dtype)`), or convert it back and load the base again"
+                f"{path} was merged in {self.dtype} and is {weight.dtype} now, so its original is out of reach; "
+                f"unmerge before converting a model (`.to(dtype)`), or convert it back and load the base again"
             )
 
     def original(self, root: nn.Module) -> dict[str, Tensor]:
@@ -107,8 +107,8 @@ class Entry:
         found = kept.restored(rows, step)
         if found is None:
             raise MergeError(
-                f"{self.target.path} cannot be restored exactly: it has been changed since the merge, or what its adapters "
-                f"do comes out differently now than on {self.device}, where it was merged; nothing was changed"
+                f"{self.target.path} cannot be restored exactly: it has been changed since the merge, or what its "
+                f"adapters do comes out differently now than on {self.device}, where it was merged; nothing was changed"
             )
         return found
 

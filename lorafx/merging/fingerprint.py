@@ -1,15 +1,14 @@
 """Fingerprints: some numbers that tell whether every bit of a tensor is what it was.
 
-The bytes of a tensor, as rows of 4096, times a fixed random matrix of small integers: eight sums a row, which are exact on
-every processor. A change of a row, whatever it is, leaves one of its sums as it was with a chance of 1 in 127, and all
-eight with one of 1 in 2⁵⁵. Products of bytes are made for inference in 8 bits: nothing else in torch reads memory as fast,
-on processors and GPUs alike.
+The bytes of a tensor, as rows of 4096, times a fixed random matrix of small integers: eight sums a row, which are exact
+on every processor. A change of a row, whatever it is, leaves one of its sums as it was with a chance of 1 in 127, and all
+eight with one of 1 in 2⁵⁵. Products of bytes are made for inference in 8 bits: nothing else in torch reads memory as
+fast, on processors and GPUs alike.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -24,12 +23,12 @@ _ROWS_ON_CUDA = 32  # its libraries multiply no fewer
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Eight sums for each 4096 bytes of a tensor of any dtype: (rows, 8) of int32, on its device."""
-    data = tensor.contiguous().view(-1).view(torch.int8)
-    rows = math.ceil(data.numel() / _ROW)
-    whole = _ROW * max(rows, _ROWS_ON_CUDA if data.is_cuda else 0)
-    if whole != data.numel():
-        data = F.pad(data, (0, whole - data.numel()))
-    return product_of_bytes(data.view(-1, _ROW), _matrix(data.device))[:rows]
+    data = tensor.reshape(-1).view(torch.int8)
+    count = data.numel()
+    least = _ROW * _ROWS_ON_CUDA if data.is_cuda else 0
+    if (whole := max(count + -count % _ROW, least)) != count:
+        data = F.pad(data, (0, whole - count))
+    return product_of_bytes(data.view(-1, _ROW), _matrix(data.device))[: -(-count // _ROW)]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ cache from the first operation to the last. Where another kind takes part, the w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Protocol
@@ -19,13 +19,13 @@ from ..adapters.low_rank import LowRank
 from ..errors import MergeError
 from .source import Source
 
-_IN_CACHE, _ELSEWHERE = 2**16, 2**24  # elements a block: of a CPU, whose cache counts, and of a GPU, whose memory does
+_IN_CACHE, _ELSEWHERE = 2**20, 2**24  # elements a block: of a CPU, whose cache counts, and of a GPU, whose memory does
 
 Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
 
 
 class Step(Protocol):
-    """What some adapters do to a block of rows, of any dtype; it gives new tensors of the dtype it computes in."""
+    """What some adapters do to a block of rows, of any dtype; results are new, and of the dtype it computes in."""
 
     def merged(self, rows: Tensor) -> Tensor:
         """The rows with the adapters in them."""
@@ -45,7 +45,7 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
     return [slice(start, start + count) for start in range(0, tensor.shape[0], count)]
 
 
-def steps(sources: Sequence[Source], role: str, like: Tensor, rows: Iterable[Rows]) -> Iterator[Step]:
+def steps(sources: Sequence[Source], role: str, like: Tensor, rows: Sequence[Rows]) -> Iterator[Step]:
     """The steps for these blocks of rows of a parameter, computed where and as `like`, of its shape, is."""
     if not all(source.adapter.kind.additive for source in sources):
         yield from (_OneByOne(sources, role, like) for _ in rows)
