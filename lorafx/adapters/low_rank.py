@@ -3,7 +3,7 @@
     ΔW = L R        L (rows, r), R (r, columns)
 
 Libraries add up the r products in orders of their own, which depend on shapes, threads and devices, so ΔW may come out
-differently the next time. Here L and R are first cut to so few bits that float64 holds each product and each sum of them
+differently the next time. Here L and R are first cut to so few bits that float64 holds each product and each sum
 exactly: then no order matters. An entry keeps ⌊(53 - ⌈log₂ r⌉) / 2⌋ bits below the largest of its row of L, or of its
 column of R, that is 24 for r = 32 and 22 for r = 256, so that ΔW is as near as a product in float32 comes.
 """

@@ -1,7 +1,7 @@
 """Fingerprints: some numbers that tell whether every bit of a tensor is what it was.
 
 The bytes of a tensor, as rows of 4096, times a fixed random matrix of small integers: eight sums a row, which are exact
-on every processor. A change of a row, whatever it is, leaves one of its sums as it was with a chance of 1 in 127, and all
+on every processor. A change of a row, whatever it is, leaves one of its sums as it was with a chance of 1 in 127, all
 eight with one of 1 in 2⁵⁵. Products of bytes are made for inference in 8 bits: nothing else in torch reads memory as
 fast, on processors and GPUs alike.
 """

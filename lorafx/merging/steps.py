@@ -1,7 +1,7 @@
 """Steps: what adapters do to a parameter, a block of rows after another.
 
-Additive kinds add to each row what does not depend on the others, so a step is a block that stays in a processor's
-cache from the first operation to the last. Where another kind takes part, the whole parameter is one step.
+Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor from
+the first operation to the last. Where another kind takes part, the whole parameter is one step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..adapters.low_rank import LowRank
 from ..errors import MergeError
 from .source import Source
 
-_IN_CACHE, _ELSEWHERE = 2**20, 2**24  # elements a block: of a CPU, whose cache counts, and of a GPU, whose memory does
+# Elements a block. On a CPU new memory for more costs most of the time, and of less the calls do; on a GPU memory counts.
+_ON_CPU, _ELSEWHERE = 2**20, 2**24
 
 Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
 
@@ -40,7 +41,7 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
     """The rows of a parameter in the blocks in which these can be merged into it."""
     if not tensor.ndim or not all(source.adapter.kind.additive for source in sources):
         return [...]
-    size = _IN_CACHE if tensor.is_cpu else _ELSEWHERE
+    size = _ON_CPU if tensor.is_cpu else _ELSEWHERE
     count = max(1, size // max(1, math.prod(tensor.shape[1:])))
     return [slice(start, start + count) for start in range(0, tensor.shape[0], count)]
 
@@ -78,14 +79,14 @@ class _OneByOne:
     like: Tensor
 
     def merged(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.like.dtype)
+        rows = rows.to(self.like.dtype, copy=True)  # which a kind may write into, or give back
         for source in self.sources:
             rows = source.merged(self.role, rows)
             _require_shape(source, self.role, rows.shape, self.like.shape)
         return rows
 
     def unmerged(self, rows: Tensor) -> Tensor | None:
-        before: Tensor | None = rows.to(self.like.dtype)
+        before: Tensor | None = rows.to(self.like.dtype, copy=True)
         for source in reversed(self.sources):
             before = None if before is None else source.unmerged(self.role, before)
         return before

@@ -160,7 +160,7 @@ def test_safe_merge_refuses_what_is_not_finite(bad):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Weights of a dozen blocks."""
-    monkeypatch.setattr(steps, "_IN_CACHE", 10_000)
+    monkeypatch.setattr(steps, "_ON_CPU", 10_000)
 
 
 def failing(monkeypatch, fails_at: int) -> None:
