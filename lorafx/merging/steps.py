@@ -1,7 +1,7 @@
 """Steps: what adapters do to a parameter, a block of rows after another.
 
-Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor from
-the first operation to the last. Where another kind takes part, the whole parameter is one step.
+Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor
+from the first operation to the last. Where another kind takes part, the whole parameter is one step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..adapters.low_rank import LowRank
 from ..errors import MergeError
 from .source import Source
 
-# Elements a block. On a CPU new memory for more costs most of the time, and of less the calls do; on a GPU memory counts.
+# Elements a block: with less, calls take most of the time on a CPU, and with more, new memory does.
 _ON_CPU, _ELSEWHERE = 2**20, 2**24
 
 Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
@@ -30,11 +30,9 @@ class Step(Protocol):
 
     def merged(self, rows: Tensor) -> Tensor:
         """The rows with the adapters in them."""
-        ...
 
     def unmerged(self, rows: Tensor) -> Tensor | None:
         """The rows without them, up to rounding; None if a kind has no inverse."""
-        ...
 
 
 def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
@@ -86,10 +84,10 @@ class _OneByOne:
         return rows
 
     def unmerged(self, rows: Tensor) -> Tensor | None:
-        before: Tensor | None = rows.to(self.like.dtype, copy=True)
+        found: Tensor | None = rows.to(self.like.dtype, copy=True)
         for source in reversed(self.sources):
-            before = None if before is None else source.unmerged(self.role, before)
-        return before
+            found = None if found is None else source.unmerged(self.role, found)
+        return found
 
 
 def _checked(source: Source, role: str, delta: LowRank | Tensor, shape: torch.Size) -> LowRank | Tensor:
