@@ -1,7 +1,7 @@
 """Steps: what adapters do to a parameter, a block of rows after another.
 
 Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor
-from the first operation to the last. Where another kind takes part, the whole parameter is one step.
+from first to last. Where another kind takes part, the whole parameter is one step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .source import Source
 
 # Elements a block: with less, calls take most of the time on a CPU, and with more, new memory does.
 _ON_CPU, _ELSEWHERE = 2**20, 2**24
-
 Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
 
 
@@ -47,9 +46,8 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
 def steps(sources: Sequence[Source], role: str, like: Tensor, rows: Sequence[Rows]) -> Iterator[Step]:
     """The steps for these blocks of rows of a parameter, computed where and as `like`, of its shape, is."""
     if not all(source.adapter.kind.additive for source in sources):
-        yield from (_OneByOne(sources, role, like) for _ in rows)
-        return
-    deltas = [_checked(source, role, source.delta(role, like), like.shape) for source in sources]
+        return (yield from (_OneByOne(sources, role, like) for _ in rows))
+    deltas = [_delta(source, role, like) for source in sources]
     for block in rows:
         first, *others = (each.rows(block) if isinstance(each, LowRank) else each[block] for each in deltas)
         yield _Sum(sum(others, start=first).to(like.dtype))
@@ -90,10 +88,10 @@ class _OneByOne:
         return found
 
 
-def _checked(source: Source, role: str, delta: LowRank | Tensor, shape: torch.Size) -> LowRank | Tensor:
-    """A delta of the parameter's shape, as which one that is broadcast to it counts too."""
-    _require_shape(source, role, torch.broadcast_shapes(delta.shape, shape), shape)
-    return delta if isinstance(delta, LowRank) else delta.expand(shape)
+def _delta(source: Source, role: str, like: Tensor) -> LowRank | Tensor:
+    delta = source.delta(role, like)
+    _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
+    return delta if isinstance(delta, LowRank) else delta.expand(like.shape)
 
 
 def _require_shape(source: Source, role: str, found: torch.Size, shape: torch.Size) -> None:
