@@ -5,6 +5,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import lorafx
+from lorafx.adapters.low_rank import LowRank
 from lorafx.graph.printing import graph_lines
 from lorafx.pipeline import Context, Pipeline
 
@@ -39,8 +40,10 @@ def adapted(model: nn.Module, adapter_compute_dtype=None, **config) -> lorafx.Ad
 def change(lora: lorafx.AdaptedModel, name: str, site) -> dict[str, torch.Tensor]:
     """What an adapter adds to a site's base parameters, by their name, in float64."""
     adapter = lora._lorafx.adapters[name]
-    at = adapter.operands(site, adapter.tensors_at(lora, site), adapter.numbers(lora, site))
-    return {role: adapter.kind.delta(role, at) for role in adapter.kind.changes(site, adapter.config)}
+    tensors = {suffix: tensor.double() for suffix, tensor in adapter.tensors_at(lora, site).items()}
+    at = adapter.operands(site, tensors, adapter.numbers(lora, site))
+    deltas = {role: adapter.kind.delta(role, at) for role in adapter.kind.changes(site, adapter.config)}
+    return {role: delta.dense() if isinstance(delta, LowRank) else delta for role, delta in deltas.items()}
 
 
 def context(lora: lorafx.AdaptedModel) -> Context:

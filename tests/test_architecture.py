@@ -50,6 +50,7 @@ INSIDE = {
             "config",
             "naming",
             "default_targets",
+            "low_rank",
             "readings",
             "storages",
             "site",

@@ -157,9 +157,9 @@ class Adapter:
         return not all(math.isclose(now, then, rel_tol=1e-6) for now, then in pairs)
 
     def operands(self, site: Site, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Operands:
-        """What the kind's `merged` is given at a site: `tensors` (by suffix) in float64, and `numbers`."""
+        """What the kind's `merged` is given at a site: `tensors` (by suffix) in its dtype, and `numbers`."""
         specs = self.kind.tensors(site, self.config)
-        named = {name: tensors[spec.suffix].detach().double() for name, spec in specs.items()}
+        named = {name: tensors[spec.suffix].detach() for name, spec in specs.items()}
         return Operands(site, self.config, named, numbers)
 
     @property

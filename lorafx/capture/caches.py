@@ -71,7 +71,7 @@ def _leaves(value: Any, place: str, part: tuple[Any, ...], inside: bool) -> Iter
         yield place, value, part
 
 
-def _numbers(leaf: Tensor | int) -> Iterator[tuple[str, int | None, int]]:
+def _numbers(leaf: Tensor | int) -> Iterator[tuple[str, int | None, Number]]:
     """The numbers that torch may take for symbols: of a tensor each with the method and the place to ask for it."""
     if isinstance(leaf, int):
         yield "", None, leaf

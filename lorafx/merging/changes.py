@@ -6,21 +6,19 @@ that; others have the adapters merged into them, one after another.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.kinds import Operands
-from ..adapters.site import Site
 from ..errors import AdapterError, MergeError
 from ..tree.lookup import tensor_at
 from .ledger import targets_of
-
-_BLOCK = 1 << 19  # weights that are merged at a time: in float64, some of them fit the cache together
+from .source import Source
+from .steps import Rows, blocks, steps
 
 
 @dataclass(frozen=True)
@@ -33,58 +31,39 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one adapter does to one base parameter, which is a site's "weight" or "bias"."""
-
-    adapter: Adapter
-    site: Site
-    role: str
-    tensors: Mapping[str, Tensor]
-
-    def operands(self) -> Operands:
-        """The adapter's tensors and numbers at the site, in float64."""
-        numbers = self.adapter.kind.numbers(self.site, self.adapter.config)
-        return self.adapter.operands(self.site, self.tensors, numbers)
-
-    def of_rows(self, at: Operands, start: int, stop: int) -> Operands | None:
-        """What is needed for some rows alone; None if a row cannot be merged without the others."""
-        return self.adapter.kind.rows(self.role, at, start, stop)
-
-    def merged(self, dense: Tensor, at: Operands | None, what: str) -> Tensor:
-        """The parameter in float64, or some rows of it, with the adapter in them."""
-        assert at is not None, "only what goes by rows is cut into blocks"
-        result = self.adapter.kind.merged(self.role, dense, at)
-        if result.shape != dense.shape:
-            raise MergeError(f"{what}: adapter {self.adapter.name!r} would make {tuple(result.shape)} of it")
-        return result
-
-
-@dataclass(frozen=True)
 class Change:
-    """What becomes of a tensor: `own` is the adapter's that stands in for the base's, `updates` act on it in order."""
+    """What becomes of a tensor: `own` is the adapter's that stands in for the base's, `sources` are merged into it.
+
+    `role` is which of their sites' parameters it is, "weight" or "bias".
+    """
 
     own: Tensor | None = None
-    updates: tuple[Update, ...] = ()
+    sources: tuple[Source, ...] = ()
+    role: str = "weight"
 
     def blocks(
         self, read: Callable[[int, int], Tensor], shape: tuple[int, ...], dtype: torch.dtype, what: str
     ) -> Iterator[Tensor]:
         """The tensor as it becomes, in blocks of whole rows; `read` gives rows of the base's, from one to another.
 
-        Computed in float64 and rounded once. Raises `MergeError`, naming it as `what`, if it does not fit `dtype`.
+        Computed as in memory, or in float64 where the base is stored in another dtype than this, and rounded once.
+        Raises `MergeError`, naming it as `what`, if it does not fit `dtype`.
         """
-        operands = [update.operands() for update in self.updates]
-        rows = shape[0] if shape else 1
-        by_rows = all(update.of_rows(at, 0, 1) is not None for update, at in zip(self.updates, operands))
-        step = max(1, _BLOCK * rows // max(1, math.prod(shape))) if by_rows else rows
-        for start in range(0, rows, max(1, step)):
-            stop = min(rows, start + step)
-            dense = read(start, stop) if self.own is None else rounded(_part(self.own, start, stop), dtype, what)
-            dense = dense.double() if self.updates else dense
-            for update, at in zip(self.updates, operands):
-                part = at if stop - start == rows else update.of_rows(at, start, stop)
-                dense = update.merged(dense, part, what)
-            yield rounded(dense, dtype, what)
+        like, count = torch.empty((), dtype=dtype).expand(shape), shape[0] if shape else 1
+        whole = blocks(self.sources, like)
+        parts = (self._rows(read, *_ends(rows, count), dtype, what) for rows in whole)
+        first = next(parts)
+        wide = torch.promote_types(dtype, torch.float32 if first.dtype == dtype else torch.float64)
+        does = steps(self.sources, self.role, torch.empty((), dtype=wide).expand(shape), whole) if self.sources else ()
+        for part, step in itertools.zip_longest(itertools.chain([first], parts), does):
+            yield rounded(part if step is None else step.merged(part), dtype, what)
+
+    def _rows(self, read: Callable[[int, int], Tensor], start: int, stop: int, dtype: torch.dtype, what: str) -> Tensor:
+        return read(start, stop) if self.own is None else rounded(_part(self.own, start, stop), dtype, what)
+
+
+def _ends(rows: Rows, count: int) -> tuple[int, int]:
+    return (0, count) if rows is ... else rows.indices(count)[:2]
 
 
 def _part(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -104,6 +83,9 @@ def _is_infinite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.abs().max().isfinite()
 
 
+_UNCHANGED = Change()
+
+
 def changes_of(root: nn.Module, loaded: Sequence[Values]) -> dict[str, Change]:
     """What becomes of each tensor of a model that these adapters change, by each of its names.
 
@@ -117,13 +99,13 @@ def changes_of(root: nn.Module, loaded: Sequence[Values]) -> dict[str, Change]:
         first.setdefault(id(tensor), name)
     copies = {base: copy for each in loaded for base, copy in each.adapter.replaced.items()}
     copy_at = {_place(root, base): copy for base, copy in copies.items()}
-    updates = _updates(root, loaded, first | {id(tensor_at(root, base)): copy for base, copy in copies.items()})
+    changed = _merged_into(root, loaded, first | {id(tensor_at(root, base)): copy for base, copy in copies.items()})
     own = {path: tensor for each in loaded for path, tensor in each.tensors.items()}
     saved = {first[id(tensor_at(root, path))]: tensor for each in loaded for path, tensor in each.base.items()}
     values = own | saved
     paths = {name: copy_at.get(_place(root, name), first[id(tensor)]) for name, tensor in named}
-    made = {path: Change(values.get(path), updates.get(path, ())) for path in paths.values()}
-    return {name: made[path] for name, path in paths.items() if path in values or path in updates}
+    made = {path: replace(changed.get(path, _UNCHANGED), own=values.get(path)) for path in paths.values()}
+    return {name: made[path] for name, path in paths.items() if path in values or path in changed}
 
 
 def _place(root: nn.Module, path: str) -> tuple[int, str]:
@@ -132,16 +114,17 @@ def _place(root: nn.Module, path: str) -> tuple[int, str]:
     return id(root.get_submodule(owner)), last
 
 
-def _updates(root: nn.Module, loaded: Sequence[Values], targets: Mapping[int, str]) -> dict[str, tuple[Update, ...]]:
+def _merged_into(root: nn.Module, loaded: Sequence[Values], targets: Mapping[int, str]) -> dict[str, Change]:
     """What adapters do to each of the `targets`, which are paths by the ids of base parameters."""
-    found: dict[str, tuple[Update, ...]] = {}
+    found: dict[str, Change] = {}
     for each in loaded:
         adapter = each.adapter
         for site in adapter.selection:
             tensors = {suffix: each.tensors[path] for suffix, path in adapter.tensors[site.name].items()}
+            source = Source(adapter, site, adapter.kind.numbers(site, adapter.config), tensors)
             for target in targets_of(root, adapter, site, targets):
-                update = Update(adapter, site, target.role, tensors)
-                found[target.path] = (*found.get(target.path, ()), update)
+                before = found.get(target.path, Change(role=target.role))
+                found[target.path] = replace(before, sources=(*before.sources, source))
     return found
 
 

@@ -90,7 +90,7 @@ class Output:
         wanted = tuple(self.fitted.loading.own[name].shape) if name else stored.shape
         if stored.shape != wanted:
             raise CheckpointError(f"{shard.file}: {source} is {stored.shape}, and the config makes {wanted} of it")
-        if stored.torch_dtype not in _FLOATS and (change.updates or stored.torch_dtype is None):
+        if stored.torch_dtype not in _FLOATS and (change.sources or stored.torch_dtype is None):
             raise MergeError(f"{shard.file}: {source} is stored as {stored.dtype}, which cannot be merged into")
         return _piece(entry, change, functools.partial(shard.tensor, source), key)
 

@@ -2,7 +2,7 @@
 
 After W' = round(W + ΔW), the guess P = round(W' - ΔW) is W in most places and a few representable numbers away in the
 rest. Floats of one sign are ordered like their bit patterns, so W - P, counted in representable numbers, is a small
-integer: a bit says where it is not zero, a byte says what it is, and the rare value that needs more is kept whole.
+integer there: two bits say that it is -1, 0 or 1, or that it is kept in full.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
 _INTEGER[torch.bfloat16] = torch.int16
-_WIDE, _ZERO, _LIMIT = -128, -127, 126  # codes: a value kept whole; the original is +0; largest difference in a byte
-_CHUNK = 1 << 22
+_FULL = 2  # of the codes 0, 1, 2 and 3 of two bits, of which 3 stands for -1
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -23,76 +23,66 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _INTEGER
 
 
-def ordered(tensor: Tensor) -> Tensor:
-    """The bits of each float as an integer that grows with the float: neighbours differ by 1."""
-    return _flip(tensor.view(_INTEGER[tensor.dtype]))
-
-
-def _flip(bits: Tensor) -> Tensor:
-    """From the bits of floats to integers in the order of the floats, and back: it is its own inverse."""
-    largest = torch.iinfo(bits.dtype).max
-    return torch.where(bits < 0, bits ^ largest, bits)
-
-
 @dataclass(frozen=True)
 class Residual:
-    """W given P: packed bits of where they differ, a byte for each difference, and the values kept whole."""
+    """W given P: the codes of two bits, four in a byte, and in their order the differences kept in full."""
 
-    differs: Tensor
     codes: Tensor
-    wide: Tensor
+    full: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(part.numel() * part.element_size() for part in (self.differs, self.codes, self.wide))
+        return self.codes.nbytes + self.full.nbytes
 
     @classmethod
     def of(cls, original: Tensor, guess: Tensor) -> Residual:
-        """Encode `original` against `guess`, both of the same shape and dtype."""
-        original, guess = original.reshape(-1), guess.reshape(-1)
-        bits = original.view(_INTEGER[original.dtype])
-        difference = ordered(original) - ordered(guess)  # wraps around, as does the sum that undoes it
-        differs = difference != 0
-        some, values = difference[differs], bits[differs]
-        codes = torch.where(some.abs() <= _LIMIT, some, _WIDE)
-        codes = torch.where((codes == _WIDE) & (values == 0), _ZERO, codes)
-        codes = torch.where(some == torch.iinfo(some.dtype).min, torch.where(values == 0, _ZERO, _WIDE), codes)
-        return cls(_pack(differs), codes.to(torch.int8), values[codes == _WIDE].clone())
+        """Encode `original` against `guess`, both of the same shape and dtype; the guess may be written over."""
+        bits, difference = _bits(original), _bits(guess)
+        torch.sub(bits, difference, out=difference)  # it wraps around, as does the sum that undoes it
+        codes = difference.clamp(-_FULL, _FULL).to(torch.int8)
+        if odd := -bits.numel() % 4:
+            codes = F.pad(codes, (0, odd))
+        codes &= 3  # both 2 and -2, which stand for all that is larger, are the code 2
+        return cls(_pack(codes), _taken(difference, codes[: bits.numel()], _FULL))
 
     def restore(self, guess: Tensor) -> Tensor:
-        """The original, given the same guess."""
-        flat = ordered(guess.reshape(-1))
-        differs = _unpack(self.differs, flat.numel())
-        codes = self.codes.to(flat.dtype)
-        values = _flip(flat[differs] + codes)
-        values[codes == _ZERO] = 0
-        values[codes == _WIDE] = self.wide
-        bits = _flip(flat)
-        bits[differs] = values
-        return bits.view(guess.dtype).reshape(guess.shape)
+        """The original, given the same guess, which may be written over."""
+        bits = _bits(guess)
+        codes = _unpack(self.codes)[: bits.numel()]
+        bits += codes
+        if self.full.numel():
+            _add_where(bits, codes, -_FULL, self.full + _FULL)
+        return bits.view(guess.dtype).view(guess.shape)
 
 
-def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit hash of a tensor's bits and their places, the same on every device."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    bits = flat.view(_INTEGER.get(flat.dtype, torch.uint8))
-    total = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device, dtype=torch.int64)
-        mixed = (part ^ (place * -7046029254386353131)) * -4417276706812531889
-        total += int((mixed ^ (mixed >> 29)).mul(-2643881736870682267).sum())
-    return total & (1 << 64) - 1
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(_INTEGER[tensor.dtype])
 
 
-def _pack(mask: Tensor) -> Tensor:
-    padded = torch.zeros((mask.numel() + 7) // 8 * 8, dtype=torch.uint8, device=mask.device)
-    padded[: mask.numel()] = mask
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+def _pack(codes: Tensor) -> Tensor:
+    """(4 n,) of codes from 0 to 3 to (n,) of bytes."""
+    one, two, three, four = codes.view(torch.uint8).view(4, -1)
+    return torch.add(one, two, alpha=4).add_(three, alpha=16).add_(four, alpha=64)
 
 
-def _unpack(packed: Tensor, count: int) -> Tensor:
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] >> shifts & 1).reshape(-1)[:count].bool()
+def _unpack(packed: Tensor) -> Tensor:
+    """(n,) of bytes to (4 n,) of codes from -2 to 1: a shift to the left and one to the right repeat the sign."""
+    last = packed.view(torch.int8)
+    return torch.cat([last << 6, last << 4, last << 2, last]).bitwise_right_shift_(6)
+
+
+# On a CPU it is numpy that looks for a code, since torch takes five times as long there.
+
+
+def _taken(values: Tensor, codes: Tensor, code: int) -> Tensor:
+    if values.is_cpu:
+        return torch.from_numpy(values.numpy()[codes.numpy() == code])
+    return values[codes == code]
+
+
+def _add_where(values: Tensor, codes: Tensor, code: int, added: Tensor) -> None:
+    if values.is_cpu:
+        values.numpy()[codes.numpy() == code] += added.numpy()
+    else:
+        values[codes == code] += added

@@ -72,7 +72,7 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
             f"graph {number} ({program.title}), captured in {program.seconds:.2f} s": program.steps
             for number, program in enumerate(p for d in self._lorafx.dispatchers for p in d if p.gm is not None)
         }
-        return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self.tree))
+        return Report(graphs, len(self.sites), self._lorafx.ledger.sizes(self.tree), self._lorafx.ledger.lost)
 
     def explain(self) -> Explanation:
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""

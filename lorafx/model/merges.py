@@ -24,9 +24,10 @@ class Merges(Part):
     ) -> None:
         """Write the merged weights (of LoRA, W + ΔW) in the place of the base's; `unmerge_adapter` undoes it exactly.
 
-        Merges the active adapters, or those named. W + ΔW is computed in float64 and rounded once. `safe_merge` refuses
-        a result that is not finite. Raises `MergeError`, with every weight as it was, when any site cannot be merged,
-        and `AdapterError` for an unknown name, or one that replaces a tensor which another acting adapter replaces too.
+        Merges the active adapters, or those named. ΔW is computed in float32, or in float64 for a weight in float64,
+        and W + ΔW is rounded once. `safe_merge` refuses a result that is not finite. Raises `MergeError`, with every
+        weight as it was, when any site cannot be merged, and `AdapterError` for an unknown name, or one that replaces
+        a tensor which another acting adapter replaces too.
         """
         state = self._lorafx
         names = state.acting if adapter_names is None else self._listed(adapter_names)

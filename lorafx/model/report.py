@@ -13,12 +13,14 @@ from ..tables import table
 class Report:
     """What the pipeline did to each captured graph, and the memory that merging takes. Prints as tables.
 
-    `graphs` are each graph's steps by its title; `merged` maps a weight's path to the bytes kept for it and its own.
+    `graphs` are each graph's steps by its title; `merged` maps a weight's path to the bytes kept for it and its own,
+    `lost` that of a quantised one to the share of it, merged, that its bits cannot hold (by the Frobenius norm).
     """
 
     graphs: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     sites: int = 0
     merged: dict[str, tuple[int, int]] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         columns = ("pass", "rewrites", "sites", "nodes before", "nodes after", "parameters added", "ms")
@@ -28,10 +30,10 @@ class Report:
         if self.merged:
             totals = tuple(map(sum, zip(*self.merged.values())))
             shares = [
-                (name, kept, size, f"{100 * kept / size:.1f} %")
+                (name, kept, size, f"{100 * kept / size:.1f} %", f"{self.lost[name]:.2%}" if name in self.lost else "")
                 for name, (kept, size) in [*self.merged.items(), ("in all", totals)]
             ]
-            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share"), shares))
+            parts.append(table("merged weights", ("weight", "bytes kept", "weight bytes", "share", "lost"), shares))
         return "\n".join(parts)
 
 

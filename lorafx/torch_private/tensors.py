@@ -34,6 +34,9 @@ make_wrapper_subclass = Tensor._make_wrapper_subclass
 # Whether torch may use oneDNN at present. Without it, `torch.backends.mkldnn.flags` would not be obeyed.
 is_mkldnn_enabled = torch._C._get_mkldnn_enabled
 
+# The product of two matrices of int8, in int32. Without it, fingerprints of weights would take the time of a merge.
+product_of_bytes = torch._int_mm
+
 # The dicts of a module that hold hooks around its forward and backward. Without them, graphs would pass hooks by.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

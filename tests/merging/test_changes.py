@@ -13,7 +13,7 @@ import lorafx
 from lorafx.adapters.adapter import plan
 from lorafx.adapters.kinds import LoraConfig
 from lorafx.errors import AdapterError, MergeError
-from lorafx.merging import changes
+from lorafx.merging import steps
 from lorafx.merging.changes import Change, Values, changes_of, rounded
 from lorafx.tree.lookup import tensor_at
 
@@ -68,7 +68,7 @@ def test_rows_are_merged_as_the_whole_is(monkeypatch, make, target, weight, bloc
     tensor = model.get_parameter(weight).detach()
     change = changes_of(model, [values(model, target_modules=[target])])[weight]
     whole = merged(change, tensor)
-    monkeypatch.setattr(changes, "_BLOCK", block)
+    monkeypatch.setattr(steps, "_ON_CPU", block)
     asked = []
 
     def read(start, stop):
@@ -83,8 +83,8 @@ def test_rows_are_merged_as_the_whole_is(monkeypatch, make, target, weight, bloc
 def test_a_kind_that_needs_all_rows_is_given_them(monkeypatch):
     model = models.llama(num_hidden_layers=1)
     change = changes_of(model, [values(model, target_modules=["q_proj"])])["model.layers.0.self_attn.q_proj.weight"]
-    monkeypatch.setattr(changes, "_BLOCK", 1)
-    monkeypatch.setattr(type(change.updates[0].adapter.kind), "rows", lambda *args: None)
+    monkeypatch.setattr(steps, "_ON_CPU", 1)
+    monkeypatch.setattr(type(change.sources[0].adapter.kind), "additive", False)
     weight = torch.randn(64, 48)
     assert len(list(change.blocks(lambda a, b: weight[a:b], (64, 48), torch.float32, "it"))) == 1
 
@@ -95,7 +95,7 @@ def test_a_copy_goes_before_what_is_merged_and_has_it_merged_into_it():
     other = values(model, "other", target_modules=["lm_head"])
     change = changes_of(model, [saves, other])["lm_head.weight"]
     copy = saves.tensors["lm_head.modules_to_save.saves.weight"]
-    assert torch.equal(change.own, copy) and len(change.updates) == 1
+    assert torch.equal(change.own, copy) and len(change.sources) == 1
     a, b = (other.tensors[f"lm_head.lora_{x}.other.weight"].double() for x in "AB")
     assert torch.equal(merged(change, torch.full_like(copy, float("nan"))), (copy.double() + 1.5 * b @ a).float())
 

@@ -33,7 +33,7 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import AdapterError, CheckpointError, ConfigError, MergeError, SelectionError
-from lorafx.merging import changes, streaming
+from lorafx.merging import steps, streaming
 
 
 def mixtral(**settings: Any) -> nn.Module:
@@ -101,7 +101,7 @@ def test_the_files_are_those_of_merging_in_memory(tmp_path, case):
 def test_blocks_of_rows_are_merged_as_the_whole_is(tmp_path, monkeypatch):
     _, base, adapters = prepared(tmp_path, "tied embeddings")
     merge(base, adapters, tmp_path / "whole")
-    monkeypatch.setattr(changes, "_BLOCK", 48 * 7)
+    monkeypatch.setattr(steps, "_ON_CPU", 48 * 7)
     merge(base, adapters, tmp_path / "blocks")
     assert contents(tmp_path / "whole") == contents(tmp_path / "blocks")
 

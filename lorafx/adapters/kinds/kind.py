@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import AdapterConfig
+from ..low_rank import LowRank
 from ..readings import Operator
 from ..site import Selection, Site
 
@@ -41,7 +42,7 @@ class Operands:
     The adapter's tensors and numbers are attributes, by the names that the kind gives them (`at.lora_A`, `at.scaling`).
     In an equation, `operator` is the one that reads the weight, `bound` its other arguments by name, `training` whether
     the site's module is in training mode, and `weight` the dense weight, for a kind that `reads_weight`. For `merged`
-    there is no operator, and the tensors are float64.
+    there is no operator, and the tensors have the dtype of what it is given: float32 or float64.
     """
 
     site: Site
@@ -75,8 +76,11 @@ class Operands:
         assert self.operator is not None
         return x if self.operator.lookup else aten.dropout.default(x, p, self.training)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A as a change of the dense weight, in the weight's shape."""
+    def product(self, a: Tensor, b: Tensor) -> LowRank | Tensor:
+        """B A as a change of the dense weight, in the weight's shape: most readings multiply when rows are asked for.
+
+        It can be multiplied by a number; `dense()` of a `LowRank` is the tensor itself.
+        """
         return self.site.reading.product(a, b, self.site.weight_shape)
 
 
@@ -164,21 +168,18 @@ class Kind:
         """
         return ("weight",)
 
-    def delta(self, name: str, at: Operands) -> Tensor:
-        """What an additive kind adds to a base parameter, "weight" or "bias": of its shape, in float64."""
+    def delta(self, name: str, at: Operands) -> LowRank | Tensor:
+        """What an additive kind adds to a base parameter, "weight" or "bias": of its shape."""
         raise NotImplementedError
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors are float64."""
-        return base + self.delta(name, at)
-
-    def rows(self, name: str, at: Operands, start: int, stop: int) -> Operands | None:
-        """What `merged` needs to be given rows `start` to `stop` of a base parameter, and give these rows merged.
-
-        None if a row cannot be merged without the others; then whole parameters are in memory when they are merged.
-        """
-        return None
+        """A base parameter, "weight" (dense) or "bias", with the adapter in it; all tensors have one dtype."""
+        return base + self._delta(name, base, at)
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor | None:
         """The inverse of `merged`, up to rounding; None if there is none, and the ledger keeps a copy instead."""
-        return merged - self.delta(name, at) if self.additive else None
+        return merged - self._delta(name, merged, at) if self.additive else None
+
+    def _delta(self, name: str, like: Tensor, at: Operands) -> Tensor:
+        delta = self.delta(name, at)
+        return (delta.dense() if isinstance(delta, LowRank) else delta).to(like.dtype)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, MergeError
 from ..config import is_pattern_of
+from ..low_rank import LowRank
 from ..readings import CONV1D, IN_PROJ, LINEAR
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
@@ -38,16 +38,8 @@ class Lora(Kind):
         update = at.wide(hidden, at.lora_B, at.tensors.get("lora_bias"))
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
 
-    def delta(self, name: str, at: Operands) -> Tensor:
+    def delta(self, name: str, at: Operands) -> LowRank | Tensor:
         return (at.product(at.lora_A, at.lora_B) if name == "weight" else at.lora_bias) * at.scaling
-
-    def rows(self, name: str, at: Operands, start: int, stop: int) -> Operands | None:
-        if name != "weight":
-            return None
-        site = replace(at.site, weight_shape=(stop - start, *at.site.weight_shape[1:]))
-        shapes = at.site.reading.factors(site.weight_shape, site.groups, rank(site, at.config))
-        a, b = (_cut(factor, shape, start) for factor, shape in zip((at.lora_A, at.lora_B), shapes))
-        return replace(at, site=site, tensors={**at.tensors, "lora_A": a, "lora_B": b})
 
     def changes(self, site: Site, config: LoraConfig) -> tuple[str, ...]:
         if site.groups > 1:
@@ -202,14 +194,6 @@ def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:
 def rank(site: Site, config: LoraConfig) -> int:
     """The rank at a site: the first match in `rank_pattern`, else the config's `r`."""
     return int(pattern_value(config.rank_pattern, site.named, config.r))
-
-
-def _cut(factor: Tensor, shape: tuple[int, ...], start: int) -> Tensor:
-    """A factor for some rows of a weight: from `start` on in each dimension that a weight of fewer rows has smaller."""
-    for dimension, size in enumerate(shape):
-        if size != factor.shape[dimension]:
-            factor = factor.narrow(dimension, start, size)
-    return factor
 
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..low_rank import LowRank
 from .reading import Operator, Reading, Shape
 
 aten = torch.ops.aten
@@ -46,8 +47,8 @@ class Convolution(Reading):
         inputs, outputs = self.features(shape, groups)
         return (rank, inputs, *shape[2:]), (outputs, rank // groups, *(1 for _ in shape[2:]))
 
-    def product(self, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
-        return (b.flatten(1) @ a.flatten(1)).reshape(shape)
+    def product(self, a: Tensor, b: Tensor, shape: Shape) -> LowRank:
+        return LowRank(b.flatten(1), a.flatten(1), shape)
 
 
 def _layer(name: str, module: type[nn.Module], packet: Any, dims: int) -> Convolution:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..low_rank import LowRank
+
 Shape = tuple[int, ...]
 
 
@@ -86,10 +88,9 @@ class Reading:
         inputs, outputs = self.features(shape, groups)
         return (rank, inputs), (outputs, rank)
 
-    def product(self, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, shape: Shape) -> LowRank | Tensor:
         """B A as a change of a weight of this shape, transposed if that is stored (in, out)."""
-        change = b @ a
-        return change.t() if self.transposed else change
+        return LowRank(a.t(), b.t(), shape) if self.transposed else LowRank(b, a, shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, is the reading itself: its operators are functions, which cannot be pickled."""

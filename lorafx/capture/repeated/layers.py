@@ -50,7 +50,7 @@ class RepeatedLayers:
             return forward(*args, **kwargs)
         self.running = True
         fake_mode = detect_fake_mode()
-        if fake_mode and known_equal(fake_mode) != self.known_equal:
+        if fake_mode and fake_mode.shape_env and known_equal(fake_mode) != self.known_equal:
             self.known_equal = dict(known_equal(fake_mode))
             rename_sizes(self.start, fake_mode.shape_env.replace)
         try:

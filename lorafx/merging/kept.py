@@ -1,0 +1,59 @@
+"""What is kept of a block of rows that is merged into, to give it back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fingerprint import fingerprint
+from .residual import Residual
+from .steps import Rows, Step
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A residual or a copy of some rows, and the fingerprint of what they were.
+
+    With a copy there is the fingerprint of what they became, too. What comes out of a residual depends on that anyway.
+    """
+
+    rows: Rows
+    original: Tensor
+    residual: Residual | None
+    copy: Tensor | None = None
+    merged: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, original: Tensor, merged: Tensor, guess: Tensor | None) -> Kept:
+        """Of rows that were `original` and become `merged`; `guess` was made of that, if the kinds have inverses."""
+        before = fingerprint(original)
+        residual = None if guess is None else Residual.of(original, guess)
+        if residual is not None and residual.nbytes < original.nbytes:
+            return cls(rows, before, residual)
+        return cls(rows, before, None, original.clone(), fingerprint(merged))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts = (self.original, self.residual, self.copy, self.merged)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def is_original(self, rows: Tensor) -> bool:
+        """Whether these are the rows before the merge."""
+        return _same(fingerprint(rows), self.original)
+
+    def restored(self, rows: Tensor, step: Step | None) -> Tensor | None:
+        """The rows before `step`, given those after it; None if these are not what the merge left."""
+        if self.residual is None or step is None:
+            assert self.copy is not None and self.merged is not None
+            return self.copy if _same(fingerprint(rows), self.merged) else None
+        guess = step.unmerged(rows)
+        assert guess is not None, "what has a residual has an inverse"
+        found = self.residual.restore(guess.to(rows.dtype))
+        return found if self.is_original(found) else None
+
+
+def _same(some: Tensor, others: Tensor) -> bool:
+    return torch.equal(some, others.to(some.device))
