@@ -39,6 +39,7 @@ class CheckpointBlocks(Pass):
     every: bool = False
     offload: bool = False
 
+    exact = True
     requires = frozenset({"blocks"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -34,6 +34,8 @@ class Program:
     hits: int = 0  # calls that it served without being made for them
     acts: bool = True  # its graph, if it is one, has a site of the active adapters
     failed: bool = False  # capturing or rewriting a graph was tried, and failed
+    waits: bool = False  # it has no graph yet, since such calls have not come often
+    early: int = 0  # calls of this kind that were served before there was a graph
     changes_model: bool = False  # it failed because the call changes attributes of the model
 
     @property

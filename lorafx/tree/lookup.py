@@ -26,6 +26,15 @@ def tensor_at(root: nn.Module, path: str) -> Tensor:
     return found
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """`root.get_submodule(path)`, by a shorter way: calls ask for hundreds of modules."""
+    module = root
+    for atom in path.split(".") if path else ():
+        child = module._modules.get(atom)
+        module = getattr(module, atom) if child is None else child  # a wrapper gives what is within it
+    return module
+
+
 def given_by(model: nn.Module, getter: str) -> nn.Module | None:
     """What one of transformers' getters gives; None for a model without it, or whose getter raises, as many do."""
     try:
