@@ -60,12 +60,16 @@ class Evaluation:
 
 
 class Read(NamedTuple):
-    """How a torch function reads a site's weight: its arguments as the operator has them, and the equations around."""
+    """How a torch function reads a site's weight: its arguments as the operator has them, and the equations around.
+
+    With `asks_whose`, these differ where another module reads the weight, which is tied.
+    """
 
     operator: Operator
     arguments: Arguments
     names: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
+    asks_whose: bool
 
 
 class Direct:
@@ -84,24 +88,25 @@ class Direct:
         kwargs: Mapping[str, Any],
         weight: str,
         part: str,
-        copy_of: Callable[[Any], Any],
+        copy_of: Callable[[Any], Any] | None,
     ) -> Any:
         """What a function gives that the module at `part` calls, and that reads the weight at the path `weight` once.
 
-        `copy_of` gives the adapters' own copy of a base tensor, and any other value itself. NotImplemented where the
-        equations cannot be run so.
+        `copy_of`, where there is one, gives the adapters' own copy of a base tensor, and any other value itself.
+        NotImplemented where the equations cannot be run so.
         """
         for read in self._reads(func, weight, part):
             values = read.arguments(*args, **kwargs)
             if values is None:
                 continue
-            given = dict(zip(read.names, values))
-            x = given["x"]
+            bound = dict(zip(read.names, values))
+            x = bound["x"]
             if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
                 return NotImplemented
-            if not self._is_own(given.get("bias"), weight, part):
+            if read.asks_whose and not self._is_own(bound.get("bias"), weight, part):
                 read = self._of_twin(read)
-            bound = {name: copy_of(value) for name, value in given.items()}
+            if copy_of is not None:
+                bound = {name: copy_of(value) for name, value in bound.items()}
             dtype = None if read.operator.lookup else self.dtype or x.dtype
             return evaluated(read.operator, read.evaluations, bound, dtype, x.dtype)
         return NotImplemented
@@ -125,7 +130,8 @@ class Direct:
                 unclear = len(equations) > 1 and any(each.adapter.kind.reads_weight for each in equations)
                 if not unclear and not any(each.is_impossible for each in equations):
                     evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
-                    yield Read(operator, arguments, names, evaluations)
+                    asks_whose = any(each.suffixes != each.of_twin().suffixes for each in equations)
+                    yield Read(operator, arguments, names, evaluations, asks_whose)
 
     def _trains(self, site: Site) -> bool:
         return module_at(self.tree, site.module).training
@@ -155,10 +161,10 @@ def evaluated(
     """
     if not evaluations:
         return operator.pattern(**bound)
-    *inner, outer = evaluations
+    inner, outer = evaluations[:-1], evaluations[-1]
     equation, x, at = outer.equation, bound["x"], outer.operands(dtype, bound)
     if not inner and (fused := equation.adapter.kind.fused(x, at)) is not None:
         return fused
     within = bound | {"x": equation.x_of(x, dtype, result_dtype, at)}
-    y = evaluated(operator, tuple(inner), within, dtype, result_dtype)
+    y = evaluated(operator, inner, within, dtype, result_dtype)
     return equation.y_of(y, x, dtype, y.dtype, at)

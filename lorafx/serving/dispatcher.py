@@ -96,9 +96,9 @@ class Dispatcher:
         call = Call.of(tree, context, path, args, kwargs)
         if is_traced():
             return run_traced(call, self.pipeline, self.observers)
+        key = self.key(call)
         if self.sites.is_recomputed(path):
             return self._run_by_sites(call, early=True)[0]
-        key = self.key(call)
         kept = self.programs.of(key)
         for program in kept:
             if program.waits and self.early.is_due(key):
@@ -160,7 +160,7 @@ class Dispatcher:
 
     def _run_by_sites(self, call: Call, early: bool) -> tuple[Any, bool]:
         """What the model's own Python gives, and whether it ran a site."""
-        state = self.tree.state(call.tree)
+        state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.layout)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         direct = Direct(call.tree, table, equation_dtype(self.pipeline)) if self.runs_equations else None

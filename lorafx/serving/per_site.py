@@ -82,15 +82,15 @@ class SiteInterpreter(TorchFunctionMode):
         finally:
             RUNNING.mode = outer
 
-    @contextlib.contextmanager
-    def inside(self, part: str) -> Iterator[None]:
-        """Remember that a module's forward runs, and which tensors it has meanwhile: FSDP puts whole ones in place."""
+    def run_inside(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module's forward, and see which tensors it has meanwhile: FSDP puts whole ones in place."""
         self.parts.append(part)
         if part in self.table.owned:
             for known, places in zip((self.weights, self.replaced), self.table.owned[part]):
-                known.update((id(place.tensor), place.path) for place in places)
+                for place in places:
+                    known[id(place.tensor)] = place.path
         try:
-            yield
+            return forward(*args, **kwargs)
         finally:
             self.parts.pop()
 
@@ -125,8 +125,9 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _acts_on(self, values: Iterable[Any]) -> bool:
         """Whether an adapted tensor, or one that an adapter has a copy of, is among some values."""
+        weights, replaced = self.weights, self.replaced
         for value in values:
-            if id(value) in self.weights or id(value) in self.replaced:
+            if id(value) in weights or id(value) in replaced:
                 return True
             if isinstance(value, (list, tuple)) and self._acts_on(value):
                 return True
@@ -136,13 +137,15 @@ class SiteInterpreter(TorchFunctionMode):
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
         values = (*args, *kwargs.values())
         read = [path for value in values if (path := self.weights.get(id(value))) is not None]
-        if len(read) != 1 or self.shared or self.state.hooked_adapters:
+        if len(read) > 1 or self.shared or self.state.hooked_adapters:
             return NotImplemented
         if any(isinstance(value, (list, tuple)) and self._acts_on(value) for value in values):
             return NotImplemented
+        if not read:
+            return func(*map(self._copy_of, args), **{name: self._copy_of(value) for name, value in kwargs.items()})
         self._require_one_mode(values)
         assert self.direct is not None
-        return self.direct.run(func, args, kwargs, read[0], self.parts[-1], self._copy_of)
+        return self.direct.run(func, args, kwargs, read[0], self.parts[-1], self._copy_of if self.replaced else None)
 
     @functools.cached_property
     def shared(self) -> bool:
@@ -155,9 +158,10 @@ class SiteInterpreter(TorchFunctionMode):
     def _require_no_part(self, values: Iterable[Any]) -> None:
         """Raise `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call."""
         for value in values:
-            if isinstance(value, (list, tuple)):
+            kind = type(value)
+            if kind is tuple or kind is list:
                 self._require_no_part(value)
-            elif type(value) is Tensor and (path := self.memory.get(_storage(value))):
+            elif kind is Tensor and (path := self.memory.get(_storage(value))):
                 raise UncoveredOperatorError(
                     f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
                     f"{place_of(traceback.extract_stack())}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from operator import call
 from typing import Any
 
 from torch import nn
@@ -115,11 +114,12 @@ class SitePolicy:
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             try:
-                with interpreter.inside(path):
-                    hooked = interpreter.state.hooked_adapters
-                    copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
-                    around = partial(call_with_hooks, tree.get_submodule(copy)) if copy else call
-                    return around(own_forward(tree, path), *args, **kwargs)
+                hooked = interpreter.state.hooked_adapters
+                copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
+                forward = own_forward(tree, path)
+                if copy:
+                    forward = partial(call_with_hooks, module_at(tree, copy), forward)
+                return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
                 inside = {*self._early, *(other for other, _ in self._interpreted)}
                 if any(other.startswith(f"{path}.") for other in inside):
