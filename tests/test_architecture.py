@@ -68,7 +68,17 @@ INSIDE = {
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters"),
         *("early_calls", "site_table", "direct", "per_site"),
-        *("settling", "misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "traced"),
+        *(
+            "settling",
+            "misses",
+            "rebinding",
+            "graph_builder",
+            "adapter_hooks",
+            "site_graphs",
+            "site_policy",
+            "acting",
+            "traced",
+        ),
         "dispatcher",
     ],
 }

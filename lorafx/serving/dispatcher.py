@@ -227,6 +227,8 @@ class Dispatcher:
         state = self.tree.state(call.tree)
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
+        if self.graphs.like(key, call):
+            return False
         return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.layout).is_plain
 
     def make_now(self, key: CallKey, call: Call, names: tuple[str, ...]) -> Program:
