@@ -153,7 +153,7 @@ class Dispatcher:
         else:
             if is_new:
                 self.acting.see(call, program.acts)
-            result = self._run_graph(program.gm, program.lowered, call)
+            result = self._run_graph(program.gm, program.lowered, call, program.positional)
         if is_new:
             self.acting.require_gradients(call, result)
         return result
@@ -171,14 +171,14 @@ class Dispatcher:
         """Whether the equations themselves do what the pipeline makes of them, and nobody watches it."""
         return self.pipeline.exact and "adapters" in self.pipeline.facts and not self.observers
 
-    def _run_graph(self, gm: GraphModule, lowered: Lowered, call: Call) -> Any:
+    def _run_graph(self, gm: GraphModule, lowered: Lowered, call: Call, positional: int) -> Any:
         with CAPTURING:
             refresh(gm, call.tree)
             refresh(lowered.graph, call.tree)
         if gm.meta[CONTIGUOUS] and not all_contiguous(call.leaves):
             raise GuardFailed("an argument is not contiguous")
         leaves, output = guarded(lowered.run, call.leaves), lowered.output
-        return fill(leaves, output, call.args, call.kwargs) if gm.meta[FILLS] else output.unflatten(leaves)
+        return fill(leaves, output, *call.given(positional)) if gm.meta[FILLS] else output.unflatten(leaves)
 
     # --- a new kind of call ------------------------------------------------------------------------------------------
 
@@ -187,9 +187,10 @@ class Dispatcher:
         call = Call.of(tree, context, "", args, kwargs)
         key = self.key(call)
         kept = self.programs.of(key)
-        fitting = (p for p in kept if not p.waits and (p.gm is None or accepts(p.gm, call.args, call.kwargs)))
-        if found := next(fitting, None):
-            return found
+        for program in kept:
+            called_alike = program.gm is None or program.positional == len(args)
+            if not program.waits and called_alike and (program.gm is None or accepts(program.gm, args, call.kwargs)):
+                return program
         waiting = next((program for program in kept if program.waits), None)
         return self.make_graph(waiting, call) if waiting else self.make(key, call, len(kept), at_once=True)
 
@@ -213,7 +214,7 @@ class Dispatcher:
             without_reentrant(call.tree)
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
-                program = Program(title_of(call), self.key(call), names, waits=True, reason=WAITS)
+                program = Program(title_of(call), self.key(call), names, len(call.args), waits=True, reason=WAITS)
                 program.why = self.misses.why(program, self)
             else:
                 program = self.make_now(key, call, names)
@@ -236,7 +237,7 @@ class Dispatcher:
         early = self.early.seen(key)
         if self.capture != "sites":
             self.counters.learn(call, key, names, (program.key for program in self))
-        program = Program(title_of(call), self.key(call), names, early=early)
+        program = Program(title_of(call), self.key(call), names, len(call.args), early=early)
         others = [other for other in self if not other.waits]
         program.why = self.misses.why(program, others)
         changing = self.misses.learn(program, others)

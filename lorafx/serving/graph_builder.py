@@ -60,12 +60,12 @@ class GraphBuilder:
                 steps = pipeline.run(gm, context, observers)
                 found = Rewritten(gm, context, _forms(call), steps)
                 if not context.merged:
-                    self.rewritten.keep(_without_adapters(program.key), found)
+                    self.rewritten.keep((_without_adapters(program.key), program.positional), found)
             program.steps, program.gm, program.lowered = found.steps, gm, self.lowering.lower(gm)
 
     def like(self, key: CallKey, call: Call) -> Rewritten | None:
         """The graph of a call that differs from this one in the adapters' names alone, if there is one."""
-        kept = [] if call.context.merged else self.rewritten.of(_without_adapters(key))
+        kept = [] if call.context.merged else self.rewritten.of((_without_adapters(key), len(call.args)))
         if not kept:
             return None
         context, forms = replace(call.context, trained=trained_paths(call.tree)), _forms(call)
@@ -73,7 +73,7 @@ class GraphBuilder:
         return next(fitting, None)
 
     def _captured(self, program: Program, call: Call, unroll: bool, blocks: bool) -> GraphModule:
-        key = _without_adapters(program.key)._replace(full=())
+        key = _without_adapters(program.key)._replace(full=()), program.positional
         for gm in self.captures.of(key):
             if accepts(gm, call.args, call.kwargs):
                 return gm

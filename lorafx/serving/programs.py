@@ -25,6 +25,7 @@ class Program:
     title: str
     key: CallKey
     names: tuple[str, ...]  # what to call the tensors and constants of the call, one each
+    positional: int = 0  # how many arguments of the call it was made for were given by position
     why: str = ""  # why it was made: in what its first call differed from earlier calls
     gm: GraphModule | None = None
     lowered: Lowered | None = None
