@@ -33,23 +33,13 @@ def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, A
     state: State = vars(tree)[STATE]
     if ROWS in kwargs:
         refuse_rows(type(innermost(tree.get_submodule(path))).forward, kwargs)
-    interpreter = SiteInterpreter.running(tree)
-    if interpreter is not None:
-        return step_into(tree, interpreter, path, args, kwargs)
     dispatcher = state.dispatcher_within(compiler_in_charge())
+    if (interpreter := SiteInterpreter.running(tree)) is not None:
+        return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
     result = dispatcher.serve(tree, state.context, path, args, kwargs)
     if not path:
         prepare(state, tree, result)
     return result
-
-
-def step_into(
-    tree: nn.Module, interpreter: SiteInterpreter, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run the module at `path` as a part of a call that goes by sites."""
-    state: State = vars(tree)[STATE]
-    dispatcher = state.dispatcher_within(compiler_in_charge())
-    return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
 
 
 def refuse_rows(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -82,10 +72,7 @@ class PartCall:
         self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        interpreter = SiteInterpreter.running(self.tree)
-        if interpreter is None or ROWS in kwargs:
-            return serve(self.tree, self.path, args, kwargs)
-        return step_into(self.tree, interpreter, self.path, args, kwargs)
+        return serve(self.tree, self.path, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:

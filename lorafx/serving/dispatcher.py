@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -126,10 +127,10 @@ class Dispatcher:
         before = Before.of(call) if program.waits else None
         try:
             return self._run(program, call)
-        except UncoveredOperatorError:
+        except (UncoveredOperatorError, torch.OutOfMemoryError):
             if before is None:
                 raise
-            before.put_back()  # there may be a graph
+            before.put_back()  # there may be a graph, and it keeps less
             self.early.give_up(call.path)
             return self.run_first(self.make_graph(program, call), call)
         except GuardFailed as error:

@@ -98,6 +98,34 @@ def test_updates_are_computed_in_the_dtype_that_is_asked_for(adapter_dtype):
     assert captured(sites) == 0 and sites(x).dtype == torch.bfloat16
 
 
+class Normed(nn.Module):
+    """Has biases and modules that an adapter has copies of, away from its sites, and buffers that change."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)))
+
+
+def test_copies_of_base_tensors_are_read_wherever_the_model_reads_these():
+    config = RANDOM | {"target_modules": ["first"], "modules_to_save": ["norm", "head"], "bias": "all"}
+    sites, graph = pair(Normed().train(), config)
+    x = torch.randn(8, 4)
+    for lora in (sites, graph):
+        for parameter in (lora.head.modules_to_save.default.weight, lora.norm.modules_to_save.default.bias):
+            parameter.data.add_(1.0)
+    outputs = sites(x), graph(x)
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(gradients(sites), gradients(graph), rtol=1e-4, atol=1e-5)
+    means = [lora.norm.modules_to_save.default.running_mean for lora in (sites, graph)]
+    torch.testing.assert_close(*means)
+    assert captured(sites) == 0 and means[0].abs().max() > 0 and not sites.norm.running_mean.any()
+
+
 def test_a_convolution_with_padding_in_words_is_another_operator():
     class Padded(nn.Module):
         def __init__(self):

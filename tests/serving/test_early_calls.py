@@ -97,6 +97,31 @@ def test_a_pass_of_ones_own_acts_from_the_first_call():
     assert served(lora) == ["graph"]
 
 
+def test_layers_that_are_to_be_checkpointed_are_so_from_the_first_call():
+    lora = compiled(Chain(), gradient_checkpointing=True)
+    lora(torch.randn(5, 4))
+    assert served(lora) == ["graph"] and not lorafx.passes.CheckpointBlocks(every=True).exact
+
+
+def test_a_call_for_which_there_is_no_memory_gets_a_graph_that_needs_less(monkeypatch):
+    def failing(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    lora, x = compiled(Chain()), torch.randn(5, 4)
+    monkeypatch.setattr("lorafx.serving.direct.evaluated", failing)
+    lora(x)
+    assert served(lora) == ["graph"]
+
+
+def test_explain_says_what_was_served_early():
+    lora, x = compiled(Chain()), torch.randn(5, 4)
+    lora(x)
+    assert "a graph is made when such calls have come more often" in str(lora.explain())
+    for _ in range(3):
+        lora(x)
+    assert "more often" not in str(lora.explain()) and lora.explain().calls[0].early == 3
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_losses_do_not_depend_on_when_the_graph_takes_over(dropout, monkeypatch):
     losses = []
