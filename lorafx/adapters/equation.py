@@ -22,7 +22,7 @@ from ..graph import Attribute, Match, match
 from ..graph.match import template
 from ..tree.lookup import find_tensor
 from .adapter import Adapter
-from .kinds import SCALING, Kind, Operands
+from .kinds import SCALING, Kind, Operands, Spec
 from .readings import Operator, operators_for
 from .readings.reading import names_of
 from .site import Site
@@ -135,8 +135,16 @@ class Equation:
     @functools.cached_property
     def suffixes(self) -> dict[str, str]:
         """The suffixes of the tensors that the equation uses here, by the kind's names for them."""
-        specs = self.adapter.kind.tensors(self.site, self.adapter.config)
-        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.of_bias}
+        return {name: spec.suffix for name, spec in self._specs.items() if self.own or not spec.of_bias}
+
+    @functools.cached_property
+    def asks_whose(self) -> bool:
+        """Whether it is another one where another module reads the weight."""
+        return any(spec.of_bias for spec in self._specs.values())
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, Spec]:
+        return self.adapter.kind.tensors(self.site, self.adapter.config)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         bound = {name: given[f"{BOUND}{name}"] for name in self.bound}

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.equation import Equation, patterns
+from ..adapters.equation import Equation
 from ..adapters.kinds import Operands
-from ..adapters.readings import Operator
+from ..adapters.readings import Operator, operators_for
 from ..adapters.readings.reading import Arguments, names_of
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
@@ -122,16 +122,14 @@ class Direct:
         if any(site.storage != DENSE for _, site in acting):
             return
         around = [(adapter, site) for adapter, site in acting if adapter.name not in self.table.merged]
-        for operator in patterns(acting[0][1]):
-            for arguments in [arguments for known, arguments in operator.calls if known is func]:
-                names = names_of(operator.pattern)
-                equations = [Equation(*each, operator, names, self._trains(each[1])) for each in around]
-                # A kind that needs the weight must be innermost: a graph says so.
-                unclear = len(equations) > 1 and any(each.adapter.kind.reads_weight for each in equations)
-                if not unclear and not any(each.is_impossible for each in equations):
-                    evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
-                    asks_whose = any(each.suffixes != each.of_twin().suffixes for each in equations)
-                    yield Read(operator, arguments, names, evaluations, asks_whose)
+        for operator, arguments in _operators(func, acting[0][1]):
+            names = names_of(operator.pattern)
+            equations = [Equation(*each, operator, names, self._trains(each[1])) for each in around]
+            # A kind that needs the weight must be innermost: a graph says so.
+            unclear = len(equations) > 1 and any(each.adapter.kind.reads_weight for each in equations)
+            if not unclear and not any(each.is_impossible for each in equations):
+                evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
+                yield Read(operator, arguments, names, evaluations, any(each.asks_whose for each in equations))
 
     def _trains(self, site: Site) -> bool:
         return module_at(self.tree, site.module).training
@@ -146,6 +144,15 @@ class Direct:
     def _of_twin(self, read: Read) -> Read:
         equations = (each.equation.of_twin() for each in read.evaluations)
         return read._replace(evaluations=tuple(Evaluation.of(self.tree, each) for each in equations))
+
+
+def _operators(func: Callable[..., Any], site: Site) -> list[tuple[Operator, Arguments]]:
+    """The operators that a function may be at a site: those of its reading, or of others that may read its weight."""
+    reading = site.reading
+    for operators in (reading.operators, operators_for(reading, len(site.weight_shape))):
+        if found := [(each, how) for each in operators for known, how in each.calls if known is func]:
+            return found
+    return []
 
 
 def evaluated(

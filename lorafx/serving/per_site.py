@@ -105,12 +105,7 @@ class SiteInterpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        values = (*args, *kwargs.values()) if kwargs else args
-        if not self._acts_on(values):
-            if not _is_getter(func):
-                self._require_no_part(values)
+        if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, _is_getter(func)):
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy_of(args[0])
@@ -123,49 +118,47 @@ class SiteInterpreter(TorchFunctionMode):
         result = self._directly(func, args, kwargs) if self.direct else NotImplemented
         return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
 
-    def _acts_on(self, values: Iterable[Any]) -> bool:
-        """Whether an adapted tensor, or one that an adapter has a copy of, is among some values."""
-        weights, replaced = self.weights, self.replaced
+    def _acts_on(self, values: Iterable[Any], is_getter: bool = False) -> bool:
+        """Whether an adapted tensor, or one that an adapter has a copy of, is among a function's arguments.
+
+        Raises `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call;
+        to read its shape is no harm. Each function that the model calls comes here, so there is one loop for all.
+        """
+        weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
+            kind = type(value)
             if id(value) in weights or id(value) in replaced:
                 return True
-            if isinstance(value, (list, tuple)) and self._acts_on(value):
+            if kind is Tensor:
+                if not is_getter and (path := memory.get(_storage(value))):
+                    raise UncoveredOperatorError(
+                        f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
+                        f"{place_of(traceback.extract_stack())}"
+                    )
+            elif (kind is tuple or kind is list) and self._acts_on(value, is_getter):
                 return True
         return False
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
-        values = (*args, *kwargs.values())
-        read = [path for value in values if (path := self.weights.get(id(value))) is not None]
-        if len(read) > 1 or self.shared or self.state.hooked_adapters:
+        values = (*args, *kwargs.values()) if kwargs else args
+        read = [value for value in values if id(value) in self.weights]
+        if len(read) > 1 or (self.replaced and self.shared) or self.state.hooked_adapters:
             return NotImplemented
-        if any(isinstance(value, (list, tuple)) and self._acts_on(value) for value in values):
+        if any(type(value) in (list, tuple) and self._acts_on(value) for value in values):
             return NotImplemented
         if not read:
             return func(*map(self._copy_of, args), **{name: self._copy_of(value) for name, value in kwargs.items()})
-        self._require_one_mode(values)
+        self._require_one_mode(read)
         assert self.direct is not None
-        return self.direct.run(func, args, kwargs, read[0], self.parts[-1], self._copy_of if self.replaced else None)
+        copy_of = self._copy_of if self.replaced else None
+        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of)
 
     @functools.cached_property
     def shared(self) -> bool:
         """Whether a base tensor that an adapter has a copy of is in several modules, and the copy for one of them."""
-        if not self.replaced:
-            return False
         owners = Counter(id(p) for module in self.tree.modules() for p in module._parameters.values())
         return any(owners[tensor] > 1 for tensor in self.replaced)
-
-    def _require_no_part(self, values: Iterable[Any]) -> None:
-        """Raise `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call."""
-        for value in values:
-            kind = type(value)
-            if kind is tuple or kind is list:
-                self._require_no_part(value)
-            elif kind is Tensor and (path := self.memory.get(_storage(value))):
-                raise UncoveredOperatorError(
-                    f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
-                    f"{place_of(traceback.extract_stack())}"
-                )
 
     def _require_one_mode(self, leaves: Iterable[Any]) -> None:
         """Raise `AdapterError` if the base's own module reads a weight, in another mode than the adapted model's."""
