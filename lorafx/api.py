@@ -48,16 +48,17 @@ def compile(
 ) -> AdaptedModel:
     """Put a new adapter on a model, by rewriting the model's graph.
 
-    The selection is resolved and the adapter's parameters exist when this returns; a graph is captured at the first
-    call of each kind, or now for `example_inputs` (keyword arguments as a mapping, or positional ones as a tuple). The
-    base's parameters are frozen and shared, never copied; PiSSA, OLoRA and LoftQ take start values out of them.
+    The selection is resolved and the adapter's parameters exist when this returns. A kind of call is given a graph when
+    it keeps coming, at its first call where a `backend` or `mode` is named, or now for `example_inputs` (keywords as a
+    mapping, positional ones as a tuple). The base's parameters are frozen and shared, never copied; PiSSA, OLoRA and
+    LoftQ take start values out of them.
 
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "max-autotune", …; "reduce-overhead" launches calls on a GPU as CUDA graphs, eager ones, too.
-        capture: "auto" captures each kind of call as one graph and, where that is impossible, runs the model's own
-            Python with a graph for each site; "graph" makes this an error; "sites" always runs by sites.
+        capture: "auto" captures each kind of call that repeats as one graph, where that is possible; "graph" captures
+            at the first call of each kind, and makes it an error where that is impossible; "sites" captures none.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` before each pass and after the last.
         gradient_checkpointing: keep only the layers' inputs for backward, recompute the rest; "offload": on the host.

@@ -34,6 +34,7 @@ CONSTANT = Rule(detached, lifted)
 class Canonicalize(Pass):
     """Afterwards no node is dead, and every attribute is read next to its first user."""
 
+    exact = True
     establishes = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -41,6 +41,11 @@ class CheckpointBlocks(Pass):
 
     requires = frozenset({"blocks"})
 
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether the model's own Python does the same: it checkpoints what asks for it, and no other layer."""
+        return not (self.every or self.offload)
+
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
         for node, block, path in block_calls(gm):

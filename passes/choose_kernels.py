@@ -34,6 +34,8 @@ OPERATORS = {  # of ATen: lorafx's, and whether there is a faster way for a firs
 class ChooseKernels(Pass):
     """Afterwards no linear operator nor attention is ATen's for which lorafx may have a faster way here."""
 
+    exact = True
+
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
         for target, (operator, has) in OPERATORS.items():

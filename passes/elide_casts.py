@@ -48,6 +48,7 @@ RULES = Rule(cast, same, _changes_nothing), Rule(cast_or_move, same, _changes_no
 class ElideCasts(Pass):
     """Afterwards every cast changes dtype, device or layout, or makes a copy that was asked for."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

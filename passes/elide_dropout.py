@@ -34,6 +34,7 @@ RULE = Rule(dropout, same, _drops_nothing)
 class ElideDropout(Pass):
     """Afterwards every dropout drops something."""
 
+    exact = True
     requires = frozenset({"adapters"})
     establishes = frozenset({"lean"})
 

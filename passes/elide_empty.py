@@ -45,6 +45,7 @@ RULE = Rule(joined, alone, _is_of_no_elements)
 class ElideEmpty(Pass):
     """Afterwards, in a graph that writes nothing in place, no tensor that it computed is joined to an empty one."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

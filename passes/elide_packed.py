@@ -23,6 +23,7 @@ class ElidePacked(Pass):
     """Afterwards no packed weight is read."""
 
     requires = frozenset({"adapters"})
+    exact = True
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0

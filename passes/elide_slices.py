@@ -40,6 +40,7 @@ RULE = Rule(sliced, same, _takes_all)
 class ElideSlices(Pass):
     """Afterwards no slice goes from 0 to the end in steps of 1."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -86,6 +86,7 @@ FACTOR = Rule(scaled_product, product_of_scaled, _is_one_number)
 class FoldScaling(Pass):
     """Afterwards no node multiplies an adapter's update by a scaling that is a number, or a product by a tensor."""
 
+    exact = True
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

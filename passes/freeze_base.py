@@ -24,6 +24,7 @@ from lorafx.tree.attached import trained_paths
 class FreezeBase(Pass):
     """Afterwards no parameter of the base trains that the context does not list as trained."""
 
+    exact = True
     requires = frozenset({"adapters"})
     establishes = frozenset({"frozen"})
 

@@ -39,6 +39,7 @@ RULE = Rule(apart, fused, _within_vmap)
 class FuseDropout(Pass):
     """Afterwards no adapted linear that is one operator reads the result of a dropout of its own."""
 
+    exact = True
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

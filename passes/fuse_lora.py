@@ -84,6 +84,7 @@ RULES = (
 class FuseLora(Pass):
     """Afterwards each adapted linear of one dtype is one node; `fold_scaling` is for the others."""
 
+    exact = True
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

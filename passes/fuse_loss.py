@@ -108,6 +108,7 @@ class FuseLoss(Pass):
     its head is no single product, or has several adapters, or one of another dtype.
     """
 
+    exact = True
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -19,6 +19,7 @@ from lorafx.pipeline import Context, Pass
 class InlineBlocks(Pass):
     """Afterwards the graph has no blocks."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

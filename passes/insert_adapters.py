@@ -46,6 +46,7 @@ class InsertAdapters(Pass):
 
     compute_dtype: str | None = None
 
+    exact = True
     requires = frozenset({"sites"})
     establishes = frozenset({"adapters"})
 

@@ -29,6 +29,7 @@ class MatchTargets(Pass):
     its own: such calls can run by sites. A site that the call does not run is no error.
     """
 
+    exact = True
     requires = frozenset({"canonical"})
     establishes = frozenset({"sites"})
 

@@ -35,6 +35,7 @@ def what_came_out(y):
 class MergeAdapters(Pass):
     """Afterwards no equation of a merged adapter is left in the graph."""
 
+    exact = True
     requires = frozenset({"adapters"})
     establishes = frozenset({"merged"})
 

@@ -29,6 +29,7 @@ class OutlineBlocks(Pass):
     Of modules within one another the outermost that repeat count.
     """
 
+    exact = True
     requires = frozenset({"canonical"})
     establishes = frozenset({"blocks"})
 

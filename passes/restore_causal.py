@@ -58,6 +58,7 @@ Rules = tuple[Rule | None, ...]
 class RestoreCausal(Pass):
     """Afterwards no mask of `scaled_dot_product_attention` that depends on sizes alone is causal or masks nothing."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

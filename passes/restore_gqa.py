@@ -45,6 +45,7 @@ RULE = Rule(repeated, shared, _repeats_heads)
 class RestoreGqa(Pass):
     """Afterwards no attention without a mask reads keys and values that were repeated for its heads."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

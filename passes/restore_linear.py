@@ -71,6 +71,7 @@ RULES = (
 class RestoreLinear(Pass):
     """Afterwards no product with a transposed matrix of the model is left."""
 
+    exact = True
     requires = frozenset({"canonical"})
     establishes = frozenset({"linear"})
 

@@ -72,6 +72,7 @@ RULES = (
 class RestoreNorm(Pass):
     """Afterwards no RMS norm in full precision is written in powers and means."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -74,6 +74,7 @@ RULES = Rule(written(halves), by_halves, _of_pairs), Rule(written(places), by_pl
 class RestoreRotary(Pass):
     """Afterwards no rotary embedding in one dtype is written in slices and products."""
 
+    exact = True
     requires = frozenset({"canonical"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

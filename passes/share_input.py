@@ -27,6 +27,7 @@ _one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_lin
 class ShareInput(Pass):
     """Afterwards no two adapted linears read the same value, unless with a dropout, or with a write in between."""
 
+    exact = True
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:

@@ -25,6 +25,7 @@ CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 class SplitReads(Pass):
     """Afterwards no parameter is cut along its rows by `chunk` or `split`."""
 
+    exact = True
     requires = frozenset({"canonical"})
     establishes = frozenset({"parts"})
 

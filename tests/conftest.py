@@ -15,6 +15,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.utils import logging
 
+from lorafx.serving import early_calls
+
 logging.set_verbosity_error()
 # The symbolic shapes of every capture, while they live, and torch's caches of what it found out about them.
 SHAPES, CACHES = weakref.WeakSet(), [each for each in vars(ShapeEnv).values() if hasattr(each, "cache_clear")]
@@ -57,6 +59,18 @@ def pytest_terminal_summary(terminalreporter, config):
         import models_page
 
         models_page.write(Path(page), rows)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def graphs_at_once():
+    """Tests are about graphs, from the first call on; those of early calls say so (`early`)."""
+    early_calls.REPEATS = 0
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Calls of a kind are served without a graph three times."""
+    monkeypatch.setattr(early_calls, "REPEATS", 3)
 
 
 @pytest.fixture(autouse=True)

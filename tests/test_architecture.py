@@ -68,8 +68,19 @@ INSIDE = {
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters", "per_site"),
-        *("settling", "misses", "graph_builder", "adapter_hooks", "site_graphs", "site_policy", "acting", "traced"),
+        *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters"),
+        *("early_calls", "site_table", "direct", "per_site"),
+        *(
+            "settling",
+            "misses",
+            "rebinding",
+            "graph_builder",
+            "adapter_hooks",
+            "site_graphs",
+            "site_policy",
+            "acting",
+            "traced",
+        ),
         "dispatcher",
     ],
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import attach, detach
-from ..tree.lookup import find_tensor, tensor_at
+from ..tree.lookup import find_tensor, module_at, tensor_at
 from ..tree.wrappers import loading_device
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, kind_of
@@ -126,17 +126,20 @@ class Adapter:
 
     def signature(self, root: nn.Module) -> Hashable:
         """A key that is equal for adapters with the same equations and shapes, whatever the tensors' values."""
+        return self.name, tuple(sorted(self.replaced.items())), self.form(root)
+
+    def form(self, root: nn.Module) -> Hashable:
+        """A key that is equal for adapters at the same places, of the same shapes, dtypes and numbers, by any name."""
         return (
-            self.name,
             self.config.inference_mode,
-            tuple(sorted(self.replaced.items())),
+            tuple(self.replaced),
             tuple(
                 (
                     replace(site, tied=(), named=""),
                     tuple(self.kind.numbers(site, self.config).items()),
-                    tuple((s, t.shape, t.dtype) for s, t in self.tensors_at(root, site).items()),
+                    tuple((s, t.shape, t.dtype, t.device) for s, t in self.tensors_at(root, site).items()),
                     site.name in self.scales,
-                    root.get_submodule(site.module).training,
+                    module_at(root, site.module).training,
                 )
                 for site in self.selection
             ),
@@ -390,7 +393,6 @@ def remove(root: nn.Module, adapter: Adapter) -> None:
     detach(root, adapter.paths)
 
 
-def trainable_paths(root: nn.Module, adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of the tensors that these adapters train: all their parameters, except of adapters in inference mode."""
-    paths = [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
-    return [path for path in paths if isinstance(find_tensor(root, path), nn.Parameter)]
+def trainable_paths(adapters: Iterable[Adapter]) -> list[str]:
+    """Paths of what these adapters train, if it is a parameter: all they have, but for adapters in inference mode."""
+    return [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError
@@ -44,6 +44,13 @@ class AdapterConfig:
     checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the config says of the adapter, and not of its file or of who trains it."""
+        about_the_file = {"task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+        named = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in named.items() if name not in about_the_file}
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..graph import Attribute, Match, match
 from ..graph.match import template
 from ..tree.lookup import find_tensor
 from .adapter import Adapter
-from .kinds import SCALING, Kind, Operands
+from .kinds import SCALING, Kind, Operands, Spec
 from .readings import Operator, operators_for
 from .readings.reading import names_of
 from .site import Site
@@ -84,20 +84,22 @@ class Equation:
             if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
                 own = _reads_own_bias(root, found, site)
                 equation = cls(adapter, site, operator, tuple(found.bindings), training, own)
-                if not equation._is_impossible():
+                if not equation.is_impossible:
                     return equation, found
         raise UncoveredOperatorError(
             f"site {site.name}: {base.target} reads its weight, where the adapter's tensors have no place "
             f"[{user_line(base)}]. Exclude the module (`exclude_modules`)."
         )
 
+    def of_twin(self) -> Equation:
+        """The equation where another module reads the weight, because it is tied."""
+        return replace(self, own=False)
+
     def before(self) -> Graph:
         """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
 
         def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            cast = self._cast(x, dtype)
-            found = self.adapter.kind.before(cast, self._operands(given))
-            return x if found is cast else aten.to.dtype(found, result_dtype)
+            return self.x_of(x, dtype, result_dtype, self._operands(given))
 
         return self._template(equation, "x")
 
@@ -105,48 +107,78 @@ class Equation:
         """The graph that computes y'; its inputs are `y`, `x`, `result_dtype` and the names that `given` has."""
 
         def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            found = self.adapter.kind.after(y, self._cast(x, dtype), self._operands(given))
-            return y if found is y else aten.to.dtype(found, result_dtype)
+            return self.y_of(y, x, dtype, result_dtype, self._operands(given))
 
         return self._template(equation, "y", "x")
+
+    def x_of(self, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
+        """x' of the equation, of symbols for a graph or of tensors."""
+        cast = self._cast(x, dtype)
+        found = self.adapter.kind.before(cast, at)
+        return x if found is cast else aten.to.dtype(found, result_dtype)
+
+    def y_of(self, y: Any, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
+        """y' of the equation, of symbols for a graph or of tensors."""
+        found = self.adapter.kind.after(y, self._cast(x, dtype), at)
+        return y if found is y else aten.to.dtype(found, result_dtype)
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
         """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
         paths = self.adapter.tensors[self.site.name]
-        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self._suffixes().items()}
+        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self.suffixes.items()}
         scale = self.adapter.scales.get(self.site.name)
         scaling = {SCALING: Attribute(scale)} if scale else {}
         return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
         scaling = [SCALING] if self.site.name in self.adapter.scales else []
-        names = *first, *self._suffixes(), *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
+        names = *first, *self.suffixes, *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
         return template(equation, names)
 
-    def _suffixes(self) -> dict[str, str]:
+    @functools.cached_property
+    def suffixes(self) -> dict[str, str]:
         """The suffixes of the tensors that the equation uses here, by the kind's names for them."""
-        specs = self.adapter.kind.tensors(self.site, self.adapter.config)
-        return {name: spec.suffix for name, spec in specs.items() if self.own or not spec.of_bias}
+        return {name: spec.suffix for name, spec in self._specs.items() if self.own or not spec.of_bias}
+
+    @functools.cached_property
+    def asks_whose(self) -> bool:
+        """Whether it is another one where another module reads the weight."""
+        return any(spec.of_bias for spec in self._specs.values())
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, Spec]:
+        return self.adapter.kind.tensors(self.site, self.adapter.config)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
-        kind, bound = self.adapter.kind, {name: given[f"{BOUND}{name}"] for name in self.bound}
-        tensors = {name: given[name] for name in self._suffixes()}
+        bound = {name: given[f"{BOUND}{name}"] for name in self.bound}
+        return self.operands({name: given[name] for name in self.suffixes}, bound, given.get(SCALING))
+
+    def operands(self, tensors: dict[str, Any], bound: dict[str, Any], scaling: Any = None) -> Operands:
+        """What the kind's functions are given besides x and y: its tensors by name, the operator's arguments.
+
+        `scaling` is given where that is a tensor.
+        """
+        kind, config, storage = self.adapter.kind, self.adapter.config, self.site.storage
         if self.operator.transposed != self.site.reading.transposed:
             tensors = kind.transposed(tensors)
-        numbers = dict(kind.numbers(self.site, self.adapter.config))
-        if SCALING in given:  # a copy, so that the scale may change between forward and backward
-            numbers[SCALING] = aten.clone.default(given[SCALING])
+        numbers: dict[str, Any] = self.numbers
+        if scaling is not None:  # a copy, so that the scale may change between forward and backward
+            numbers = numbers | {SCALING: aten.clone.default(scaling)}
         weight = None
         if kind.reads_weight:
-            expression = self.site.storage.expression
-            weight = expression(**{name: bound[name] for name in names_of(expression)})
-        config = self.adapter.config
+            weight = storage.expression(**{name: bound[name] for name in names_of(storage.expression)})
         return Operands(self.site, config, tensors, numbers, self.operator, bound, self.training, weight)
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the equation here, as the config says."""
+        return dict(self.adapter.kind.numbers(self.site, self.adapter.config))
 
     def _cast(self, x: Any, dtype: Any) -> Any:
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
-    def _is_impossible(self) -> bool:
+    @property
+    def is_impossible(self) -> bool:
         """Whether the operator reads the weight transposed, and the kind does not define `transposed`."""
         turned = self.operator.transposed != self.site.reading.transposed
         return turned and type(self.adapter.kind).transposed is Kind.transposed

@@ -94,7 +94,11 @@ def _compiled(model: nn.Module, budget: float = 1.0, whole: bool = False) -> nn.
 def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: Any) -> Setup:
     """lorafx with adapters in the base's dtype, or with its `default`: float32 adapters on a half-precision base."""
     config = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets, "lora_dropout": case.dropout}
-    chosen: dict[str, Any] = {"backend": "eager", "gradient_checkpointing": case.checkpointing} | options
+    chosen: dict[str, Any] = {
+        "backend": "eager",
+        "capture": "graph",
+        "gradient_checkpointing": case.checkpointing,
+    } | options
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
 
 

@@ -52,7 +52,7 @@ def parts(arguments: Mapping[str, Any]) -> dict[Number, Hashable]:
 
     Layers of one class, in one list, are alike: what is called the same in them plays one part, if it is equal in all.
     """
-    numbers: dict[Hashable, dict[Number, int]] = {}
+    numbers: dict[Hashable, dict[Number, int | torch.SymInt]] = {}
     for name, value in arguments.items():
         for place, leaf, part in _leaves(value, f"L[{name!r}]", (name,), False):
             for method, index, number in _numbers(leaf):
@@ -71,7 +71,7 @@ def _leaves(value: Any, place: str, part: tuple[Any, ...], inside: bool) -> Iter
         yield place, value, part
 
 
-def _numbers(leaf: Tensor | int) -> Iterator[tuple[str, int | None, Number]]:
+def _numbers(leaf: Tensor | int) -> Iterator[tuple[str, int | None, int | torch.SymInt]]:
     """The numbers that torch may take for symbols: of a tensor each with the method and the place to ask for it."""
     if isinstance(leaf, int):
         yield "", None, leaf

@@ -61,6 +61,11 @@ class Backend:
             raise ConfigError(f"mode={self.mode!r} is none of {', '.join(known)}")
 
     @property
+    def is_asked_for(self) -> bool:
+        """Whether somebody wants calls compiled or recorded, rather than served in whatever way is best."""
+        return self.compiler is not None or self.name not in _OURS or self.mode is not None
+
+    @property
     def records(self) -> bool:
         """Whether calls on CUDA are recorded and replayed."""
         return self._all_settings.get(CUDA_GRAPHS, False)

@@ -15,6 +15,7 @@ from ..errors import AdapterError, CaptureError
 from ..graph.blocks import repeated_modules
 from ..graph.modules import refresh
 from ..pipeline import Context
+from ..serving.programs import Program
 from ..tree.mirror import STATE
 from .like_peft import LikePeft
 from .report import Call, Explanation, Report
@@ -77,10 +78,7 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
     def explain(self) -> Explanation:
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
         dispatchers = list(self._lorafx.dispatchers)
-        calls = [
-            Call(p.title, "sites" if p.gm is None else "graph", p.hits, p.seconds, p.why, p.reason, p.loss, p.launched)
-            for p in chain.from_iterable(dispatchers)
-        ]
+        calls = [_explained(program) for program in chain.from_iterable(dispatchers)]
         pieces = chain.from_iterable(each.graphs.lowering.pieces.values() for each in dispatchers)
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
         operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
@@ -101,6 +99,13 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
         state = self._lorafx
         adapters = ", ".join(f"{n}{'*' if n in state.active else ''}" for n in state.adapters) or "none"
         return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
+
+
+def _explained(program: Program) -> Call:
+    how = "sites" if program.gm is None else "graph"
+    early = program.hits + 1 if program.waits else program.early
+    texts = program.why, program.reason, program.loss, program.launched
+    return Call(program.title, how, program.hits, program.seconds, *texts, early)
 
 
 def of(model: nn.Module) -> Adaptation:

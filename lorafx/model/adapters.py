@@ -196,4 +196,4 @@ class Adapters(Merges):
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
         owned = [path for adapter in state.adapters.values() for path in adapter.paths]
-        set_trainable(self.tree, owned, trainable_paths(self.tree, [state.adapters[name] for name in state.acting]))
+        set_trainable(self.tree, owned, trainable_paths(state.adapters[name] for name in state.acting))

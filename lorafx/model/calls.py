@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
+from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
 from ..tree.mirror import MIRRORED_AS, STATE
 from ..tree.wrappers import innermost
@@ -30,8 +31,12 @@ WITHIN_DYNAMO = (
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
     state: State = vars(tree)[STATE]
-    refuse_rows(type(innermost(tree.get_submodule(path))).forward, kwargs)
-    result = state.dispatcher_within(compiler_in_charge()).serve(tree, state.context, path, args, kwargs)
+    if ROWS in kwargs:
+        refuse_rows(type(innermost(tree.get_submodule(path))).forward, kwargs)
+    dispatcher = state.dispatcher_within(compiler_in_charge())
+    if (interpreter := SiteInterpreter.running(tree)) is not None:
+        return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
+    result = dispatcher.serve(tree, state.context, path, args, kwargs)
     if not path:
         prepare(state, tree, result)
     return result

@@ -41,7 +41,8 @@ class Report:
 class Call:
     """A kind of call, and what serves it: "graph", or "sites" for the `reason` given.
 
-    `hits` counts the calls after the first, `why` says in what the call differed from earlier ones, `loss` how the
+    `early` counts the calls that were served by sites before there was a graph, `hits` those that a graph, or what is
+    there instead, has served after its first. `why` says in what the call differed from earlier ones, `loss` how the
     loss is computed, `cuda_graph` how many calls a CUDA graph was launched for, or why none is.
     """
 
@@ -53,6 +54,7 @@ class Call:
     reason: str = ""
     loss: str = ""
     cuda_graph: str = ""
+    early: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class Explanation:
     compiled: tuple[tuple[str, int, str], ...] = ()
 
     def __str__(self) -> str:
-        columns = ("call", "served by", "hits", "capture s", "captured because of", "loss", "CUDA graph")
-        rows = [(c.title, c.served_by, c.hits, c.capture_seconds, c.why, c.loss, c.cuda_graph) for c in self.calls]
+        columns = ("call", "served by", "early", "hits", "capture s", "captured because of", "loss", "CUDA graph")
+        rows = [
+            (c.title, c.served_by, c.early, c.hits, c.capture_seconds, c.why, c.loss, c.cuda_graph) for c in self.calls
+        ]
         if not any(call.cuda_graph for call in self.calls):
             columns, rows = columns[:-1], [row[:-1] for row in rows]  # type: ignore[assignment, misc]
         reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)

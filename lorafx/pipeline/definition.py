@@ -19,11 +19,15 @@ class Pass:
     `requires` and `establishes` name facts about the graph; a pipeline checks its order from them. A pass keeps no
     state: what it decides goes into the graph and its nodes' `meta`. Its `name` is the class's in snake case, unless
     given; a subclass that is defined is known to `Pipeline.parse` by it. `str(p)` is `name{option=value}`.
+
+    `exact` says that afterwards the graph computes what it did before, up to rounding. With such passes alone, a call
+    may be served by the model's own Python before there is a graph for it.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = False
     known: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:

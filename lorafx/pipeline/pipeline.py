@@ -80,6 +80,16 @@ class Pipeline(tuple[Pass, ...]):
             raise PipelineError(f"no pass named {sorted(unknown)} in: {self}")
         return Pipeline(*(p for p in self if p.name not in names))
 
+    @property
+    def exact(self) -> bool:
+        """Whether what it makes of a graph computes the same, up to rounding."""
+        return all(each.exact for each in self)
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """What its passes establish."""
+        return frozenset().union(*(each.establishes for each in self))
+
     def through(self, *facts: str) -> Pipeline:
         """The pipeline up to the pass that establishes one of these facts, in order of preference; all if none does."""
         places = ([place for place, p in enumerate(self) if fact in p.establishes] for fact in facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import namedtuple
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..graph.description import argument_key, parameter_key
 from ..ops.modes import Defaults, is_recorded, modes
 from ..pipeline import Context
 from ..torch_private.tensors import is_wrapped
-from ..tree.lookup import find_tensor
+from ..tree.lookup import find_tensor, module_at
 from .attribute_guards import AttributeState
 from .tree_state import TreeState
 
@@ -30,8 +31,9 @@ FREE_COUNTER: Leaf = (int, "any")  # an integer that graphs are not specialised 
 class Call(NamedTuple):
     """A call of the module at `path` below `tree`, with the adapters of `context`.
 
-    The arguments are there twice: as they are given to the module, and taken apart into `leaves` (tensors and
-    constants, in a pytree's order) and their `structure`.
+    The arguments are there as they are given to the module; by name, as far as its forward has names for them; and
+    taken apart into `leaves` (tensors and constants, in a pytree's order) and their `structure`, which are the same
+    however they are given.
     """
 
     tree: nn.Module
@@ -39,14 +41,27 @@ class Call(NamedTuple):
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    named: dict[str, Any]
     leaves: list[Any]
     structure: Hashable
 
     @classmethod
     def of(cls, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call in its one form."""
-        kwargs = in_one_order(type(tree.get_submodule(path)), kwargs)
-        return cls(tree, context, path, args, kwargs, *taken_apart(args, kwargs))
+        module = type(module_at(tree, path))
+        kwargs = in_one_order(module, kwargs)
+        names = positional_names(module)  # type: ignore[arg-type]
+        if len(args) > len(names):  # some go to the forward's `*args`
+            return cls(tree, context, path, args, kwargs, kwargs, *taken_apart(args, kwargs))
+        named = dict(zip(names, args)) | kwargs if args else kwargs
+        return cls(tree, context, path, args, kwargs, named, *taken_apart((), named))
+
+    def given(self, positional: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with so many of them by position, as another call of this kind may have been given them."""
+        if positional == len(self.args):
+            return self.args, self.kwargs
+        values, items = tuple(self.named.values()), list(self.named.items())
+        return values[:positional], dict(items[positional:])
 
 
 def in_one_order(module: type[nn.Module], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +80,13 @@ def _named_parameters(module: type[nn.Module]) -> dict[str, Any]:
     """The parameters of a forward that can be given by name, and their defaults."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+@functools.cache
+def positional_names(module: type[nn.Module]) -> tuple[str, ...]:
+    """The names of a forward's arguments that can be given either way, as far as none before them cannot."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    return tuple(p.name for p in itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, parameters))
 
 
 def taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
@@ -131,7 +153,7 @@ class CallKey(NamedTuple):
         """The key of a call that finds the tree in a state."""
         sizes = {id(image): tuple(image.shape[-2:]) for image in images(call.args, call.kwargs)}
         leaves = tuple([argument_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
-        adapters, merged, masks = _adapters(call), call.context.merged, full_masks(call.kwargs)
+        adapters, merged, masks = _adapters(call), call.context.merged, full_masks(call.named)
         return cls(
             *(call.path, call.structure, leaves, *modes()),
             *(state.layout, adapters, merged, state.attributes, masks),
@@ -153,9 +175,9 @@ def _first_tensor(tree: nn.Module, adapter: Adapter) -> Tensor | None:
     return None if path is None else find_tensor(tree, path)
 
 
-def full_masks(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+def full_masks(named: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of attention masks that are all ones: a graph for these can do without. One check a mask and call."""
-    masks = [(name, mask) for name, mask in kwargs.items() if name.endswith("attention_mask") and _is_readable(mask)]
+    masks = [(name, mask) for name, mask in named.items() if name.endswith("attention_mask") and _is_readable(mask)]
     return tuple([name for name, mask in masks if bool((mask == 1).all())])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -22,28 +23,34 @@ from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.wrappers import innermost, is_fsdp1
+from . import early_calls
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
+from .direct import Direct, equation_dtype
+from .early_calls import Before, EarlyCalls
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
-from .per_site import SiteInterpreter, interpret
+from .per_site import interpret
 from .programs import GuardFailed, Program, ProgramCache, guarded
 from .site_graphs import SiteGraphs
 from .site_policy import SitePolicy
+from .site_table import SiteTables
 from .traced import is_traced, run_traced
 from .tree_state import TreeGuards
 
 CAPTURES = ("auto", "graph", "sites")
+WAITS = "a graph is made when such calls have come more often"
 
 
 @dataclass
 class Dispatcher:
     """Serves the calls of one adapted tree: key, find, run.
 
-    `capture` is "auto" (a graph of the whole call, by sites where that cannot be), "graph" (an error instead) or
-    "sites". Programs are never copied or pickled with the tree: a copy makes its own.
+    `capture` is "auto" (by sites at first, then a graph of the whole call, where that can be), "graph" (from the first
+    call on, and an error where that cannot be) or "sites". Programs are never copied or pickled with the tree: a copy
+    makes its own.
     """
 
     pipeline: Pipeline
@@ -53,10 +60,12 @@ class Dispatcher:
     programs: ProgramCache[Program] = field(init=False)
     graphs: GraphBuilder = field(init=False)
     operators: SiteGraphs = field(init=False)
+    tables: SiteTables = field(init=False)
     tree: TreeGuards = field(init=False)
     counters: FreeCounters = field(init=False)
     sites: SitePolicy = field(init=False)
     misses: Misses = field(init=False)
+    early: EarlyCalls = field(init=False)
     acting: Acting = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,29 +86,34 @@ class Dispatcher:
     def clear(self) -> None:
         """Forget every program, and all that was learnt from calls."""
         self.programs, self.graphs, self.operators = ProgramCache(), GraphBuilder(self.backend), SiteGraphs()
+        self.tables = SiteTables()
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
-        self.misses, self.acting = Misses(), Acting()
+        self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
 
     # --- a call: key, find, run --------------------------------------------------------------------------------------
 
     def serve(self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the module at `path` below `tree`, by a program that is kept for its key, or is made now."""
-        interpreter = SiteInterpreter.running(tree)
-        if interpreter is not None:
-            return self.sites.step_into(interpreter, path, args, kwargs, self.serve)
         call = Call.of(tree, context, path, args, kwargs)
         if is_traced():
             return run_traced(call, self.pipeline, self.observers)
         key = self.key(call)
+        if self.sites.is_recomputed(path):
+            return self._run_by_sites(call, early=True)[0]
         kept = self.programs.of(key)
         for program in kept:
+            if program.waits and self.early.is_due(key):
+                return self.run_first(self.make_graph(program, call), call)
             with suppress(GuardFailed):  # it is a graph for other sizes
                 return self.run(program, call)
         return self.run_first(self.make(key, call, len(kept)), call)
 
     def key(self, call: Call) -> CallKey:
         """What the programs are kept by that may serve a call."""
-        key = CallKey.of(call, self.tree.state(call.tree))
+        return self._applied(CallKey.of(call, self.tree.state(call.tree)))
+
+    def _applied(self, key: CallKey) -> CallKey:
+        """A key without what is known to make no difference to graphs."""
         return self.sites.applied(self.counters.applied(key))
 
     def run(self, program: Program, call: Call) -> Any:
@@ -110,8 +124,15 @@ class Dispatcher:
 
     def run_first(self, program: Program, call: Call) -> Any:
         """Run a program with the call that it was made for."""
+        before = Before.of(call) if program.waits else None
         try:
             return self._run(program, call)
+        except (UncoveredOperatorError, torch.OutOfMemoryError):
+            if before is None:
+                raise
+            before.put_back()  # there may be a graph, and it keeps less
+            self.early.give_up(call.path)
+            return self.run_first(self.make_graph(program, call), call)
         except GuardFailed as error:
             reason = f"the graph captured from this very call does not accept it: {error}"
             self.sites.step_down(program, CaptureError(reason))
@@ -125,26 +146,40 @@ class Dispatcher:
     def _run(self, program: Program, call: Call) -> Any:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-            result, acts = interpret(call, self.tree.state(call.tree), run_operator)
+            result, acts = self._run_by_sites(call, program.waits)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
+            if program.waits:
+                self.early.count(program.key)
         else:
             if is_new:
                 self.acting.see(call, program.acts)
-            result = self._run_graph(program.gm, program.lowered, call)
+            result = self._run_graph(program.gm, program.lowered, call, program.positional)
         if is_new:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_graph(self, gm: GraphModule, lowered: Lowered, call: Call) -> Any:
+    def _run_by_sites(self, call: Call, early: bool) -> tuple[Any, bool]:
+        """What the model's own Python gives, and whether it ran a site."""
+        state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
+        table = self.tables.of(call.tree, call.context, state.layout)
+        run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
+        direct = Direct(call.tree, table, equation_dtype(self.pipeline)) if self.runs_equations else None
+        return interpret(call, state, table, run_operator, direct, early)
+
+    @property
+    def runs_equations(self) -> bool:
+        """Whether the equations themselves do what the pipeline makes of them, and nobody watches it."""
+        return self.pipeline.exact and "adapters" in self.pipeline.facts and not self.observers
+
+    def _run_graph(self, gm: GraphModule, lowered: Lowered, call: Call, positional: int) -> Any:
         with CAPTURING:
             refresh(gm, call.tree)
             refresh(lowered.graph, call.tree)
         if gm.meta[CONTIGUOUS] and not all_contiguous(call.leaves):
             raise GuardFailed("an argument is not contiguous")
         leaves, output = guarded(lowered.run, call.leaves), lowered.output
-        return fill(leaves, output, call.args, call.kwargs) if gm.meta[FILLS] else output.unflatten(leaves)
+        return fill(leaves, output, *call.given(positional)) if gm.meta[FILLS] else output.unflatten(leaves)
 
     # --- a new kind of call ------------------------------------------------------------------------------------------
 
@@ -153,11 +188,25 @@ class Dispatcher:
         call = Call.of(tree, context, "", args, kwargs)
         key = self.key(call)
         kept = self.programs.of(key)
-        fitting = (each for each in kept if each.gm is None or accepts(each.gm, call.args, call.kwargs))
-        return next(fitting, None) or self.make(key, call, len(kept))
+        for program in kept:
+            called_alike = program.gm is None or program.positional == len(args)
+            if not program.waits and called_alike and (program.gm is None or accepts(program.gm, args, call.kwargs)):
+                return program
+        waiting = next((program for program in kept if program.waits), None)
+        return self.make_graph(waiting, call) if waiting else self.make(key, call, len(kept), at_once=True)
 
-    def make(self, key: CallKey, call: Call, tried: int) -> Program:
-        """Make and keep what serves a new kind of call, whose key has `tried` programs, none of which fits."""
+    def make_graph(self, waiting: Program, call: Call) -> Program:
+        """Make and keep what is to serve a kind of call from now on, in the place of a program that has waited."""
+        with CAPTURING:
+            self.programs.forget(waiting)
+            key = self.key(call)
+            return self.make(key, call, 0, at_once=True)
+
+    def make(self, key: CallKey, call: Call, tried: int, at_once: bool = False) -> Program:
+        """Make and keep what serves a new kind of call, whose key has `tried` programs, none of which fits.
+
+        Without `at_once`, a graph may wait until such calls have come more often.
+        """
         with CAPTURING:
             kept = self.programs.of(key)
             if len(kept) > tried:
@@ -165,14 +214,40 @@ class Dispatcher:
             require_adapted_modules(call)
             without_reentrant(call.tree)
             names = leaf_names(call)
-            if self.capture != "sites":
-                self.counters.learn(call, key, names, (program.key for program in self))
-            program = Program(title_of(call), self.key(call), names)
-            program.why, changing = self.misses.explain(program, self)
-            self.decide(program, call, changing if self.capture != "graph" else "")
-            self.sites.settle(program)
+            if not at_once and self.may_wait(key, call, tried):
+                program = Program(title_of(call), self.key(call), names, len(call.args), waits=True, reason=WAITS)
+                program.why = self.misses.why(program, self)
+            else:
+                program = self.make_now(key, call, names)
             self.programs.keep(self.key(call), program)  # the key as it is now: the model may have changed itself
             return program
+
+    def may_wait(self, key: CallKey, call: Call, tried: int) -> bool:
+        """Whether a new kind of call is served by the model's own Python until it has come more often."""
+        if not early_calls.REPEATS or self.capture != "auto" or self.backend.is_asked_for or not self.runs_equations:
+            return False
+        state = self.tree.state(call.tree)
+        if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
+            return False
+        if self.graphs.like(key, call):
+            return False
+        return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.layout).is_plain
+
+    def make_now(self, key: CallKey, call: Call, names: tuple[str, ...]) -> Program:
+        """What serves a kind of call from now on."""
+        early = self.early.seen(key)
+        if self.capture != "sites":
+            self.counters.learn(call, key, names, (program.key for program in self))
+        program = Program(title_of(call), self.key(call), names, len(call.args), early=early)
+        others = [other for other in self if not other.waits]
+        program.why = self.misses.why(program, others)
+        changing = self.misses.learn(program, others)
+        self.decide(program, call, changing if self.capture != "graph" else "")
+        self.sites.settle(program)
+        key = self.key(call)
+        for other in [other for other in self if other.waits and self._applied(other.key) == key]:
+            self.programs.forget(other)
+        return program
 
     def decide(self, program: Program, call: Call, changing: str) -> None:
         """Decide what serves a new kind of call from now on: a graph of it, made now, or the model by sites.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Hashable
 from dataclasses import replace
 
 from torch.fx import GraphModule
@@ -16,8 +17,9 @@ from ..lowering.backend import Backend
 from ..lowering.lower import Lowering
 from ..pipeline import Observer, Pipeline
 from ..tree.attached import trained_paths
-from .call_key import Call
+from .call_key import Call, CallKey
 from .programs import Program, ProgramCache
+from .rebinding import Rewritten, rebound
 
 # One for the process: while torch.export runs, it changes how modules are called in every thread. So captures wait for
 # each other, and a kept graph for a capture, before it starts.
@@ -28,11 +30,13 @@ class GraphBuilder:
     """Builds the graphs of one adapted model, and keeps what they can share.
 
     `captures` are graphs as captured, by their key without adapters: calls that differ in adapters alone are captured
-    once. `lowering` keeps what was compiled.
+    once. `rewritten` are graphs after the passes, by their key without adapters: calls that differ in the adapters'
+    names alone are rewritten once. `lowering` keeps what was compiled.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.captures: ProgramCache[GraphModule] = ProgramCache()
+        self.rewritten: ProgramCache[Rewritten] = ProgramCache()
         self.lowering = Lowering(backend)
 
     def build(
@@ -44,21 +48,46 @@ class GraphBuilder:
         """
         with collecting_later():
             start = time.perf_counter()
-            gm = copied(self._captured(program, call, unroll, _makes_blocks(pipeline)), call.tree)
-            for node, name in zip(gm.graph.find_nodes(op="placeholder"), program.names):
-                node.meta[ONES] = name in program.key.full
-            program.seconds = time.perf_counter() - start
-            program.steps = pipeline.run(gm, replace(call.context, trained=trained_paths(call.tree)), observers)
-            program.gm, program.lowered = gm, self.lowering.lower(gm)
+            context = replace(call.context, trained=trained_paths(call.tree))
+            if found := self.like(program.key, call):
+                gm = rebound(found.gm, call.tree, found.context, context)
+                program.seconds = time.perf_counter() - start
+            else:
+                gm = copied(self._captured(program, call, unroll, _makes_blocks(pipeline)), call.tree)
+                for node, name in zip(gm.graph.find_nodes(op="placeholder"), program.names):
+                    node.meta[ONES] = name in program.key.full
+                program.seconds = time.perf_counter() - start
+                steps = pipeline.run(gm, context, observers)
+                found = Rewritten(gm, context, _forms(call), steps)
+                if not context.merged:
+                    self.rewritten.keep((_without_adapters(program.key), program.positional), found)
+            program.steps, program.gm, program.lowered = found.steps, gm, self.lowering.lower(gm)
+
+    def like(self, key: CallKey, call: Call) -> Rewritten | None:
+        """The graph of a call that differs from this one in the adapters' names alone, if there is one."""
+        kept = [] if call.context.merged else self.rewritten.of((_without_adapters(key), len(call.args)))
+        if not kept:
+            return None
+        context, forms = replace(call.context, trained=trained_paths(call.tree)), _forms(call)
+        fitting = (each for each in kept if each.serves(context, forms) and accepts(each.gm, call.args, call.kwargs))
+        return next(fitting, None)
 
     def _captured(self, program: Program, call: Call, unroll: bool, blocks: bool) -> GraphModule:
-        key = program.key._replace(adapters=(), merged=frozenset(), full=())
+        key = _without_adapters(program.key)._replace(full=()), program.positional
         for gm in self.captures.of(key):
             if accepts(gm, call.args, call.kwargs):
                 return gm
         gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, unroll, blocks)
         self.captures.keep(key, gm)
         return gm
+
+
+def _without_adapters(key: CallKey) -> CallKey:
+    return key._replace(adapters=(), merged=frozenset())
+
+
+def _forms(call: Call) -> tuple[Hashable, ...]:
+    return tuple(adapter.form(call.tree) for adapter in call.context.adapters)
 
 
 def _makes_blocks(pipeline: Pipeline) -> bool:

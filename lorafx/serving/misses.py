@@ -23,28 +23,23 @@ class Misses:
         self.arguments: Counter[str] = Counter()
         self.attributes: Counter[str] = Counter()
 
-    def explain(self, program: Program, kept: Iterable[Program]) -> tuple[str, str]:
-        """Why a new program is needed, by the most similar one that is kept; and a reason against a graph, if any.
+    def why(self, program: Program, kept: Iterable[Program]) -> str:
+        """Why a new program is needed, by the most similar one that is kept."""
+        return _text_of(_nearest(program, kept))
+
+    def learn(self, program: Program, kept: Iterable[Program]) -> str:
+        """Count what made another graph necessary; the result is a reason against it, if there is one.
 
         An argument's constant that keeps changing is warned of. A model whose attributes keep changing goes by sites,
         where its own Python reads them, so that no graph is captured in each step.
         """
-        same_part = [other for other in kept if other.key.part == program.key.part]
-        found = [(list(_arguments(program, other)), _attributes(program, other)) for other in same_part]
-        if not found:
-            return "the first call", ""
-        arguments, attributes = min(found, key=lambda both: len(both[0]) + len(both[1]))
-        if not arguments and not attributes:
-            return "other sizes than the kept graph serves", ""
+        arguments, attributes = _nearest(program, kept) or ([], [])
         if len(arguments) == 1 and not attributes:
             self._count_constant(program, arguments[0].partition(":")[0])
         if not arguments:
             self.attributes.update(attributes)
-        every = [*arguments, *(f"the attribute {name}" for name in attributes)]
-        more = [f"and {len(every) - 3} more"] if len(every) > 3 else []
         often = next((name for name in attributes if self.attributes[name] > OFTEN), None)
-        reason = f"the attribute {often} keeps changing, and a graph has it as a constant" if often else ""
-        return "; ".join([*every[:3], *more]), reason
+        return f"the attribute {often} keeps changing, and a graph has it as a constant" if often else ""
 
     def _count_constant(self, program: Program, name: str) -> None:
         if name not in program.names or len(program.key.leaves[program.names.index(name)]) != 2:
@@ -55,6 +50,27 @@ class Misses:
                 f"the argument {name} has had {OFTEN + 1} values so far, and a graph is captured for each. Pass it as "
                 "a tensor, or as one value, to capture once."
             )
+
+
+Differences = tuple[list[str], list[str]]  # of arguments and modes, and of attributes
+
+
+def _nearest(program: Program, kept: Iterable[Program]) -> Differences | None:
+    """In what a program differs from the most similar one of its part that is kept; None if there is none."""
+    same_part = [other for other in kept if other.key.part == program.key.part]
+    found = [(list(_arguments(program, other)), _attributes(program, other)) for other in same_part]
+    return min(found, key=lambda both: len(both[0]) + len(both[1])) if found else None
+
+
+def _text_of(found: Differences | None) -> str:
+    if found is None:
+        return "the first call"
+    arguments, attributes = found
+    if not arguments and not attributes:
+        return "other sizes than the kept graph serves"
+    every = [*arguments, *(f"the attribute {name}" for name in attributes)]
+    more = [f"and {len(every) - 3} more"] if len(every) > 3 else []
+    return "; ".join([*every[:3], *more])
 
 
 def leaf_names(call: Call) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
-"""Per site: where a call cannot be one graph, the model's own Python runs and each site is a graph by itself.
+"""Per site: where there is no graph of a call, the model's own Python runs, and adapters act at each site by itself.
 
-A torch function that gets an adapted tensor is captured, rewritten by the same pipeline and kept, like a call of the
-whole model; every other function runs as it is. So an adapter acts wherever its weight is read, in whatever module, and
-a read that no reading covers is an error here as it is in a graph of the whole.
+A torch function that gets an adapted tensor is computed in the adapters' equations, right there (`direct`). One that no
+reading knows is captured, rewritten by the same pipeline and kept, like a call of the whole model. Every other function
+runs as it is. So an adapter acts wherever its weight is read, in whatever module, and a read that no reading covers is
+an error here as it is in a graph of the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -26,40 +29,42 @@ from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
 from ..tree.hooks import RUNNING
-from ..tree.lookup import tensor_at
+from ..tree.lookup import module_at, tensor_at
 from ..tree.mirror import MIRRORED_AS
 from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
 from .call_key import Call
+from .direct import Direct
+from .site_table import SiteTable
 from .tree_state import TreeState
+
+Run = Callable[..., Any]
 
 
 class SiteInterpreter(TorchFunctionMode):
-    """While active, torch functions that read what the adapters act on run as rewritten graphs.
+    """While active, torch functions that read what the adapters act on do what the adapters say.
 
-    `run_operator(key, inputs, capture, hooked)` runs the graph that is kept for a key; where there is none, `capture()`
-    gives one to rewrite, and the adapters that concern it. `hooked` are modules of these to be called.
+    `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
+    runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
+    concern it. `hooked` are modules of these to be called. `early` says that such calls may get a graph later on.
     """
 
     def __init__(
-        self, tree: nn.Module, context: Context, state: TreeState, part: str, run_operator: Callable[..., Any]
+        self,
+        call: Call,
+        state: TreeState,
+        table: SiteTable,
+        run_operator: Run,
+        direct: Direct | None = None,
+        early: bool = False,
     ):
         super().__init__()
-        self.tree, self.context, self.state, self.run_operator = tree, context, state, run_operator
-        self.parts, self.paused = [part], False
+        self.tree, self.context, self.state = call.tree, call.context, state
+        self.table, self.run_operator, self.direct = table, run_operator, direct
+        self.parts, self.paused, self.early = [call.path], False, early
         self.acted = False  # whether a site was read
-        weights = [site.weight for adapter in context.adapters for site in adapter.selection]
-        replaced = [base for adapter in context.adapters for base in adapter.replaced]
-        self.weights = {id(tensor_at(tree, path)): path for path in weights}
-        self.replaced = {id(tensor_at(tree, path)): path for path in replaced}
-        self.owned: dict[str, list[tuple[dict[int, str], str]]] = {
-            path.rpartition(".")[0]: [] for path in (*weights, *replaced)
-        }
-        for known, paths in ((self.weights, weights), (self.replaced, replaced)):
-            for path in paths:
-                self.owned[path.rpartition(".")[0]].append((known, path))
-        self.memory = {storage: path for path in weights if (storage := _whole_storage(tensor_at(tree, path)))}
-        self.acting = tuple(adapter.call_key for adapter in context.adapters), context.merged
+        self.weights = {id(place.tensor): place.path for place in table.weights}
+        self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
     @staticmethod
     def running(tree: nn.Module) -> SiteInterpreter | None:
@@ -77,14 +82,15 @@ class SiteInterpreter(TorchFunctionMode):
         finally:
             RUNNING.mode = outer
 
-    @contextlib.contextmanager
-    def inside(self, part: str) -> Iterator[None]:
-        """Remember that a module's forward runs, and which tensors it has meanwhile: FSDP puts whole ones in place."""
+    def run_inside(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module's forward, and see which tensors it has meanwhile: FSDP puts whole ones in place."""
         self.parts.append(part)
-        for known, path in self.owned.get(part, ()):
-            known[id(tensor_at(self.tree, path))] = path
+        if part in self.table.owned:
+            for known, places in zip((self.weights, self.replaced), self.table.owned[part]):
+                for place in places:
+                    known[id(place.tensor)] = place.path
         try:
-            yield
+            return forward(*args, **kwargs)
         finally:
             self.parts.pop()
 
@@ -99,47 +105,80 @@ class SiteInterpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        if not any(self._acts_on(value) for value in (*args, *kwargs.values())):
-            self._require_no_part((*args, *kwargs.values()))
+        if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, _is_getter(func)):
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
-            first = self._copy(args[0]) if id(args[0]) in self.replaced else args[0]
+            first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
             if result is first:
                 return args[0]
             if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
                 return result
-        return self._through_a_graph(func, args, kwargs)
+        self.acted = True
+        result = self._directly(func, args, kwargs) if self.direct else NotImplemented
+        return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
 
-    def _acts_on(self, value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return any(map(self._acts_on, value))
-        return id(value) in self.weights or id(value) in self.replaced
+    def _acts_on(self, values: Iterable[Any], is_getter: bool = False) -> bool:
+        """Whether an adapted tensor, or one that an adapter has a copy of, is among a function's arguments.
 
-    def _require_no_part(self, values: Iterable[Any]) -> None:
-        """Raise `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call."""
+        Raises `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call;
+        to read its shape is no harm. Each function that the model calls comes here, so there is one loop for all.
+        """
+        weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
-            if isinstance(value, (list, tuple)):
-                self._require_no_part(value)
-            elif type(value) is Tensor and (path := self.memory.get(_storage(value))):
-                raise UncoveredOperatorError(
-                    f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
-                    f"{place_of(traceback.extract_stack())}"
-                )
+            kind = type(value)
+            if id(value) in weights or id(value) in replaced:
+                return True
+            if kind is Tensor:
+                if not is_getter and (path := memory.get(_storage(value))):
+                    raise UncoveredOperatorError(
+                        f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
+                        f"{place_of(traceback.extract_stack())}"
+                    )
+            elif (kind is tuple or kind is list) and self._acts_on(value, is_getter):
+                return True
+        return False
 
-    def _require_one_mode(self, leaves: list[Any]) -> None:
+    def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
+        values = (*args, *kwargs.values()) if kwargs else args
+        read = [value for value in values if id(value) in self.weights]
+        if len(read) > 1 or (self.replaced and self.shared) or self.state.hooked_adapters:
+            return NotImplemented
+        if any(type(value) in (list, tuple) and self._acts_on(value) for value in values):
+            return NotImplemented
+        if not read:
+            return func(*map(self._copy_of, args), **{name: self._copy_of(value) for name, value in kwargs.items()})
+        self._require_one_mode(read)
+        assert self.direct is not None
+        copy_of = self._copy_of if self.replaced else None
+        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of)
+
+    @functools.cached_property
+    def shared(self) -> bool:
+        """Whether a base tensor that an adapter has a copy of is in several modules, and the copy for one of them."""
+        owners = Counter(id(p) for module in self.tree.modules() for p in module._parameters.values())
+        return any(owners[tensor] > 1 for tensor in self.replaced)
+
+    def _require_one_mode(self, leaves: Iterable[Any]) -> None:
         """Raise `AdapterError` if the base's own module reads a weight, in another mode than the adapted model's."""
         for leaf in leaves:
             owner = self.weights.get(id(leaf), self.parts[-1] + ".").rpartition(".")[0]
             if owner != self.parts[-1] and (reason := other_mode(leaf, self.tree.get_submodule(owner))):
                 raise AdapterError(reason)
 
-    def _copy(self, base: Tensor) -> Tensor:
-        """The adapter's own copy of a tensor that it replaces."""
-        path = self.replaced[id(base)]
-        return tensor_at(self.tree, next(a.replaced[path] for a in self.context.adapters if path in a.replaced))
+    def _copy_of(self, value: Any) -> Any:
+        """The adapters' own copy of a base tensor that they replace, in its dtype; any other value itself."""
+        path = self.replaced.get(id(value))
+        if path is None:
+            return value
+        copy = self.table.copies[path].tensor
+        return copy if copy.dtype == value.dtype else copy.to(value.dtype)
+
+    @functools.cached_property
+    def memory(self) -> dict[int, str]:
+        """The paths of the weights by where their memory begins."""
+        return {storage: place.path for place in self.table.weights if (storage := _whole_storage(place.tensor))}
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -148,7 +187,8 @@ class SiteInterpreter(TorchFunctionMode):
         # A hook may have cast a weight since the layout was looked at.
         keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
         hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
-        key = self.parts[-1], func, spec, keys, modes(), self.state.layout, self.acting, hooked
+        acting = tuple(adapter.call_key for adapter in self.context.adapters), self.context.merged
+        key = self.parts[-1], func, spec, keys, modes(), self.state.layout, acting, hooked
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:
@@ -160,13 +200,12 @@ class SiteInterpreter(TorchFunctionMode):
                     func(*args, **kwargs)  # a call that is wrong fails here, in the model's own words
                 raise
 
-        self.acted = True
         return self.run_operator(key, inputs, capture, hooked)
 
     def _paths(self, leaves: list[Any]) -> list[str | None]:
         """Where in the tree the tensors among a call's leaves are: adapted ones, and the running module's own."""
         part = self.parts[-1]
-        module = self.tree.get_submodule(part)
+        module = module_at(self.tree, part)
         tensors = (*module._parameters.items(), *module._buffers.items())
         own = {id(tensor): f"{part}.{name}".lstrip(".") for name, tensor in tensors if tensor is not None}
         return [own.get(id(x)) or self.weights.get(id(x)) or self.replaced.get(id(x)) for x in leaves]
@@ -226,16 +265,27 @@ def _whole_storage(tensor: Tensor) -> int:
 
 
 def _is_method(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return name == "__get__" or getattr(Tensor, name, None) is func
+    return _is_getter(func) or getattr(Tensor, getattr(func, "__name__", ""), None) is func
 
 
-def interpret(call: Call, state: TreeState, run_operator: Callable[..., Any]) -> tuple[Any, bool]:
-    """Run the own Python of the module that is called, each read of an adapted tensor as a graph of its own.
+def _is_getter(func: Callable[..., Any]) -> bool:
+    """Whether it reads an attribute, as a shape."""
+    return getattr(func, "__name__", "") == "__get__"
 
-    Returns what it gives, and whether it read any.
+
+def interpret(
+    call: Call,
+    state: TreeState,
+    table: SiteTable,
+    run_operator: Run,
+    direct: Direct | None = None,
+    early: bool = False,
+) -> tuple[Any, bool]:
+    """Run the own Python of the module that is called, with the adapters at each read of an adapted tensor.
+
+    Returns what it gives, and whether it read any. The other arguments are those of `SiteInterpreter`.
     """
-    interpreter = SiteInterpreter(call.tree, call.context, state, call.path, run_operator)
+    interpreter = SiteInterpreter(call, state, table, run_operator, direct, early)
     with interpreter.active():
         result = own_forward(call.tree, call.path)(*call.args, **call.kwargs)
     if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read
@@ -263,7 +313,7 @@ def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any])
 
 def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
     """The forward that the module at `path` has of itself, below what lorafx put in its place."""
-    part = innermost(tree.get_submodule(path))
+    part = innermost(module_at(tree, path))
     forward = vars(part).get("forward")
     if "forward" in getattr(forward, "replaced", ()):
         return forward.replaced["forward"]  # type: ignore[union-attr]

@@ -25,6 +25,7 @@ class Program:
     title: str
     key: CallKey
     names: tuple[str, ...]  # what to call the tensors and constants of the call, one each
+    positional: int = 0  # how many arguments of the call it was made for were given by position
     why: str = ""  # why it was made: in what its first call differed from earlier calls
     gm: GraphModule | None = None
     lowered: Lowered | None = None
@@ -34,6 +35,8 @@ class Program:
     hits: int = 0  # calls that it served without being made for them
     acts: bool = True  # its graph, if it is one, has a site of the active adapters
     failed: bool = False  # capturing or rewriting a graph was tried, and failed
+    waits: bool = False  # it has no graph yet, since such calls have not come often
+    early: int = 0  # calls of this kind that were served before there was a graph
     changes_model: bool = False  # it failed because the call changes attributes of the model
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from operator import call
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,9 @@ from torch import nn
 from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError
 from ..pipeline import Context
+from ..torch_private.tensors import in_backward
 from ..tree.attached import has_copies_among_children
+from ..tree.lookup import module_at
 from .adapter_hooks import call_with_hooks, hooked_copy
 from .call_key import CallKey
 from .per_site import SiteInterpreter, own_forward
@@ -33,6 +34,7 @@ class SitePolicy:
         self._settling = Settling()
         self._calls: set[CallKey] = set()  # kinds of call that go by sites, whatever the model's attributes are
         self._interpreted: set[tuple[str, int]] = set()  # (path, layout of the tree) of modules that ran by sites
+        self._early: set[str] = set()  # paths of modules that ran by sites within calls that have no graph yet
         self._graphs: set[str] = set()  # paths of modules that are graphs of their own within calls by sites
         self._warned = False
 
@@ -58,12 +60,23 @@ class SitePolicy:
         many = kept >= SIZES and self.capture != "graph"
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
 
+    def is_recomputed(self, path: str) -> bool:
+        """Whether a module is called in backward that has run by sites: gradient checkpointing calls it again.
+
+        It must find the same operators, whatever serves such calls by now.
+        """
+        return path in self._early and in_backward()
+
     def step_down(self, program: Program, error: CaptureError) -> None:
         """Serve a program's calls by sites after its graph failed with `error`, which is raised for capture='graph'."""
         if self.capture == "graph":
             raise error
         program.gm, program.reason, program.failed = None, str(error), True
         program.changes_model = isinstance(error.__cause__, Changed)
+
+    def is_a_graph(self, path: str) -> bool:
+        """Whether the module at a path is a graph of its own within calls by sites."""
+        return path in self._graphs
 
     def settle(self, program: Program) -> None:
         """Remember that calls like a program's go by sites, unless a graph is worth another try."""
@@ -93,17 +106,23 @@ class SitePolicy:
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
         tree = interpreter.tree
-        self._interpreted.add((path, interpreter.state.layout))
-        if has_copies_among_children(tree.get_submodule(path)):
+        if interpreter.early:
+            self._early.add(path)
+        else:
+            self._interpreted.add((path, interpreter.state.layout))
+        if has_copies_among_children(module_at(tree, path)):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             try:
-                with interpreter.inside(path):
-                    copy = hooked_copy(interpreter.context.adapters, interpreter.state.hooked_adapters, path)
-                    around = partial(call_with_hooks, tree.get_submodule(copy)) if copy else call
-                    return around(own_forward(tree, path), *args, **kwargs)
+                hooked = interpreter.state.hooked_adapters
+                copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
+                forward = own_forward(tree, path)
+                if copy:
+                    forward = partial(call_with_hooks, module_at(tree, copy), forward)
+                return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
-                if any(other.startswith(f"{path}.") for other, _ in self._interpreted):
+                inside = {*self._early, *(other for other, _ in self._interpreted)}
+                if any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
         interpreter.acted = True  # whether its graph does is seen when that is made

@@ -29,6 +29,7 @@ from ..tree.lookup import tensor_at
 from .call_key import Call
 from .graph_builder import CAPTURING
 from .per_site import interpret
+from .site_table import SiteTable
 from .tree_state import TreeGuards
 
 
@@ -56,7 +57,8 @@ def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...]) 
         return aside(partial(rewritten, capture)).forward(*inputs)
 
     if not has_copies_among_children(call.tree.get_submodule(call.path)):
-        return interpret(call, aside(partial(TreeGuards().state, call.tree)), run_operator)[0]
+        table = SiteTable.of(call.tree, call.context)
+        return interpret(call, aside(partial(TreeGuards().state, call.tree)), table, run_operator)[0]
     gm = aside(partial(rewritten, partial(_captured, call)))
     return gm.forward(*call.args, **call.kwargs)
 

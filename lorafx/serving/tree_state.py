@@ -63,6 +63,10 @@ class TreeGuards:
         self._last: tuple[Any, ...] = ()
         self._state: TreeState | None = None  # None when something has changed that the layout depends on
 
+    def latest(self, root: nn.Module) -> TreeState:
+        """The state that the tree was found in last, for who has just asked: to look takes a while."""
+        return self._state or self.state(root)
+
     def state(self, root: nn.Module) -> TreeState:
         """The state that the tree is in now; the same object as long as nothing changes."""
         if not self._children or self._parents != self._children:

@@ -56,6 +56,11 @@ MODULE_HOOKS = (
 )
 
 
+def in_backward() -> bool:
+    """Whether autograd runs a backward in this thread. Without it, checkpointed layers could be served in two ways."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def buffers_of_no_state_dict(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's buffers that are registered as not persistent. Without it, scales would be lost on the meta device."""
     return {name: module._buffers[name] for name in module._non_persistent_buffers_set}

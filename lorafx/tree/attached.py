@@ -136,9 +136,10 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
 
 
 def set_trainable(root: nn.Module, paths: Iterable[str], trainable: Iterable[str]) -> None:
-    """Set `requires_grad` on those tensors among `paths` that are in `trainable`, and clear it on the others."""
+    """Set `requires_grad` on those parameters among `paths` that are in `trainable`, and clear it on the others."""
     wanted = set(trainable)
     for path in paths:
         tensor = find_tensor(root, path)
-        if tensor is not None and tensor.requires_grad != (path in wanted):
-            tensor.requires_grad_(path in wanted)
+        trains = path in wanted and isinstance(tensor, nn.Parameter)
+        if tensor is not None and tensor.requires_grad != trains:
+            tensor.requires_grad_(trains)

@@ -49,7 +49,7 @@ def model_of(task: Task, run: str, converted: Any, start: Values | None) -> nn.M
     base = task.base(dtype).requires_grad_(False)
     if in_float8:
         lorafx.to_float8(base, converted)
-    model = lorafx.compile(base, task.config, pipeline=pipeline, random_state=0).train()
+    model = lorafx.compile(base, task.config, pipeline=pipeline, random_state=0, capture="graph").train()
     return filled(model, start) if start else model
 
 

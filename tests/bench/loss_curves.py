@@ -132,7 +132,7 @@ def with_peft(task: Task, dtype: torch.dtype, options: Options) -> nn.Module:
 
 def with_lorafx(task: Task, dtype: torch.dtype, options: Options) -> nn.Module:
     """lorafx with the start values that PEFT draws."""
-    model = lorafx.compile(task.base(dtype), task.config, **options)
+    model = lorafx.compile(task.base(dtype), task.config, capture="graph", **options)
     drawn = {key: value for key, value in options.items() if key == "autocast_adapter_dtype"}
     start = trainable(with_peft(task, dtype, drawn))
     assert trainable(model).keys() == start.keys()

@@ -45,8 +45,8 @@ def contestants(dtype: torch.dtype) -> dict[str, Step]:
     without = lorafx.passes.default.without("fuse_loss")
     models = {
         "PEFT": peft.get_peft_model(base(dtype), peft.LoraConfig(**CONFIG), **own),
-        "without fuse_loss": lorafx.compile(base(dtype), CONFIG, pipeline=without, **own),
-        "with fuse_loss": lorafx.compile(base(dtype), CONFIG, **own),
+        "without fuse_loss": lorafx.compile(base(dtype), CONFIG, pipeline=without, capture="graph", **own),
+        "with fuse_loss": lorafx.compile(base(dtype), CONFIG, capture="graph", **own),
     }
     return {name: step_of(model) for name, model in models.items()}
 

@@ -39,7 +39,8 @@ def base(layers: int) -> nn.Module:
 
 
 def ours(**options: Any) -> Callable[[int], nn.Module]:
-    return lambda layers: lorafx.compile(base(layers), {"r": 16 // SHRINK, "target_modules": TARGETS}, **options)
+    config = {"r": 16 // SHRINK, "target_modules": TARGETS}
+    return lambda layers: lorafx.compile(base(layers), config, capture="graph", **options)
 
 
 def theirs(compiled: bool, **options: Any) -> Callable[[int], nn.Module]:

@@ -168,3 +168,33 @@ def test_modes_and_acting_adapters_are_part_of_the_key():
     lora.merge_adapter()
     assert len(keys | {key(), key(x.double())}) == 11
     assert key().with_any_attributes().attributes is None
+
+
+class Filling(Chain):
+    """Fills what it is given."""
+
+    def forward(self, x, seen=None, shift=0):
+        y = super().forward(x) + shift
+        if seen is not None:
+            seen.append(y)
+        return {"y": y, "seen": seen}
+
+
+def test_positional_and_keyword_calls_are_one_kind():
+    lora, x = adapted(Filling()), torch.randn(5, 4)
+    expected = lora(x)["y"]
+    assert torch.equal(lora(x=x)["y"], expected) and len(lora.explain().calls) == 1
+    for args, kwargs in (((x,), {}), ((), {"x": x})):
+        filled = [torch.ones(())]
+        given = lora(*args, seen=filled, **kwargs)
+        assert given["seen"] is filled and torch.equal(filled[1], expected)
+    filled = []
+    assert torch.equal(lora(x, filled, 3)["y"], expected + 3) and len(filled) == 1
+    assert torch.equal(lora(shift=3, x=x, seen=filled)["y"], expected + 3)
+    assert len(lora.explain().calls) == 4  # none to fill; one with something in it; an empty one, and one that is not
+
+
+def test_a_graph_is_called_as_its_call_was():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    expected = lora(x)
+    assert torch.equal(lora.graph(x)(x), expected) and torch.equal(lora.graph(x=x)(x=x), expected)

@@ -152,6 +152,13 @@ class Kind:
         """What takes the place of the operator's result y: the same shape. x is what `before` was given."""
         return y
 
+    def fused(self, x: Any, at: Operands) -> Any | None:
+        """`after(operator(before(x)), x)` by one operator, on tensors; None where there is none for these.
+
+        A graph finds such operators by passes; this is for a call that is served without one, and gives the same bits.
+        """
+        return None
+
     def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The adapter's tensors for Wᵀ, by name, as which a tied weight may be read.
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, MergeError
+from ...ops import lora_linear
+from ...ops.modes import autocast_dtype
 from ..config import is_pattern_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, IN_PROJ, LINEAR
@@ -37,6 +39,16 @@ class Lora(Kind):
         hidden = at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
         update = at.wide(hidden, at.lora_B, at.tensors.get("lora_bias"))
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
+
+    def fused(self, x: Any, at: Operands) -> Any | None:
+        if at.operator is not LINEAR.operators[0] or "lora_bias" in at.tensors:
+            return None
+        weight, a, b, s = at.bound["weight"], at.lora_A, at.lora_B, at.scaling
+        if not x.dtype == weight.dtype == a.dtype == b.dtype or autocast_dtype(x.device.type) not in (None, x.dtype):
+            return None
+        if isinstance(s, Tensor):
+            b, s = b * s, 1.0
+        return lora_linear(x, weight, at.bound["bias"], None, a, b, s, at.config.lora_dropout if at.training else 0.0)
 
     def delta(self, name: str, at: Operands) -> LowRank | Tensor:
         return (at.product(at.lora_A, at.lora_B) if name == "weight" else at.lora_bias) * at.scaling

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..low_rank import LowRank
 from .reading import Operator, Reading, Shape
@@ -18,8 +19,8 @@ from .reading import Operator, Reading, Shape
 aten = torch.ops.aten
 
 
-def convolution(op: Any, dims: int) -> Operator:
-    """One overload of a convolution, (batch, in, …) -> (batch, out, …)."""
+def convolution(op: Any, function: Any, padded: type, dims: int) -> Operator:
+    """One overload of a convolution, (batch, in, …) -> (batch, out, …); its padding is a number, or a word (`str`)."""
     pointwise, ones, zeros = op.overloadpacket.default, [1] * dims, [0] * dims
 
     def conv(x, weight, bias, stride, padding, dilation, groups):
@@ -31,7 +32,13 @@ def convolution(op: Any, dims: int) -> Operator:
     def wide(h, b, update_bias, groups):
         return pointwise(h, b, update_bias, ones, zeros, ones, groups)
 
-    return Operator(conv, narrow, wide)
+    def called(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        numbers = [
+            value if isinstance(value, (tuple, list, str)) else [value] * dims for value in (stride, padding, dilation)
+        ]
+        return (input, weight, bias, *numbers, groups) if isinstance(padding, str) == (padded is str) else None
+
+    return Operator(conv, narrow, wide, calls=((function, called),))
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +59,9 @@ class Convolution(Reading):
 
 
 def _layer(name: str, module: type[nn.Module], packet: Any, dims: int) -> Convolution:
-    return Convolution(name, (module,), (convolution(packet.default, dims), convolution(packet.padding, dims)))
+    function = getattr(F, name)
+    numbers, words = (packet.default, int), (packet.padding, str)
+    return Convolution(name, (module,), tuple(convolution(op, function, kind, dims) for op, kind in (numbers, words)))
 
 
 CONVOLUTIONS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .reading import Operator, Reading
 
@@ -13,6 +14,13 @@ aten = torch.ops.aten
 def embedding(x, weight, padding_idx, scale_grad_by_freq, sparse):
     """(…,) of row numbers, (rows, features) -> (…, features)"""
     return aten.embedding.default(weight, x, padding_idx, scale_grad_by_freq, sparse)
+
+
+def called(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    if max_norm is not None:  # it writes to the weight
+        return None
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    return input, weight, padding, scale_grad_by_freq, sparse
 
 
 def narrow(x, a, padding_idx, scale_grad_by_freq, sparse):
@@ -28,5 +36,5 @@ def wide(h, b):
 EMBEDDING = Reading(
     "embedding",
     (nn.Embedding,),
-    (Operator(embedding, narrow, wide, transposed=True, lookup=True),),
+    (Operator(embedding, narrow, wide, transposed=True, lookup=True, calls=((F.embedding, called),)),),
 )

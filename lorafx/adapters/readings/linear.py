@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .reading import Operator, Reading
@@ -14,6 +15,10 @@ aten = torch.ops.aten
 def linear(x, weight, bias):
     """(…, in), (out, in) -> (…, out)"""
     return aten.linear.default(x, weight, bias)
+
+
+def called_linear(input, weight, bias=None):
+    return input, weight, bias
 
 
 def narrow(x, a):
@@ -41,6 +46,14 @@ def addmm(x, weight, bias):
     return aten.addmm.default(bias, x, weight)
 
 
-OPERATORS = Operator(linear, narrow, wide), Operator(linear_of_rows, narrow, wide_of_rows)
+def called_addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
+    return (mat1, mat2, input) if beta == alpha == 1 and out is None else None
+
+
+OPERATORS = (
+    Operator(linear, narrow, wide, calls=((F.linear, called_linear),)),
+    Operator(linear_of_rows, narrow, wide_of_rows),
+)
 LINEAR = Reading("linear", (nn.Linear,), OPERATORS)
-CONV1D = Reading("addmm", (Conv1D,), (Operator(addmm, narrow, wide, transposed=True),))
+ADDMM = Operator(addmm, narrow, wide, transposed=True, calls=((torch.addmm, called_addmm),))
+CONV1D = Reading("addmm", (Conv1D,), (ADDMM,))

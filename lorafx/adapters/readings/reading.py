@@ -7,6 +7,7 @@ reading says it, once for all kinds.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..low_rank import LowRank
 
 Shape = tuple[int, ...]
+Arguments = Callable[..., tuple[Any, ...] | None]
 
 
 def matrix_features(shape: Shape, transposed: bool) -> tuple[int, int]:
@@ -34,6 +36,10 @@ class Operator:
     B of an update, with arguments in this order. They may have further ones: `wide` one named `update_bias`, which is
     an adapter's bias or None, and both any of the pattern's (`stride`, `start`), with the same values. `transposed`
     says that the weight is stored (in, out), `lookup` that x holds row numbers instead of features.
+
+    `calls` are torch functions that are this operator, each with a function of the same arguments that gives the
+    pattern's, in order, or None where with these arguments it is something else. Where such a function is called, the
+    equation is run right there; where another one reads a weight, it has to be captured first.
     """
 
     pattern: Callable[..., Any]
@@ -41,12 +47,14 @@ class Operator:
     wide: Callable[..., Any]
     transposed: bool = False
     lookup: bool = False
+    calls: tuple[tuple[Callable[..., Any], Arguments], ...] = ()
 
     def given(self, function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
         """The values in `bound` of the arguments that `narrow` or `wide` has after its first two."""
         return {name: bound[name] for name in names_of(function)[2:] if name in bound}
 
 
+@functools.cache  # of functions, whose arguments stay what they are
 def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a function's arguments."""
     return tuple(inspect.signature(function).parameters)

@@ -1,0 +1,177 @@
+"""Direct: an operator that reads an adapted weight is computed right where it is called, in the adapters' equations.
+
+    y = after(operator(before(x)), x)
+
+The equations are plain functions of tensors (`adapters/equation.py`), so nothing is captured, rewritten or compiled.
+That takes a torch function of which a reading says what operator it is (`Operator.calls`), and a weight that is kept
+as it is. Any other read of a weight becomes a small graph (`site_graphs`). Results are those of a graph, but for what
+passes regroup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.equation import Equation
+from ..adapters.kinds import Operands
+from ..adapters.readings import Operator, operators_for
+from ..adapters.readings.reading import Arguments, names_of
+from ..adapters.site import Site
+from ..adapters.storages import DENSE
+from ..pipeline import Pipeline
+from ..tree.lookup import find_tensor, module_at
+from .site_table import Place, SiteTable
+
+
+def equation_dtype(pipeline: Pipeline) -> torch.dtype | None:
+    """The dtype that a pipeline has updates computed in; None where it is that of the activations."""
+    names = (getattr(each, "compute_dtype", None) for each in pipeline if "adapters" in each.establishes)
+    return getattr(torch, name) if (name := next(names, None)) else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One adapter's equation where an operator reads its site's weight, and where its tensors are."""
+
+    equation: Equation
+    places: tuple[tuple[str, Place], ...]
+    scale: Place | None
+
+    @classmethod
+    def of(cls, tree: nn.Module, equation: Equation) -> Evaluation:
+        """The equation with the places of its tensors in a tree."""
+        adapter, name = equation.adapter, equation.site.name
+        paths, scale = adapter.tensors[name], adapter.scales.get(name)
+        places = tuple((each, Place.of(tree, paths[suffix])) for each, suffix in equation.suffixes.items())
+        return cls(equation, places, None if scale is None else Place.of(tree, scale))
+
+    def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
+        """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
+        tensors = {name: place.tensor for name, place in self.places}
+        if dtype is not None:
+            tensors = {name: each if each.dtype == dtype else each.to(dtype) for name, each in tensors.items()}
+        return self.equation.operands(tensors, bound, None if self.scale is None else self.scale.tensor)
+
+
+class Read(NamedTuple):
+    """How a torch function reads a site's weight: its arguments as the operator has them, and the equations around.
+
+    With `asks_whose`, these differ where another module reads the weight, which is tied.
+    """
+
+    operator: Operator
+    arguments: Arguments
+    names: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
+    asks_whose: bool
+
+
+class Direct:
+    """Runs torch functions that read adapted weights, in a tree of one layout.
+
+    `dtype` is that of updates, None where it is that of the activations.
+    """
+
+    def __init__(self, tree: nn.Module, table: SiteTable, dtype: torch.dtype | None):
+        self.tree, self.table, self.dtype = tree, table, dtype
+
+    def run(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weight: str,
+        part: str,
+        copy_of: Callable[[Any], Any] | None,
+    ) -> Any:
+        """What a function gives that the module at `part` calls, and that reads the weight at the path `weight` once.
+
+        `copy_of`, where there is one, gives the adapters' own copy of a base tensor, and any other value itself.
+        NotImplemented where the equations cannot be run so.
+        """
+        for read in self._reads(func, weight, part):
+            values = read.arguments(*args, **kwargs)
+            if values is None:
+                continue
+            bound = dict(zip(read.names, values))
+            x = bound["x"]
+            if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+                return NotImplemented
+            if read.asks_whose and not self._is_own(bound.get("bias"), weight, part):
+                read = self._of_twin(read)
+            if copy_of is not None:
+                bound = {name: copy_of(value) for name, value in bound.items()}
+            dtype = None if read.operator.lookup else self.dtype or x.dtype
+            return evaluated(read.operator, read.evaluations, bound, dtype, x.dtype)
+        return NotImplemented
+
+    def _reads(self, func: Callable[..., Any], weight: str, part: str) -> tuple[Read, ...]:
+        kept = self.table.reads.get((func, weight))
+        if kept is None:
+            kept = self.table.reads[func, weight] = tuple(self._found(func, self.table.acting[weight]))
+        return kept
+
+    def _found(self, func: Callable[..., Any], acting: tuple[tuple[Adapter, Site], ...]) -> Iterator[Read]:
+        """The operators that a function may be, each with the equations of the adapters that are not merged."""
+        if any(site.storage != DENSE for _, site in acting):
+            return
+        around = [(adapter, site) for adapter, site in acting if adapter.name not in self.table.merged]
+        for operator, arguments in _operators(func, acting[0][1]):
+            names = names_of(operator.pattern)
+            equations = [Equation(*each, operator, names, self._trains(each[1])) for each in around]
+            # A kind that needs the weight must be innermost: a graph says so.
+            unclear = len(equations) > 1 and any(each.adapter.kind.reads_weight for each in equations)
+            if not unclear and not any(each.is_impossible for each in equations):
+                evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
+                yield Read(operator, arguments, names, evaluations, any(each.asks_whose for each in equations))
+
+    def _trains(self, site: Site) -> bool:
+        return module_at(self.tree, site.module).training
+
+    def _is_own(self, bias: Tensor | None, weight: str, part: str) -> bool:
+        """Whether the site's own module reads its weight, and not a twin that has a bias of its own."""
+        _, site = self.table.acting[weight][0]
+        return (bias is None and part == site.module) or bias is find_tensor(
+            module_at(self.tree, site.module), site.reading.bias
+        )
+
+    def _of_twin(self, read: Read) -> Read:
+        equations = (each.equation.of_twin() for each in read.evaluations)
+        return read._replace(evaluations=tuple(Evaluation.of(self.tree, each) for each in equations))
+
+
+def _operators(func: Callable[..., Any], site: Site) -> list[tuple[Operator, Arguments]]:
+    """The operators that a function may be at a site: those of its reading, or of others that may read its weight."""
+    reading = site.reading
+    for operators in (reading.operators, operators_for(reading, len(site.weight_shape))):
+        if found := [(each, how) for each in operators for known, how in each.calls if known is func]:
+            return found
+    return []
+
+
+def evaluated(
+    operator: Operator,
+    evaluations: tuple[Evaluation, ...],
+    bound: dict[str, Any],
+    dtype: torch.dtype | None,
+    result_dtype: torch.dtype,
+) -> Any:
+    """The operator on its arguments `bound`, within equations, the first innermost, which compute in `dtype`.
+
+    What a `before` gives is cast to `result_dtype`.
+    """
+    if not evaluations:
+        return operator.pattern(**bound)
+    inner, outer = evaluations[:-1], evaluations[-1]
+    equation, x, at = outer.equation, bound["x"], outer.operands(dtype, bound)
+    if not inner and (fused := equation.adapter.kind.fused(x, at)) is not None:
+        return fused
+    within = bound | {"x": equation.x_of(x, dtype, result_dtype, at)}
+    y = evaluated(operator, inner, within, dtype, result_dtype)
+    return equation.y_of(y, x, dtype, y.dtype, at)

@@ -1,0 +1,83 @@
+"""Early calls: interpret first, and capture what repeats.
+
+A graph takes seconds to make, and most kinds of call never come often enough to be worth it. So a call of a new kind is
+served at once by the model's own Python, with the adapters' equations at its sites (`direct`). When its kind has come
+`REPEATS` times, it is given a graph. That such calls are counted, and not timed, makes a run repeatable: losses do not
+depend on how busy the machine was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..capture.written_arguments import changed, contents, given, pour
+from .call_key import FREE_COUNTER, Call, CallKey
+from .free_counters import is_counter
+
+# Calls of a kind that are served without a graph. To make one of a decoder costs as much as some 30 to 60 of its calls,
+# at any depth; a graph that is made after so many at the latest doubles what the best choice would have taken.
+REPEATS = 40
+
+
+class EarlyCalls:
+    """Which kinds of call have come how often, and which parts of the model are graphs from the first call on."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[CallKey] = Counter()
+        self._at_once: set[str] = set()
+
+    def may_wait(self, key: CallKey) -> bool:
+        """Whether a graph for such a call may wait, as far as is known of calls like it."""
+        return key.part not in self._at_once and not self.is_due(key)
+
+    def count(self, key: CallKey) -> None:
+        """Note that such a call was served."""
+        self._seen[_kind(key)] += 1
+
+    def is_due(self, key: CallKey) -> bool:
+        """Whether such calls have come often enough for a graph."""
+        return self.seen(key) >= REPEATS
+
+    def seen(self, key: CallKey) -> int:
+        """How many such calls have been served early."""
+        return self._seen[_kind(key)]
+
+    def give_up(self, part: str) -> None:
+        """Give calls of a part their graph at once: its own Python reads a weight where no equation can be run."""
+        self._at_once.add(part)
+
+
+def _kind(key: CallKey) -> CallKey:
+    """The key of all calls that may turn out to share a graph: a graph may take any counter, and any attributes."""
+    leaves = tuple(FREE_COUNTER if is_counter(leaf) else leaf for leaf in key.leaves)
+    return key._replace(leaves=leaves, attributes=None)
+
+
+class Before(NamedTuple):
+    """What a call may change of its arguments and of random numbers, as it was before, to be put back."""
+
+    containers: Mapping[str, Any]
+    held: Mapping[str, tuple[list[Any], pytree.TreeSpec]]
+    random: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, call: Call) -> Before:
+        """As it is now."""
+        containers = given(call.args, call.kwargs)
+        on_devices = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return cls(containers, contents(containers), (torch.get_rng_state(), *on_devices))
+
+    def put_back(self) -> None:
+        """Make it so again."""
+        for name, container in changed(self.containers, self.held).items():
+            leaves, spec = self.held[name]
+            pour(container, spec.unflatten(leaves))
+        torch.set_rng_state(self.random[0])
+        if self.random[1:]:
+            torch.cuda.set_rng_state_all(list(self.random[1:]))

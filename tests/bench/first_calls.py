@@ -1,0 +1,133 @@
+"""Seconds that a model takes to answer, from the first call on: lorafx and PEFT, each in a cold process of its own.
+
+python tests/bench/first_calls.py [--layers 32] [--rounds 5] [--cpu-time] [--json out.json]
+
+A decoder of width 128 with all its linear layers adapted, r = 8, on one core. The contestants take turns; what is
+printed are medians and, by round, the ratio's median and spread. `--cpu-time` counts what the process computes and not
+what it waits for: on a machine that is busy otherwise, that is what repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CONTESTANTS = ("lorafx", "peft")
+Adapted = tuple[Any, Callable[[Any, str], Any]]
+
+
+def adapted(contestant: str, base: Any) -> Adapted:
+    """The adapted model, and what loads one from a folder."""
+    if contestant == "lorafx":
+        import lorafx
+
+        return lorafx.compile(base, {"r": 8, "target_modules": "all-linear"}), lorafx.load
+    import peft
+
+    config = peft.LoraConfig(r=8, target_modules="all-linear")
+    return peft.get_peft_model(base, config), peft.PeftModel.from_pretrained
+
+
+def steps(contestant: str, layers: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is measured, in order, each as a function."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    base, other = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    ids = torch.randint(0, 256, (2, 16))
+    made: list[Adapted] = []
+    yield "compile", lambda: made.append(adapted(contestant, base))
+    ((model, load),) = made
+    train = lambda: model(input_ids=ids, labels=ids).loss.backward()  # noqa: E731
+    call = torch.no_grad()(lambda: model(input_ids=ids))
+    answer = {"do_sample": False, "pad_token_id": 0}
+    model.train()
+    yield "first training step", train
+    yield "second training step", train
+    model.eval()
+    yield "first evaluation", call
+    yield "second evaluation", call
+    yield "first token", lambda: model.generate(ids[:1], max_new_tokens=1, **answer)
+    yield "32 tokens, first", lambda: model.generate(ids[:1], max_new_tokens=32, **answer)
+    yield "32 tokens, second", lambda: model.generate(ids[:1], max_new_tokens=32, **answer)
+    model.add_adapter("other", model.peft_config["default"])
+    for name, where in (("other", "there"), ("default", "back"), ("other", "there again")):
+        yield f"set_adapter, {where}", lambda name=name: model.set_adapter(name)
+        yield f"first call {where}", call
+    model.set_adapter("default")
+    yield "merge", model.merge_adapter
+    yield "unmerge", model.unmerge_adapter
+    with tempfile.TemporaryDirectory() as folder:
+        yield "save", lambda: model.save_pretrained(folder)
+        yield "load", lambda: load(other, folder)
+
+
+def measured(contestant: str, layers: int, clock: Callable[[], float]) -> dict[str, float]:
+    """The seconds of each step, in this process."""
+    seconds = {}
+    for name, step in steps(contestant, layers):
+        start = clock()
+        step()
+        seconds[name] = clock() - start
+    return seconds
+
+
+def apart(contestant: str, asked: argparse.Namespace) -> dict[str, float]:
+    """The same in a process of its own."""
+    options = ["--layers", str(asked.layers), "--only", contestant, *(["--cpu-time"] if asked.cpu_time else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--only", choices=CONTESTANTS)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    if asked.only:
+        clock = time.process_time if asked.cpu_time else time.perf_counter
+        print(json.dumps(measured(asked.only, asked.layers, clock)))
+        return
+    rounds = [{each: apart(each, asked) for each in CONTESTANTS} for _ in range(asked.rounds)]
+    print(shown(rounds, asked.layers))
+    if asked.json:
+        asked.json.write_text(json.dumps({"layers": asked.layers, "cpu_time": asked.cpu_time, "rounds": rounds}))
+
+
+def shown(rounds: list[dict[str, dict[str, float]]], layers: int) -> str:
+    """The table of medians."""
+    import torch
+
+    from lorafx.tables import table
+
+    rows = []
+    for step in rounds[0]["lorafx"]:
+        ours, theirs = ([each[who][step] for each in rounds] for who in CONTESTANTS)
+        ratios = [a / b for a, b in zip(ours, theirs)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        medians = (f"{statistics.median(each):.4f}" for each in (ours, theirs))
+        rows.append((step, *medians, f"{statistics.median(ratios):.2f}", spread))
+    columns = ("what", "lorafx s", "PEFT s", "ratio", "from, to")
+    return str(table(f"{layers} layers, {len(rounds)} rounds, torch {torch.__version__}", columns, rows))
+
+
+if __name__ == "__main__":
+    main()

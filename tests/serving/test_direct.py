@@ -1,0 +1,177 @@
+"""Direct: operators that read an adapted weight are computed in the adapters' equations, where they are called."""
+
+import copy
+
+import pytest
+import torch
+from graphs import Chain
+from modules import EveryForm
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import lorafx
+
+RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
+EVERY = ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]
+
+
+def pair(model, config=RANDOM):
+    """The same adapter, by sites and in one graph; the former has no way but the equations."""
+    sites, graph = (
+        lorafx.compile(copy.deepcopy(model), config, capture=how, random_state=0) for how in ("sites", "graph")
+    )
+    return sites, graph
+
+
+def captured(lora):
+    return lora.explain().operators
+
+
+def gradients(lora):
+    return {name: p.grad for name, p in lora.named_parameters() if p.grad is not None}
+
+
+def test_every_form_of_read_is_computed_without_a_graph():
+    sites, graph = pair(EveryForm(), RANDOM | {"target_modules": EVERY, "bias": "all"})
+    ids = torch.randint(0, 11, (2, 8))
+    outputs = sites(ids), graph(ids)
+    for output in outputs:
+        output.square().sum().backward()
+    assert captured(sites) == 0
+    torch.testing.assert_close(*outputs)
+    assert gradients(sites).keys() == gradients(graph).keys() != set()
+    torch.testing.assert_close(gradients(sites), gradients(graph))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_linear_layer_gives_the_bits_of_the_graph(dropout):
+    sites, graph = pair(nn.Sequential(nn.Linear(5, 7)), RANDOM | {"target_modules": ["0"], "lora_dropout": dropout})
+    outputs = []
+    for lora in (sites, graph):
+        torch.manual_seed(1)
+        outputs.append(lora.train()(torch.ones(2, 9, 5)))
+        outputs[-1].square().sum().backward()
+    assert captured(sites) == 0 and torch.equal(*outputs)
+    assert all(torch.equal(gradient, gradients(sites)[name]) for name, gradient in gradients(graph).items())
+
+
+def test_a_scale_that_changes_is_read_in_each_call():
+    sites, graph = pair(Chain())
+    x = torch.randn(5, 4)
+    for scale in (0.5, 3.0):
+        for lora in (sites, graph):
+            lora.set_scale("default", scale)
+        torch.testing.assert_close(sites(x), graph(x))
+    assert captured(sites) == 0
+
+
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]])
+def test_adapters_wrap_each_other_in_their_order(names):
+    sites, graph = pair(Chain())
+    for lora in (sites, graph):
+        lora.add_adapter("other", RANDOM | {"r": 3, "target_modules": ["second"]}, random_state=1)
+        lora.set_adapter(names)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(sites(x), graph(x))
+    assert captured(sites) == 0
+
+
+def test_merged_adapters_are_not_added_again():
+    sites, _ = pair(Chain())
+    x = torch.randn(5, 4)
+    before = sites(x)
+    sites.merge_adapter()
+    torch.testing.assert_close(sites(x), before)
+    assert captured(sites) == 0
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", None])
+def test_updates_are_computed_in_the_dtype_that_is_asked_for(adapter_dtype):
+    sites, graph = (
+        lorafx.compile(Chain().bfloat16(), RANDOM, capture=how, random_state=0, adapter_compute_dtype=adapter_dtype)
+        for how in ("sites", "graph")
+    )
+    graph.load_state_dict(sites.state_dict())
+    x = torch.randn(5, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(sites(x), graph(x))
+    assert captured(sites) == 0 and sites(x).dtype == torch.bfloat16
+
+
+class Normed(nn.Module):
+    """Has biases and modules that an adapter has copies of, away from its sites, and buffers that change."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)))
+
+
+def test_copies_of_base_tensors_are_read_wherever_the_model_reads_these():
+    config = RANDOM | {"target_modules": ["first"], "modules_to_save": ["norm", "head"], "bias": "all"}
+    sites, graph = pair(Normed().train(), config)
+    x = torch.randn(8, 4)
+    for lora in (sites, graph):
+        for parameter in (lora.head.modules_to_save.default.weight, lora.norm.modules_to_save.default.bias):
+            parameter.data.add_(1.0)
+    outputs = sites(x), graph(x)
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(gradients(sites), gradients(graph), rtol=1e-4, atol=1e-5)
+    means = [lora.norm.modules_to_save.default.running_mean for lora in (sites, graph)]
+    torch.testing.assert_close(*means)
+    assert captured(sites) == 0 and means[0].abs().max() > 0 and not sites.norm.running_mean.any()
+
+
+def test_a_convolution_with_padding_in_words_is_another_operator():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 5, 3, padding="same")
+
+        def forward(self, x):
+            return self.conv(x)
+
+    sites, graph = pair(Padded(), RANDOM | {"target_modules": ["conv"]})
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(sites(x), graph(x))
+    assert captured(sites) == 0
+
+
+class Functional(nn.Module):
+    """Reads its weights by functions, in forms of a call that `how` names."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.conv1d, self.table, self.how = nn.Linear(4, 6), Conv1D(6, 4), nn.Embedding(9, 4), how
+
+    def forward(self, x):
+        ids = torch.arange(5).repeat(2, 1)
+        match self.how:
+            case "keywords":
+                return F.linear(input=x, bias=self.linear.bias, weight=self.linear.weight)
+            case "another's bias":
+                return F.linear(x, self.linear.weight, torch.ones(6))
+            case "padding":
+                return F.embedding(ids, self.table.weight, padding_idx=-7)
+            case "addmm":
+                return torch.addmm(self.conv1d.bias, x[0], self.conv1d.weight, alpha=2)
+            case "tied":
+                return F.linear(F.embedding(ids, self.table.weight), self.table.weight)
+
+
+@pytest.mark.parametrize("how", ["keywords", "another's bias", "padding", "tied"])
+def test_calls_may_take_any_form(how):
+    sites, graph = pair(Functional(how), RANDOM | {"target_modules": ["linear", "conv1d", "table"]})
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(sites(x), graph(x))
+    assert captured(sites) == 0
+
+
+def test_a_form_that_is_another_operator_is_captured_and_refused():
+    sites, _ = pair(Functional("addmm"), RANDOM | {"target_modules": ["conv1d"]})
+    with pytest.raises(lorafx.errors.UncoveredOperatorError, match=r"conv1d: its weight is read by aten\.addmm"):
+        sites(torch.randn(2, 5, 4))
