@@ -22,8 +22,8 @@ _own_forward = torch.ops.lorafx.own_forward.default
 class ElidePacked(Pass):
     """Afterwards no packed weight is read."""
 
-    requires = frozenset({"adapters"})
     exact = True
+    requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0
