@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter, remove
 from ..errors import AdapterError, MergeError
+from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
@@ -127,26 +129,48 @@ class Merges(Part):
         self._lorafx.ledger.unmerge(self.tree)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Iterable[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Iterable[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
         """Merge for good and return the base model object, a plain model again.
 
         Merges the active adapters, or those named, besides what is merged already; others are dropped. Biases and
         modules that the adapters trained as a whole replace the base's. Arguments and errors are those of
         `merge_adapter`.
+
+        With a `dtype` the model is one of that dtype, without quantised layers: dense ones take their places, whose
+        weights are what these stand for, with the adapters in them, computed in float64 and rounded once. Raises
+        `MergeError` for a layer whose weight only the layer itself can read.
         """
         ledger = self._lorafx.ledger
         names = self._lorafx.active if adapter_names is None else self._listed(adapter_names)
         adapters = self._in_order([name for name in names if name not in ledger.names])
         chosen = dict.fromkeys((*ledger.names, *names))
         self._require_together(chosen)
+        if dtype is not None:
+            require_readable(self.tree)
         with self._alone(chosen):
+            if dtype is not None:
+                adapters = self._of_dense_sites([self._adapter(name) for name in chosen])
             if adapters:
                 self._merge(adapters, safe=safe_merge, progressbar=progressbar)
         for name in chosen:
             _keep_replaced(self.tree, self._adapter(name))
         self._lorafx.ledger = Ledger()
-        return self._given_back()
+        if dtype is None:
+            return self._given_back()
+        layers = dict(dense_layers(self.tree, [self._adapter(name) for name in chosen], dtype))
+        return _with_layers(self._given_back(), layers).to(dtype)
+
+    def _of_dense_sites(self, adapters: list[Adapter]) -> list[Adapter]:
+        """The parts of these adapters at sites that are not quantised, none of them merged any more."""
+        self._lorafx.ledger.unmerge(self.tree)
+        kept = [[site.weight for site in adapter.selection if not site.storage.whole] for adapter in adapters]
+        return [adapter.restricted_to(sites, adapter.replaced) for adapter, sites in zip(adapters, kept)]
 
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does.
@@ -183,6 +207,17 @@ class Merges(Part):
             if parameter is not None and parameter.is_floating_point():
                 parameter.requires_grad_(flag)
         return state.base
+
+
+def _with_layers(base: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A model with other layers at these paths, which are no quantised ones."""
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        if path:
+            setattr(base.get_submodule(parent), name, layer)
+    if layers:
+        forget_quantisation(base)
+    return layers.get("", base)
 
 
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_layers import CONFIG, Layers, hold, trained
+from packed_layers import CONFIG, Elsewhere, Layers, Packed, hold, trained
 from torch import nn
 
 import lorafx
@@ -10,39 +10,6 @@ from lorafx.adapters import adapter, kinds
 from lorafx.errors import ConfigError, MergeError
 
 CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
-
-
-class Packed(nn.Module):
-    """As those of GPTQ: codes of 4 bits in integers of 32, with scales."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.infeatures, self.outfeatures = inputs, outputs
-        weight = torch.randn(outputs, inputs) / inputs**0.5
-        scales = weight.abs().amax(1, keepdim=True) / 7
-        codes = (weight / scales).round().to(torch.int32) + 8
-        shifts = 4 * torch.arange(8, dtype=torch.int32)
-        self.register_buffer("qweight", (codes.view(outputs, -1, 8) << shifts).sum(-1, dtype=torch.int32))
-        self.register_buffer("scales", scales)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x):
-        codes = (self.qweight[..., None] >> 4 * torch.arange(8, dtype=torch.int32)) & 15
-        return nn.functional.linear(x, (codes.flatten(1) - 8).to(x.dtype) * self.scales, self.bias)
-
-
-class Elsewhere(nn.Module):
-    """Whose weight is no tensor of the module, and whose code looks at numbers."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.in_features, self.out_features = inputs, outputs
-        self.weights = [torch.randn(outputs, inputs) / inputs**0.5]
-
-    def forward(self, x):
-        if float(x.abs().max()) > 1e9:
-            raise ValueError("too large")
-        return x @ self.weights[0].T
 
 
 @pytest.mark.slow

@@ -37,6 +37,39 @@ class Layers(nn.Module):
         return x
 
 
+class Packed(nn.Module):
+    """As those of GPTQ: codes of 4 bits in integers of 32, with scales."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.infeatures, self.outfeatures = inputs, outputs
+        weight = torch.randn(outputs, inputs) / inputs**0.5
+        scales = weight.abs().amax(1, keepdim=True) / 7
+        codes = (weight / scales).round().to(torch.int32) + 8
+        shifts = 4 * torch.arange(8, dtype=torch.int32)
+        self.register_buffer("qweight", (codes.view(outputs, -1, 8) << shifts).sum(-1, dtype=torch.int32))
+        self.register_buffer("scales", scales)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        codes = (self.qweight[..., None] >> 4 * torch.arange(8, dtype=torch.int32)) & 15
+        return nn.functional.linear(x, (codes.flatten(1) - 8).to(x.dtype) * self.scales, self.bias)
+
+
+class Elsewhere(nn.Module):
+    """Whose weight is no tensor of the module, and whose code looks at numbers."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weights = [torch.randn(outputs, inputs) / inputs**0.5]
+
+    def forward(self, x):
+        if float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        return x @ self.weights[0].T
+
+
 def formula(base, lora, x):
     """What the adapted model computes: each quantised layer as it is by itself, and the update beside it."""
 
