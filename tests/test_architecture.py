@@ -34,6 +34,7 @@ INSIDE = {
             "offload",
             "deferral",
             "dropout",
+            "own_forward",
             "linear",
             "attention",
         ),

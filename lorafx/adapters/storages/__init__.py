@@ -16,7 +16,7 @@ from .bitsandbytes_8bit import Bitsandbytes8bit
 from .dense import DENSE, Dense
 from .float8 import FLOAT8, Float8, Float8Linear
 from .opaque import Opaque
-from .own_forward import OwnForward
+from .own_layer import OwnLayer
 from .storage import Storage
 from .torchao import TorchAO
 
@@ -47,7 +47,7 @@ def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
     chosen = set(adapted)
     for path, module in root.named_modules():
         for _, _, storage in weights_of(module):
-            if isinstance(storage, OwnForward) and (path in chosen or storage.is_certain(module)):
+            if isinstance(storage, OwnLayer) and (path in chosen or storage.is_certain(module)):
                 storage.of(module, path).install(module)  # type: ignore[attr-defined]
 
 
@@ -58,7 +58,7 @@ __all__ = [
     "Dense",
     "Float8",
     "Float8Linear",
-    "OwnForward",
+    "OwnLayer",
     "Storage",
     "keep_own_layers",
     "register",

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...errors import SelectionError
 from ..readings import EMBEDDING, LINEAR, Reading
-from .own_forward import OwnForward, is_of
+from .own_layer import OwnLayer, is_of
 
 
-class Bitsandbytes4bit(OwnForward):
+class Bitsandbytes4bit(OwnLayer):
     """Packed weights with a `quant_state`. Merging quantises anew, absmax too, in the blocks there are."""
 
     name = "bitsandbytes 4-bit"
@@ -113,11 +113,20 @@ def _dynamic_code(device: torch.device) -> Tensor:
     return functional.create_dynamic_map().to(device)
 
 
-def _unpack(weight: Any) -> None:
-    """Give a weight that was packed for the CPU its usual form, with absmax as it was rounded, not quantised again."""
-    from bitsandbytes import functional
+_ROWS = 32  # are packed together for the CPU
 
+
+def _unpack(weight: Any) -> None:
+    """Give a weight that was packed for the CPU its usual form, with absmax as it was rounded, not quantised again.
+
+    Its bytes then hold the codes of 32 rows by turns; usually each holds those of two columns of one row.
+    """
     state = weight.quant_state
-    absmax = state.absmax.t().reshape(-1).float()
-    weight.data, _ = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax, state.nested, state.offset, state.state2 = absmax, False, None, None
+    rows, columns = state.shape
+    pairs = weight.data.reshape(-1, _ROWS)
+    codes = torch.cat([pairs & 15, pairs >> 4], -1).reshape(rows // _ROWS, columns // 2, _ROWS, 2)
+    codes = codes.transpose(1, 2).reshape(-1, 2)
+    packed = (codes[:, 0] << 4 | codes[:, 1]).reshape(state.original_qshape)
+    weight.data = packed.view(getattr(state, "original_storage_type", None) or packed.dtype)
+    state.absmax, state.dtype = state.absmax.t().reshape(-1).float(), state.original_dtype
+    state.nested, state.offset, state.state2, state.packing_format_for_cpu = False, None, None, False

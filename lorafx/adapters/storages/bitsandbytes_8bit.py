@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ...errors import SelectionError
 from ..readings import EMBEDDING, LINEAR, Reading
-from .own_forward import OwnForward, is_of
+from .own_layer import OwnLayer, is_of
 
 _LARGEST = 127
 
 
-class Bitsandbytes8bit(OwnForward):
+class Bitsandbytes8bit(OwnLayer):
     """Weights of int8 by rows, or of floats that are quantised in each call."""
 
     name = "bitsandbytes 8-bit"

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ...tree.attached import own_modules
 from ...tree.own_layers import TOKEN, token_of
 from ..readings import LINEAR, Reading
-from .own_forward import OwnForward
+from .own_layer import OwnLayer
 
 # What libraries call the numbers of features of their layers.
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
 
 
-class Opaque(OwnForward):
+class Opaque(OwnLayer):
     """Layers with numbers of features, and no weight of so many floats in them or below them."""
 
     name = "opaque"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ...errors import MergeError
 from ..readings import EMBEDDING, LINEAR, Reading
-from .own_forward import OwnForward
+from .own_layer import OwnLayer
 
 _INSTEAD = "merge into the original checkpoint instead (`lorafx.merge`), and quantise the result"
 
 
-class TorchAO(OwnForward):
+class TorchAO(OwnLayer):
     """One of torchao's tensors as the weight of `nn.Linear` or `nn.Embedding`.
 
     Those that are symmetric, one number of 8 bits each, can be merged into: with new scales, in the blocks there are.

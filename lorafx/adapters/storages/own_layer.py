@@ -35,7 +35,7 @@ LAYER = Operator(layer, narrow, wide)
 ROWS = Operator(rows, narrow_of_rows, wide_of_rows, transposed=True, lookup=True)
 
 
-class OwnForward(Storage):
+class OwnLayer(Storage):
     """Weights that are read by their module's forward alone. A subclass says which modules keep theirs so.
 
     An adapter acts on what that forward gives, in the dtype that it gives.
