@@ -34,8 +34,12 @@ BOUND = "operator_"  # prefix of the operator's argument names, so that none is 
 
 def patterns(site: Site) -> dict[Operator, Graph]:
     """The operators that may read a site's weight, each with its pattern on the weight as it is stored."""
-    own = tuple(each for each in site.storage.operators if each.lookup == site.reading.lookup)
-    return _patterns(own, operators_for(site.reading, len(site.weight_shape)), site.storage)
+    return _patterns(own_operators(site), operators_for(site.reading, len(site.weight_shape)), site.storage)
+
+
+def own_operators(site: Site) -> tuple[Operator, ...]:
+    """The operators that read the weight as it is stored."""
+    return tuple(each for each in site.storage.operators if each.lookup == site.reading.lookup)
 
 
 @functools.cache

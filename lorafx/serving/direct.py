@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.equation import Equation
+from ..adapters.equation import Equation, own_operators
 from ..adapters.kinds import Operands
 from ..adapters.readings import Operator, operators_for
 from ..adapters.readings.reading import Arguments, names_of
@@ -119,7 +119,7 @@ class Direct:
 
     def _found(self, func: Callable[..., Any], acting: tuple[tuple[Adapter, Site], ...]) -> Iterator[Read]:
         """The operators that a function may be, each with the equations of the adapters that are not merged."""
-        if any(site.storage != DENSE for _, site in acting):
+        if not all(site.storage == DENSE or site.storage.whole for _, site in acting):
             return
         around = [(adapter, site) for adapter, site in acting if adapter.name not in self.table.merged]
         for operator, arguments in _operators(func, acting[0][1]):
@@ -149,7 +149,7 @@ class Direct:
 def _operators(func: Callable[..., Any], site: Site) -> list[tuple[Operator, Arguments]]:
     """The operators that a function may be at a site: those of its reading, or of others that may read its weight."""
     reading = site.reading
-    for operators in (reading.operators, operators_for(reading, len(site.weight_shape))):
+    for operators in (own_operators(site), reading.operators, operators_for(reading, len(site.weight_shape))):
         if found := [(each, how) for each in operators for known, how in each.calls if known is func]:
             return found
     return []

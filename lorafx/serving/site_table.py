@@ -85,6 +85,8 @@ class SiteTable:
 
 
 def _reads_plainly(owner: nn.Module, site: Site) -> bool:
+    if site.storage.whole:  # one operator stands for the whole forward
+        return True
     own = {module.forward for module in site.reading.modules}
     return site.storage == DENSE and bool(site.reading.operators[0].calls) and type(owner).forward in own
 

@@ -49,7 +49,7 @@ class OwnForward:
         weight, bias = getattr(self.module, self.parameter, None), self.module._parameters.get("bias")
         number = self.module._buffers.get(NUMBER)  # only what a capture looks at has it there
         number = number_of(self.module) if number is None else number
-        return torch.ops.lorafx.own_forward(x, weight, bias, number, self.features, self.dtype)
+        return torch.ops.lorafx.own_forward.default(x, weight, bias, number, self.features, self.dtype)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the module itself computes, with this bias."""

@@ -67,3 +67,18 @@ def test_a_kind_that_needs_the_weight_is_refused(monkeypatch):
     monkeypatch.setattr(type(kinds.kind_of("LORA")), "reads_weight", True)
     with pytest.raises(ConfigError, match=r"layers\.0\.up.*cannot be read"):
         adapter.plan(Layers(Packed), "default", config)
+
+
+def test_first_calls_need_no_graph(early):
+    """Of what the layer gives and the update beside it, with the bits of the formula; later calls are a graph."""
+    base, x = Layers(Packed), torch.randn(2, 5, 64)
+    lora = lorafx.compile(base, CONFIG | {"bias": "lora_only"})
+    with torch.no_grad():
+        lora.layers[0].up.trained_bias.default.bias.add_(1)
+    for _ in range(4):
+        lora(x).sum().backward()
+    (call,) = lora.explain().calls
+    assert call.early == 3 and call.served_by == "graph" and lora.explain().operators == 0
+    plain = lorafx.compile(base, CONFIG | {"bias": "lora_only"}, capture="graph")
+    plain.load_state_dict(lora.state_dict())
+    torch.testing.assert_close(lora(x), plain(x), rtol=0, atol=0)

@@ -26,13 +26,18 @@ def rows(x, weight, bias, number, features, dtype):
     return _own_forward(x, weight, bias, number, features, dtype)
 
 
+def called(x, weight, bias, number, features, dtype):
+    return x, weight, bias, number, features, dtype
+
+
 def narrow_of_rows(x, a):
     """(…,) of row numbers, (r, rows) -> (…, r)"""
     return aten.embedding.default(aten.t.default(a), x)
 
 
-LAYER = Operator(layer, narrow, wide)
-ROWS = Operator(rows, narrow_of_rows, wide_of_rows, transposed=True, lookup=True)
+CALLS = ((_own_forward, called),)
+LAYER = Operator(layer, narrow, wide, calls=CALLS)
+ROWS = Operator(rows, narrow_of_rows, wide_of_rows, transposed=True, lookup=True, calls=CALLS)
 
 
 class OwnLayer(Storage):
