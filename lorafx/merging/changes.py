@@ -46,14 +46,14 @@ class Change:
     ) -> Iterator[Tensor]:
         """The tensor as it becomes, in blocks of whole rows; `read` gives rows of the base's, from one to another.
 
-        Computed as in memory, or in float64 where the base is stored in another dtype than this, and rounded once.
-        Raises `MergeError`, naming it as `what`, if it does not fit `dtype`.
+        Computed in float32 or a wider dtype of the two, as in memory. Raises `MergeError`, naming it as `what`, if it
+        does not fit `dtype`.
         """
         like, count = torch.empty((), dtype=dtype).expand(shape), shape[0] if shape else 1
         whole = blocks(self.sources, like)
         parts = (self._rows(read, *_ends(rows, count), dtype, what) for rows in whole)
         first = next(parts)
-        wide = torch.promote_types(dtype, torch.float32 if first.dtype == dtype else torch.float64)
+        wide = torch.promote_types(torch.promote_types(dtype, first.dtype), torch.float32)
         does = steps(self.sources, self.role, torch.empty((), dtype=wide).expand(shape), whole) if self.sources else ()
         for part, step in itertools.zip_longest(itertools.chain([first], parts), does):
             yield rounded(part if step is None else step.merged(part), dtype, what)

@@ -43,7 +43,7 @@ def merge(
 
     `base` is a folder of safetensors, or the id of a repository on the Hub: the original checkpoint, also where the
     adapter was trained on a quantised one. `adapter` is a folder in PEFT's format or an id, or several, which are
-    merged in this order. Each weight is computed in float64 and rounded once, to the `dtype` that is given ("bfloat16",
+    merged in this order. Each weight is computed in float32 and rounded once, to the `dtype` that is given ("bfloat16",
     "float16" or "float32"), or else to the one that it is stored in. The files are the base's, with the same tensors in
     each; configs and tokenizer are copied.
 

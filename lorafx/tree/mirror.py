@@ -41,10 +41,11 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     forward = uncompiled(vars(model).get("forward"))
     if getattr(forward, "lorafx", False) or STATE in vars(model):  # `model` is adapted, and its `forward` serves calls
         copy.__dict__.pop("forward", None)
+        replaced: dict[str, Any] = {}
         while getattr(forward, "lorafx", False):
             replaced = forward.replaced  # type: ignore[union-attr]
             forward = replaced.get("forward")
-        copy.__dict__.update({} if forward is None or STATE in vars(model) else {"forward": forward})
+        copy.__dict__.update(replaced)
     attached = vars(model).get(ATTACHED, ())
     copy.__dict__["_modules"] = {
         name: child if child is None else mirror(child, memo)

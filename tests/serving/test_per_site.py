@@ -222,7 +222,9 @@ def test_merged_disabled_and_autocast_calls_go_by_sites_too():
     graph, sites = both_ways(Chain())
     x = torch.randn(5, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        rounding = 2**-7 * graph(x).abs().max()  # of the base's result and of the update, by one of bfloat16 each
+        rounding = float(
+            2**-7 * graph(x).abs().max()
+        )  # of the base's result and of the update, by one of bfloat16 each
         torch.testing.assert_close(graph(x), sites(x), rtol=0, atol=rounding)
         assert sites(x).dtype == torch.bfloat16
     for lora in (graph, sites):

@@ -7,6 +7,8 @@ every weight that has a reading. `register` adds a reading of your own.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .convolution import CONVOLUTIONS
 from .embedding import EMBEDDING
 from .linear import CONV1D, LINEAR
@@ -25,7 +27,10 @@ def register(reading: Reading) -> Reading:
 def operators_for(reading: Reading, dimensions: int) -> tuple[Operator, ...]:
     """The operators that may read a weight: its own first, then, for a matrix, those of any other matrix."""
     others = [other for other in READINGS if other.matrix] if reading.matrix and dimensions == 2 else []
-    return tuple(dict.fromkeys(operator for each in (reading, *others) for operator in each.operators))
+    found: dict[Any, Operator] = {}
+    for operator in (operator for each in (reading, *others) for operator in each.operators):
+        found.setdefault(operator.pattern, operator)
+    return tuple(found.values())
 
 
 __all__ = [
