@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters.storages import keep_own_layers
+from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
 from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
@@ -101,6 +101,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     register_caches(base)
     tree = mirrored(base)
     keep_own_layers(tree)
+    prepare_base(base)
     tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..adapters.adapter import Adapter
 from ..adapters.site import Site
-from ..errors import AdapterError, CheckpointError, MergeError
+from ..errors import AdapterError, CheckpointError
 from ..files.checkpoint import name_of
 from ..tree.lookup import tensor_at
 from .adaptation import of
@@ -73,11 +73,7 @@ def replace_lora_weights_loftq(
 
 def _quantised(tree: nn.Module, adapter: Adapter) -> Iterator[Site]:
     for site in adapter.selection:
-        if site.storage.lossy:
-            try:
-                _dense(tree, site)
-            except MergeError:  # only its own module can read it
-                continue
+        if site.storage.lossy and site.storage.readable:
             yield site
 
 

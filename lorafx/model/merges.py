@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter, remove
-from ..errors import AdapterError, MergeError
+from ..errors import AdapterError, ConfigError, MergeError
 from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
 from ..tree.lookup import find_tensor, tensor_at
@@ -152,6 +152,7 @@ class Merges(Part):
         chosen = dict.fromkeys((*ledger.names, *names))
         self._require_together(chosen)
         if dtype is not None:
+            _require_float(dtype)
             require_readable(self.tree)
         with self._alone(chosen):
             if dtype is not None:
@@ -207,6 +208,11 @@ class Merges(Part):
             if parameter is not None and parameter.is_floating_point():
                 parameter.requires_grad_(flag)
         return state.base
+
+
+def _require_float(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ConfigError(f"dtype={dtype!r}: a model is merged into torch.float32, bfloat16, float16 or float64")
 
 
 def _with_layers(base: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

@@ -40,11 +40,14 @@ def _run(x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: t
     forward = own_forward_of(module)
     assert forward is not None, "only own layers have numbers"
     y = forward.run(x, bias)
-    expected = (features, dtype or x.dtype)
-    if (y.shape[-1], y.dtype) != expected:
+    wanted = dtype or x.dtype
+    found = f"{y.shape[-1]} features in {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    if isinstance(y, Tensor) and torch.is_autocast_enabled(x.device.type):
+        y = y.to(wanted)  # autocast computes in a dtype of its own
+    if not isinstance(y, Tensor) or (y.shape[-1], y.dtype) != (features, wanted):
         raise AdapterError(
-            f"{type(module).__name__} gave {y.shape[-1]} features in {y.dtype} of {x.dtype}, where lorafx expected "
-            f"{expected[0]} in {expected[1]}; give it inputs of the dtype that it computes in"
+            f"{type(module).__name__} gave {found} of {x.dtype}, where lorafx expected {features} features in "
+            f"{wanted}; give it inputs of the dtype that it computes in, or leave it out"
         )
     return y
 

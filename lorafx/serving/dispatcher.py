@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,8 +103,14 @@ class Dispatcher:
         for program in kept:
             if program.waits and self.early.is_due(key):
                 return self.run_first(self.make_graph(program, call), call)
-            with suppress(GuardFailed):  # it is a graph for other sizes
+            try:
                 return self.run(program, call)
+            except GuardFailed:  # it is a graph for other sizes
+                continue
+            except UncoveredOperatorError:  # the next such call is given a graph, which may do what equations cannot
+                if program.waits:
+                    self.early.give_up(path)
+                raise
         return self.run_first(self.make(key, call, len(kept)), call)
 
     def key(self, call: Call) -> CallKey:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..capture.written_arguments import changed, contents, given, pour
+from ..tree.attached import own_modules
 from .call_key import FREE_COUNTER, Call, CallKey
 from .free_counters import is_counter
 
@@ -34,15 +35,15 @@ class EarlyCalls:
 
     def may_wait(self, key: CallKey) -> bool:
         """Whether a graph for such a call may wait, as far as is known of calls like it."""
-        return key.part not in self._at_once and not self.is_due(key)
+        return not self.is_due(key)
 
     def count(self, key: CallKey) -> None:
         """Note that such a call was served."""
         self._seen[_kind(key)] += 1
 
     def is_due(self, key: CallKey) -> bool:
-        """Whether such calls have come often enough for a graph."""
-        return self.seen(key) >= REPEATS
+        """Whether such calls have come often enough for a graph, or must have one."""
+        return key.part in self._at_once or self.seen(key) >= REPEATS
 
     def seen(self, key: CallKey) -> int:
         """How many such calls have been served early."""
@@ -60,24 +61,32 @@ def _kind(key: CallKey) -> CallKey:
 
 
 class Before(NamedTuple):
-    """What a call may change of its arguments and of random numbers, as it was before, to be put back."""
+    """What a call may change of its arguments, buffers and random numbers, as it was before, to be put back."""
 
     containers: Mapping[str, Any]
     held: Mapping[str, tuple[list[Any], pytree.TreeSpec]]
     random: tuple[Tensor, ...]
+    tensors: tuple[tuple[Tensor, Tensor], ...]  # each with a copy
 
     @classmethod
     def of(cls, call: Call) -> Before:
         """As it is now."""
         containers = given(call.args, call.kwargs)
         on_devices = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return cls(containers, contents(containers), (torch.get_rng_state(), *on_devices))
+        buffers = [buffer for module in own_modules(call.tree) for buffer in module._buffers.values()]
+        written = [each for each in (*buffers, *call.leaves) if isinstance(each, Tensor) and not each.requires_grad]
+        copies = tuple((each, each.detach().clone()) for each in written if not each.is_meta)
+        return cls(containers, contents(containers), (torch.get_rng_state(), *on_devices), copies)
 
     def put_back(self) -> None:
         """Make it so again."""
         for name, container in changed(self.containers, self.held).items():
             leaves, spec = self.held[name]
             pour(container, spec.unflatten(leaves))
+        with torch.no_grad():
+            for tensor, copy in self.tensors:
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
         torch.set_rng_state(self.random[0])
         if self.random[1:]:
             torch.cuda.set_rng_state_all(list(self.random[1:]))

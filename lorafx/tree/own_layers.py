@@ -6,25 +6,25 @@ module to run by a number, a tensor beside the module's own, since that is what 
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
-from collections.abc import Callable, Iterator
+import inspect
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import AdapterError, CaptureError
 from ..torch_private.tensors import enabled_torch_function
+from .hooks import RUNNING
 
 NUMBER = "lorafx_number"  # on an own layer: the tensor that has its number
 TOKEN = "lorafx_token"  # on an own layer without tensors: one that stands for its weight
 
 _LAYERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # graphs of all trees know layers by number
-_NUMBERS = itertools.count(1)
-_SWAPPING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,49 @@ class OwnForward:
 
     lorafx = True
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         weight, bias = getattr(self.module, self.parameter, None), self.module._parameters.get("bias")
         number = self.module._buffers.get(NUMBER)  # only what a capture looks at has it there
+        captured, mode = number is not None, RUNNING.mode
+        # Only those who look for sites are shown the weight, which may be of a class that operators do not know.
+        shown = captured or (mode is not None and id(weight) in mode.weights)
+        x = self._input(args, kwargs)
+        if x is None and not shown:
+            return self._own(self.module)(*args, **kwargs)
+        if x is None:
+            error = CaptureError if captured else AdapterError
+            raise error(
+                f"{type(self.module).__name__}, whose weight only its own code reads, is called with more than one "
+                "tensor, and no adapter can act there"
+            )
         number = number_of(self.module) if number is None else number
-        return torch.ops.lorafx.own_forward.default(x, weight, bias, number, self.features, self.dtype)
+        given = weight if shown else None
+        return torch.ops.lorafx.own_forward.default(x, given, bias, number, self.features, self.dtype)
 
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the module itself computes, with this bias."""
-        self.prepare(self.module)
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The one tensor that the module is given, by position or by name; None if it is given anything else."""
+        names = list(inspect.signature(type(self.module).forward).parameters)[1:2]
+        if len(args) + len(kwargs) != 1 or (kwargs and list(kwargs) != names):
+            return None
+        value = args[0] if args else kwargs[names[0]]
+        return value if isinstance(value, Tensor) else None
+
+    def _own(self, module: nn.Module) -> Callable[..., Any]:
         forward = self.replaced.get("forward")
-        with enabled_torch_function(), _with_bias(self.module, bias):
-            return type(self.module).forward(self.module, x) if forward is None else forward(x)
+        return MethodType(type(module).forward, module) if forward is None else forward
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Any:
+        """What the module itself computes, with this bias, which may be an adapter's copy."""
+        self.prepare(self.module)
+        module = self.module
+        if bias is not module._parameters.get("bias"):  # a twin, for others may run the module meanwhile
+            twin = object.__new__(type(module))
+            own = getattr(module, "compute_dtype", None) or x.dtype
+            cast = None if bias is None else bias.to(own)
+            twin.__dict__ = {**vars(module), "_parameters": {**module._parameters, "bias": cast}}
+            module = twin
+        with enabled_torch_function():
+            return self._own(module)(x)
 
 
 def own_forward_of(module: nn.Module) -> OwnForward | None:
@@ -80,7 +111,7 @@ def number_of(module: nn.Module) -> Tensor:
     """The tensor that has an own layer's number: a copy of a model has numbers of its own."""
     number = vars(module).get(NUMBER)
     if number is None or _LAYERS.get(int(number)) is not module:
-        number = torch.tensor(next(_NUMBERS))
+        number = torch.tensor(secrets.randbits(62))  # of no other process either, which may load an exported model
         _LAYERS[int(number)] = module
         module.__dict__[NUMBER] = number
     return number
@@ -92,8 +123,14 @@ def token_of(module: nn.Module) -> Tensor:
 
 
 def layer_of(number: Tensor) -> nn.Module:
-    """The own layer of a number."""
-    return _LAYERS[int(number)]
+    """The own layer of a number. Raises `AdapterError` if there is none here, or no longer."""
+    module = _LAYERS.get(int(number))
+    if module is None:
+        raise AdapterError(
+            "a quantised layer that this graph runs is not there: its model is deleted, or in another process; "
+            "what is exported of a quantised model runs next to that model alone"
+        )
+    return module
 
 
 def show_own_layers(bare: nn.Module, tree: nn.Module) -> None:
@@ -117,20 +154,6 @@ def show_own_layers(bare: nn.Module, tree: nn.Module) -> None:
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    """A tensor of the same size, for the model may ask for that, of one number."""
+    empty = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-@contextlib.contextmanager
-def _with_bias(module: nn.Module, bias: Tensor | None) -> Iterator[None]:
-    """Have a module use another bias than its own, as an adapter's copy."""
-    own: Any = module._parameters.get("bias")
-    if bias is own:
-        yield
-        return
-    with _SWAPPING:
-        module._parameters["bias"] = bias  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            module._parameters["bias"] = own

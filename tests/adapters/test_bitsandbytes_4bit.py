@@ -55,8 +55,8 @@ def test_a_dense_weight_is_what_bitsandbytes_computes_with():
 
 def test_what_was_packed_for_the_cpu_is_unpacked(tmp_path):
     """Where a processor has bfloat16 in AVX-512, a base that ran in evaluation is kept otherwise than before."""
-    for twice in (True, False):
-        base, x = build(compress_statistics=twice), torch.randn(7, 64)
+    for twice, kept_as in ((True, torch.uint8), (False, torch.bfloat16)):
+        base, x = build(compress_statistics=twice, quant_storage=kept_as), torch.randn(7, 64)
         before = base(x).detach()
         for layer in base.modules():
             if isinstance(layer, bnb.nn.Linear4bit):
@@ -127,3 +127,18 @@ def test_an_adapter_of_the_packed_shape_is_an_error(tmp_path):
     base = Layers(lambda i, o: bnb.nn.Linear4bit(i, o + 64)).to("cpu")
     with pytest.raises(LorafxError, match=r"layers\.0\.up"):
         lorafx.load(base, tmp_path)
+
+
+def test_the_bases_own_calls_leave_shared_weights_as_they_are():
+    """In evaluation bitsandbytes would pack them for the CPU, and could not find the way back."""
+    base, x = build(quant_type="nf4"), torch.randn(7, 64)
+    lora = lorafx.compile(base, CONFIG, capture="sites")
+    expected = lora(x)
+    with torch.no_grad():
+        base.eval()(x)
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+    lora.merge_adapter()
+    with torch.no_grad():
+        base(x)
+    lora.unmerge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)

@@ -79,3 +79,32 @@ def test_embeddings():
 def test_what_is_not_quantised_yet_is_an_error():
     with pytest.raises(SelectionError, match=r"layers\.0\.up.*not been quantised to 8 bits"):
         lorafx.compile(Layers(lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)), CONFIG)
+
+
+def test_under_autocast_the_dtype_stays_that_of_the_input():
+    """bitsandbytes' training forward follows autocast, its evaluation does not; a graph cannot ask which."""
+    base, x = build(has_fp16_weights=False), torch.randn(7, 64)
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(base, CONFIG, capture=capture, random_state=0)
+        expected = lora(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = lora(x)
+        found.sum().backward()
+        assert (found - expected).norm() < 2**-5 * expected.norm()  # six layers, each rounded to 8 bits
+
+
+def test_a_model_that_asks_for_the_size_of_a_quantised_weight_gets_it():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed, self.head = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False), nn.Linear(128, 5)
+
+        def forward(self, x):
+            return self.head(self.packed(x)) / self.packed.weight.shape[0]
+
+    base, x = Scaled().to("cpu"), torch.randn(3, 64)
+    graph, sites = (
+        lorafx.compile(base, CONFIG | {"target_modules": ["head"]}, capture=capture, random_state=0)
+        for capture in ("graph", "sites")
+    )
+    torch.testing.assert_close(graph(x), sites(x), **CLOSE)

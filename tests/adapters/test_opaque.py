@@ -7,7 +7,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapters import adapter, kinds
-from lorafx.errors import ConfigError, MergeError
+from lorafx.errors import AdapterError, ConfigError, MergeError
 
 CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
 
@@ -82,3 +82,37 @@ def test_first_calls_need_no_graph(early):
     plain = lorafx.compile(base, CONFIG | {"bias": "lora_only"}, capture="graph")
     plain.load_state_dict(lora.state_dict())
     torch.testing.assert_close(lora(x), plain(x), rtol=0, atol=0)
+
+
+class Gated(nn.Module):
+    """It has numbers of features and packed numbers, and is given two tensors, and gives two."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("codes", torch.ones(outputs, inputs, dtype=torch.int8))
+
+    def forward(self, x, gate):
+        return x @ self.codes.to(x.dtype).T * gate, None
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gated, self.head = Gated(64, 32), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head(self.gated(x, torch.tensor(2.0))[0])
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_what_is_like_a_layer_and_no_layer_runs_as_it_is(capture):
+    base, x = Net(), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG | {"target_modules": ["head"], "init_lora_weights": True}, capture=capture)
+    torch.testing.assert_close(lora(x), base(x), **CLOSE)
+
+
+def test_an_adapter_on_a_layer_of_two_inputs_is_an_error():
+    lora = lorafx.compile(Net(), CONFIG | {"target_modules": ["gated"]}, capture="sites")
+    with pytest.raises(AdapterError, match="called with more than one tensor"):
+        lora(torch.randn(3, 64))

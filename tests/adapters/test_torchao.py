@@ -64,3 +64,23 @@ def test_asymmetric_codes_are_not_merged_into():
     with pytest.raises(MergeError, match=r"layers\.0\.up.*cannot be merged into.*original checkpoint"):
         lora.merge_adapter()
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_layers_are_called_by_name_and_in_inference_mode(early):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 128), nn.Linear(128, 64)
+
+        def forward(self, x):
+            return self.b(self.a(input=x))
+
+    base, x = ByName().requires_grad_(False), torch.randn(3, 64)
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    wanted = None
+    for capture in ("graph", "sites", "auto"):
+        lora = lorafx.compile(base, CONFIG | {"target_modules": ["a"]}, capture=capture, random_state=0)
+        with torch.inference_mode():
+            found = lora(x)
+        wanted = found if wanted is None else wanted
+        torch.testing.assert_close(found, wanted, **CLOSE)

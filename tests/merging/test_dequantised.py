@@ -8,7 +8,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapters.storages import weights_of
-from lorafx.errors import MergeError
+from lorafx.errors import ConfigError, MergeError
 
 bnb = pytest.importorskip("bitsandbytes")
 MAKERS = {
@@ -97,3 +97,10 @@ def test_what_nobody_can_read_is_an_error_and_nothing_changes():
     with pytest.raises(MergeError, match=r"layers\.0\.up is stored as opaque"):
         lora.merge_and_unload(dtype=torch.bfloat16)
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_a_dtype_that_is_none_is_an_error():
+    lora = lorafx.compile(Layers(MAKERS["4 bits"], depth=1).to("cpu"), CONFIG)
+    for wrong in ("bfloat16", torch.int8):
+        with pytest.raises(ConfigError, match="dtype="):
+            lora.merge_and_unload(dtype=wrong)

@@ -31,7 +31,7 @@ def reads(lora, x):
 
 
 def test_no_packed_weight_is_read():
-    config, x = {"r": 2, "target_modules": ["up", "head"], "init_lora_weights": False}, torch.randn(5, 6)
+    config, x = {"r": 2, "target_modules": ["up", "plain", "head"], "init_lora_weights": False}, torch.randn(5, 6)
     without = lorafx.passes.default.without(ElidePacked.name)
     kept, freed = (lorafx.compile(Net(), config, pipeline=p) for p in (without, lorafx.passes.default))
     assert {"up.codes", "plain.codes"} <= set(reads(kept, x))

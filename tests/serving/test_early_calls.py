@@ -246,3 +246,29 @@ def test_generate_gives_the_same_tokens_before_and_after_the_graph():
     assert torch.equal(first, again)
     assert torch.equal(first, plain.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0))
     assert "graph" in served(lora)
+
+
+class Counting(nn.Module):
+    """Its weight is read in a way that needs a graph, after buffers and an argument have been written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.norm = nn.Embedding(9, 6), nn.BatchNorm1d(6)
+        self.register_buffer("step", torch.zeros(()))
+
+    def forward(self, ids, seen):
+        self.step.add_(1)
+        seen.index_add_(0, ids, torch.ones(len(ids)))
+        return self.norm(self.rows(ids)) @ self.rows.weight.T * self.step * seen.sum()
+
+
+def test_what_a_call_has_written_is_put_back_before_a_graph_serves_it(early):
+    results = []
+    for capture in ("auto", "graph"):
+        torch.manual_seed(0)
+        config = {"r": 2, "target_modules": ["rows"], "init_lora_weights": False}
+        lora = lorafx.compile(Counting(), config, capture=capture, random_state=0)
+        seen = torch.zeros(9)
+        y = lora(torch.arange(5), seen)
+        results.append((y.detach(), seen, lora.step, lora.norm.num_batches_tracked, lora.norm.running_mean))
+    torch.testing.assert_close(*results, rtol=0, atol=0)

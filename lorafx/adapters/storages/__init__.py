@@ -39,6 +39,14 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Reading, Storage]]:
             return
 
 
+def prepare_base(base: nn.Module) -> None:
+    """Have the base's own quantised layers leave the weights that they share as they are."""
+    for module in base.modules():
+        for _, _, storage in weights_of(module):
+            if isinstance(storage, OwnLayer):
+                storage.prepare(module)
+
+
 def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
     """Have modules of a tree run their own forward: those whose storages are sure of it, and those at paths `adapted`.
 
@@ -61,6 +69,7 @@ __all__ = [
     "OwnLayer",
     "Storage",
     "keep_own_layers",
+    "prepare_base",
     "register",
     "weights_of",
 ]

@@ -9,6 +9,7 @@ quantised again. Adapted layers are kept from that, and where it has happened to
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class Bitsandbytes4bit(OwnLayer):
             yield "weight", EMBEDDING
 
     def of(self, module: nn.Module, path: str = "") -> Bitsandbytes4bit:
+        self.prepare(module)
         state = _state_of(module)
         if state is None:
             raise SelectionError(
@@ -64,7 +66,9 @@ class Bitsandbytes4bit(OwnLayer):
     def prepare(self, module: nn.Module) -> None:
         module.__dict__["support_avx512bf16_for_cpu"] = False
         if getattr(_state_of(module), "packing_format_for_cpu", False):
-            _unpack(module.weight)
+            with _UNPACKING:
+                if getattr(_state_of(module), "packing_format_for_cpu", False):
+                    _unpack(module.weight)
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         """In float32."""
@@ -113,6 +117,7 @@ def _dynamic_code(device: torch.device) -> Tensor:
     return functional.create_dynamic_map().to(device)
 
 
+_UNPACKING = threading.Lock()
 _ROWS = 32  # are packed together for the CPU
 
 

@@ -36,8 +36,8 @@ class Opaque(OwnLayer):
             yield name, LINEAR
 
     def is_certain(self, module: nn.Module) -> bool:
-        """Whether the module keeps a matrix of integers, as a quantised layer does."""
-        return any(t.ndim > 1 and not t.is_floating_point() for _, t in _tensors(module))
+        """It may be anything that has numbers of features: only where an adapter wants it is it taken for a layer."""
+        return False
 
     def shape(self, module: nn.Module, parameter: str) -> tuple[int, ...]:
         inputs, outputs = features_of(module) or (0, 0)
