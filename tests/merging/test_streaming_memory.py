@@ -94,6 +94,7 @@ def test_a_checkpoint_of_two_gigabytes_is_merged_in_a_fifteenth_of_that(tmp_path
         expected = b[rows] @ a if part == "lora" else (b @ a[:, rows]).t()
         shard = next(shard for shard in shards if f"{key}.weight" in shard.entries)
         found = shard.tensor(f"{key}.weight", 5000, 5010).double()
-        torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)  # half of the last bit of a bfloat16
+        near = 2**-20 * float(expected.abs().max())  # W cancels some of a change that is rounded to float32
+        torch.testing.assert_close(found, expected, rtol=2**-8, atol=near)
     for file in (tmp_path / "out").iterdir():
         file.unlink()  # two gigabytes, which would stay until the third next run
