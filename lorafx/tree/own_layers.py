@@ -6,6 +6,7 @@ module to run by a number, a tensor beside the module's own, since that is what 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import secrets
 from collections.abc import Callable
@@ -66,10 +67,10 @@ class OwnForward:
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The one tensor that the module is given, by position or by name; None if it is given anything else."""
-        names = list(inspect.signature(type(self.module).forward).parameters)[1:2]
-        if len(args) + len(kwargs) != 1 or (kwargs and list(kwargs) != names):
+        name = _input_name(type(self.module))  # type: ignore[arg-type]
+        if len(args) + len(kwargs) != 1 or (kwargs and name not in kwargs):
             return None
-        value = args[0] if args else kwargs[names[0]]
+        value = args[0] if args else kwargs[name]
         return value if isinstance(value, Tensor) else None
 
     def _own(self, module: nn.Module) -> Callable[..., Any]:
@@ -88,6 +89,12 @@ class OwnForward:
             module = twin
         with enabled_torch_function():
             return self._own(module)(x)
+
+
+@functools.cache
+def _input_name(cls: type[nn.Module]) -> str:
+    """What a class's forward calls its first argument."""
+    return next(iter(list(inspect.signature(cls.forward).parameters)[1:]), "")
 
 
 def own_forward_of(module: nn.Module) -> OwnForward | None:
