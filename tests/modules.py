@@ -102,7 +102,7 @@ KINDS = {
     "a constant": (lambda number: Layer(act=SLOPES[number // 2]), [[0, 1], [2, 3]]),
     "the order of operands": (lambda number: Layer(act=DIFFERENCES[number % 2]), [[0, 2], [1, 3]]),
     "by width": (lambda number: Layer(inner=6 + number // 2), [[0, 1], [2, 3]]),
-    "an odd one": (lambda number: Layer(inner=9 if number == 2 else 6), [[0, 1, 3]]),
+    "an odd one": (lambda number: Layer(inner=9 if number == 2 else 6), [[0, 1, 3], [2]]),
     "none": (lambda number: Layer(inner=6 + number), []),
 }
 

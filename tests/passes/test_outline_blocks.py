@@ -89,7 +89,7 @@ def test_layers_fall_into_kinds(kind):
     make, expected = KINDS[kind]
     torch.manual_seed(0)
     lora, x = adapted(Stack(make), target_modules=["up", "down"]), torch.randn(5, 4)
-    assert layers_of(lora, x) == expected
+    assert layers_of(lora, x) == [group for group in expected if len(group) > 1]  # one that is alone stays inline
     assert_as_flat(lora, x)
 
 
