@@ -108,3 +108,9 @@ def test_a_model_that_asks_for_the_size_of_a_quantised_weight_gets_it():
         for capture in ("graph", "sites")
     )
     torch.testing.assert_close(graph(x), sites(x), **CLOSE)
+
+
+def test_adapters_have_the_dtype_that_pefts_have():
+    """Whatever bitsandbytes quantised from: values are not rounded to float16 on the way."""
+    lora = lorafx.compile(build(has_fp16_weights=False), CONFIG, autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in lora.parameters() if parameter.requires_grad} == {torch.float32}

@@ -53,9 +53,11 @@ class Bitsandbytes4bit(OwnLayer):
         return tuple(_state_of(module).shape)
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """That of what was quantised; for an embedding, of what it gives."""
-        own = getattr(module, "dtype", None)
-        return own if isinstance(own, torch.dtype) else _state_of(module).dtype
+        """Of an embedding what it gives; else, as in PEFT, that of the bytes if they are floats, or torch's default."""
+        own, kept_as = getattr(module, "dtype", None), module.weight.dtype
+        if isinstance(own, torch.dtype):
+            return own
+        return kept_as if kept_as.is_floating_point else torch.get_default_dtype()  # type: ignore[union-attr, return-value]
 
     def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
         self.prepare(module)

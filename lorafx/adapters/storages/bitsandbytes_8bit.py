@@ -40,13 +40,13 @@ class Bitsandbytes8bit(OwnLayer):
         return self
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """That of the bias, or of what an embedding gives; bitsandbytes itself quantises from float16."""
-        own, bias = getattr(module, "dtype", None), module._parameters.get("bias")
+        """Of an embedding what it gives; else, where no floats are kept, torch's default: so PEFT has its adapters."""
+        own = getattr(module, "dtype", None)
         if isinstance(own, torch.dtype):
             return own
         if _keeps_floats(module):
             return module.weight.dtype  # type: ignore[return-value]
-        return torch.float16 if bias is None else bias.dtype
+        return torch.get_default_dtype()
 
     def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
         weight: Any = module.weight
