@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -132,3 +133,15 @@ def hold_merged(base, lora, x, within):
 
 def trained(lora):
     return [parameter for parameter in lora.parameters() if parameter.requires_grad]
+
+
+def hold_rows(rows, close):
+    """An embedding of 32 rows and 64 features, adapted, by graph and by sites."""
+    base, x = nn.Sequential(OrderedDict(rows=rows, head=nn.Linear(64, 5))).to("cpu"), torch.randint(0, 32, (2, 5))
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(base, CONFIG | {"target_modules": ["rows"]}, capture=capture)
+        adapted = lora.get_submodule("rows")
+        update = SCALING * (adapted.lora_embedding_A.default.T[x] @ adapted.lora_embedding_B.default.T)
+        torch.testing.assert_close(lora(x), base.head(base.rows(x) + update), **close)
+        lora(x).sum().backward()
+        assert adapted.lora_embedding_B.default.grad.abs().max() > 0

@@ -73,10 +73,18 @@ def read_base(place: str | os.PathLike[str]) -> BaseFolder:
             f"{folder} is stored quantised ({method or 'see its config.json'}): merging into that would round a second "
             f"time. Give the original checkpoint, which the adapter can be merged onto just as well"
         )
+    return BaseFolder(folder, config, *read_shards(folder))
+
+
+def read_shards(folder: Path) -> tuple[dict[str, Shard], dict[str, Any] | None]:
+    """The safetensors files of a model in a folder, by name, and the index that lists them if there are several.
+
+    Raises `CheckpointError` for files that are missing, damaged, of another format or not listed in the index.
+    """
     names, index = _names(folder)
     shards = {name: Shard.read(folder / name) for name in names}
     _require_one_place(folder, shards, index)
-    return BaseFolder(folder, config, shards, index)
+    return shards, index
 
 
 def _names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:

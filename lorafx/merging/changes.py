@@ -83,7 +83,7 @@ def _is_infinite(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 0 and not tensor.abs().max().isfinite()
 
 
-_UNCHANGED = Change()
+UNCHANGED = Change()  # of a tensor that no adapter concerns
 
 
 def changes_of(root: nn.Module, loaded: Sequence[Values]) -> dict[str, Change]:
@@ -104,7 +104,7 @@ def changes_of(root: nn.Module, loaded: Sequence[Values]) -> dict[str, Change]:
     saved = {first[id(tensor_at(root, path))]: tensor for each in loaded for path, tensor in each.base.items()}
     values = own | saved
     paths = {name: copy_at.get(_place(root, name), first[id(tensor)]) for name, tensor in named}
-    made = {path: replace(changed.get(path, _UNCHANGED), own=values.get(path)) for path in paths.values()}
+    made = {path: replace(changed.get(path, UNCHANGED), own=values.get(path)) for path in paths.values()}
     return {name: made[path] for name, path in paths.items() if path in values or path in changed}
 
 

@@ -18,11 +18,10 @@ from ..errors import CheckpointError, MergeError
 from ..files.base import BaseFolder
 from ..files.shards import Entry, Shard, bytes_of
 from ..torch_private.loading import Conversion, kept_in_float32
-from .changes import Change, changes_of
+from .changes import UNCHANGED, Change, changes_of
 from .fitting import Fitted
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_UNCHANGED = Change()
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Output:
             if key in self.conversions:
                 pieces[key] = Piece(self._entry(key), functools.partial(self._of_conversion, key))
             elif name in self.changes or self._entry(key) != entry:
-                pieces[key] = self._changed(key, self.changes.get(name or "", _UNCHANGED))
+                pieces[key] = self._changed(key, self.changes.get(name or "", UNCHANGED))
             else:
                 pieces[key] = Piece(entry, functools.partial(shard.chunks, key))
         return pieces
@@ -100,7 +99,7 @@ class Output:
         added: dict[str, Piece] = {}
         for names in self._names_of_parameters():
             for name in self._lacking(names):
-                change = self.changes.get(name, _UNCHANGED)
+                change = self.changes.get(name, UNCHANGED)
                 key = self.fitted.loading.key_of(name)
                 source = next((self.keys[other] for other in names if other in self.keys), None)
                 if key is None or (source is None and change.own is None):
@@ -182,7 +181,7 @@ class Output:
         merged = {}
         for name, tensor in conversion.loaded(stored).items():
             read = functools.partial(_rows, tensor)
-            change = self.changes.get(name, _UNCHANGED)
+            change = self.changes.get(name, UNCHANGED)
             merged[name] = torch.cat(list(change.blocks(read, tuple(tensor.shape), dtype, name)))
         return conversion.stored(merged)
 

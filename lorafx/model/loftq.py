@@ -5,27 +5,26 @@ B A  ≈  W - dequantised(Q)        W from the files of the full model, one tens
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..errors import AdapterError, CheckpointError
+from ..files.base import read_shards
 from ..files.checkpoint import name_of
+from ..files.shards import Shard
 from ..tree.lookup import tensor_at
 from .adaptation import of
 from .adapted_model import AdaptedModel
 
-_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 Callback = Callable[[nn.Module, str], bool]
 
 
@@ -97,31 +96,22 @@ def _replace(tree: Any, adapter: Adapter, site: Site, files: _FullWeights, callb
 
 
 class _FullWeights:
-    """The weights of a full model in safetensors files: which file has which tensor."""
+    """The weights of a full model in safetensors files, by the keys that they have there."""
 
-    def __init__(self, owners: Mapping[str, str], prefix: str):
-        self.owners, self.prefix = owners, prefix
+    def __init__(self, shards: Iterable[Shard], prefix: str):
+        self.prefix = prefix
+        self.shards = {key: shard for shard in shards for key in shard.entries}
 
     @classmethod
     def of(cls, tree: nn.Module, given: str | os.PathLike[str] | None) -> _FullWeights:
         place = Path(given) if given is not None else _loaded_from(tree)
         place = place.parent if place.suffix == ".safetensors" and not place.exists() else place
-        prefix = f"{getattr(tree, 'base_model_prefix', '')}."
-        whole = place if place.is_file() else place / _FILE
-        if whole.is_file():
-            with _opened(str(whole)) as file:
-                return cls(dict.fromkeys(file.keys(), str(whole)), prefix)
-        try:
-            index = json.loads((place / _INDEX).read_text(encoding="utf-8"))
-            return cls({name: str(place / shard) for name, shard in index["weight_map"].items()}, prefix)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{place} has neither {_FILE} nor {_INDEX}, the full model's files") from error
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a damaged file gives
-            raise CheckpointError(f"{place / _INDEX} cannot be read as an index of shards: {error}") from error
+        shards = [Shard.read(place)] if place.is_file() else read_shards(place)[0].values()
+        return cls(shards, f"{getattr(tree, 'base_model_prefix', '')}.")
 
     def _key(self, site: Site) -> str | None:
         """What the files call a site's weight: with or without the name of the inner model."""
-        return next((key for key in (site.weight, site.weight.removeprefix(self.prefix)) if key in self.owners), None)
+        return next((key for key in (site.weight, site.weight.removeprefix(self.prefix)) if key in self.shards), None)
 
     def require(self, sites: list[Site]) -> None:
         """Raise `CheckpointError` if the files lack a weight, or have it in another shape."""
@@ -129,23 +119,14 @@ class _FullWeights:
             key = self._key(site)
             if key is None:
                 raise CheckpointError(f"no file of the full model has {site.weight}; pass `model_path`")
-            with _opened(self.owners[key]) as file:
-                shape = tuple(file.get_slice(key).get_shape())
-            if shape != tuple(site.weight_shape):
-                raise CheckpointError(f"{self.owners[key]}: {key} is {shape}, and the model needs {site.weight_shape}")
+            shard = self.shards[key]
+            if (shape := shard.entries[key].shape) != tuple(site.weight_shape):
+                raise CheckpointError(f"{shard.file}: {key} is {shape}, and the model needs {site.weight_shape}")
 
     def read(self, site: Site) -> Tensor:
         key = self._key(site)
         assert key is not None, "what was required is there"
-        with _opened(self.owners[key]) as file:
-            return file.get_tensor(key)
-
-
-def _opened(file: str) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        return self.shards[key].tensor(key)
 
 
 def _loaded_from(tree: nn.Module) -> Path:

@@ -8,10 +8,12 @@ module again in backward, on x that was kept, as checkpointing does.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import AdapterError
 from ..torch_private.tracing import FakeTensor
@@ -49,7 +51,17 @@ def _run(x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: t
             f"{type(module).__name__} gave {found} of {x.dtype}, where lorafx expected {features} features in "
             f"{wanted}; give it inputs of the dtype that it computes in, or leave it out"
         )
+    _see_derivatives(module, x, y)
     return y
+
+
+def _see_derivatives(module: torch.nn.Module, x: Tensor, y: Tensor) -> None:
+    """Say where the module's code gives no derivative: adapters before it do not train, and jvp would be wrong."""
+    name = type(module).__name__
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        warnings.warn(f"{name} gives its input no gradient, so adapters before it do not train through it")
+    if forward_ad.unpack_dual(x).tangent is not None and forward_ad.unpack_dual(y).tangent is None:
+        raise AdapterError(f"{name} has no forward-mode derivative (jvp); take gradients by backward instead")
 
 
 def _shape(x: Tensor, bias: Any, number: Any, features: int, dtype: torch.dtype | None) -> Tensor:

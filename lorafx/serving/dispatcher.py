@@ -31,7 +31,7 @@ from .early_calls import Before, EarlyCalls
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
-from .per_site import interpret
+from .per_site import SiteInterpreter, interpret
 from .programs import GuardFailed, Program, ProgramCache, guarded
 from .site_graphs import SiteGraphs
 from .site_policy import SitePolicy
@@ -170,7 +170,7 @@ class Dispatcher:
         table = self.tables.of(call.tree, call.context, state.layout)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         direct = Direct(call.tree, table, equation_dtype(self.pipeline)) if self.runs_equations else None
-        return interpret(call, state, table, run_operator, direct, early)
+        return interpret(SiteInterpreter(call, state, table, run_operator, direct, early), call)
 
     @property
     def runs_equations(self) -> bool:

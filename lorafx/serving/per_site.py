@@ -273,19 +273,11 @@ def _is_getter(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__"
 
 
-def interpret(
-    call: Call,
-    state: TreeState,
-    table: SiteTable,
-    run_operator: Run,
-    direct: Direct | None = None,
-    early: bool = False,
-) -> tuple[Any, bool]:
+def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:
     """Run the own Python of the module that is called, with the adapters at each read of an adapted tensor.
 
-    Returns what it gives, and whether it read any. The other arguments are those of `SiteInterpreter`.
+    Returns what it gives, and whether it read any.
     """
-    interpreter = SiteInterpreter(call, state, table, run_operator, direct, early)
     with interpreter.active():
         result = own_forward(call.tree, call.path)(*call.args, **call.kwargs)
     if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read

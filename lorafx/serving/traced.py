@@ -28,7 +28,7 @@ from ..tree.attached import branch, has_copies_among_children, trained_paths
 from ..tree.lookup import tensor_at
 from .call_key import Call
 from .graph_builder import CAPTURING
-from .per_site import interpret
+from .per_site import SiteInterpreter, interpret
 from .site_table import SiteTable
 from .tree_state import TreeGuards
 
@@ -58,7 +58,8 @@ def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...]) 
 
     if not has_copies_among_children(call.tree.get_submodule(call.path)):
         table = SiteTable.of(call.tree, call.context)
-        return interpret(call, aside(partial(TreeGuards().state, call.tree)), table, run_operator)[0]
+        state = aside(partial(TreeGuards().state, call.tree))
+        return interpret(SiteInterpreter(call, state, table, run_operator), call)[0]
     gm = aside(partial(rewritten, partial(_captured, call)))
     return gm.forward(*call.args, **call.kwargs)
 

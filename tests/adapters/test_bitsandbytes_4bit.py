@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from packed_layers import CONFIG, Layers, hold, hold_merged
+from packed_layers import CONFIG, Layers, hold, hold_merged, hold_rows
 from torch import nn
 
 import lorafx
 from lorafx.adapters.storages import weights_of
-from lorafx.errors import LorafxError, SelectionError
+from lorafx.errors import AdapterError, LorafxError, SelectionError
 
 bnb = pytest.importorskip("bitsandbytes")
 # Products of 64 and 128 numbers in float32, six layers deep.
@@ -79,25 +79,8 @@ def test_what_was_packed_for_the_cpu_is_unpacked(tmp_path):
         hold_merged(base.train(), lora.train(), x, within=0.2)
 
 
-class Lookup(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows, self.head = bnb.nn.EmbeddingNF4(32, 64), nn.Linear(64, 5)
-
-    def forward(self, x):
-        return self.head(self.rows(x))
-
-
 def test_embeddings():
-    base, x = Lookup().to("cpu"), torch.randint(0, 32, (2, 5))
-    for capture in ("graph", "sites"):
-        lora = lorafx.compile(base, CONFIG | {"target_modules": ["rows"]}, capture=capture)
-        rows = lora.get_submodule("rows")
-        update = 2 * (rows.lora_embedding_A.default.T[x] @ rows.lora_embedding_B.default.T)
-        expected = base.head(base.rows(x) + update)
-        torch.testing.assert_close(lora(x), expected, **CLOSE)
-        lora(x).sum().backward()
-        assert rows.lora_embedding_B.default.grad.abs().max() > 0
+    hold_rows(bnb.nn.EmbeddingNF4(32, 64), CLOSE)
 
 
 def test_biases_train_as_the_adapters_own_copies():
@@ -142,3 +125,11 @@ def test_the_bases_own_calls_leave_shared_weights_as_they_are():
         base(x)
     lora.unmerge_adapter()
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_what_has_no_forward_mode_derivative_says_so():
+    """bitsandbytes drops the tangent, and what comes out would be a number."""
+    base, x = build(), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG, capture="sites")
+    with pytest.raises(AdapterError, match="no forward-mode derivative"):
+        torch.func.jvp(lora, (x,), (x,))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_layers import CONFIG, Layers, hold, hold_merged
+from packed_layers import CONFIG, Layers, hold, hold_merged, hold_rows
 from torch import nn
 
 import lorafx
@@ -58,22 +58,8 @@ def test_what_a_layer_remembers_of_its_floats_is_forgotten_by_a_merge():
         torch.testing.assert_close(base(x), plain, rtol=0, atol=0)
 
 
-class Lookup(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows, self.head = bnb.nn.Embedding8bit(32, 64), nn.Linear(64, 5)
-
-    def forward(self, x):
-        return self.head(self.rows(x))
-
-
 def test_embeddings():
-    base, x = Lookup().to("cpu"), torch.randint(0, 32, (2, 5))
-    for capture in ("graph", "sites"):
-        lora = lorafx.compile(base, CONFIG | {"target_modules": ["rows"]}, capture=capture)
-        rows = lora.get_submodule("rows")
-        update = 2 * (rows.lora_embedding_A.default.T[x] @ rows.lora_embedding_B.default.T)
-        torch.testing.assert_close(lora(x), base.head(base.rows(x) + update), **CLOSE)
+    hold_rows(bnb.nn.Embedding8bit(32, 64), CLOSE)
 
 
 def test_what_is_not_quantised_yet_is_an_error():

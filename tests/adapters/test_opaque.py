@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_layers import CONFIG, Elsewhere, Layers, Packed, hold, trained
+from packed_layers import CONFIG, Elsewhere, Layers, Packed, formula, hold, trained
 from torch import nn
 
 import lorafx
@@ -116,3 +116,37 @@ def test_an_adapter_on_a_layer_of_two_inputs_is_an_error():
     lora = lorafx.compile(Net(), CONFIG | {"target_modules": ["gated"]}, capture="sites")
     with pytest.raises(AdapterError, match="called with more than one tensor"):
         lora(torch.randn(3, 64))
+
+
+class Cutting(Packed):
+    """Whose code gives no gradient, as kernels for inference do."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_a_layer_that_gives_no_gradient_is_warned_of(capture):
+    base = nn.Sequential(nn.Linear(8, 64), Cutting(64, 32)).requires_grad_(False)
+    lora = lorafx.compile(base, CONFIG | {"target_modules": ["0", "1"]}, capture=capture)
+    with pytest.warns(UserWarning, match="Cutting gives its input no gradient"):
+        lora(torch.randn(3, 8))
+
+
+class PackedLinear(nn.Linear):
+    """A layer that is called linear, keeps two numbers in a byte, and reads them itself."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+        self.weight = nn.Parameter(torch.randint(0, 256, (inputs * outputs // 2, 1), dtype=torch.uint8), False)
+
+    def forward(self, x):
+        codes = torch.cat([self.weight & 15, self.weight >> 4], 1).view(self.out_features, self.in_features)
+        return x @ ((codes.to(x.dtype) - 8) / 64).T
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_a_packed_weight_of_a_layer_that_is_called_linear(capture):
+    base, x = Layers(PackedLinear, depth=2), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)

@@ -19,7 +19,11 @@ class Dense(Storage):
         found: dict[str, Reading] = {}
         for reading in READINGS:
             own = module._parameters.get(reading.weight)
-            if isinstance(own, nn.Parameter) and isinstance(module, reading.modules):
+            if (
+                isinstance(own, nn.Parameter)
+                and isinstance(module, reading.modules)
+                and not _is_packed(own, module, reading)
+            ):
                 found.setdefault(reading.weight, reading)
         yield from found.items()
 
@@ -28,6 +32,12 @@ class Dense(Storage):
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": dense.to(stored["weight"].dtype)}
+
+
+def _is_packed(weight: nn.Parameter, module: nn.Module, reading: Reading) -> bool:
+    """Whether a weight is integers that the module reads in a way of its own, as quantised layers do."""
+    own = type(module).forward not in [cls.forward for cls in reading.modules]
+    return own and not (weight.is_floating_point() or weight.is_complex())
 
 
 DENSE = Dense()
