@@ -104,3 +104,24 @@ def test_a_dtype_that_is_none_is_an_error():
     for wrong in ("bfloat16", torch.int8):
         with pytest.raises(ConfigError, match="dtype="):
             lora.merge_and_unload(dtype=wrong)
+
+
+def test_what_merging_loses_is_told_of_each_weight_and_of_the_worst():
+    base = Layers(MAKERS["4 bits"], depth=2).to("cpu")
+    lora = lorafx.compile(base, CONFIG)
+    wanted = {}
+    for site in lora.sites:
+        layer = lora.get_submodule(site.module)
+        a, b = (getattr(layer, f"lora_{x}").default.weight.detach().double() for x in "AB")
+        wanted[site.weight] = dense(base.get_submodule(site.module)) + SCALING * b @ a
+    with pytest.warns(UserWarning) as told:
+        lora.merge_adapter()
+    lost = {}
+    for path, full in wanted.items():
+        lost[path] = float((dense(base.get_submodule(path.rpartition(".")[0])) - full).norm() / full.norm())
+    assert lora.report().lost == pytest.approx(lost, rel=1e-5) and min(lost.values()) > 0.01
+    (message,) = [str(each.message) for each in told]
+    assert message.startswith(f"{max(lost, key=lost.get)} is stored as bitsandbytes 4-bit, as 3 other weights")
+    assert f"{max(lost.values()):.1%} of this one" in message and f"{max(lost.values()):.2%}" in str(lora.report())
+    lora.unmerge_adapter()
+    assert lora.report().lost == {}
