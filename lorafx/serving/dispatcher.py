@@ -21,6 +21,7 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
+from ..tree.attached import has_copies_among_children, own_modules
 from ..tree.wrappers import innermost, is_fsdp1
 from . import early_calls
 from .acting import Acting, acts_in
@@ -235,6 +236,8 @@ class Dispatcher:
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
         if self.graphs.like(key, call):
+            return False
+        if any(map(has_copies_among_children, own_modules(call.tree))):  # the model's Python may take these for layers
             return False
         return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.layout).is_plain
 

@@ -272,3 +272,25 @@ def test_what_a_call_has_written_is_put_back_before_a_graph_serves_it(early):
         y = lora(torch.arange(5), seen)
         results.append((y.detach(), seen, lora.step, lora.norm.num_batches_tracked, lora.norm.running_mean))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+class Listed(nn.Module):
+    """Layers in a dict, which the model itself goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 6), nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)})
+
+    def forward(self, x):
+        return sum(head(self.body(x)) for head in self.heads.values())
+
+
+def test_copies_of_layers_are_not_taken_for_layers(early):
+    config = {"r": 2, "target_modules": ["body"], "modules_to_save": ["heads"], "init_lora_weights": False}
+    lora, x = lorafx.compile(Listed(), config, random_state=0), torch.randn(5, 4)
+    with torch.no_grad():
+        lora.heads.modules_to_save.default.a.bias.add_(1)
+    graph = lorafx.compile(Listed(), config, capture="graph")
+    graph.load_state_dict(lora.state_dict())
+    torch.testing.assert_close(lora(x), graph(x), rtol=0, atol=0)
+    assert lora.explain().calls[0].early == 0
