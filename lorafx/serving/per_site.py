@@ -63,6 +63,8 @@ class SiteInterpreter(TorchFunctionMode):
         self.table, self.run_operator, self.direct = table, run_operator, direct
         self.parts, self.paused, self.early = [call.path], False, early
         self.acted = False  # whether a site was read
+        # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
+        self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         self.weights = {id(place.tensor): place.path for place in table.weights}
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
@@ -83,16 +85,23 @@ class SiteInterpreter(TorchFunctionMode):
             RUNNING.mode = outer
 
     def run_inside(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a module's forward, and see which tensors it has meanwhile: FSDP puts whole ones in place."""
+        """Run a module's forward, and see which tensors it has meanwhile: FSDP and offloading put theirs in place.
+
+        These are gone afterwards, and another tensor may have their ids.
+        """
         self.parts.append(part)
-        if part in self.table.owned:
-            for known, places in zip((self.weights, self.replaced), self.table.owned[part]):
-                for place in places:
-                    known[id(place.tensor)] = place.path
+        there: list[tuple[dict[int, str], int]] = []
+        for known, places in zip((self.weights, self.replaced), self.table.owned.get(part, ())):
+            for place in places:
+                if (number := id(place.tensor)) not in known:
+                    known[number] = place.path
+                    there.append((known, number))
         try:
             return forward(*args, **kwargs)
         finally:
             self.parts.pop()
+            for known, number in there:
+                del known[number]
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """By sites: where a call cannot be one graph, the model's own Python runs and every site is a graph."""
 
 import copy
+import gc
 import random
 import warnings
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
+from lorafx.tree.hooks import RUNNING
 
 EVERY = ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
@@ -257,6 +259,35 @@ def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
     lora.second.register_forward_hook(lambda module, args, output: setattr(module, "weight", shard))
     torch.testing.assert_close(lora(x), expected)
     assert served(lora)[-1] == "sites" and lora.second.weight is shard
+
+
+@pytest.mark.parametrize("capture", ["sites", "auto"])
+def test_another_tensor_with_the_id_of_a_weight_that_is_gone_is_not_taken_for_it(capture, early):
+    """As with accelerate's offloading, where a module has a new weight in each call, and a new one without memory."""
+    known = []
+
+    class Looking(nn.Module):
+        def forward(self, x):
+            gc.collect()
+            known.append((dict(RUNNING.mode.weights), list(RUNNING.mode.kept)))
+            return x
+
+    def load(module, args):
+        module.weight = nn.Parameter(values.clone(), False)
+
+    def unload(module, args, output):
+        module.weight = nn.Parameter(values.to("meta"), False)
+
+    base = nn.Sequential(nn.Linear(4, 6), Looking(), nn.Linear(6, 3)).requires_grad_(False)
+    lora, x = lorafx.compile(base, RANDOM | {"target_modules": ["0"]}, capture=capture), torch.randn(5, 4)
+    expected, values = lora(x), lora.get_submodule("0").weight.detach().clone()
+    module = lora.get_submodule("0")
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(unload)
+    unload(module, None, None)
+    torch.testing.assert_close(lora(x), expected)
+    found, kept = known[-1]
+    assert set(found) == {id(tensor) for tensor in kept}, "of others nobody knows whether they are alive"
 
 
 class Single:
