@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.by_row import ROWS
 from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError
 from ..pipeline import Context
@@ -126,5 +127,7 @@ class SitePolicy:
                     raise
                 self._graphs.add(path)
         interpreter.acted = True  # whether its graph does is seen when that is made
+        if interpreter.rows is not None:
+            kwargs = kwargs | {ROWS: interpreter.rows}
         with interpreter.suspended():
             return serve(tree, interpreter.context, path, args, kwargs)
