@@ -119,11 +119,11 @@ def follows(x: Tensor, rows: Tensor, one_token: bool) -> bool:
     """Whether a tensor that an operator is given has the rows of the batch first, in order, as far as can be told.
 
     A matrix may be the tokens of some rows, as an expert's. It is the rows if each has `one_token`, or if it is seen to
-    be another tensor with the rows first, flattened.
+    be another tensor with the rows first, flattened: each row's numbers lie together in memory.
     """
     count, base = rows.shape[0], x._base
     if count == 1 or (x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())):
         return True
     if base is None or base.ndim < 3 or base.shape[0] != count or base.numel() != x.numel():
         return False
-    return x.is_contiguous() and base.is_contiguous()
+    return x.is_contiguous() and base.stride(0) * count == base.numel() and x.storage_offset() == base.storage_offset()

@@ -192,9 +192,10 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
+            name, place = getattr(func, "__name__", func), place_of(traceback.extract_stack())
             raise UncoveredOperatorError(
-                f"{getattr(func, '__name__', func)} reads an adapted weight in {self.parts[-1] or 'the model'} in a way that "
-                f"only a graph of the call can follow rows through{place_of(traceback.extract_stack())}"
+                f"{self.parts[-1] or 'the model'}: {name} reads an adapted weight, and only a graph of the call can tell "
+                f"there which rows have which adapter{place}"
             )
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._require_one_mode(leaves)
