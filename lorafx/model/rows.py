@@ -84,3 +84,18 @@ def _repeats(choice: Choice, first: Tensor | None) -> int:
 def means_rows(parameters: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call says what rows choose, to a model whose forward means nothing else by that name."""
     return NAMES in kwargs and NAMES not in parameters
+
+
+def loss_by_adapter(losses: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:
+    """The mean loss of each adapter's rows, by name: what the adapter would have as its loss if it were alone.
+
+    `losses` are (rows,), one a row, and `adapter_names` what the call was given. The sum of the result trains each
+    adapter as it would be trained alone. Rows of the base alone are left out. Raises `AdapterError` if there are not as
+    many names as rows.
+    """
+    if losses.ndim != 1 or len(losses) != len(adapter_names):
+        raise AdapterError(f"{len(adapter_names)} names and losses of shape {tuple(losses.shape)}: there is one a row")
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return {name: losses[own].mean() for name, own in rows.items() if name != BASE}

@@ -194,8 +194,8 @@ class SiteInterpreter(TorchFunctionMode):
         if self.context.numbers:
             name, place = getattr(func, "__name__", func), place_of(traceback.extract_stack())
             raise UncoveredOperatorError(
-                f"{self.parts[-1] or 'the model'}: {name} reads an adapted weight, and only a graph of the call can tell "
-                f"there which rows have which adapter{place}"
+                f"{self.parts[-1] or 'the model'}: {name} reads an adapted weight, and only a graph of the call "
+                f"can tell there which rows have which adapter{place}"
             )
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._require_one_mode(leaves)
