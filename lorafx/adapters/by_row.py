@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import ops  # noqa: F401, defines torch.ops.lorafx
 from ..graph.match import template
+from ..torch_private.tensors import base_of
 from .equation import BOUND, Equation
 from .kinds import SCALING, Kind, Operands
 
@@ -121,7 +122,7 @@ def follows(x: Tensor, rows: Tensor, one_token: bool) -> bool:
     A matrix may be the tokens of some rows, as an expert's. It is the rows if each has `one_token`, or if it is seen to
     be another tensor with the rows first, flattened: each row's numbers lie together in memory.
     """
-    count, base = rows.shape[0], x._base
+    count, base = rows.shape[0], base_of(x)
     if count == 1 or (x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())):
         return True
     if base is None or base.ndim < 3 or base.shape[0] != count or base.numel() != x.numel():

@@ -23,7 +23,7 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real, sharing_symbols
+from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import isolated, mirrored, without_hooks
@@ -144,7 +144,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             stack.enter_context(no_own_backward())
             if (rows := kwargs.pop(ROWS, None)) is not None:  # the graph's own: the model knows nothing of it
                 first = first_tensor((*args, *kwargs.values()))
-                torch._check(first is not None and first.shape[0] == rows.shape[0])
+                declare(first is not None and first.shape[0] == rows.shape[0])
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -52,22 +51,6 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
     if not path:
         prepare(state, tree, result)
     return result
-
-
-def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's method `generate`, all of whose calls have for each row the adapter that it is given for it."""
-
-    @functools.wraps(generate)
-    def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not means_rows(inspect.signature(type(self).forward).parameters, kwargs):
-            return generate(self, *args, **kwargs)
-        names = kwargs.pop(NAMES)
-        if names is None:
-            return generate(self, *args, **kwargs)
-        with choosing(chosen(vars(self)[STATE], names, repeats=True)):
-            return generate(self, *args, **kwargs)
-
-    return with_rows
 
 
 class PartCall:

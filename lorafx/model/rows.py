@@ -6,7 +6,9 @@ so that other rows are other numbers and no other graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from ..adapters.by_row import ROWS, first_tensor
 from ..errors import AdapterError
 from ..pipeline import Context
-from ..serving.choosing import Choice
+from ..serving.choosing import Choice, choosing
+from ..tree.mirror import STATE
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
@@ -84,6 +87,22 @@ def _repeats(choice: Choice, first: Tensor | None) -> int:
 def means_rows(parameters: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call says what rows choose, to a model whose forward means nothing else by that name."""
     return NAMES in kwargs and NAMES not in parameters
+
+
+def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's method `generate`, all of whose calls have for each row the adapter that it is given for it."""
+
+    @functools.wraps(generate)
+    def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not means_rows(inspect.signature(type(self).forward).parameters, kwargs):
+            return generate(self, *args, **kwargs)
+        names = kwargs.pop(NAMES)
+        if names is None:
+            return generate(self, *args, **kwargs)
+        with choosing(chosen(vars(self)[STATE], names, repeats=True)):
+            return generate(self, *args, **kwargs)
+
+    return with_rows
 
 
 def loss_by_adapter(losses: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:

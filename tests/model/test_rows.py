@@ -194,9 +194,8 @@ def test_rows_that_come_second_are_refused_however_many_they_are(repeats, monkey
             return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
     monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
-    lora = with_adapters(
-        SequenceFirst(nn.Linear(6, 4)), {"a": {"target_modules": ["0"]}, "b": {"target_modules": ["0"]}}
-    )
+    config = {"target_modules": ["0"]}
+    lora = with_adapters(SequenceFirst(nn.Linear(6, 4)), {"a": config, "b": config})
     with pytest.raises(UncoveredOperatorError, match="which rows of the batch"):
         lora(numbers(4, 4, 6), adapter_names=["a", "b", "a", BASE])
 
