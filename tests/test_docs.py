@@ -133,3 +133,12 @@ def test_the_quickstart_runs(tmp_path):
 def test_the_page_of_models_misses_none_and_shows_no_failure():
     page = (ROOT / "docs/models.md").read_text()
     assert [name for name in zoo.ENTRIES if f"| {name} |" not in page] == [] and "failed" not in page
+
+
+@pytest.mark.slow
+def test_the_sweep_runs(tmp_path):
+    """It exits with an error if a curve is another than the one that its adapter has when trained alone."""
+    command = [sys.executable, str(ROOT / "docs/examples/sweep.py"), "--out", str(tmp_path), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "losses, together - alone" in done.stdout

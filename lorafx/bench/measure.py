@@ -76,12 +76,12 @@ class Forward(Training):
     """A forward pass in evaluation, without gradients."""
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, ...]:
-        self.model.eval()
-        return self.forward()
-
     def outcome(self) -> Outcome:
-        return Outcome(self.step(), {})
+        self.model.eval()
+        return Outcome(self.forward(), {})
+
+    def step(self) -> None:
+        self.outcome()
 
 
 class Decoding:
