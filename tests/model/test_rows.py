@@ -6,6 +6,7 @@ from models import bert, convnet, gpt2, llama, mlp, t5, vit
 from rows import BASE, assert_each_alone, each_alone, first, one_by_one, with_adapters
 from torch import nn
 
+import lorafx
 from lorafx.errors import AdapterError, UncoveredOperatorError
 
 NAMES = ["a", "b", BASE, "a", "c"]
@@ -257,8 +258,7 @@ def test_of_many_adapters_those_that_are_named_are_in_the_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [llama, t5])
-@pytest.mark.parametrize("way", ["graph", "early"])
+@pytest.mark.parametrize(("make", "way"), [(llama, "graph"), (t5, "early")])
 def test_each_beam_has_the_adapter_of_its_row(make, way, monkeypatch):
     monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", 100 if way == "early" else 0)
     name = "llama" if make is llama else "t5"
