@@ -85,6 +85,15 @@ function increasing(numbers) {
 
 const changed = (row) => row.left || row.right;
 
+/** Two listings module by module, each with its rows side by side, in the order in which modules come. */
+function compared(left, right) {
+  const modules = [...new Set(aligned(left, right).map((row) => (row.b ?? row.a).module))];
+  const at = (listing) => Map.groupBy(listing, (line) => line.module);
+  const [before, after] = [at(left), at(right)];
+  for (const module of before.keys()) if (!modules.includes(module)) modules.push(module);
+  return modules.map((module) => ({ module, rows: aligned(before.get(module) ?? [], after.get(module) ?? []) }));
+}
+
 function changes(stage) {
   let removed = 0, added = 0;
   for (const number of data.stages[stage].parts) {
@@ -152,20 +161,15 @@ function chosenLines(stage) {
 }
 
 function drawLines() {
-  const rows = aligned(chosenLines(state.before), chosenLines(state.after));
-  const groups = [];
-  for (const row of rows) {
-    const module = (row.b ?? row.a).module;
-    if (groups.at(-1)?.module !== module) groups.push({ module, rows: [] });
-    groups.at(-1).rows.push(row);
-  }
+  const groups = compared(chosenLines(state.before), chosenLines(state.after));
+  const rows = groups.reduce((all, group) => all + group.rows.length, 0);
   return groups.map((group) => {
     const count = group.rows.filter(changed).length;
     const title = `${group.module || "(the graph itself)"}  ·  ${group.rows.length} lines${count ? `, ${count} changed` : ""}`;
     const box = element("details", { class: `group ${count ? "changed" : ""}` }, element("summary", {}, title));
     const fill = () => { if (box.open && box.children.length === 1) box.append(...group.rows.map(pair)); };
     box.addEventListener("toggle", fill);
-    if (rows.length <= OPEN || (count && groups.length <= OPEN)) { box.open = true; fill(); }
+    if (rows <= OPEN || (count && groups.length <= OPEN)) { box.open = true; fill(); }
     return box;
   });
 }
@@ -185,7 +189,7 @@ function cell(line, kind) {
 function drawGraphs() {
   const stages = [state.before, state.after].map((stage) => ({ own: chosenLines(stage), all: linesOf(named(stage, state.part)) }));
   const marks = new Map();
-  for (const row of aligned(stages[0].own, stages[1].own)) {
+  for (const row of compared(stages[0].own, stages[1].own).flatMap((group) => group.rows)) {
     if (row.left) marks.set(row.a, row.left);
     if (row.right) marks.set(row.b, row.right);
   }
