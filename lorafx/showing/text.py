@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import SelectionError
-from ..tables import table
+from ..tables import InNotebooks, table
 from .history import History, Line, Part, Stage, changes, innermost
 
 _WIDTH = 100  # of the column of what is computed; shapes stand next to it
 
 
 @dataclass(frozen=True, repr=False)
-class View:
-    """What `show` returns: text that prints, and that a notebook shows in a box."""
+class View(InNotebooks):
+    """What `show` returns: text, to print."""
 
     text: str
 
@@ -24,9 +23,6 @@ class View:
         return self.text
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(self.text)}</pre>"
 
 
 def view(history: History, name: str | None = None) -> View:
