@@ -48,9 +48,9 @@ INSIDE = {
     "adapters": [
         *(
             "peft_itself",
+            "default_targets",
             "config",
             "naming",
-            "default_targets",
             "low_rank",
             "readings",
             "storages",

@@ -85,6 +85,7 @@ class KindCase:
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
     `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
+    `on_llama` are fields in which a Llama's names stand.
     """
 
     layers: str
@@ -93,6 +94,7 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    on_llama: dict[str, Any] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[str]:
@@ -121,6 +123,7 @@ class KindCase:
 
 
 LORA = {"r": 2, "lora_alpha": 3}
+IA3 = {"feedforward_modules": ["down"]}
 DORA = LORA | {"use_dora": True}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
@@ -135,6 +138,12 @@ CASES = {
     "dora conv1d": KindCase("conv1d", "LoraConfig", DORA),
     "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
+    "ia3 linear": KindCase("linear", "IA3Config", IA3, on_llama={"feedforward_modules": ["down_proj"]}),
+    "ia3 random": KindCase("linear", "IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}, False),
+    "ia3 addmm": KindCase("addmm", "IA3Config", IA3 | {"fan_in_fan_out": True}),
+    "ia3 conv2d": KindCase("conv2d", "IA3Config", IA3),
+    "ia3 conv3d": KindCase("conv3d", "IA3Config", {"feedforward_modules": r".*\.1\.(up|down)"}),
+    "ia3 groups": KindCase("groups", "IA3Config", {"feedforward_modules": ["up"]}),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .dora import Dora
+from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -65,7 +66,18 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora):
+for _kind in (Lora, Dora, Ia3):
     register(_kind)
 
-__all__ = ["KINDS", "SCALING", "Kind", "LoraConfig", "Operands", "Spec", "config_of", "kind_of", "register"]
+__all__ = [
+    "KINDS",
+    "SCALING",
+    "IA3Config",
+    "Kind",
+    "LoraConfig",
+    "Operands",
+    "Spec",
+    "config_of",
+    "kind_of",
+    "register",
+]

@@ -128,6 +128,10 @@ class Kind:
         """Whether this is the kind of a config of its class: kinds may share one, and a field says which is meant."""
         return True
 
+    def settled(self, config: Any, model_type: str | None) -> Any:
+        """The config with what it leaves to the model's architecture; `ConfigError` where nothing is known of that."""
+        return config
+
     def check(self, site: Site, config: Any) -> None:
         """Raise `ConfigError` if the config cannot be served at this site."""
 
