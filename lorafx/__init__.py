@@ -2,6 +2,8 @@
 
 from . import errors, passes  # type: ignore[attr-defined]
 from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.loha import LoHaConfig
+from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -39,6 +41,8 @@ __all__ = [
     "Context",
     "FastLanguageModel",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Pass",
     "PeftConfig",

@@ -85,7 +85,8 @@ class KindCase:
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
     `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
-    `on_llama` are fields in which a Llama's names stand.
+    `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the derivative. `on_llama` are
+    fields in which a Llama's names stand.
     """
 
     layers: str
@@ -94,6 +95,7 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    wrong_gradient: str = ""
     on_llama: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,6 +140,18 @@ CASES = {
     "dora conv1d": KindCase("conv1d", "LoraConfig", DORA),
     "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
+    "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
+    "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
+    "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
+    "loha conv1d": KindCase("conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"),
+    "loha groups": KindCase("groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"),
+    "loha groups plain": KindCase("groups", "LoHaConfig", {"r": 1}),
+    "lokr linear": KindCase("linear", "LoKrConfig", {"r": 1, "alpha": 3}),
+    "lokr both": KindCase("linear", "LoKrConfig", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
+    "lokr whole": KindCase("linear", "LoKrConfig", {"r": 8, "init_weights": "lycoris"}),
+    "lokr conv2d": KindCase("conv2d", "LoKrConfig", {"r": 1, "init_weights": False}, starts_at_zero=False),
+    "lokr conv1d": KindCase("conv1d", "LoKrConfig", {"r": 8}),
+    "lokr groups": KindCase("groups", "LoKrConfig", {"r": 8}),
     "ia3 linear": KindCase("linear", "IA3Config", IA3, on_llama={"feedforward_modules": ["down_proj"]}),
     "ia3 random": KindCase("linear", "IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}, False),
     "ia3 addmm": KindCase("addmm", "IA3Config", IA3 | {"fan_in_fan_out": True}),

@@ -15,6 +15,8 @@ from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .dora import Dora
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
+from .loha import LoHa, LoHaConfig
+from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
 
@@ -66,7 +68,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3):
+for _kind in (Lora, Dora, Ia3, LoHa, LoKr):
     register(_kind)
 
 __all__ = [
@@ -74,6 +76,8 @@ __all__ = [
     "SCALING",
     "IA3Config",
     "Kind",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Operands",
     "Spec",

@@ -73,6 +73,12 @@ class Operands:
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
+    def full(self, x: Any, weight: Any) -> Any:
+        """The operator with another weight, and without a bias: of the shape of W, or (out, in) for any matrix."""
+        assert self.operator is not None
+        function = self.operator.full or self.operator.narrow
+        return function(x, weight, **self.operator.given(function, dict(self.bound)))
+
     def operate(self, x: Any) -> Any:
         """What the operator gives of another x: of its shape. For a kind that `reads_weight`."""
         assert self.operator is not None
