@@ -1,6 +1,9 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.loha import LoHaConfig
+from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -37,6 +40,9 @@ __all__ = [
     "AdaptedModel",
     "Context",
     "FastLanguageModel",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Pass",
     "PeftConfig",
