@@ -1,7 +1,10 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.delora import DeloraConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.shira import ShiraConfig
 from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -37,6 +40,7 @@ __all__ = [
     "Adaptation",
     "AdaptedModel",
     "Context",
+    "DeloraConfig",
     "FastLanguageModel",
     "LoraConfig",
     "Pass",
@@ -49,7 +53,9 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "Pipeline",
+    "RandLoraConfig",
     "Selection",
+    "ShiraConfig",
     "Site",
     "TaskType",
     "VeraConfig",

@@ -152,6 +152,14 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def require_patterns(config: AdapterConfig, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise `ConfigError` unless a field maps regexes of module names to values that fit."""
+    value = getattr(config, name)
+    holds = isinstance(value, Mapping) and all(isinstance(key, str) and fits(each) for key, each in value.items())
+    require(holds, name, value, f"a dict of module names to {expected}")
+    require_regexes(config, name)
+
+
 def require_dropout(name: str, value: Any) -> None:
     """Raise `ConfigError` unless a field holds a probability of dropping something."""
     require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")

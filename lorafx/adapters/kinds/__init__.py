@@ -12,9 +12,12 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .delora import Delora, DeloraConfig
 from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .randlora import RandLora, RandLoraConfig
+from .shira import Shira, ShiraConfig
 from .vera import Vera, VeraConfig
 
 # By PEFT type: the `peft_type` of configs and files.
@@ -62,14 +65,20 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 register(Lora)
+register(Shira)
+register(Delora)
+register(RandLora)
 register(Vera)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "DeloraConfig",
     "Kind",
     "LoraConfig",
     "Operands",
+    "RandLoraConfig",
+    "ShiraConfig",
     "Spec",
     "VeraConfig",
     "config_of",

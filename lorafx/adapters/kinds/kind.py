@@ -78,6 +78,10 @@ class Operands:
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in · kernel) in the shape of the dense weight."""
+        return matrix.t() if self.site.reading.transposed else matrix.reshape(self.site.weight_shape)
+
     def dropout(self, x: Any, p: float) -> Any:
         """x with a share p of it zeroed and the rest divided by 1 - p, in training; not where x holds row numbers."""
         assert self.operator is not None
