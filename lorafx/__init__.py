@@ -2,6 +2,7 @@
 
 from . import errors, passes  # type: ignore[attr-defined]
 from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.ia3 import IA3Config
 from .adapters.kinds.lora_config import LoraConfig
 from .adapters.kinds.randlora import RandLoraConfig
 from .adapters.kinds.shira import ShiraConfig
@@ -42,6 +43,7 @@ __all__ = [
     "Context",
     "DeloraConfig",
     "FastLanguageModel",
+    "IA3Config",
     "LoraConfig",
     "Pass",
     "PeftConfig",

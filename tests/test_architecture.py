@@ -38,7 +38,7 @@ INSIDE = {
             "linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -48,9 +48,9 @@ INSIDE = {
     "adapters": [
         *(
             "peft_itself",
+            "default_targets",
             "config",
             "naming",
-            "default_targets",
             "low_rank",
             "readings",
             "storages",

@@ -17,6 +17,8 @@ from more_kind_cases import CASES as MORE
 from safetensors.torch import load_file
 
 import lorafx
+from lorafx.adapters import kinds
+from lorafx.adapters.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from lorafx.graph.blocks import blocks_of
 
 pytestmark = pytest.mark.slow  # real PEFT beside lorafx
@@ -127,11 +129,28 @@ def assert_same_step(pair: Both) -> None:
         torch.testing.assert_close(found[name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("name", ["IA3"])
+def test_default_targets_are_pefts(name: str) -> None:
+    tables = vars(peft.utils.constants)
+    theirs = tables[f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING"]
+    ours = {kind.config.__name__: kind.config for each in kinds.KINDS.values() for kind in each}[f"{name}Config"]
+    assert ours.default_targets == {key: tuple(value) for key, value in theirs.items()}
+
+
+def test_default_feedforward_modules_are_pefts() -> None:
+    theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    for model_type, targets in IA3_TARGETS.items():
+        named = [name for name in theirs.get(model_type, targets) if name in targets]  # PEFT has none for one of them
+        assert list(IA3_FEEDFORWARD[model_type]) == named or model_type not in theirs, model_type
+
+
 @pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("name", ON_LINEAR)
 def test_a_llama_gives_it_from_the_first_call_on(name: str, tmp_path: Path) -> None:
     case, inputs = ON_LINEAR[name], models.call("llama", labels=False)
-    case = KindCase("linear", case.config, case.fields | {"target_modules": ["q_proj", "v_proj", "down_proj"]})
+    case = KindCase(
+        "linear", case.config, case.fields | case.on_llama | {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    )
     pair = both(case, tmp_path, models.llama().double(), gradient_checkpointing=True)
     theirs, wanted = step(pair.theirs, inputs)
     for _ in range(4):  # three calls by sites, then a graph

@@ -125,6 +125,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    use_dora: bool = False
     loftq_config: Any = field(default_factory=dict)
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
@@ -133,7 +134,6 @@ class LoraConfig(AdapterConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: bool = False
     velora_config: Any = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
@@ -176,7 +176,6 @@ NOT_YET = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",

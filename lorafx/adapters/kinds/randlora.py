@@ -57,7 +57,7 @@ class RandLoraConfig(AdapterConfig):
     init_weights: bool = True
 
     checks = (_check,)
-    beyond_peft = ("exclude_modules",)
+    absent = ("exclude_modules",)
 
 
 class RandLora(Kind):

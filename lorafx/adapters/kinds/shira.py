@@ -46,7 +46,7 @@ class ShiraConfig(AdapterConfig):
     init_weights: bool = True
 
     checks = (_check,)
-    beyond_peft = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    absent = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Shira(Kind):

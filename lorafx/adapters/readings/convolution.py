@@ -38,7 +38,10 @@ def convolution(op: Any, function: Any, padded: type, dims: int) -> Operator:
         ]
         return (input, weight, bias, *numbers, groups) if isinstance(padding, str) == (padded is str) else None
 
-    return Operator(conv, narrow, wide, calls=((function, called),))
+    def channels(v):
+        return aten.view.default(v, [-1, *ones])
+
+    return Operator(conv, narrow, wide, inputs=channels, outputs=channels, calls=((function, called),))
 
 
 @dataclass(frozen=True, repr=False)
