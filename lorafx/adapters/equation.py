@@ -137,7 +137,8 @@ class Equation:
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
-        return None if self._specs[name].as_kept else dtype
+        spec = self._specs[name]
+        return None if spec.as_kept or spec.dtype is not None else dtype
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
         scaling = [SCALING] if self.site.name in self.adapter.scales else []
@@ -156,7 +157,7 @@ class Equation:
 
     @functools.cached_property
     def _specs(self) -> dict[str, Spec]:
-        return self.adapter.kind.tensors(self.site, self.adapter.config)
+        return self.adapter.specs(self.site)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         absent = dict.fromkeys(names_of(self.operator.pattern))

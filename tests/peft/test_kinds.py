@@ -11,7 +11,9 @@ import models
 import peft
 import pytest
 import torch
-from kind_cases import CASES, CLOSE, Both, KindCase, both, step, trained
+from kind_cases import CASES as FIRST
+from kind_cases import CLOSE, Both, KindCase, both, step, trained
+from more_kind_cases import CASES as MORE
 from safetensors.torch import load_file
 
 import lorafx
@@ -20,6 +22,7 @@ from lorafx.adapters.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from lorafx.graph.blocks import blocks_of
 
 pytestmark = pytest.mark.slow  # real PEFT beside lorafx
+CASES = FIRST | MORE
 WEIGHTS = "adapter_model.safetensors"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .delora import Delora, DeloraConfig
 from .dora import Dora
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
@@ -19,6 +20,9 @@ from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .randlora import RandLora, RandLoraConfig
+from .shira import Shira, ShiraConfig
+from .vera import Vera, VeraConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
 KINDS: dict[str, list[Kind]] = {}
@@ -68,19 +72,23 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, LoHa, LoKr):
+for _kind in (Lora, Dora, Ia3, LoHa, LoKr, Vera, Shira, Delora, RandLora):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "DeloraConfig",
     "IA3Config",
     "Kind",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "Operands",
+    "RandLoraConfig",
+    "ShiraConfig",
     "Spec",
+    "VeraConfig",
     "config_of",
     "kind_of",
     "register",
