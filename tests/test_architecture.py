@@ -52,6 +52,8 @@ INSIDE = {
             "naming",
             "default_targets",
             "low_rank",
+            "combining",
+            "room",
             "readings",
             "storages",
             "site",

@@ -287,7 +287,7 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
-        values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
+        values |= targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
@@ -305,7 +305,7 @@ def name_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
-def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
     others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
     if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):

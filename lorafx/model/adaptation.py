@@ -22,9 +22,10 @@ from .report import Call, Explanation, Report
 from .saving import Saving
 from .scales import Scales
 from .trainers import Trainable
+from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Scales, Saving, Trainable):
+class Adaptation(LikePeft, Weighted, Scales, Saving, Trainable):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

@@ -95,8 +95,7 @@ class Adapters(Merges):
     def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> Rests:
         """Put an adapter on the model; returns what is to be left of the base's weights, see `build`."""
         state = self._lorafx
-        if adapter.name in state.adapters:
-            raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        self._require_free(adapter.name)
         if state.ledger.names and adapter.takes_from_base:
             raise AdapterError(
                 f"{', '.join(map(repr, state.ledger.names))} merged into the weights that {adapter.name!r} takes its "
@@ -110,6 +109,10 @@ class Adapters(Merges):
         serve_parts(self.tree, adapter)
         self._set_trainable()
         return rests
+
+    def _require_free(self, name: str) -> None:
+        if name in self._lorafx.adapters:
+            raise AdapterError(f"there is an adapter {name!r} already; delete it or choose another name")
 
     @torch.no_grad()
     def _leave_rests(self, rests: Rests) -> None:

@@ -22,7 +22,6 @@ from .adapters import Adapters
 from .trainers import Inner
 
 INSTEAD = {
-    "add_weighted_adapter": "scale and activate the adapters, by `set_scale` and `set_adapter([...])`",
     "from_pretrained": "`lorafx.load(model, folder)`, or `load_adapter` for one more adapter",
     "get_model_config": "`model.config.to_dict()`",
     "get_prompt": "prompt learning is not implemented",

@@ -103,7 +103,7 @@ def test_state_dicts_of_adapters_are_peft_s(both):
     assert all(torch.equal(before[path], tensor) for path, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["add_weighted_adapter", "from_pretrained", "get_prompt", "rescale_adapter_scale"])
+@pytest.mark.parametrize("name", ["from_pretrained", "get_prompt", "rescale_adapter_scale"])
 def test_what_is_peft_s_alone_says_what_to_use(name):
     lora = adapted(Chain())
     assert not hasattr(lora, name)

@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import AdapterConfig
+from ..combining import Combination
+from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
 from ..readings import Operator
 from ..site import Selection, Site
@@ -89,12 +90,15 @@ class Kind:
 
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
-    order. `reads_weight` says that its equation or its start values need the dense weight.
+    order. `reads_weight` says that its equation or its start values need the dense weight. `sized` names the fields of
+    its config that are about ranks and scaling alone: adapters that differ in these share an equation, once the scaling
+    is a tensor, and tensors of zeros are one that does nothing. There are none for a kind without an `of_rank`.
     """
 
     config: ClassVar[type[AdapterConfig]]
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    sized: ClassVar[tuple[str, ...]] = ()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -141,6 +145,36 @@ class Kind:
         `tensors` are the adapter's, `start` those it began with, by the keys of a file. Returns the config and tensors.
         """
         raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
+
+    # --- adapters made of others -------------------------------------------------------------------------------------
+
+    def combined_config(self, configs: Sequence[Any], selections: Sequence[Selection], how: Combination) -> Any:
+        """The config, but for its targets, of one adapter made of several, which have these configs and sites.
+
+        Raises `ConfigError` for a kind, or for options, with which adapters cannot be combined.
+        """
+        raise ConfigError(f"adapters of type {defaults_of(self.config)['peft_type']} cannot be combined into one")
+
+    def combined(
+        self,
+        site: Site,
+        config: Any,
+        parts: Sequence[tuple[float, Operands]],
+        how: Combination,
+        rng: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Its tensors at a site, by name, out of those of the adapters that are there, with their weights.
+
+        `config` is that of `combined_config`; the tensors are float32 or wider.
+        """
+        raise NotImplementedError
+
+    def of_rank(self, config: Any, r: int) -> Any:
+        """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros.
+
+        Raises `ConfigError` for a kind without a rank, or for which zeros in its tensors are not nothing.
+        """
+        raise ConfigError(f"adapters of type {defaults_of(self.config)['peft_type']} have no rank to leave room for")
 
     # --- what it computes --------------------------------------------------------------------------------------------
 
