@@ -17,7 +17,7 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "__main__"),
+    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "__main__"),
 ]
 
 
@@ -61,6 +61,7 @@ INSIDE = {
             "selection",
             "start_values",
             "adapter",
+            "slots",
         ),
         "equation",
     ],

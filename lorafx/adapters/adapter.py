@@ -34,6 +34,7 @@ class Adapter:
     `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
     base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
     `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
+    `idle` has the names of sites at which a slot that holds the adapter has tensors and the adapter none (`slots.py`).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
     @property
     def paths(self) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.slots import without_room
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
@@ -170,9 +171,10 @@ def gather(
     `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are taken instead of the
     tree's.
     """
-    tensors = {
-        key: _plain(values[path] if path in values else tensor_at(root, path)) for key, path in keys(adapter).items()
-    }
+    paths = keys(adapter)
+    whole = {path: _plain(values[path] if path in values else tensor_at(root, path)) for path in paths.values()}
+    own = without_room(adapter, whole)
+    tensors = {key: own[path].contiguous() for key, path in paths.items()}
     return tensors | {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
 
 

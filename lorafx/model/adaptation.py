@@ -17,6 +17,7 @@ from ..graph.modules import refresh
 from ..pipeline import Context
 from ..serving.programs import Program
 from ..tree.mirror import STATE
+from .hotswap import HotSwap
 from .like_peft import LikePeft
 from .report import Call, Explanation, Report
 from .saving import Saving
@@ -25,7 +26,7 @@ from .trainers import Trainable
 from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Weighted, Scales, Saving, Trainable):
+class Adaptation(LikePeft, Weighted, HotSwap, Scales, Saving, Trainable):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

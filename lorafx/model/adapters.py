@@ -13,6 +13,7 @@ import torch
 from ..adapters.adapter import TRAINED_BIAS, Adapter, Rests, build, plan, remove, trainable_paths
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
+from ..adapters.slots import put, used
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint
@@ -83,8 +84,9 @@ class Adapters(Merges):
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
         adapter, values, embeddings = checkpoint.fit(mirrored(self.tree), adapter_name, found, is_trainable)
         if adapter_name in self._lorafx.adapters:
-            require_same(self._require_unmerged(adapter_name, "loading other values into it"), adapter)
-            copy_into(self.tree, values)
+            known = used(self._require_unmerged(adapter_name, "loading other values into it"))
+            require_same(known, adapter)
+            put(self.tree, known, values)
         else:
             self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
         copy_into(self.tree, embeddings)
