@@ -2,6 +2,7 @@
 
 from . import errors, passes  # type: ignore[attr-defined]
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
 from .capture.export import trace
@@ -60,6 +61,7 @@ __all__ = [
     "Selection",
     "Site",
     "TaskType",
+    "VeraConfig",
     "compile",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",

@@ -44,6 +44,8 @@ class AdapterConfig:
     checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
+    # Fields above that PEFT's class of the same name does not have: they are in no file, unless they are set.
+    beyond_peft: ClassVar[tuple[str, ...]] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """PEFT's field names to values, tuples as lists; what is in `extra` stands beside the other fields."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        values = {key: value for key, value in values.items() if value is not None or key not in self.beyond_peft}
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {**lists, **self.extra}
 
@@ -142,6 +145,16 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether a field's value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a field's value is a positive int."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require_dropout(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless a field holds a probability of dropping something."""
+    require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
 
 
 def is_strings(value: Any) -> bool:

@@ -129,7 +129,11 @@ class Equation:
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
         """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
         paths = self.adapter.tensors[self.site.name]
-        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self.suffixes.items()}
+        specs = self._specs
+        tensors = {
+            name: Attribute(paths[suffix], dtype if specs[name].dtype is None else None)
+            for name, suffix in self.suffixes.items()
+        }
         scale = self.adapter.scales.get(self.site.name)
         scaling = {SCALING: Attribute(scale)} if scale else {}
         return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
@@ -151,7 +155,7 @@ class Equation:
 
     @functools.cached_property
     def _specs(self) -> dict[str, Spec]:
-        return self.adapter.kind.tensors(self.site, self.adapter.config)
+        return self.adapter.specs(self.site)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         bound = {name: given[f"{BOUND}{name}"] for name in self.bound}

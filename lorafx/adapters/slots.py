@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..tree.lookup import tensor_at
-from .adapter import Adapter, build
+from .adapter import Adapter
+from .building import build
 from .kinds import Spec
 from .room import fill, has_room, held
 from .site import Site
@@ -136,5 +137,5 @@ def add_idle(root: nn.Module, slot: Adapter, planned: Iterable[Adapter], autocas
 def _places(adapter: Adapter) -> Iterator[tuple[Site, Spec, str]]:
     """Each tensor of an adapter at its sites: the site, what there is to say of it, and its path."""
     for site in adapter.selection:
-        for spec in adapter.kind.tensors(site, adapter.config).values():
+        for spec in adapter.specs(site).values():
             yield site, spec, adapter.tensors[site.name][spec.suffix]

@@ -22,6 +22,7 @@ from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
 from ..adapters.slots import without_room
+from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
@@ -33,6 +34,7 @@ from .pinned import interrupted
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."  # of what all sites share, which PEFT keeps beside the model
 # The version of PEFT whose format is written, for PEFT's own checks of age.
 FORMAT = "0.21.2"
 # What a file's tensor must be: its shape, and whether it holds floats.
@@ -49,12 +51,14 @@ class Checkpoint:
 
 
 def keys(adapter: Adapter) -> dict[str, str]:
-    """PEFT's key of each tensor of the adapter, mapped to the tensor's path."""
-    named = {
-        f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}.{suffix}": path
-        for site in adapter.selection
-        for suffix, path in adapter.tensors[site.name].items()
-    }
+    """PEFT's key of each tensor that a file has of the adapter, mapped to the tensor's path, or to one of several."""
+    named: dict[str, str] = {}
+    for site in adapter.selection:
+        module = f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}"
+        for name, spec in adapter.specs(site).items():
+            if spec.saved:
+                key = f"{SHARED_PREFIX if name in adapter.shared else f'{module}.'}{spec.suffix}"
+                named.setdefault(key, adapter.tensors[site.name][spec.suffix])
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
 
 
@@ -151,16 +155,17 @@ def fit(
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
     expected: dict[str, Expected] = {
-        adapter.tensors[site.name][spec.suffix]: (spec.shape, True)
+        adapter.tensors[site.name][spec.suffix]: (spec.shape, spec.dtype is None)
         for site in adapter.selection
-        for spec in adapter.kind.tensors(site, adapter.config).values()
+        for spec in adapter.specs(site).values()
     }
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()
     named = keys(adapter)
     embeddings = check(found, {key: expected[path] for key, path in named.items()}, root)
-    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
+    values = completed(root, adapter, {path: found.tensors[key] for key, path in named.items()})
+    return adapter, values, embeddings
 
 
 def gather(

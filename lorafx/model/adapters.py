@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, Rests, build, plan, remove, trainable_paths
+from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove, trainable_paths
+from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
 from ..adapters.slots import put, used
+from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter, plan, remove, scaled
+from ..adapters.adapter import Adapter, plan, remove
+from ..adapters.building import scaled
 from ..adapters.config import require
 from ..adapters.kinds import SCALING, config_of
 from ..adapters.slots import add_idle, differences, put, require_swappable, widened

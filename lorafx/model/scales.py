@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import scaled
+from ..adapters.building import scaled
 from ..adapters.config import is_number, require
 from ..adapters.kinds import SCALING
 from ..errors import AdapterError

@@ -55,7 +55,8 @@ class Evaluation:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
         tensors = {name: place.tensor for name, place in self.places}
         if dtype is not None:
-            tensors = {name: each if each.dtype == dtype else each.to(dtype) for name, each in tensors.items()}
+            floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
+            tensors |= {name: each if each.dtype == dtype else each.to(dtype) for name, each in floats.items()}
         return self.equation.operands(tensors, bound, None if self.scale is None else self.scale.tensor)
 
 

@@ -15,6 +15,7 @@ from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .vera import Vera, VeraConfig
 
 # By PEFT type: the `peft_type` of configs and files.
 KINDS: dict[str, Kind] = {}
@@ -61,5 +62,17 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 register(Lora)
+register(Vera)
 
-__all__ = ["KINDS", "SCALING", "Kind", "LoraConfig", "Operands", "Spec", "config_of", "kind_of", "register"]
+__all__ = [
+    "KINDS",
+    "SCALING",
+    "Kind",
+    "LoraConfig",
+    "Operands",
+    "Spec",
+    "VeraConfig",
+    "config_of",
+    "kind_of",
+    "register",
+]

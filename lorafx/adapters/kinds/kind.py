@@ -21,7 +21,7 @@ from ...errors import ConfigError
 from ..combining import Combination
 from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
-from ..readings import Operator
+from ..readings import CONV1D, LINEAR, Operator
 from ..site import Selection, Site
 
 aten = torch.ops.aten
@@ -29,11 +29,18 @@ SCALING = "scaling"  # the number that multiplies an update; a tensor once it wa
 
 
 class Spec(NamedTuple):
-    """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape."""
+    """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape.
+
+    One that is `fixed` is a buffer, which nothing trains. One that is not `saved` has no place in files: `init` makes
+    it again, from the config alone. It holds floats, unless it has a `dtype` of its own, as row numbers do.
+    """
 
     suffix: str
     shape: tuple[int, ...]
     of_bias: bool = False  # it acts like the module's bias, so it is not for another module that shares the weight
+    fixed: bool = False
+    saved: bool = True
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -90,15 +97,17 @@ class Kind:
 
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
-    order. `reads_weight` says that its equation or its start values need the dense weight. `sized` names the fields of
-    its config that are about ranks and scaling alone: adapters that differ in these share an equation, once the scaling
-    is a tensor, and tensors of zeros are one that does nothing. There are none for a kind without an `of_rank`.
+    order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
+    `sized` names the fields of its config that are about ranks and scaling alone: adapters that differ in these share
+    an equation, once the scaling is a tensor, and tensors of zeros are one that does nothing. There are none for a kind
+    without an `of_rank`.
     """
 
     config: ClassVar[type[AdapterConfig]]
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     sized: ClassVar[tuple[str, ...]] = ()
+    starts_from_weight: ClassVar[bool] = False
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -111,6 +120,17 @@ class Kind:
 
     def tensors(self, site: Site, config: Any) -> dict[str, Spec]:
         """The suffix and shape of each tensor at a site, by the name that the equation gives it."""
+        raise NotImplementedError
+
+    def shared(self, selection: Selection, config: Any) -> dict[str, Spec]:
+        """Tensors that all sites share: fixed ones, large enough for each. An equation has them like a site's own."""
+        return {}
+
+    def draw(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the tensors that all sites share, in place, with values that follow from the config.
+
+        They are float32, on the CPU.
+        """
         raise NotImplementedError
 
     def numbers(self, site: Site, config: Any) -> dict[str, float]:
@@ -127,9 +147,9 @@ class Kind:
         """Fill the tensors of a site with their start values, in place.
 
         They are float32 or wider, on the CPU or on the meta device; `weight`, the dense base weight for a kind that
-        `reads_weight` or `takes_from_base`, has their dtype and device. Without `rng`, numbers come from torch's global
-        generator. Returns the dense weight that the base has from then on, or None if that stays what it is. A site
-        that takes from the base has tensors where its weight is.
+        `reads_weight`, `starts_from_weight` or `takes_from_base`, has their dtype and device. Without `rng`, numbers
+        come from torch's global generator. Returns the dense weight that the base has from then on, or None if that
+        stays what it is. A site that takes from the base has tensors where its weight is.
         """
         raise NotImplementedError
 
@@ -224,3 +244,12 @@ class Kind:
     def _delta(self, name: str, like: Tensor, at: Operands) -> Tensor:
         delta = self.delta(name, at)
         return (delta.dense() if isinstance(delta, LowRank) else delta).to(like.dtype)
+
+
+def require_linear(site: Site, config: AdapterConfig) -> None:
+    """Raise `ConfigError` for a site that is no linear layer, for kinds that are for these alone."""
+    if site.reading not in (LINEAR, CONV1D):
+        raise ConfigError(
+            f"{site.name} is read by {site.reading}, and {config.peft_type} is for linear layers: narrow "
+            "`target_modules`, or add it to `exclude_modules`"
+        )
