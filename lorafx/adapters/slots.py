@@ -52,7 +52,7 @@ def put(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -> None
 
 def differences(known: Adapter, found: Adapter, sizes: bool = True) -> list[str]:
     """The fields of their configs, but for sites and tensors, in which two adapters differ; with those about sizes."""
-    ignored = _ORIGIN | _START | _NAMES | (set() if sizes else set(known.kind.sized))
+    ignored = _ORIGIN | _START | _NAMES | (set() if sizes else set(known.kind.sized(known.config)))
     old, new = (a.config.to_dict() for a in (known, found))
     return [key for key in old if key not in ignored and old[key] != new.get(key)]
 
@@ -89,7 +89,7 @@ def _require_sites(slot: Adapter, found: Adapter, cannot: str) -> None:
             "`prepare_model_for_compiled_hotswap(model, config=…)` with the configs of all that will come first"
         )
     left_out = [site.name for site in slot.selection if site.name not in found.tensors]
-    if left_out and not slot.kind.sized:
+    if left_out and not slot.kind.sized(slot.config):
         kind = slot.config.peft_type
         raise AdapterError(f"{cannot}it does not adapt {', '.join(left_out)}, and {kind} has no values that do nothing")
 

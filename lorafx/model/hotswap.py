@@ -82,20 +82,17 @@ class HotSwap(Adapters):
         """
         whole = isinstance(target_rank, int) and not isinstance(target_rank, bool) and target_rank > 0
         require(target_rank is None or whole, "target_rank", target_rank, "a positive int or None")
-        require(
-            check_compiled in ("error", "warn", "ignore"),
-            "check_compiled",
-            check_compiled,
-            '"error", "warn" or "ignore"',
-        )
-        slots = [adapter for adapter in self._lorafx.adapters.values() if adapter.kind.sized]
+        known = check_compiled in ("error", "warn", "ignore")
+        require(known, "check_compiled", check_compiled, '"error", "warn" or "ignore"')
+        slots = [adapter for adapter in self._lorafx.adapters.values() if adapter.kind.sized(adapter.config)]
         if not slots:
             raise AdapterError("there is no adapter with a rank: load the first one before preparing for others")
         for slot in slots:
             self._require_unmerged(slot.name, "preparing it for others")
             slot.require_in_place(self.tree)
         self._check_compiled(check_compiled)
-        planned = {slot.name: list(self._planned_for(slot, _configs(config), target_rank)) for slot in slots}
+        others = _configs(config, {each.config.peft_type for each in self._lorafx.adapters.values()})
+        planned = {slot.name: list(self._planned_for(slot, others, target_rank)) for slot in slots}
         with torch.inference_mode(False), torch.no_grad():
             wide = [widened(self.tree, slot, planned[slot.name], target_rank) for slot in slots]
             self._add_idle(slots, planned)
@@ -119,7 +116,7 @@ class HotSwap(Adapters):
 
     def _planned_for(self, slot: Adapter, configs: list[Any], r: int | None) -> Iterator[Adapter]:
         """What adapters of these configs would be in the slot's place, with room for rank `r`."""
-        for config in configs:
+        for config in (each for each in configs if each.peft_type == slot.config.peft_type):
             wide = config if r is None else slot.kind.of_rank(config, r)
             other = plan(mirrored(self.tree), slot.name, wide)
             differ = differences(slot, other, sizes=False)
@@ -150,14 +147,14 @@ class HotSwap(Adapters):
         return adapter
 
 
-def _configs(config: Any | None) -> list[Any]:
+def _configs(config: Any | None, types: set[str]) -> list[Any]:
     """The configs in what `prepare_for_hotswap` is given: none, one, or a mapping of several as `peft_config` is."""
     if config is None:
         return []
     several = isinstance(config, Mapping) and all(hasattr(each, "peft_type") for each in config.values())
     found = [config_of(each) for each in (config.values() if several else [config])]
-    if odd := [each.peft_type for each in found if not hasattr(each, "r")]:
-        raise ConfigError(f"adapters of type {odd[0]} have no rank to leave room for")
+    if odd := [each.peft_type for each in found if each.peft_type not in types]:
+        raise ConfigError(f"there is no adapter of type {odd[0]} that could take the values of another of this config")
     return found
 
 

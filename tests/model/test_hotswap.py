@@ -214,6 +214,7 @@ def test_what_cannot_be_prepared_for_is_refused_and_changes_nothing():
         (AdapterError, "they differ in lora_dropout", {"config": {"target_modules": ["first"], "lora_dropout": 0.1}}),
         (ConfigError, "`target_rank` must be a positive int", {"target_rank": 0}),
         (ConfigError, "`check_compiled` must be", {"check_compiled": "never"}),
+        (ConfigError, "no adapter of type VERA", {"config": lorafx.VeraConfig(target_modules=["first"])}),
     ):
         with pytest.raises(error, match=said):
             lora.prepare_for_hotswap(**options)

@@ -98,15 +98,11 @@ class Kind:
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
-    `sized` names the fields of its config that are about ranks and scaling alone: adapters that differ in these share
-    an equation, once the scaling is a tensor, and tensors of zeros are one that does nothing. There are none for a kind
-    without an `of_rank`.
     """
 
     config: ClassVar[type[AdapterConfig]]
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
-    sized: ClassVar[tuple[str, ...]] = ()
     starts_from_weight: ClassVar[bool] = False
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -189,12 +185,17 @@ class Kind:
         """
         raise NotImplementedError
 
-    def of_rank(self, config: Any, r: int) -> Any:
-        """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros.
-
-        Raises `ConfigError` for a kind without a rank, or for which zeros in its tensors are not nothing.
+    def sized(self, config: Any) -> tuple[str, ...]:
+        """The fields of a config that are about ranks and scaling alone, if tensors of zeros are an adapter that does
+        nothing: adapters that differ in these fields share an equation, once the scaling is a tensor.
         """
-        raise ConfigError(f"adapters of type {defaults_of(self.config)['peft_type']} have no rank to leave room for")
+        return ()
+
+    def of_rank(self, config: Any, r: int) -> Any:
+        """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros; of a
+        kind that is `sized`.
+        """
+        raise NotImplementedError
 
     # --- what it computes --------------------------------------------------------------------------------------------
 

@@ -36,7 +36,6 @@ class Lora(Kind):
 
     config = LoraConfig
     additive = True
-    sized = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         hidden = at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
@@ -190,6 +189,9 @@ class Lora(Kind):
         rng: torch.Generator | None,
     ) -> dict[str, Tensor]:
         return combined(parts, how, self.tensors(site, config), rng)
+
+    def sized(self, config: LoraConfig) -> tuple[str, ...]:
+        return () if config.use_dora else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
     def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
         return config.replace(r=r, rank_pattern={})
