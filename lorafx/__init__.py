@@ -15,6 +15,7 @@ from .capture.export import trace
 from .compat import (
     FastLanguageModel,
     PeftConfig,
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -26,6 +27,13 @@ from .compat import (
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
+)
+from .functions import (
+    get_layer_status,
+    get_model_status,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
 )
 from .graph.printing import diff
 from .merging.streaming import merge
@@ -51,6 +59,7 @@ __all__ = [
     "LoraConfig",
     "Pass",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -70,14 +79,19 @@ __all__ = [
     "create_loraplus_optimizer",
     "diff",
     "errors",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "load",
     "merge",
     "of",
     "passes",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
     "set_peft_model_state_dict",
     "to_float8",
     "trace",

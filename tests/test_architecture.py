@@ -17,7 +17,7 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
+    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -52,6 +52,8 @@ INSIDE = {
             "config",
             "naming",
             "low_rank",
+            "combining",
+            "room",
             "readings",
             "storages",
             "site",
@@ -60,6 +62,7 @@ INSIDE = {
             "adapter",
             "start_values",
             "building",
+            "slots",
         ),
         "equation",
     ],
