@@ -20,8 +20,9 @@ from .adaptation import Adaptation, of
 from .calls import WITHIN_DYNAMO, PartCall, generating, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
+from .optimizers_of_peft import LAYERS, shown_to_peft
 from .state import State
-from .trainers import SeenAsPeft, name_self, refuse_optimizers_of_peft, with_model
+from .trainers import SeenAsPeft, name_self, with_model
 
 if TYPE_CHECKING:  # for a type checker the model has the whole interface; in truth each name that its base leaves free
     _Interface = Adaptation
@@ -62,9 +63,8 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
         return repr(of(self))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As ever. PEFT's optimizers, which would train adapters otherwise than they say, are refused."""
-        refuse_optimizers_of_peft(self)
-        return super().named_parameters(*args, **kwargs)
+        """As ever; for PEFT's optimizers under names by which they find what they take for layers."""
+        return shown_to_peft(self, super().named_parameters(*args, **kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
@@ -78,6 +78,8 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
+            if name == LAYERS:
+                return vars(self)[STATE].layers_of_peft
             if name in INSTEAD:
                 raise AttributeError(f"a model adapted by lorafx has no `{name}`. Instead: {INSTEAD[name]}") from None
             raise
