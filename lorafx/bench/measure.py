@@ -76,7 +76,7 @@ class Forward(Training):
     """A forward pass in evaluation, without gradients."""
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, ...]:
+    def step(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         self.model.eval()
         return self.forward()
 
