@@ -1,13 +1,21 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.loha import LoHaConfig
+from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.shira import ShiraConfig
+from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
 from .capture.export import trace
 from .compat import (
     FastLanguageModel,
     PeftConfig,
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -19,6 +27,13 @@ from .compat import (
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
+)
+from .functions import (
+    get_layer_status,
+    get_model_status,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
 )
 from .graph.printing import diff
 from .merging.streaming import merge
@@ -37,10 +52,15 @@ __all__ = [
     "Adaptation",
     "AdaptedModel",
     "Context",
+    "DeloraConfig",
     "FastLanguageModel",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Pass",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -49,23 +69,31 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "Pipeline",
+    "RandLoraConfig",
     "Selection",
+    "ShiraConfig",
     "Site",
     "TaskType",
+    "VeraConfig",
     "compile",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "diff",
     "errors",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "load",
     "loss_by_adapter",
     "merge",
     "of",
     "passes",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
     "set_peft_model_state_dict",
     "to_float8",
     "trace",

@@ -17,7 +17,7 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
+    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -38,7 +38,7 @@ INSIDE = {
             "linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -48,17 +48,21 @@ INSIDE = {
     "adapters": [
         *(
             "peft_itself",
+            "default_targets",
             "config",
             "naming",
-            "default_targets",
             "low_rank",
+            "combining",
+            "room",
             "readings",
             "storages",
             "site",
             "kinds",
             "selection",
-            "start_values",
             "adapter",
+            "start_values",
+            "building",
+            "slots",
         ),
         *("equation", "by_row"),
     ],

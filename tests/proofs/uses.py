@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.graph.blocks import blocks_of
+from lorafx.tree.lookup import tensor_at
 
 FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
 
@@ -27,12 +28,23 @@ class Layers(nn.Module):
         return x
 
 
+class Pair(nn.Module):
+    """(…, 5) -> (…, 5): two linear layers, neither of them square."""
+
+    def __init__(self, linear: Callable[[int, int], nn.Module] = nn.Linear):
+        super().__init__()
+        self.up, self.down = linear(5, 7), linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
 def randomize(lora: lorafx.AdaptedModel, name: str = "default") -> None:
     """Give an adapter values that make a difference."""
     with torch.no_grad():
         for path in lora._lorafx.adapters[name].paths:
-            tensor = lora.get_parameter(path)
-            tensor.add_(torch.randn_like(tensor) / 4)
+            if isinstance(tensor := tensor_at(lora, path), nn.Parameter):  # what is fixed stays
+                tensor.add_(torch.randn_like(tensor) / 4)
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

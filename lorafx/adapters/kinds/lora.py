@@ -9,7 +9,7 @@ layer's kernel size, stride, padding and dilation, and B a kernel of size 1 and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ...errors import ConfigError, MergeError
 from ...ops import lora_linear
 from ...ops.modes import autocast_dtype
+from ..combining import Combination
 from ..config import is_pattern_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, IN_PROJ, LINEAR
 from ..readings.linear import narrow, wide
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
+from .lora_combined import combined, rank_of
 from .lora_config import LoraConfig
 from .lora_start import is_random, is_taken, low_rank, taken
 
@@ -175,6 +177,36 @@ class Lora(Kind):
         }
         return config.replace(init_lora_weights=True, loftq_config={}, **changes), joined
 
+    def combined_config(
+        self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Combination
+    ) -> LoraConfig:
+        if any(config.use_dora for config in configs):
+            raise ConfigError("adapters with `use_dora` rescale whole weights, and cannot be combined into one")
+        r = rank_of([max(rank(site, c) for site in sites) for c, sites in zip(configs, selections)], how)
+        return self.of_rank(configs[0], r).replace(
+            lora_alpha=r,
+            use_rslora=False,
+            alpha_pattern={},
+            lora_bias=any(config.lora_bias for config in configs),
+            init_lora_weights=True,
+        )
+
+    def combined(
+        self,
+        site: Site,
+        config: LoraConfig,
+        parts: Sequence[tuple[float, Operands]],
+        how: Combination,
+        rng: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        return combined(parts, how, self.tensors(site, config), rng)
+
+    def sized(self, config: LoraConfig) -> tuple[str, ...]:
+        return () if config.use_dora else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+    def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
+        return config.replace(r=r, rank_pattern={})
+
 
 def _is_linear(at: Operands) -> bool:
     """Whether the update is two products, with nothing else to it."""
@@ -220,7 +252,7 @@ def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:
         raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` gives at most rank {min(sizes)} there")
 
 
-def rank(site: Site, config: LoraConfig) -> int:
+def rank(site: Site, config: Any) -> int:
     """The rank at a site: the first match in `rank_pattern`, else the config's `r`."""
     return int(pattern_value(config.rank_pattern, site.named, config.r))
 
