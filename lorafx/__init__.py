@@ -36,6 +36,7 @@ from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
 from .model.loftq import replace_lora_weights_loftq
 from .model.preparation import prepare_model_for_kbit_training
+from .model.rows import loss_by_adapter
 from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
@@ -73,6 +74,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "load",
+    "loss_by_adapter",
     "merge",
     "of",
     "passes",

@@ -38,7 +38,7 @@ INSIDE = {
             "linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -64,7 +64,7 @@ INSIDE = {
             "building",
             "slots",
         ),
-        "equation",
+        *("equation", "by_row"),
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
@@ -73,7 +73,7 @@ INSIDE = {
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters"),
+        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "programs", "free_counters"),
         *("early_calls", "site_table", "direct", "per_site"),
         *(
             "settling",

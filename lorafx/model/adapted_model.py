@@ -17,9 +17,10 @@ from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored
 from .adaptation import Adaptation, of
-from .calls import WITHIN_DYNAMO, PartCall, generating, serve
+from .calls import WITHIN_DYNAMO, PartCall, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
+from .rows import generating
 from .state import State
 from .trainers import SeenAsPeft, name_self, refuse_optimizers_of_peft, with_model
 

@@ -158,7 +158,7 @@ class Both:
 
     def name(self) -> str:
         """Mostly that of an adapter that is there."""
-        return self.draw(st.sampled_from([*self.known.adapters, *self.known.adapters, "nobody"]))
+        return self.draw(st.sampled_from([*list(self.known.adapters) * 4, "nobody"]))
 
     def names(self) -> list[str]:
         return list(dict.fromkeys(self.name() for _ in range(self.draw(st.integers(0, 3)))))
@@ -286,7 +286,7 @@ class Both:
     # --- they are merged ---------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        chosen = self.draw(st.sampled_from([None, self.names()]))
+        chosen = self.draw(st.sampled_from([None, self.names(), self.known.active[-1:]]))
         if not self.all_there(*(chosen or [])):
             return self.refused(lambda: self.lora.merge_adapter(chosen))
         wanted = ([] if self.known.disabled else self.known.active) if chosen is None else chosen

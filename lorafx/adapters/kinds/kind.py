@@ -214,6 +214,13 @@ class Kind:
         """
         return None
 
+    def by_row(self, y: Any, x: Any, rows: Any, numbers: tuple[int, ...], ats: tuple[Operands, ...]) -> Any | None:
+        """`after` of several adapters of the kind, each for the rows of its number, of symbols or tensors at once.
+
+        `rows` is (rows,), of int64; other rows of y stay. None, which is always right: they are evaluated one by one.
+        """
+        return None
+
     def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The adapter's tensors for Wᵀ, by name, as which a tied weight may be read.
 

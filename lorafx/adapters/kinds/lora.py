@@ -22,6 +22,7 @@ from ..combining import Combination
 from ..config import is_pattern_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, IN_PROJ, LINEAR
+from ..readings.linear import narrow, wide
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
 from .lora_combined import combined, rank_of
@@ -51,6 +52,16 @@ class Lora(Kind):
         if isinstance(s, Tensor):
             b, s = b * s, 1.0
         return lora_linear(x, weight, at.bound["bias"], None, a, b, s, at.config.lora_dropout if at.training else 0.0)
+
+    def by_row(self, y: Any, x: Any, rows: Any, numbers: tuple[int, ...], ats: tuple[Operands, ...]) -> Any | None:
+        if not all(_is_linear(at) for at in ats):
+            return None
+        scaled = [isinstance(at.scaling, (int, float)) for at in ats]
+        bs = [at.lora_B if is_number else aten.mul.Tensor(at.lora_B, at.scaling) for at, is_number in zip(ats, scaled)]
+        scalings = [float(at.scaling) if is_number else 1.0 for at, is_number in zip(ats, scaled)]
+        dropouts = [float(at.config.lora_dropout) if at.training else 0.0 for at in ats]
+        given = list(numbers), [at.lora_A for at in ats], bs, scalings, dropouts
+        return torch.ops.lorafx.lora_by_row.default(y, x, rows, *given)
 
     def delta(self, name: str, at: Operands) -> LowRank | Tensor:
         return (at.product(at.lora_A, at.lora_B) if name == "weight" else at.lora_bias) * at.scaling
@@ -195,6 +206,12 @@ class Lora(Kind):
 
     def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
         return config.replace(r=r, rank_pattern={})
+
+
+def _is_linear(at: Operands) -> bool:
+    """Whether the update is two products, with nothing else to it."""
+    assert at.operator is not None
+    return at.operator.narrow is narrow and at.operator.wide is wide and "lora_bias" not in at.tensors
 
 
 def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
