@@ -1,10 +1,15 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.c3a import C3AConfig
 from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.fourierft import FourierFTConfig
+from .adapters.kinds.hira import HiraConfig
 from .adapters.kinds.ia3 import IA3Config
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.miss import MissConfig
 from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.road import RoadConfig
 from .adapters.kinds.shira import ShiraConfig
 from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
@@ -40,11 +45,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "AdaptedModel",
+    "C3AConfig",
     "Context",
     "DeloraConfig",
     "FastLanguageModel",
+    "FourierFTConfig",
+    "HiraConfig",
     "IA3Config",
     "LoraConfig",
+    "MissConfig",
     "Pass",
     "PeftConfig",
     "PeftModel",
@@ -56,6 +65,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "Pipeline",
     "RandLoraConfig",
+    "RoadConfig",
     "Selection",
     "ShiraConfig",
     "Site",

@@ -84,7 +84,8 @@ class KindCase:
     """A config by the name and fields that both libraries have, and the layers that it acts on.
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
-    `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
+    `dropout` says that a training step draws random numbers: PEFT's, from the same seed. `close` is how near PEFT's
+    numbers are to ours, `gradients` whether PEFT's are derivatives of what it computes.
     `on_llama` are fields in which a Llama's names stand.
     """
 
@@ -94,6 +95,8 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    close: dict[str, float] = field(default_factory=lambda: CLOSE)
+    gradients: bool = True
     on_llama: dict[str, Any] = field(default_factory=dict)
 
     @property

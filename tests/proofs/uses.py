@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,19 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
+
+
+def of_layers(
+    adapted: Callable[[Any, Tensor], Tensor],
+) -> Callable[[lorafx.AdaptedModel, Tensor], Tensor]:
+    """What `Layers` of `Pair`s compute whose linear layers compute what `adapted(layer, x)` says."""
+
+    def formula(lora: Any, x: Tensor) -> Tensor:
+        for layer in lora.layers:
+            x = x + torch.tanh(adapted(layer.down, torch.relu(adapted(layer.up, x))))
+        return x
+
+    return formula
 
 
 def randomize(lora: lorafx.AdaptedModel, name: str = "default") -> None:

@@ -12,13 +12,18 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
 from .dora import Dora
+from .fourierft import FourierFT, FourierFTConfig
+from .hira import Hira, HiraConfig
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .miss import Bat, Miss, MissConfig
 from .randlora import RandLora, RandLoraConfig
+from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
 from .vera import Vera, VeraConfig
 
@@ -70,18 +75,23 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, Vera, Shira, Delora, RandLora):
+for _kind in (Lora, Dora, Ia3, Vera, Shira, Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "C3AConfig",
     "DeloraConfig",
+    "FourierFTConfig",
+    "HiraConfig",
     "IA3Config",
     "Kind",
     "LoraConfig",
+    "MissConfig",
     "Operands",
     "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "Spec",
     "VeraConfig",

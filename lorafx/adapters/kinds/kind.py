@@ -80,6 +80,14 @@ class Operands:
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
+    def full(self, x: Any, weight: Any) -> Any:
+        """The operator with another weight, and without a bias: of the shape of W, or (out, in) for any matrix."""
+        assert self.operator is not None
+        if self.site.reading.matrix:
+            return self.wide(x, weight)
+        given = {**self.bound, "x": x, "weight": weight, "bias": None}
+        return self.operator.pattern(**{name: given[name] for name in names_of(self.operator.pattern)})
+
     def operate(self, x: Any) -> Any:
         """What the operator gives of another x: of its shape. For a kind that `reads_weight`."""
         assert self.operator is not None
