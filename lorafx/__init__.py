@@ -11,6 +11,7 @@ from .adapters.kinds.miss import MissConfig
 from .adapters.kinds.randlora import RandLoraConfig
 from .adapters.kinds.road import RoadConfig
 from .adapters.kinds.shira import ShiraConfig
+from .adapters.kinds.trainable_tokens import TrainableTokensConfig
 from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -70,6 +71,7 @@ __all__ = [
     "ShiraConfig",
     "Site",
     "TaskType",
+    "TrainableTokensConfig",
     "VeraConfig",
     "compile",
     "create_lorafa_optimizer",

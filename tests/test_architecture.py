@@ -36,6 +36,8 @@ INSIDE = {
             "dropout",
             "own_forward",
             "linear",
+            "fourier_linear",
+            "circulant_linear",
             "attention",
         ),
         *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "linear_cross_entropy"),

@@ -62,4 +62,14 @@ CASES = {
     "randlora sparse": KindCase("linear", "RandLoraConfig", RANDLORA | {"sparse": True}),
     "randlora very sparse": KindCase("linear", "RandLoraConfig", RANDLORA | {"very_sparse": True}),
     "randlora dropout": KindCase("linear", "RandLoraConfig", RANDLORA | {"randlora_dropout": 0.3}, dropout=True),
+    "tokens embedding": KindCase(
+        "embedding", "TrainableTokensConfig", {"token_indices": [7, 1, 3], "target_modules": ["embed"]}
+    ),
+    "tokens random": KindCase(
+        "embedding",
+        "TrainableTokensConfig",
+        {"token_indices": [7, 1, 3], "target_modules": ["embed"], "init_weights": False},
+        starts_at_zero=False,
+    ),
+    "tokens head": KindCase("linear", "TrainableTokensConfig", {"token_indices": [2, 0], "target_modules": ["down"]}),
 }

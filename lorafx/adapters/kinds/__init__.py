@@ -25,6 +25,7 @@ from .miss import Bat, Miss, MissConfig
 from .randlora import RandLora, RandLoraConfig
 from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
+from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .vera import Vera, VeraConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
@@ -75,7 +76,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, Vera, Shira, Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road):
+for _kind in (Lora, Dora, Ia3, Vera, Shira, Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road, TrainableTokens):
     register(_kind)
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "RoadConfig",
     "ShiraConfig",
     "Spec",
+    "TrainableTokensConfig",
     "VeraConfig",
     "config_of",
     "kind_of",
