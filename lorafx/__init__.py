@@ -1,10 +1,12 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.hra import HRAConfig
 from .adapters.kinds.ia3 import IA3Config
 from .adapters.kinds.loha import LoHaConfig
 from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.oft import OFTConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
 from .capture.export import trace
@@ -40,10 +42,12 @@ __all__ = [
     "AdaptedModel",
     "Context",
     "FastLanguageModel",
+    "HRAConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "OFTConfig",
     "Pass",
     "PeftConfig",
     "PeftModel",

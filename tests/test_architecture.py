@@ -38,7 +38,7 @@ INSIDE = {
             "linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "orthogonal", "lora_linear", "lora_linears", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [

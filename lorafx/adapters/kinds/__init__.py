@@ -13,12 +13,14 @@ from typing import Any
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .dora import Dora
+from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .oft import Oft, OFTConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
 KINDS: dict[str, list[Kind]] = {}
@@ -68,17 +70,19 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, LoHa, LoKr):
+for _kind in (Lora, Dora, Ia3, LoHa, LoKr, Oft, Hra):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "HRAConfig",
     "IA3Config",
     "Kind",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "OFTConfig",
     "Operands",
     "Spec",
     "config_of",
