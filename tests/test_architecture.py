@@ -35,6 +35,7 @@ INSIDE = {
             "deferral",
             "dropout",
             "own_forward",
+            "own_weight",
             "linear",
             "attention",
         ),

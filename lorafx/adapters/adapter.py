@@ -247,12 +247,12 @@ def _require_numbers(root: nn.Module, selection: Selection) -> None:
 
 
 def _require_weights(kind: Kind, selection: Selection, config: AdapterConfig) -> None:
-    """Raise `ConfigError` for a kind that computes with the base's weight where graphs cannot read it."""
-    hidden = [site for site in selection if kind.reads_weight and site.storage.whole]
+    """Raise `ConfigError` for a kind that computes with the base's weight where nobody but the module can read it."""
+    hidden = [site for site in selection if kind.reads_weight and not site.storage.readable]
     if hidden:
         raise ConfigError(
             f"{config.peft_type} computes with the base's weight, and that of {hidden[0].name} (stored as "
-            f"{hidden[0].storage}) cannot be read in a graph; leave it out, or load the base unquantised"
+            f"{hidden[0].storage}) cannot be read by anyone but the layer; leave it out, or load the base unquantised"
         )
 
 

@@ -50,10 +50,7 @@ def test_a_wrong_field_is_refused(changes, message):
     ("layer", "config", "message"),
     [
         (nn.Conv2d(4, 6, 3), lorafx.OFTConfig(target_modules=["0"]), "0 is a convolution with a kernel or groups"),
-        (nn.Conv2d(4, 6, 3), lorafx.HRAConfig(target_modules=["0"]), "0 is a convolution with a kernel or groups"),
         (nn.Linear(4, 6), lorafx.OFTConfig(target_modules=["0"], coft=True), "coft=True"),
-        (nn.Embedding(4, 6), lorafx.HRAConfig(target_modules=["0"]), "0 is an embedding, for which there is no HRA"),
-        (nn.Linear(4, 6), lorafx.HRAConfig(target_modules=["0"], apply_GS=True), "0 has 4 inputs"),
     ],
 )
 def test_what_it_cannot_do_is_refused(layer, config, message):
