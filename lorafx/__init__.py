@@ -1,6 +1,7 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.boft import BOFTConfig
 from .adapters.kinds.hra import HRAConfig
 from .adapters.kinds.ia3 import IA3Config
 from .adapters.kinds.loha import LoHaConfig
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "AdaptedModel",
+    "BOFTConfig",
     "Context",
     "FastLanguageModel",
     "HRAConfig",

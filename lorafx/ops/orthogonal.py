@@ -16,20 +16,24 @@ from torch import Tensor
 from .library import composite
 
 
-def cayley(q: Tensor, size: int, terms: int) -> Tensor:
-    """R - I, (blocks, size, size), of the numbers above the diagonal of each Q, (blocks, size · (size - 1) / 2).
+def skew_symmetric(q: Tensor, size: int) -> Tensor:
+    """Q, (blocks, size, size), of the numbers above the diagonal of each, (blocks, size · (size - 1) / 2)."""
+    rows, columns = torch.triu_indices(size, size, 1, device=q.device)
+    upper = q.new_zeros(q.shape[0], size * size).index_copy(1, rows * size + columns, q).view(-1, size, size)
+    return upper - upper.mT
+
+
+def cayley(skew: Tensor, terms: int) -> Tensor:
+    """R - I of each Q, (…, size, size).
 
     `terms` is how many terms of Neumann's series to use, as in PEFT's OFT; 0 solves. Of float32 or float64, and
     differentiable.
     """
-    rows, columns = torch.triu_indices(size, size, 1, device=q.device)
-    upper = q.new_zeros(q.shape[0], size * size).index_copy(1, rows * size + columns, q).view(-1, size, size)
-    skew = upper - upper.mT
-    with torch.autocast(q.device.type, enabled=False):  # it would round the powers
-        if not terms:
-            identity = torch.eye(size, dtype=q.dtype, device=q.device)
-            return torch.linalg.solve(identity + skew, -2 * skew, left=False)
-        return _series(skew, terms)
+    with torch.autocast(skew.device.type, enabled=False):  # it would round the powers
+        if terms:
+            return _series(skew, terms)
+        identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        return torch.linalg.solve(identity + skew, -2 * skew, left=False)
 
 
 def _series(skew: Tensor, terms: int) -> Tensor:
@@ -58,5 +62,6 @@ def reflections(u: Tensor, together: bool) -> tuple[Tensor, Tensor]:
         return normed, torch.linalg.solve(inverse, normed, left=False)
 
 
-composite("cayley(Tensor q, int size, int terms) -> Tensor", cayley)
+composite("skew_symmetric(Tensor q, int size) -> Tensor", skew_symmetric)
+composite("cayley(Tensor skew, int terms) -> Tensor", cayley)
 composite("reflections(Tensor u, bool together) -> (Tensor, Tensor)", reflections)

@@ -165,6 +165,11 @@ CASES = {
     "oft seven terms": KindCase("linear", "OFTConfig", {"oft_block_size": 2, "num_cayley_neumann_terms": 7}),
     "oft embedding": KindCase("embedding", "OFTConfig", {"oft_block_size": 4}),
     "oft pointwise": KindCase("pointwise", "OFTConfig", {"oft_block_size": 2}),
+    "boft linear": KindCase("linear", "BOFTConfig", {"boft_block_size": 2}),
+    "boft blocks": KindCase(
+        "linear", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2, "init_weights": False}, False
+    ),
+    "boft pointwise": KindCase("pointwise", "BOFTConfig", {"boft_block_size": 2}),
     "hra linear": KindCase("linear", "HRAConfig", {"r": 4}),
     "hra odd": KindCase("linear", "HRAConfig", {"r": 3}, starts_at_zero=False),
     "hra orthogonal": KindCase("linear", "HRAConfig", {"r": 3, "apply_GS": True}, starts_at_zero=False),

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .boft import Boft, BOFTConfig
 from .dora import Dora
 from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
@@ -70,12 +71,13 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, LoHa, LoKr, Oft, Hra):
+for _kind in (Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "BOFTConfig",
     "HRAConfig",
     "IA3Config",
     "Kind",

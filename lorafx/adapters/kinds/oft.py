@@ -26,13 +26,14 @@ from .kind import Kind, Operands, Spec
 aten = torch.ops.aten
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a field's value is an int that is not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check(config: OFTConfig) -> None:
     for name in ("r", "oft_block_size"):
-        require(_is_count(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+        require(is_count(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
     if (config.r == 0) == (config.oft_block_size == 0):
         raise ConfigError(
             "one of `r` and `oft_block_size` must be 0: the other, the number or size of blocks, says both"
@@ -42,7 +43,7 @@ def _check(config: OFTConfig) -> None:
     share, terms = config.module_dropout, config.num_cayley_neumann_terms
     require(is_number(share) and 0 <= share < 1, "module_dropout", share, "a number in [0, 1)")
     require(is_number(config.eps), "eps", config.eps, "a number")
-    require(_is_count(terms) and terms > 0, "num_cayley_neumann_terms", terms, "a positive int")
+    require(is_count(terms) and terms > 0, "num_cayley_neumann_terms", terms, "a positive int")
     require(config.bias in ("none", "all", "oft_only"), "bias", config.bias, '"none", "all" or "oft_only"')
 
 
@@ -163,7 +164,8 @@ def _nearest_divisor(features: int, wanted: int) -> int:
 def _turn(at: Operands) -> Any:
     """R - I: (blocks, size, size), or (1, size, size)."""
     terms = at.config.num_cayley_neumann_terms if at.config.use_cayley_neumann else 0
-    return torch.ops.lorafx.cayley.default(at.q, _blocks(at.site, at.config)[1], terms)
+    skew = torch.ops.lorafx.skew_symmetric.default(at.q, _blocks(at.site, at.config)[1])
+    return torch.ops.lorafx.cayley.default(skew, terms)
 
 
 def _turned(x: Any, turn: Any, at: Operands) -> Any:
