@@ -16,8 +16,8 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
-    *("capture", "lowering", "files", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "__main__"),
+    *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
+    *("api", "compat", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -35,12 +35,13 @@ INSIDE = {
             "deferral",
             "dropout",
             "own_forward",
+            "own_weight",
             "linear",
             "fourier_linear",
             "circulant_linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "orthogonal", "lora_linear", "lora_linears", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [

@@ -39,11 +39,13 @@ def test_convolutions_and_embeddings_have_it_too(capture):
     torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
-def test_a_weight_that_no_graph_can_read_is_refused():
+def test_a_quantised_weight_is_made_dense():
     bnb = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 96)).to("cpu")
-    with pytest.raises(ConfigError, match=r"HIRA computes with the base's weight, and that of 0 .*leave it out"):
-        lorafx.compile(model, lorafx.HiraConfig(r=2, target_modules=["0"]))
+    model, x = nn.Sequential(bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32)).to("cpu"), torch.randn(4, 64)
+    lora = lorafx.compile(model, lorafx.HiraConfig(r=2, init_weights=False, target_modules=["0"]))
+    dense = bnb.functional.dequantize_4bit(model[0].weight, model[0].weight.quant_state)
+    update = x @ (dense * (lora[0].hira_B.default @ lora[0].hira_A.default)).T
+    torch.testing.assert_close(lora(x) - model(x), update, rtol=1e-4, atol=1e-4)  # sums of 64 in float32, twice
 
 
 def test_layers_that_it_has_no_equation_for_are_refused():

@@ -66,10 +66,15 @@ def test_a_dropout_in_vain_is_said():
         lorafx.compile(nn.Sequential(nn.Linear(4, 6)), config)
 
 
-def test_bat_needs_a_weight_that_graphs_can_read_and_the_others_do_not():
+@pytest.mark.parametrize("form", [False, "bat"])
+def test_it_acts_on_a_quantised_layer(form):
     bnb = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential(bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32)).to("cpu")
-    with pytest.raises(ConfigError, match="MISS computes with the base's weight, and that of 0"):
-        lorafx.compile(model, lorafx.MissConfig(r=2, init_weights="bat", target_modules=["0"]))
-    lora, x = lorafx.compile(model, lorafx.MissConfig(r=2, init_weights=False, target_modules=["0"])), torch.ones(1, 64)
-    torch.testing.assert_close(lora(x) - model(x), 32 * lora[0].miss_block.default.sum(0)[None], rtol=1e-4, atol=1e-4)
+    model, x = nn.Sequential(bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32)).to("cpu"), torch.ones(1, 64)
+    lora = lorafx.compile(model, lorafx.MissConfig(r=2, init_weights=form, target_modules=["0"]))
+    if form == "bat":
+        with torch.no_grad():
+            lora[0].miss_block.default.fill_(0.5)  # ΔW = W B + B: each number is half its pair's sum, plus a half
+        expected = model(x) - model[0].bias + 32
+    else:
+        expected = 32 * lora[0].miss_block.default.sum(0)[None]
+    torch.testing.assert_close(lora(x) - model(x), expected, rtol=1e-4, atol=1e-4)  # sums of 64 in float32, twice

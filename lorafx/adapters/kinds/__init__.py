@@ -12,16 +12,21 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .boft import Boft, BOFTConfig
 from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
 from .dora import Dora
 from .fourierft import FourierFT, FourierFTConfig
 from .hira import Hira, HiraConfig
+from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
+from .loha import LoHa, LoHaConfig
+from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
 from .miss import Bat, Miss, MissConfig
+from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
 from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
@@ -76,20 +81,28 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, Vera, Shira, Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road, TrainableTokens):
+for _kind in (
+    *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, TrainableTokens),
+):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "BOFTConfig",
     "C3AConfig",
     "DeloraConfig",
     "FourierFTConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "Kind",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MissConfig",
+    "OFTConfig",
     "Operands",
     "RandLoraConfig",
     "RoadConfig",

@@ -84,10 +84,8 @@ class Operands:
     def full(self, x: Any, weight: Any) -> Any:
         """The operator with another weight, and without a bias: of the shape of W, or (out, in) for any matrix."""
         assert self.operator is not None
-        if self.site.reading.matrix:
-            return self.wide(x, weight)
-        given = {**self.bound, "x": x, "weight": weight, "bias": None}
-        return self.operator.pattern(**{name: given[name] for name in names_of(self.operator.pattern)})
+        function = self.operator.full or self.operator.narrow
+        return function(x, weight, **self.operator.given(function, dict(self.bound)))
 
     def operate(self, x: Any) -> Any:
         """What the operator gives of another x: of its shape. For a kind that `reads_weight`."""

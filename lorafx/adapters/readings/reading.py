@@ -42,6 +42,9 @@ class Operator:
     an adapter's bias or None, and both any of the pattern's (`stride`, `start`), with the same values. `transposed`
     says that the weight is stored (in, out), `lookup` that x holds row numbers instead of features.
 
+    `full(x, w)` is the operator with another weight of the same shape, (out, in) for any matrix, and no bias, if that
+    is not what `narrow` does; it may have further arguments as `narrow` has.
+
     `inputs(v)` and `outputs(v)` give a tensor of one number for each input or output, (in,) or (out,), the shape in
     which x or the result can be multiplied by it; the latter may have further arguments as `wide` has.
 
@@ -55,6 +58,7 @@ class Operator:
     wide: Callable[..., Any]
     transposed: bool = False
     lookup: bool = False
+    full: Callable[..., Any] | None = None
     inputs: Callable[..., Any] = _last
     outputs: Callable[..., Any] = _last
     calls: tuple[tuple[Callable[..., Any], Arguments], ...] = ()
