@@ -142,8 +142,6 @@ def assert_same_step(pair: Both) -> None:
         if not pair.case.wrong_gradient or pair.case.wrong_gradient not in name:
             named = {"msg": lambda text, name=name: f"{name}: {text}"}
             torch.testing.assert_close(found[name], gradient, **pair.case.close, **named)
-                found[name], gradient, **pair.case.close, msg=lambda text, name=name: f"{name}: {text}"
-            )
 
 
 # PEFT has no layer of them for 4 bits, or one that takes the packed bytes for the weight.
