@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..adapters.site import Site
+from ..adapters.storages import require_not_packed_since
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.layout_use import CONTIGUOUS, all_contiguous
@@ -297,6 +298,7 @@ def require_adapted_modules(call: Call) -> None:
                 f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
                 " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
+        require_not_packed_since(call.tree, adapter.selection)
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:

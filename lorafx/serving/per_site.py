@@ -313,5 +313,3 @@ def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any])
             raise
         except BaseException as error:
             step = partial(generator.throw, error)
-
-
