@@ -16,8 +16,8 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
-    *("capture", "lowering", "files", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "__main__"),
+    *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
+    *("api", "compat", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 

@@ -60,6 +60,16 @@ def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
     assert "2 sites" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks(ROOT / "docs/inspecting.md")), "inspecting.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert printed.startswith("model.layers.1.self_attn.q_proj, in block_0, run by model.layers.0 … model.layers.3")
+    assert "lora_linear_6 = lorafx.lora_linear(rms_norm_3, self_attn.q_proj.weight" in printed
+    assert "insert_adapters lm_head " in printed and (tmp_path / "graph.html").exists()
+
+
 def test_the_architecture_page_names_every_module_and_pass():
     page = (ROOT / "docs/architecture.md").read_text()
     import lorafx
