@@ -88,7 +88,8 @@ def test_layers_are_called_by_name_and_in_inference_mode(early):
 
 @pytest.mark.parametrize("capture", ["auto", "graph", "sites"])
 def test_quantising_what_is_adapted_already_is_an_error_that_says_so(capture):
-    lora = lorafx.compile(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32)), {"target_modules": ["0"]}, capture=capture)
+    base = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32))
+    lora = lorafx.compile(base, {"target_modules": ["0"]}, capture=capture)
     x = torch.randn(2, 64)
     lora(x)
     quantization.quantize_(lora, quantization.Int8WeightOnlyConfig())
