@@ -24,6 +24,7 @@ from .capture.export import trace
 from .compat import (
     FastLanguageModel,
     PeftConfig,
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -36,6 +37,13 @@ from .compat import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from .functions import (
+    get_layer_status,
+    get_model_status,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
+)
 from .graph.printing import diff
 from .merging.streaming import merge
 from .model.adaptation import Adaptation, of
@@ -43,6 +51,7 @@ from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
 from .model.loftq import replace_lora_weights_loftq
 from .model.preparation import prepare_model_for_kbit_training
+from .model.rows import loss_by_adapter
 from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
@@ -67,6 +76,7 @@ __all__ = [
     "OFTConfig",
     "Pass",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -88,14 +98,20 @@ __all__ = [
     "create_loraplus_optimizer",
     "diff",
     "errors",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "load",
+    "loss_by_adapter",
     "merge",
     "of",
     "passes",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
     "set_peft_model_state_dict",
     "to_float8",
     "trace",

@@ -31,6 +31,7 @@ class Adapter:
     `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
     base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
     `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
+    `idle` has the names of sites at which a slot that holds the adapter has tensors and the adapter none (`slots.py`).
     `shared` are the tensors that all sites share, by the kind's name for them; each has a path at each site.
     """
 
@@ -41,6 +42,7 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
     shared: Mapping[str, Spec] = field(default_factory=dict)
 
     def specs(self, site: Site) -> dict[str, Spec]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.slots import without_room
 from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
@@ -192,9 +193,10 @@ def gather(
     `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are taken instead of the
     tree's.
     """
-    tensors = {
-        key: _plain(values[path] if path in values else tensor_at(root, path)) for key, path in keys(adapter).items()
-    }
+    paths = keys(adapter)
+    whole = {path: _plain(values[path] if path in values else tensor_at(root, path)) for path in paths.values()}
+    own = without_room(adapter, whole)
+    tensors = {key: own[path].contiguous() for key, path in paths.items()}
     return tensors | {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
 
 
@@ -309,7 +311,7 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
-        values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
+        values |= targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
@@ -327,7 +329,7 @@ def name_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
-def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
     others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
     if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):

@@ -15,6 +15,7 @@ from .float8_lora_linears import float8_lora_linears
 from .fourier_linear import fourier_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .lora_by_row import is_of_row, lora_by_row
 from .lora_linear import lora_linear
 from .lora_linears import lora_linears
 from .rms_norm import rms_norm
@@ -28,8 +29,10 @@ __all__ = [
     "float8_lora_linears",
     "fourier_linear",
     "from_float8",
+    "is_of_row",
     "linear",
     "linear_cross_entropy",
+    "lora_by_row",
     "lora_linear",
     "lora_linears",
     "rms_norm",

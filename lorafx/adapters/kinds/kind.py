@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import AdapterConfig
+from ..combining import Combination
+from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, LINEAR, Operator
 from ..readings.reading import names_of
@@ -204,6 +205,41 @@ class Kind:
         """
         raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
 
+    # --- adapters made of others -------------------------------------------------------------------------------------
+
+    def combined_config(self, configs: Sequence[Any], selections: Sequence[Selection], how: Combination) -> Any:
+        """The config, but for its targets, of one adapter made of several, which have these configs and sites.
+
+        Raises `ConfigError` for a kind, or for options, with which adapters cannot be combined.
+        """
+        raise ConfigError(f"adapters of type {defaults_of(self.config)['peft_type']} cannot be combined into one")
+
+    def combined(
+        self,
+        site: Site,
+        config: Any,
+        parts: Sequence[tuple[float, Operands]],
+        how: Combination,
+        rng: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Its tensors at a site, by name, out of those of the adapters that are there, with their weights.
+
+        `config` is that of `combined_config`; the tensors are float32 or wider.
+        """
+        raise NotImplementedError
+
+    def sized(self, config: Any) -> tuple[str, ...]:
+        """The fields of a config that are about ranks and scaling alone, if tensors of zeros are an adapter that does
+        nothing: adapters that differ in these fields share an equation, once the scaling is a tensor.
+        """
+        return ()
+
+    def of_rank(self, config: Any, r: int) -> Any:
+        """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros; of a
+        kind that is `sized`.
+        """
+        raise NotImplementedError
+
     # --- what it computes --------------------------------------------------------------------------------------------
 
     def before(self, x: Any, at: Operands) -> Any:
@@ -218,6 +254,13 @@ class Kind:
         """`after(operator(before(x)), x)` by one operator, on tensors; None where there is none for these.
 
         A graph finds such operators by passes; this is for a call that is served without one, and gives the same bits.
+        """
+        return None
+
+    def by_row(self, y: Any, x: Any, rows: Any, numbers: tuple[int, ...], ats: tuple[Operands, ...]) -> Any | None:
+        """`after` of several adapters of the kind, each for the rows of its number, of symbols or tensors at once.
+
+        `rows` is (rows,), of int64; other rows of y stay. None, which is always right: they are evaluated one by one.
         """
         return None
 
