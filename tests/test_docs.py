@@ -79,6 +79,13 @@ def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, mon
     assert "insert_adapters lm_head " in printed and (tmp_path / "graph.html").exists()
 
 
+@pytest.mark.slow
+def test_the_page_about_several_adapters_runs_from_top_to_bottom():
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
+    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
+
+
 def test_the_architecture_page_names_every_module_and_pass():
     page = (ROOT / "docs/architecture.md").read_text()
     import lorafx

@@ -51,6 +51,8 @@ class AdapterConfig:
     absent: ClassVar[tuple[str, ...]] = ()
     # `target_modules` that stand for None, by the model's type.
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
+    # Whether None for `target_modules` means the model's input embedding.
+    for_embeddings: ClassVar[bool] = False
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
 
@@ -151,6 +153,24 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether a field's value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a field's value is a positive int."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require_patterns(config: AdapterConfig, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise `ConfigError` unless a field maps regexes of module names to values that fit."""
+    value = getattr(config, name)
+    holds = isinstance(value, Mapping) and all(isinstance(key, str) and fits(each) for key, each in value.items())
+    require(holds, name, value, f"a dict of module names to {expected}")
+    require_regexes(config, name)
+
+
+def require_dropout(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless a field holds a probability of dropping something."""
+    require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
 
 
 def is_strings(value: Any) -> bool:

@@ -118,13 +118,13 @@ class Equation:
 
     def x_of(self, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
         """x' of the equation, of symbols for a graph or of tensors."""
-        cast = self._cast(x, dtype)
+        cast = self.cast(x, dtype)
         found = self.adapter.kind.before(cast, at)
         return x if found is cast else aten.to.dtype(found, result_dtype)
 
     def y_of(self, y: Any, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
         """y' of the equation, of symbols for a graph or of tensors."""
-        found = self.adapter.kind.after(y, self._cast(x, dtype), at)
+        found = self.adapter.kind.after(y, self.cast(x, dtype), at)
         return y if found is y else aten.to.dtype(found, result_dtype)
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
@@ -137,12 +137,17 @@ class Equation:
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
-        return None if self._specs[name].as_kept else dtype
+        spec = self._specs[name]
+        return None if spec.as_kept or spec.dtype is not None else dtype
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
-        scaling = [SCALING] if self.site.name in self.adapter.scales else []
-        names = *first, *self.suffixes, *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
+        names = *first, *self.inputs, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
         return template(equation, names)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The kind's names for the adapter's tensors here, and for the scaling if that is one."""
+        return *self.suffixes, *([SCALING] if self.site.name in self.adapter.scales else [])
 
     @functools.cached_property
     def suffixes(self) -> dict[str, str]:
@@ -156,7 +161,7 @@ class Equation:
 
     @functools.cached_property
     def _specs(self) -> dict[str, Spec]:
-        return self.adapter.kind.tensors(self.site, self.adapter.config)
+        return self.adapter.specs(self.site)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
         absent = dict.fromkeys(names_of(self.operator.pattern))
@@ -182,7 +187,8 @@ class Equation:
         """The numbers of the equation here, as the config says."""
         return dict(self.adapter.kind.numbers(self.site, self.adapter.config))
 
-    def _cast(self, x: Any, dtype: Any) -> Any:
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """x in the dtype that updates are computed in; row numbers of a lookup stay what they are."""
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
     @property

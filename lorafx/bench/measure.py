@@ -42,7 +42,7 @@ class Training:
             ids = arguments["input_ids"]
             embedded = self.model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
             arguments = {"inputs_embeds": embedded, "labels": arguments["labels"]}
-        return outputs(self.model(**arguments))
+        return outputs(self.model(**arguments, **self.setup.arguments))
 
     def clear(self) -> None:
         for tensor in (*self.adapters.values(), *self.batch.arguments.values()):
@@ -70,6 +70,18 @@ class Training:
         state = self.optimizer.state.values() if self.optimizer else ()
         tensors = [value for each in state for value in each.values() if isinstance(value, Tensor)]
         return _bytes([*self.model.parameters(), *self.model.buffers(), *tensors])
+
+
+class Forward(Training):
+    """A forward pass in evaluation, without gradients."""
+
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        self.model.eval()
+        return self.forward()
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.step(), {})
 
 
 class Decoding:
@@ -121,7 +133,7 @@ Runner = Training | Decoding
 
 
 def runner(case: Case, setup: Setup, batch: Batch) -> Runner:
-    return (Decoding if case.decode else Training)(case, setup, batch)
+    return (Decoding if case.decode else Forward if case.forward else Training)(case, setup, batch)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -88,9 +88,9 @@ class KindCase:
     """A config by the name and fields that both libraries have, and the layers that it acts on.
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
-    `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
-    `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the derivative. `on_llama` are
-    fields in which a Llama's names stand.
+    `dropout` says that a training step draws random numbers: PEFT's, from the same seed. `close` is how near PEFT's
+    numbers are to ours. `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the
+    derivative. `on_llama` are fields in which a Llama's names stand.
     """
 
     layers: str
@@ -99,6 +99,7 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    close: dict[str, float] = field(default_factory=lambda: CLOSE)
     wrong_gradient: str = ""
     on_llama: dict[str, Any] = field(default_factory=dict)
 
@@ -147,8 +148,12 @@ CASES = {
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
-    "loha conv1d": KindCase("conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
-    "loha groups": KindCase("groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
+    "loha conv1d": KindCase(
+        "conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
+    ),
+    "loha groups": KindCase(
+        "groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
+    ),
     "loha groups plain": KindCase("groups", "LoHaConfig", {"r": 1}),
     "lokr linear": KindCase("linear", "LoKrConfig", {"r": 1, "alpha": 3}),
     "lokr both": KindCase("linear", "LoKrConfig", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
