@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,17 +32,21 @@ def first(result: Any) -> Tensor:
 
 def one_by_one(lora: lorafx.AdaptedModel, names: list[str], call: dict[str, Tensor]) -> Tensor:
     """What a call gives if each row is given alone to its adapter."""
-    active, results = lorafx.of(lora).active_adapters, []
+    return torch.cat(list(each_alone(lora, names, call)))
+
+
+def each_alone(lora: lorafx.AdaptedModel, names: list[str], call: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The same row by row, each while its adapter is the one that acts."""
+    active = lorafx.of(lora).active_adapters
     for row, name in enumerate(names):
         own = {key: value[row : row + 1] for key, value in call.items()}
         if name == BASE:
             with lorafx.of(lora).disable_adapter():
-                results.append(first(lora(**own)))
+                yield first(lora(**own))
         else:
             lorafx.of(lora).set_adapter(name)
-            results.append(first(lora(**own)))
+            yield first(lora(**own))
     lorafx.of(lora).set_adapter(active)
-    return torch.cat(results)
 
 
 def assert_each_alone(lora: lorafx.AdaptedModel, names: list[str], call: dict[str, Tensor], **more: Any) -> None:

@@ -41,8 +41,8 @@ INSIDE = {
             "circulant_linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "row_norms", "orthogonal", "lora_linear", "lora_linears", "lora_by_row"),
-        "linear_cross_entropy",
+        *("rms_norm", "rotary", "row_norms", "orthogonal"),
+        *("lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -73,7 +73,7 @@ INSIDE = {
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use"),
+        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [

@@ -70,6 +70,13 @@ def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
 
 
 @pytest.mark.slow
+def test_the_page_about_several_adapters_runs_from_top_to_bottom():
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
+    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
+
+
+@pytest.mark.slow
 def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks(ROOT / "docs/inspecting.md")), "inspecting.md", "exec"), {"__name__": "page"})
@@ -77,13 +84,6 @@ def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, mon
     assert printed.startswith("model.layers.1.self_attn.q_proj, in block_0, run by model.layers.0 … model.layers.3")
     assert "lora_linear_6 = lorafx.lora_linear(rms_norm_3, self_attn.q_proj.weight" in printed
     assert "insert_adapters lm_head " in printed and (tmp_path / "graph.html").exists()
-
-
-@pytest.mark.slow
-def test_the_page_about_several_adapters_runs_from_top_to_bottom():
-    namespace: dict = {"__name__": "page"}
-    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
-    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
 
 
 def test_the_architecture_page_names_every_module_and_pass():
@@ -152,3 +152,12 @@ def test_the_quickstart_runs(tmp_path):
 def test_the_page_of_models_misses_none_and_shows_no_failure():
     page = (ROOT / "docs/models.md").read_text()
     assert [name for name in zoo.ENTRIES if f"| {name} |" not in page] == [] and "failed" not in page
+
+
+@pytest.mark.slow
+def test_the_sweep_runs(tmp_path):
+    """It exits with an error if a curve is another than the one that its adapter has when trained alone."""
+    command = [sys.executable, str(ROOT / "docs/examples/sweep.py"), "--out", str(tmp_path), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "losses, together - alone" in done.stdout

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case
-from .contestants import Setup, adapter_tensors
+from .contestants import Apart, Setup, adapter_tensors
 from .models import Batch, outputs
 
 
@@ -76,12 +76,30 @@ class Forward(Training):
     """A forward pass in evaluation, without gradients."""
 
     @torch.no_grad()
-    def step(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        self.model.eval()
-        return self.forward()
-
     def outcome(self) -> Outcome:
-        return Outcome(self.step(), {})
+        self.model.eval()
+        return Outcome(self.forward(), {})
+
+    def step(self) -> None:
+        self.outcome()
+
+
+class OneByOne(Training):
+    """Training steps of models that each have their share of the batch, one after the other."""
+
+    def __init__(self, case: Case, setup: Setup, batch: Batch):
+        super().__init__(case, setup, batch)
+        models = list(setup.model.models)  # type: ignore[arg-type]
+        shares = zip(*(value.chunk(len(models)) for value in batch.arguments.values()))
+        each = (Batch(dict(zip(batch.arguments, share)), batch.gradients) for share in shares)
+        self.parts = [Training(case, Setup(model), share) for model, share in zip(models, each)]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def held(self) -> int:
+        return super().held() + sum(part.held() - _bytes([*part.model.parameters()]) for part in self.parts)
 
 
 class Decoding:
@@ -133,6 +151,8 @@ Runner = Training | Decoding
 
 
 def runner(case: Case, setup: Setup, batch: Batch) -> Runner:
+    if isinstance(setup.model, Apart) and not case.forward:
+        return OneByOne(case, setup, batch)
     return (Decoding if case.decode else Forward if case.forward else Training)(case, setup, batch)
 
 

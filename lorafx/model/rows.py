@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,7 +100,10 @@ def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         names = kwargs.pop(NAMES)
         if names is None:
             return generate(self, *args, **kwargs)
-        with choosing(chosen(vars(self)[STATE], names, repeats=True)):
+        choice, prompts = chosen(vars(self)[STATE], names, repeats=True), first_tensor((*args, *kwargs.values()))
+        if prompts is not None:  # before beams make several rows of each
+            _repeats(replace(choice, repeats=False), prompts)
+        with choosing(choice):
             return generate(self, *args, **kwargs)
 
     return with_rows

@@ -1,4 +1,4 @@
-"""BOFT with several factors, which PEFT 0.21 has on CUDA alone; the rest is in tests/peft/test_kinds.py."""
+"""BOFT with several factors, which PEFT 0.21 has on CUDA alone; the rest is held to it in tests/peft/test_kinds.py."""
 
 import pytest
 import torch

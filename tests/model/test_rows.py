@@ -3,9 +3,10 @@
 import pytest
 import torch
 from models import bert, convnet, gpt2, llama, mlp, t5, vit
-from rows import BASE, assert_each_alone, first, one_by_one, with_adapters
+from rows import BASE, assert_each_alone, each_alone, first, one_by_one, with_adapters
 from torch import nn
 
+import lorafx
 from lorafx.errors import AdapterError, UncoveredOperatorError
 
 NAMES = ["a", "b", BASE, "a", "c"]
@@ -83,7 +84,9 @@ def pieces(loss_of, lora, names, call):
 def alone(loss_of, lora, names, call):
     """The same, each row given alone to its adapter."""
     lora.zero_grad()
-    loss_of(one_by_one(lora, names, call)).sum().backward()
+    for result in each_alone(lora, names, call):
+        if (loss := loss_of(result).sum()).requires_grad:
+            loss.backward()
     return {name: p.grad.clone() for name, p in lora.named_parameters() if p.grad is not None}
 
 
@@ -100,13 +103,18 @@ def assert_same_gradients(found, expected):
         assert not found[name].any(), name
 
 
+TRAINED = [
+    *(("mlp of sequences", way) for way in ("graph", "early", "aot_eager")),
+    *(("llama", way) for way in ("graph", "aot_eager", "checkpoints", "early checkpoints")),
+    *(("gpt2", way) for way in ("early", "checkpoints")),
+    *(("convnet", way) for way in ("graph", "early")),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp of sequences", "llama", "gpt2", "convnet"])
-@pytest.mark.parametrize("way", ["graph", "sites", "aot_eager", "checkpoints", "early checkpoints"])
+@pytest.mark.parametrize(("name", "way"), TRAINED)
 def test_each_adapter_gets_the_gradient_of_its_rows(name, way, monkeypatch):
-    if "checkpoints" in way and name in ("convnet", "mlp of sequences"):
-        pytest.skip("it has no layers to checkpoint")
-    if way in ("sites", "early checkpoints"):
+    if "early" in way:
         monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", 3)
     lora = made(name, **{"backend": "aot_eager"} if way == "aot_eager" else {}).train()
     if "checkpoints" in way:
@@ -141,7 +149,7 @@ def test_rows_drop_out_as_their_adapters_do(repeats, monkeypatch):
 def test_an_adapter_that_has_diverged_harms_no_other_row():
     lora, call = made("mlp of sequences").train(), call_of("mlp of sequences")
     expected = one_by_one(lora, NAMES, call).detach()
-    gradients = alone(lambda y: squares(y)[torch.tensor([0, 1, 2, 3])], lora, NAMES, call)
+    gradients = alone(squares, lora, NAMES[:4], {key: value[:4] for key, value in call.items()})
     for name, parameter in lora.named_parameters():
         if ".c." in name:
             parameter.data.fill_(float("nan"))
@@ -247,3 +255,55 @@ def test_of_many_adapters_those_that_are_named_are_in_the_graph():
     lora, x = with_adapters(mlp(), configs).eval(), call_of("mlp")["x"]
     assert_each_alone(lora, ["a3", "a3", "a19", BASE, "a7"], {"x": x})
     assert_each_alone(lora, ["a5", "a0", "a11", "a0", BASE], {"x": x})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "way"), [(llama, "graph"), (t5, "early")])
+def test_each_beam_has_the_adapter_of_its_row(make, way, monkeypatch):
+    monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", 100 if way == "early" else 0)
+    name = "llama" if make is llama else "t5"
+    lora = with_adapters(make(), MODELS[name][1]).eval()
+    for parameter in lora.parameters():
+        parameter.data.mul_(2)  # so that adapters write different things
+    prompt, names = ids(4, 6), ["a", BASE, "c", "b"]
+    options = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}
+    together = lora.generate(prompt, adapter_names=names, **options)
+    written = []
+    for row, name in enumerate(names):
+        if name == BASE:
+            with lora.disable_adapter():
+                written.append(lora.generate(prompt[row : row + 1], **options))
+        else:
+            lora.set_adapter(name)
+            written.append(lora.generate(prompt[row : row + 1], **options))
+    length = max(together.shape[1], *(each.shape[1] for each in written))
+    padded = torch.cat([nn.functional.pad(each, (0, length - each.shape[1])) for each in written])
+    assert torch.equal(nn.functional.pad(together, (0, length - together.shape[1])), padded)
+    with pytest.raises(AdapterError, match="has 3 names, and the batch has 4 rows"):
+        lora.generate(prompt, adapter_names=names[:3], **options)
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_quantised_layers_have_rows(repeats, monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
+    torch.manual_seed(0)
+    base = nn.Sequential(*(bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False) for _ in range(2))).to("cpu")
+    lora = with_adapters(base, {"a": {"r": 2, "target_modules": ["0", "1"]}, "b": {"r": 3, "target_modules": ["1"]}})
+    x, names = torch.randn(3, 4, 16), ["b", BASE, "a"]
+    expected = one_by_one(lora, names, {"input": x})
+    found = lora(x, adapter_names=names)
+    scale = torch.finfo(torch.bfloat16).eps  # the layers' own results are rounded so, and a row's with those of others
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(scale * expected.detach().abs().max()))
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in lora.named_parameters() if "lora_" in n)
+
+
+def test_losses_by_adapter():
+    losses = torch.tensor([1.0, 5.0, 3.0, 7.0], requires_grad=True)
+    found = lorafx.loss_by_adapter(losses, ["b", "a", "b", BASE])
+    assert found == {"b": 2.0, "a": 5.0}
+    sum(found.values()).backward()
+    assert losses.grad.tolist() == [0.5, 1.0, 0.5, 0.0]
+    with pytest.raises(AdapterError, match="3 names and losses of shape"):
+        lorafx.loss_by_adapter(losses, ["a", "b", "a"])

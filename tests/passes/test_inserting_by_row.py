@@ -13,6 +13,8 @@ from lorafx.serving.choosing import Choice
 
 CONFIGS = {"a": {"r": 2, "target_modules": ["q_proj"]}, "b": {"r": 3, "target_modules": ["q_proj", "down_proj"]}}
 
+BOTH = {name: {"target_modules": ["0", "inner"]} for name in "ab"}
+
 
 def graph_of(lora, names, **call):
     context, kwargs = as_chosen(lora, chosen(lora._lorafx, names), (), call)
@@ -69,14 +71,14 @@ FINE = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_other_things_than_rows_are_refused(way):
-    lora = with_adapters(Turned(WAYS[way]), {"a": {"target_modules": ["inner"]}, "b": {"target_modules": ["inner"]}})
+    lora = with_adapters(Turned(WAYS[way]), BOTH)
     with pytest.raises(UncoveredOperatorError, match=r"site inner is given .* which rows of the batch"):
         lora(torch.randn(4, 4, 6), adapter_names=["a", "b", "a", BASE])
 
 
 @pytest.mark.parametrize("way", FINE)
 def test_rows_that_are_flattened_or_pooled_are_known(way):
-    lora = with_adapters(Turned(FINE[way]), {"a": {"target_modules": ["inner"]}, "b": {"target_modules": ["inner"]}})
+    lora = with_adapters(Turned(FINE[way]), BOTH)
     x, names = torch.randn(4, 5, 6), ["a", "b", "a", BASE]
     found = lora(x, adapter_names=names)
     for row, name in enumerate(names):
@@ -85,9 +87,7 @@ def test_rows_that_are_flattened_or_pooled_are_known(way):
 
 
 def test_beams_have_the_adapters_of_their_rows():
-    lora = with_adapters(
-        nn.Sequential(nn.Linear(6, 4)), {"a": {"target_modules": ["0"]}, "b": {"target_modules": ["0"]}}
-    )
+    lora = with_adapters(nn.Sequential(nn.Linear(6, 4)), BOTH)
     choice = Choice(lora._lorafx, ("b", None, "a"), repeats=True)
     _, kwargs = as_chosen(lora, choice, (torch.randn(6, 6),), {})
     assert kwargs["lorafx_rows"].tolist() == [2, 2, 0, 0, 1, 1]

@@ -148,12 +148,8 @@ CASES = {
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
-    "loha conv1d": KindCase(
-        "conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
-    ),
-    "loha groups": KindCase(
-        "groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
-    ),
+    "loha conv1d": KindCase("conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
+    "loha groups": KindCase("groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
     "loha groups plain": KindCase("groups", "LoHaConfig", {"r": 1}),
     "lokr linear": KindCase("linear", "LoKrConfig", {"r": 1, "alpha": 3}),
     "lokr both": KindCase("linear", "LoKrConfig", {"r": 1, "decompose_both": True, "decompose_factor": 4}),

@@ -170,10 +170,10 @@ def test_it_trains_on_4_bits_as_pefts_does(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(found[key], gradient, **close, msg=lambda text, key=key: f"{key}: {text}")
 
 
-NAMES = ["IA3", "Vera", "Shira", "FourierFT", "C3A", "Delora", "RandLora", "Hira", "Miss", "Road"]
+NAMES = ["IA3", "LoHa", "LoKr", "OFT", "BOFT", "HRA", "Vera", "Shira", "FourierFT", "C3A", "Delora", "RandLora"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "Hira", "Miss", "Road"])
 def test_default_targets_are_pefts(name: str) -> None:
     tables = vars(peft.utils.constants)
     theirs = tables[f"TRANSFORMERS_MODELS_TO_{name.upper()}_TARGET_MODULES_MAPPING"]

@@ -4,8 +4,9 @@
 
 Each R is (I - Q) (I + Q)⁻¹ of a skew-symmetric Q, (size, size); P_i puts every other half of a block first, within 2ⁱ⁻¹
 blocks, so that with each factor a feature meets twice as many. Files have matrices A with Q = (A - Aᵀ) / 2,
-(m, blocks, size, size), which start as zeros, and s, (out, 1), as ones. In training `boft_dropout` leaves that share of
-the blocks of one factor out. PEFT 0.21 makes one factor of any number where it has not compiled its kernels for CUDA.
+(m, blocks, size, size), which start as zeros, and s, (out, 1), or (1, out) of a convolution, as ones. In training
+`boft_dropout` leaves that share of the blocks of one factor out. PEFT 0.21 makes one factor of any number where it has
+not compiled its kernels for CUDA.
 """
 
 from __future__ import annotations
@@ -80,19 +81,20 @@ class Boft(Kind):
         turns, matrix = _turns(at).mT, at.matrix(base)
         for i in range(at.config.boft_n_butterfly_factor):
             matrix = _turned(matrix, turns[i], i, at)
-        return at.like_weight(matrix * at.s)
+        return at.like_weight(matrix * at.s.view(-1, 1))
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
-        turns, matrix = _turns(at), at.matrix(merged) / at.s
+        turns, matrix = _turns(at), at.matrix(merged) / at.s.view(-1, 1)
         for i in reversed(range(at.config.boft_n_butterfly_factor)):
             matrix = _turned(matrix, turns[i], i, at)
         return at.like_weight(matrix)
 
     def tensors(self, site: Site, config: BOFTConfig) -> dict[str, Spec]:
         count, size = _blocks(site, config)
+        gains = (1, site.out_features) if len(site.weight_shape) > 2 else (site.out_features, 1)
         return {
             "a": Spec("boft_R", (config.boft_n_butterfly_factor, count, size, size), as_kept=True),
-            "s": Spec("boft_s", (site.out_features, 1), as_kept=True),
+            "s": Spec("boft_s", gains, as_kept=True),
         }
 
     def init(
