@@ -1,7 +1,13 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.loha import LoHaConfig
+from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.shira import ShiraConfig
 from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -46,7 +52,11 @@ __all__ = [
     "Adaptation",
     "AdaptedModel",
     "Context",
+    "DeloraConfig",
     "FastLanguageModel",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "Pass",
     "PeftConfig",
@@ -59,7 +69,9 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "Pipeline",
+    "RandLoraConfig",
     "Selection",
+    "ShiraConfig",
     "Site",
     "TaskType",
     "VeraConfig",

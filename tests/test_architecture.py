@@ -16,8 +16,8 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
     *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
-    *("capture", "lowering", "files", "merging", "serving", "model"),
-    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "__main__"),
+    *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
+    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -38,7 +38,7 @@ INSIDE = {
             "linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -48,9 +48,9 @@ INSIDE = {
     "adapters": [
         *(
             "peft_itself",
+            "default_targets",
             "config",
             "naming",
-            "default_targets",
             "low_rank",
             "combining",
             "room",

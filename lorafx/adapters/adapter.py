@@ -198,7 +198,8 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
-    kind = kind_of(config.peft_type)
+    kind = kind_of(config)
+    config = kind.settled(config, getattr(getattr(root, "config", None), "model_type", None))
     selection = select(root, config)
     _require_numbers(root, selection)
     _require_weights(kind, selection, config)

@@ -32,9 +32,9 @@ def build(
     """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
 
     A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
-    `autocast_adapter_dtype` those that train take float32 if that is a float of 16 or 8 bits; with `on_meta` all that a
-    state dict has take the meta device, but for those that are taken out of the base. Copies of base tensors take
-    device and dtype from those. Values are `values`, by path, if given (of an adapter that is loaded), else the kind's
+    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` all that a state dict has take
+    the meta device, but for those that are taken out of the base. Copies of base tensors take device and dtype from
+    those. Values are `values`, by path, if given (of an adapter that is loaded), else the kind's
     start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
     Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
 
@@ -56,21 +56,22 @@ def build(
             value = values[paths[spec.suffix]] if values else tensors[spec.suffix]
             to_meta = on_meta and spec.saved and not takes
             made[paths[spec.suffix]] = _made(root, site, spec, value, autocast_adapter_dtype, to_meta)
-    made |= dict(_shared(root, adapter, values))
+    made |= dict(_shared(root, adapter, values, autocast_adapter_dtype))
     _hang(root, made | dict(_copies(root, adapter, values)), set(_in_no_state_dict(adapter)))
     return rests
 
 
 def _made(root: nn.Module, site: Site, spec: Spec, value: Tensor, widened: bool, to_meta: bool = False) -> Tensor:
     """A tensor of a site as it is in the tree: a parameter, or a buffer if nothing trains it."""
-    dtype = spec.dtype or site.storage.dtype(root.get_submodule(site.module), site.parameter)
-    device = torch.device("meta") if to_meta else _device_of(root, site.weight)
-    if spec.fixed:
-        return value.detach().to(device, dtype, copy=True)
-    return nn.Parameter(value.detach().to(device, torch.float32 if widened and dtype in _WIDENED else dtype, copy=True))
+    dtype = site.storage.dtype(root.get_submodule(site.module), site.parameter)
+    dtype = spec.dtype or (torch.float32 if widened and dtype in _WIDENED else dtype)
+    made = value.detach().to("meta" if to_meta else _device_of(root, site.weight), dtype, copy=True)
+    return made if spec.fixed else nn.Parameter(made)
 
 
-def _shared(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+def _shared(
+    root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | None, widened: bool
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors that sites share, by path: one object for each device and dtype that their weights have."""
     start = drawn(adapter.kind, adapter.config, adapter.shared) if adapter.shared and not values else {}
     made: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -80,7 +81,7 @@ def _shared(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | No
             path = adapter.tensors[site.name][spec.suffix]
             key = spec.suffix, _device_of(root, site.weight), dtype
             if key not in made:
-                made[key] = _made(root, site, spec, values[path] if values else start[spec.suffix], False)
+                made[key] = _made(root, site, spec, values[path] if values else start[spec.suffix], widened)
             yield path, made[key]
 
 

@@ -65,8 +65,8 @@ def _on_stored(operator: Operator, storage: Storage) -> Graph:
 class Equation:
     """What an adapter does where an operator reads its site's weight.
 
-    `bound` names the operator's arguments. `own` is False where another module reads the weight, because it is tied,
-    and adds a bias of its own: an adapter's bias has no place there.
+    `bound` names the operator's arguments that are not None. `own` is False where another module reads the weight,
+    because it is tied, and adds a bias of its own: an adapter's bias has no place there.
     """
 
     adapter: Adapter
@@ -87,7 +87,8 @@ class Equation:
             found = match(pattern, base)
             if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
                 own = _reads_own_bias(root, found, site)
-                equation = cls(adapter, site, operator, tuple(found.bindings), training, own)
+                given = tuple(name for name, value in found.bindings.items() if value is not None)
+                equation = cls(adapter, site, operator, given, training, own)
                 if not equation.is_impossible:
                     return equation, found
         raise UncoveredOperatorError(
@@ -129,14 +130,15 @@ class Equation:
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
         """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
         paths = self.adapter.tensors[self.site.name]
-        specs = self._specs
-        tensors = {
-            name: Attribute(paths[suffix], dtype if specs[name].dtype is None else None)
-            for name, suffix in self.suffixes.items()
-        }
+        tensors = {name: Attribute(paths[suffix], self.dtype_of(name, dtype)) for name, suffix in self.suffixes.items()}
         scale = self.adapter.scales.get(self.site.name)
         scaling = {SCALING: Attribute(scale)} if scale else {}
         return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
+        spec = self._specs[name]
+        return None if spec.as_kept or spec.dtype is not None else dtype
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
         names = *first, *self.inputs, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
@@ -162,7 +164,8 @@ class Equation:
         return self.adapter.specs(self.site)
 
     def _operands(self, given: dict[str, Any]) -> Operands:
-        bound = {name: given[f"{BOUND}{name}"] for name in self.bound}
+        absent = dict.fromkeys(names_of(self.operator.pattern))
+        bound = absent | {name: given[f"{BOUND}{name}"] for name in self.bound}
         return self.operands({name: given[name] for name in self.suffixes}, bound, given.get(SCALING))
 
     def operands(self, tensors: dict[str, Any], bound: dict[str, Any], scaling: Any = None) -> Operands:

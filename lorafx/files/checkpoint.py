@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def keys(adapter: Adapter) -> dict[str, str]:
                 key = f"{SHARED_PREFIX if name in adapter.shared else f'{module}.'}{spec.suffix}"
                 named.setdefault(key, adapter.tensors[site.name][spec.suffix])
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _repeated(adapter: Adapter) -> Iterator[str]:
+    """Keys under which PEFT writes what all sites share, of some kinds, once more for each of them."""
+    for site in adapter.selection:
+        yield from (f"{_key(adapter, site.module)}.{spec.suffix}" for spec in adapter.shared.values())
 
 
 def _key(adapter: Adapter, path: str) -> str:
@@ -159,6 +165,8 @@ def fit(
         for site in adapter.selection
         for spec in adapter.specs(site).values()
     }
+    repeated = set(_repeated(adapter))
+    found = replace(found, tensors={key: each for key, each in found.tensors.items() if key not in repeated})
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,8 @@ from ..adapters.adapter import Adapter
 from ..serving.choosing import choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
-from ..tree.mirror import MIRRORED_AS, STATE
+from ..tree.lookup import module_at
+from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
 from .backward import prepare
 from .rows import NAMES, as_chosen, chosen, means_rows
@@ -56,7 +56,8 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
 class PartCall:
     """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the `forward` that was an attribute of the module itself before, if there was one.
+    `replaced` has the `forward` that was an attribute of the module itself before, if there was one. That is what runs,
+    whatever somebody has put around this meanwhile.
     """
 
     lorafx = True
@@ -64,16 +65,21 @@ class PartCall:
     def __init__(self, tree: nn.Module, path: str):
         self.tree, self.path = tree, path
         self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+        show_own_forward(self.module, self.replaced.get("forward"))
+
+    @property
+    def module(self) -> nn.Module:
+        """The part."""
+        return innermost(module_at(self.tree, self.path))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        show_own_forward(self.module, self.replaced.get("forward"))
         return serve(self.tree, self.path, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
-        own = self.tree.get_submodule(self.path)
-        forward = getattr(type(own), MIRRORED_AS, type(own)).forward
-        return inspect.signature(self.replaced.get("forward") or MethodType(forward, own))
+        return inspect.signature(own_forward(self.module))
 
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:

@@ -16,12 +16,11 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.peft_itself import asking_function_of_peft, refuse_peft_itself
+from ..adapters.peft_itself import refuse_peft_itself
 from ..adapters.slots import differences
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
-from ..tree.mirror import STATE
 from .part import Part
 
 
@@ -59,19 +58,6 @@ def _seen_as(cls: type, peft: type) -> type:
     metaclass = type("Also", (_Also, type(cls)), {}) if type(cls) is not type else _Also
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "claims": peft}
     return metaclass(cls.__name__, (cls,), names)
-
-
-# Those that look for PEFT's layers: LoRA-FA for all that is adapted, LoRA+ for embeddings alone.
-_OPTIMIZERS = {"create_lorafa_optimizer": "lora_", "create_loraplus_optimizer": "lora_embedding_"}
-
-
-def refuse_optimizers_of_peft(tree: nn.Module) -> None:
-    """Raise `AdapterError` if it is one of PEFT's optimizers that asks, and it would train other than it says."""
-    function = asking_function_of_peft()
-    if function in _OPTIMIZERS:
-        adapters = vars(tree)[STATE].adapters.values()
-        if any(_OPTIMIZERS[function] in path for adapter in adapters for path in adapter.paths):
-            refuse_peft_itself(f"`lorafx.{function}`, which takes the same arguments")
 
 
 class Trainable(Part):

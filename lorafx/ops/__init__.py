@@ -18,6 +18,7 @@ from .lora_linear import lora_linear
 from .lora_linears import lora_linears
 from .rms_norm import rms_norm
 from .rotary import rotary
+from .row_norms import row_norms
 
 __all__ = [
     "attention",
@@ -32,4 +33,5 @@ __all__ = [
     "lora_linears",
     "rms_norm",
     "rotary",
+    "row_norms",
 ]

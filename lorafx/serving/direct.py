@@ -56,9 +56,10 @@ class Evaluation:
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
         tensors = {name: place.tensor for name, place in self.places}
-        if dtype is not None:
-            floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
-            tensors |= {name: each if each.dtype == dtype else each.to(dtype) for name, each in floats.items()}
+        for name, tensor in tensors.items():
+            wanted = self.equation.dtype_of(name, dtype)
+            if wanted not in (None, tensor.dtype):
+                tensors[name] = tensor.to(wanted)
         return self.equation.operands(tensors, bound, None if self.scale is None else self.scale.tensor)
 
 

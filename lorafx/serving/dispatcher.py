@@ -16,6 +16,7 @@ from ..adapters.site import Site
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.layout_use import CONTIGUOUS, all_contiguous
+from ..capture.process_use import ENVIRONMENT
 from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
@@ -277,6 +278,8 @@ class Dispatcher:
         try:
             self.graphs.build(program, call, self.pipeline, self.observers, unroll=self.capture == "graph")
             program.acts = program.gm is not None and acts_in(program.gm)
+            if program.gm is not None:
+                self.tree.watch_environment(call.tree, program.gm.meta[ENVIRONMENT])
         except UncoveredOperatorError:
             raise
         except CaptureError as error:

@@ -29,9 +29,10 @@ from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
+from ..torch_private.tensors import is_wrapped
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at, tensor_at
-from ..tree.mirror import MIRRORED_AS
+from ..tree.mirror import own_forward
 from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
 from .call_key import Call
@@ -277,6 +278,8 @@ def _whole_storage(tensor: Tensor) -> int:
     """Where a parameter's memory begins, if that is all its own, and no flat buffer of many."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return 0
+    if is_wrapped(tensor):  # by a transform of torch.func's
+        return 0
     return _storage(tensor) if tensor.untyped_storage().nbytes() == tensor.nbytes else 0
 
 
@@ -296,7 +299,7 @@ def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:
     """
     with interpreter.active():
         own = {name: value for name, value in call.kwargs.items() if name != ROWS}
-        result = own_forward(call.tree, call.path)(*call.args, **own)
+        result = own_forward(innermost(module_at(call.tree, call.path)))(*call.args, **own)
     if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read
         return _stepwise(interpreter, result), True
     return result, interpreter.acted
@@ -318,12 +321,3 @@ def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any])
             raise
         except BaseException as error:
             step = partial(generator.throw, error)
-
-
-def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
-    """The forward that the module at `path` has of itself, below what lorafx put in its place."""
-    part = innermost(module_at(tree, path))
-    forward = vars(part).get("forward")
-    if "forward" in getattr(forward, "replaced", ()):
-        return forward.replaced["forward"]  # type: ignore[union-attr]
-    return getattr(type(part), MIRRORED_AS, type(part)).forward.__get__(part)

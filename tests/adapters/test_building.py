@@ -11,12 +11,13 @@ from lorafx.adapters.building import build
 VERA = {"peft_type": "VERA", "r": 3, "target_modules": ["0", "1"]}
 
 
-def test_what_trains_is_widened_and_what_is_fixed_is_not():
-    lora = lorafx.compile(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16(), VERA)
-    assert lora[0].vera_lambda_b.default.dtype == torch.float32
-    assert lora[0].vera_A.default.shared.dtype == torch.bfloat16
-    x = torch.randn(4, 5, dtype=torch.bfloat16)
-    assert lora(x).dtype == torch.bfloat16
+@pytest.mark.parametrize("widened", [True, False])
+def test_what_is_fixed_is_widened_like_what_trains(widened):
+    base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
+    lora = lorafx.compile(base, VERA, autocast_adapter_dtype=widened)
+    dtype = torch.float32 if widened else torch.bfloat16
+    assert lora[0].vera_lambda_b.default.dtype == lora[0].vera_A.default.shared.dtype == dtype
+    assert lora(torch.randn(4, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_sites_of_several_dtypes_have_one_shared_tensor_for_each():

@@ -46,7 +46,6 @@ ASKED = {
     "eva_config": {"rho": 2.0},
     "corda_config": {"corda_method": "ipm"},
     "lora_ga_config": {"direction": "ArBr"},
-    "use_dora": True,
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [3],
     "use_qalora": True,

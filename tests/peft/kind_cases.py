@@ -67,7 +67,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 4, 5, 6),
     ),
     "conv3d": (
-        lambda: Repeated(lambda: Pair(nn.Conv3d(4, 6, (1, 3, 1), padding=(0, 1, 0)), nn.Conv3d(6, 4, 1, bias=False))),
+        lambda: Repeated(
+            lambda: Pair(nn.Conv3d(4, 6, (1, 3, 1), padding=(0, 1, 0)), nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)))
+        ),
         (2, 4, 2, 5, 3),
     ),
     "groups": (
@@ -83,6 +85,8 @@ class KindCase:
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
     `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
+    `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the derivative. `on_llama` are
+    fields in which a Llama's names stand.
     """
 
     layers: str
@@ -91,6 +95,8 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    wrong_gradient: str = ""
+    on_llama: dict[str, Any] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[str]:
@@ -119,11 +125,43 @@ class KindCase:
 
 
 LORA = {"r": 2, "lora_alpha": 3}
+IA3 = {"feedforward_modules": ["down"]}
+DORA = LORA | {"use_dora": True}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
     "lora addmm": KindCase("addmm", "LoraConfig", LORA | {"fan_in_fan_out": True}),
     "lora embedding": KindCase("embedding", "LoraConfig", LORA),
     "lora conv2d": KindCase("conv2d", "LoraConfig", LORA),
+    "dora linear": KindCase("linear", "LoraConfig", DORA),
+    "dora dropout": KindCase("linear", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
+    "dora addmm": KindCase("addmm", "LoraConfig", DORA | {"fan_in_fan_out": True}),
+    "dora addmm dropout": KindCase("addmm", "LoraConfig", DORA | {"lora_dropout": 0.4, "fan_in_fan_out": True}),
+    "dora embedding": KindCase("embedding", "LoraConfig", DORA),
+    "dora conv1d": KindCase("conv1d", "LoraConfig", DORA),
+    "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
+    "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
+    "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
+    "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
+    "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
+    "loha conv1d": KindCase(
+        "conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
+    ),
+    "loha groups": KindCase(
+        "groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
+    ),
+    "loha groups plain": KindCase("groups", "LoHaConfig", {"r": 1}),
+    "lokr linear": KindCase("linear", "LoKrConfig", {"r": 1, "alpha": 3}),
+    "lokr both": KindCase("linear", "LoKrConfig", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
+    "lokr whole": KindCase("linear", "LoKrConfig", {"r": 8, "init_weights": "lycoris"}),
+    "lokr conv2d": KindCase("conv2d", "LoKrConfig", {"r": 1, "init_weights": False}, starts_at_zero=False),
+    "lokr conv1d": KindCase("conv1d", "LoKrConfig", {"r": 8}),
+    "lokr groups": KindCase("groups", "LoKrConfig", {"r": 8}),
+    "ia3 linear": KindCase("linear", "IA3Config", IA3, on_llama={"feedforward_modules": ["down_proj"]}),
+    "ia3 random": KindCase("linear", "IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}, False),
+    "ia3 addmm": KindCase("addmm", "IA3Config", IA3 | {"fan_in_fan_out": True}),
+    "ia3 conv2d": KindCase("conv2d", "IA3Config", IA3),
+    "ia3 conv3d": KindCase("conv3d", "IA3Config", {"feedforward_modules": r".*\.1\.(up|down)"}),
+    "ia3 groups": KindCase("groups", "IA3Config", {"feedforward_modules": ["up"]}),
 }
 
 
@@ -172,4 +210,9 @@ def step(model: nn.Module, inputs: models.Call) -> tuple[Tensor, dict[str, Tenso
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a model of either library trains, by names that both share."""
-    return {name.removeprefix(PREFIX): p for name, p in model.named_parameters() if p.requires_grad}
+    return {_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _name(name: str) -> str:
+    """A parameter's name; PEFT has modules for magnitudes, which its files do not show."""
+    return name.removeprefix(PREFIX).replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector.default")

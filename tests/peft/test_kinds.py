@@ -11,13 +11,18 @@ import models
 import peft
 import pytest
 import torch
-from kind_cases import CASES, CLOSE, Both, KindCase, both, step, trained
+from kind_cases import CASES as FIRST
+from kind_cases import CLOSE, Both, KindCase, both, step, trained
+from more_kind_cases import CASES as MORE
 from safetensors.torch import load_file
 
 import lorafx
+from lorafx.adapters import kinds
+from lorafx.adapters.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from lorafx.graph.blocks import blocks_of
 
 pytestmark = pytest.mark.slow  # real PEFT beside lorafx
+CASES = FIRST | MORE
 WEIGHTS = "adapter_model.safetensors"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -93,10 +98,18 @@ def test_it_starts_as_pefts_does(case: KindCase, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     assert _config(tmp_path) == _config(tmp_path / "theirs")
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(tmp_path / "theirs" / WEIGHTS).keys()
-    starts = (load_file(folder / WEIGHTS) for folder in (tmp_path, tmp_path / "theirs"))
-    for ours, theirs in zip(*(dict(sorted(each.items())).values() for each in starts)):
-        assert (ours.count_nonzero() > 0) == (theirs.count_nonzero() > 0)
-        torch.testing.assert_close(ours.std(), theirs.std(), rtol=1.0, atol=1e-2)  # of a dozen numbers or more
+    ours, theirs = (_by_role(load_file(folder / WEIGHTS)) for folder in (tmp_path, tmp_path / "theirs"))
+    for role, values in ours.items():
+        assert (values.count_nonzero() > 0) == (theirs[role].count_nonzero() > 0), role
+        if len(values) > 24:  # the spread of so few is off by a fifth or so
+            torch.testing.assert_close(values.std(), theirs[role].std(), rtol=0.6, atol=1e-2)
+
+
+def _by_role(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All values of a file's tensors that layers have in common, by what follows the layer's number."""
+    roles = {key: key.partition(".layers.")[2].partition(".")[2] or key for key in sorted(tensors)}
+    named = {role: [tensors[key].flatten() for key in roles if roles[key] == role] for role in roles.values()}
+    return {role: torch.cat(values) for role, values in named.items()}
 
 
 @every_case
@@ -120,14 +133,32 @@ def assert_same_step(pair: Both) -> None:
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        if not pair.case.wrong_gradient or pair.case.wrong_gradient not in name:
+            torch.testing.assert_close(found[name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["IA3"])
+def test_default_targets_are_pefts(name: str) -> None:
+    tables = vars(peft.utils.constants)
+    theirs = tables[f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING"]
+    ours = {kind.config.__name__: kind.config for each in kinds.KINDS.values() for kind in each}[f"{name}Config"]
+    assert ours.default_targets == {key: tuple(value) for key, value in theirs.items()}
+
+
+def test_default_feedforward_modules_are_pefts() -> None:
+    theirs = peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    for model_type, targets in IA3_TARGETS.items():
+        named = [name for name in theirs.get(model_type, targets) if name in targets]  # PEFT has none for one of them
+        assert list(IA3_FEEDFORWARD[model_type]) == named or model_type not in theirs, model_type
 
 
 @pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("name", ON_LINEAR)
 def test_a_llama_gives_it_from_the_first_call_on(name: str, tmp_path: Path) -> None:
     case, inputs = ON_LINEAR[name], models.call("llama", labels=False)
-    case = KindCase("linear", case.config, case.fields | {"target_modules": ["q_proj", "v_proj", "down_proj"]})
+    case = KindCase(
+        "linear", case.config, case.fields | case.on_llama | {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    )
     pair = both(case, tmp_path, models.llama().double(), gradient_checkpointing=True)
     theirs, wanted = step(pair.theirs, inputs)
     for _ in range(4):  # three calls by sites, then a graph

@@ -22,6 +22,7 @@ from ..combining import Combination
 from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, LINEAR, Operator
+from ..readings.reading import names_of
 from ..site import Selection, Site
 
 aten = torch.ops.aten
@@ -38,6 +39,7 @@ class Spec(NamedTuple):
     suffix: str
     shape: tuple[int, ...]
     of_bias: bool = False  # it acts like the module's bias, so it is not for another module that shares the weight
+    as_kept: bool = False  # an equation is given it in its own dtype, and not cast to that of the activations
     fixed: bool = False
     saved: bool = True
     dtype: torch.dtype | None = None
@@ -79,6 +81,36 @@ class Operands:
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
+    def full(self, x: Any, weight: Any) -> Any:
+        """The operator with another weight, and without a bias: of the shape of W, or (out, in) for any matrix."""
+        assert self.operator is not None
+        function = self.operator.full or self.operator.narrow
+        return function(x, weight, **self.operator.given(function, dict(self.bound)))
+
+    def operate(self, x: Any) -> Any:
+        """What the operator gives of another x: of its shape. For a kind that `reads_weight`."""
+        assert self.operator is not None
+        given = dict(self.bound) if self.site.storage.whole else {**self.bound, "weight": self.weight}
+        return self.operator.pattern(**{name: given[name] for name in names_of(self.operator.pattern)} | {"x": x})
+
+    def inputs(self, v: Any) -> Any:
+        """A tensor of one number for each input, (in,), so that x can be multiplied by it."""
+        assert self.operator is not None
+        return self.operator.inputs(v)
+
+    def outputs(self, v: Any) -> Any:
+        """A tensor of one number for each output, (out,), so that the operator's result can be multiplied by it."""
+        assert self.operator is not None
+        return self.operator.outputs(v, **self.operator.given(self.operator.outputs, dict(self.bound), 1))
+
+    def matrix(self, weight: Any) -> Any:
+        """The dense weight as (out, in · kernel), whatever way it is stored."""
+        return aten.t.default(weight) if self.site.reading.transposed else aten.flatten.using_ints(weight, 1)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`: (out, in · kernel) in the shape of the dense weight."""
+        return matrix.t() if self.site.reading.transposed else matrix.reshape(self.site.weight_shape)
+
     def dropout(self, x: Any, p: float) -> Any:
         """x with a share p of it zeroed and the rest divided by 1 - p, in training; not where x holds row numbers."""
         assert self.operator is not None
@@ -106,6 +138,14 @@ class Kind:
     starts_from_weight: ClassVar[bool] = False
 
     # --- what there is -----------------------------------------------------------------------------------------------
+
+    def serves(self, config: Any) -> bool:
+        """Whether this is the kind of a config of its class: kinds may share one, and a field says which is meant."""
+        return True
+
+    def settled(self, config: Any, model_type: str | None) -> Any:
+        """The config with what it leaves to the model's architecture; `ConfigError` where nothing is known of that."""
+        return config
 
     def check(self, site: Site, config: Any) -> None:
         """Raise `ConfigError` if the config cannot be served at this site."""

@@ -252,7 +252,7 @@ def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:
         raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` gives at most rank {min(sizes)} there")
 
 
-def rank(site: Site, config: LoraConfig) -> int:
+def rank(site: Site, config: Any) -> int:
     """The rank at a site: the first match in `rank_pattern`, else the config's `r`."""
     return int(pattern_value(config.rank_pattern, site.named, config.r))
 

@@ -49,7 +49,7 @@ class VeraConfig(AdapterConfig):
     init_weights: bool = True
 
     checks = (_check,)
-    beyond_peft = ("exclude_modules",)
+    absent = ("exclude_modules",)
 
 
 class Vera(Kind):
