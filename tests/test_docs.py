@@ -70,6 +70,14 @@ def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
 
 
 @pytest.mark.slow
+def test_the_page_about_several_adapters_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
+    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
+
+
+@pytest.mark.slow
 def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks(ROOT / "docs/inspecting.md")), "inspecting.md", "exec"), {"__name__": "page"})
@@ -77,14 +85,6 @@ def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, mon
     assert printed.startswith("model.layers.1.self_attn.q_proj, in block_0, run by model.layers.0 … model.layers.3")
     assert "lora_linear_6 = lorafx.lora_linear(rms_norm_3, self_attn.q_proj.weight" in printed
     assert "insert_adapters lm_head " in printed and (tmp_path / "graph.html").exists()
-
-
-@pytest.mark.slow
-def test_the_page_about_several_adapters_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {"__name__": "page"}
-    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
-    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
 
 
 def test_the_architecture_page_names_every_module_and_pass():

@@ -21,7 +21,7 @@ from .. import ops  # noqa: F401, defines torch.ops.lorafx
 from ..graph.match import template
 from ..torch_private.tensors import base_of
 from .equation import BOUND, Equation
-from .kinds import SCALING, Kind, Operands
+from .kinds import Kind, Operands
 
 aten = torch.ops.aten
 ROWS = "lorafx_rows"  # of a call: the number of each row's adapter, (rows,) of int64; 0 is the base alone
@@ -63,7 +63,9 @@ class RowEquations:
         result = y
         for kind, group in self._kinds(ats):
             equations, numbers, given = zip(*group)
-            together = kind.by_row(result, equations[0].cast(x, dtype), rows, numbers, given)
+            together = None
+            if _is_of_same_class(kind):
+                together = kind.by_row(result, equations[0].cast(x, dtype), rows, numbers, given)
             if together is not None:
                 result = aten.to.dtype(together, result_dtype)
                 continue
@@ -88,8 +90,7 @@ class RowEquations:
     def _operands(self, given: dict[str, Any]) -> Iterator[Operands]:
         for place, equation in enumerate(self.equations):
             own = {name: given[_of(place, name)] for name in equation.inputs}
-            bound = {name: given[f"{BOUND}{name}"] for name in equation.bound}
-            yield equation.operands({name: own[name] for name in equation.suffixes}, bound, own.get(SCALING))
+            yield equation.operands_of(own | {f"{BOUND}{name}": given[f"{BOUND}{name}"] for name in equation.bound})
 
     def _kinds(self, ats: Sequence[Operands]) -> list[tuple[Kind, list[tuple[Equation, int, Operands]]]]:
         """What there is of each kind: the equations, their numbers, what they are given."""
@@ -98,6 +99,14 @@ class RowEquations:
             kind = each[0].adapter.kind
             kinds.setdefault(id(kind), (kind, []))[1].append(each)
         return list(kinds.values())
+
+
+def _is_of_same_class(kind: Kind) -> bool:
+    """Whether `by_row` is not inherited by a class that has an equation of its own, which it would miss."""
+    first = {
+        name: next(cls for cls in type(kind).__mro__ if name in vars(cls)) for name in ("by_row", "before", "after")
+    }
+    return all(issubclass(first["by_row"], cls) for cls in first.values())
 
 
 def _of(place: int, name: str) -> str:

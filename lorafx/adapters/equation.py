@@ -104,7 +104,7 @@ class Equation:
         """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
 
         def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            return self.x_of(x, dtype, result_dtype, self._operands(given))
+            return self.x_of(x, dtype, result_dtype, self.operands_of(given))
 
         return self._template(equation, "x")
 
@@ -112,7 +112,7 @@ class Equation:
         """The graph that computes y'; its inputs are `y`, `x`, `result_dtype` and the names that `given` has."""
 
         def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            return self.y_of(y, x, dtype, result_dtype, self._operands(given))
+            return self.y_of(y, x, dtype, result_dtype, self.operands_of(given))
 
         return self._template(equation, "y", "x")
 
@@ -163,7 +163,8 @@ class Equation:
     def _specs(self) -> dict[str, Spec]:
         return self.adapter.specs(self.site)
 
-    def _operands(self, given: dict[str, Any]) -> Operands:
+    def operands_of(self, given: dict[str, Any]) -> Operands:
+        """What the kind's functions are given, from values for a graph's inputs."""
         absent = dict.fromkeys(names_of(self.operator.pattern))
         bound = absent | {name: given[f"{BOUND}{name}"] for name in self.bound}
         return self.operands({name: given[name] for name in self.suffixes}, bound, given.get(SCALING))

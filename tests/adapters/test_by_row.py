@@ -7,6 +7,7 @@ import torch
 from rows import BASE, assert_each_alone, with_adapters
 from torch import nn
 
+import lorafx
 from lorafx.adapters import kinds
 from lorafx.adapters.by_row import first_tensor, follows
 from lorafx.adapters.config import AdapterConfig
@@ -58,6 +59,32 @@ def test_kinds_that_do_not_add_stand_beside_others(gains, repeats, monkeypatch):
     x = torch.randn(6, 5, 6)
     assert_each_alone(lora, ["g", "a", BASE, "h", "b", "g"], {"input": x})
     assert_each_alone(lora, ["a", "h", "b", "a", "g", BASE], {"input": x})
+
+
+MIXED = {
+    "lora": {"r": 3, "init_lora_weights": False},
+    "dora": {"r": 2, "use_dora": True, "init_lora_weights": False},
+    "rank": {"r": 5, "init_lora_weights": False},
+    "loha": {"peft_type": "LOHA", "r": 2, "init_weights": False},
+    "lokr": {"peft_type": "LOKR", "r": 2, "init_weights": False},
+    "ia3": {"peft_type": "IA3", "feedforward_modules": ["2"], "init_ia3_weights": False},
+    "vera": {"peft_type": "VERA", "r": 4, "init_weights": False},
+}
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_kinds_of_all_sorts_stand_side_by_side(repeats, monkeypatch):
+    monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
+    base = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4, bias=False))
+    lora = lorafx.compile(base, MIXED["lora"] | {"target_modules": ["0", "2"]}, adapter_name="lora", random_state=0)
+    for number, (name, config) in enumerate(list(MIXED.items())[1:], 1):
+        lora.add_adapter(name, config | {"target_modules": ["0", "2"]}, random_state=number)
+    rng = torch.Generator().manual_seed(0)
+    for path, parameter in lora.named_parameters():
+        if any(f".{name}" in path for name in MIXED):
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+    names = ["ia3", "lora", "dora", BASE, "loha", "rank", "lokr", "vera"]
+    assert_each_alone(lora, names, {"input": torch.randn(8, 5, 6)})
 
 
 def test_which_tensors_have_the_rows_first():
