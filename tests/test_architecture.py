@@ -65,7 +65,7 @@ INSIDE = {
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use"),
+        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,7 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 
 # What an adapted model is for Python, whatever its base says of itself.
 _ALWAYS = ("__new__", "__reduce__", "__copy__", "__deepcopy__", "__repr__")
+_CALLS = ("__call__", "_call_impl")  # the second is what `Module.compile` has compiled
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
@@ -138,22 +139,18 @@ def _call_as_it_is(model: AdaptedModel, compile_config: Any = None) -> Any:
     return model.__call__
 
 
-def _calls_of(base: type[nn.Module]) -> dict[str, Any]:
+def _calling(base: type[nn.Module], name: str) -> Callable[..., Any]:
     """How an adapted model is called: as its base is (hooks, then `forward`), with nothing for Dynamo to look into.
 
-    Within torch.compile it is the rewritten graph that is compiled, as that says. These belong to the class that is
-    made, for in `AdaptedModel` a base's `super().__call__` would find them again.
+    Within torch.compile it is the rewritten graph that is compiled, as that says. This belongs to the class that is
+    made, for in `AdaptedModel` a base's `super().__call__` would find it again.
     """
 
     @not_traced(WITHIN_DYNAMO)
-    def __call__(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-        return base.__call__(self, *args, **kwargs)
+    def call(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, name)(self, *args, **kwargs)
 
-    @not_traced(WITHIN_DYNAMO)
-    def _call_impl(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:  # what `Module.compile` has compiled
-        return base._call_impl(self, *args, **kwargs)
-
-    return {"__call__": __call__, "_call_impl": _call_impl}
+    return call
 
 
 @functools.cache
@@ -169,7 +166,8 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
         show_own_forward(self, None)
         return serve(self, "", args, kwargs)
 
-    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS} | _calls_of(base)
+    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS}
+    names |= {name: _calling(base, name) for name in _CALLS}
     names |= {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
     libraries = [vars(cls) for cls in base.__mro__ if cls.__module__.startswith(_LIBRARIES)]
     names |= {
