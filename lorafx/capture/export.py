@@ -16,13 +16,14 @@ from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..adapters.by_row import ROWS, first_tensor
 from ..errors import CaptureError
 from ..graph.blocks import repeated_modules
 from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real, sharing_symbols
+from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import OWN, isolated, mirrored, without_hooks
@@ -143,6 +144,9 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             stack.enter_context(no_own_backward())
             stack.enter_context(environment.noted())
             stack.enter_context(no_question_of_inference() if watched else contextlib.nullcontext())
+            if (rows := kwargs.pop(ROWS, None)) is not None:  # the graph's own: the model knows nothing of it
+                first = first_tensor((*args, *kwargs.values()))
+                declare(first is not None and first.shape[0] == rows.shape[0])
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)

@@ -15,14 +15,15 @@ from ..pipeline import Context
 from ..serving.programs import Program
 from ..tree.mirror import STATE
 from .graphs import Graphs
+from .hotswap import HotSwap
 from .like_peft import LikePeft
 from .report import Call, Explanation, Report
 from .saving import Saving
-from .scales import Scales
 from .trainers import Trainable
+from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Scales, Saving, Trainable, Graphs):
+class Adaptation(LikePeft, Weighted, HotSwap, Saving, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

@@ -18,10 +18,11 @@ from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
 from .adaptation import Adaptation, of
-from .calls import WITHIN_DYNAMO, PartCall, generating, serve
+from .calls import WITHIN_DYNAMO, PartCall, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
 from .optimizers_of_peft import LAYERS, shown_to_peft
+from .rows import generating
 from .state import State
 from .trainers import SeenAsPeft, name_self, with_model
 

@@ -17,16 +17,11 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.peft_itself import refuse_peft_itself
+from ..adapters.slots import differences
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
 from .part import Part
-
-# Fields of a config about an adapter's origin, start values and choice of modules: with the same sites and tensors, two
-# adapters that differ in these alone compute the same.
-_ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
-_START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config"}
-_NAMES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 
 
 class SeenAsPeft(nn.Module):
@@ -121,9 +116,7 @@ def name_self(tree: nn.Module) -> None:
 
 def require_same(known: Adapter, found: Adapter) -> None:
     """Raise `AdapterError` if the adapter `known` cannot take over the values of `found`, read from a file."""
-    ignored = _ORIGIN | _START | _NAMES
-    old, new = ({k: v for k, v in a.config.to_dict().items() if k not in ignored} for a in (known, found))
-    differ = [key for key in old if old[key] != new.get(key)]
+    differ = differences(known, found)
     if known.tensors != found.tensors or known.replaced != found.replaced:
         differ.append("the modules it adapts")
     if differ:

@@ -124,9 +124,11 @@ class SitePolicy:
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
                 inside = {*self._early, *(other for other, _ in self._interpreted)}
-                if any(other.startswith(f"{path}.") for other in inside):
+                if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
+        if interpreter.rows is not None:
+            raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made
         with interpreter.suspended():
             return serve(tree, interpreter.context, path, args, kwargs)

@@ -159,7 +159,7 @@ def test_who_is_wrong_is_marked_and_the_command_fails(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "options, named",
     [
-        (("smokes"), "no case named 'smokes'"),
+        (("smokes",), "no case named 'smokes'"),
         (("smoke", "--contestants", "pefty"), "no contestant named 'pefty'"),
         (("smoke", "--without", "fuse_everything"), "no pass named ['fuse_everything']"),
     ],
