@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..files import checkpoint
 from ..merging.ledger import Target
 from ..tree.attached import set_trainable
-from ..tree.lookup import copy_into
+from ..tree.lookup import copy_into, find_tensors
 from ..tree.mirror import mirrored
 from .calls import serve_parts
 from .merges import Merges
@@ -166,7 +166,7 @@ class Adapters(Merges):
         """
         state = self._lorafx
         active, merged, disabled = state.active, state.ledger.names, state.disabled
-        trained = [parameter for parameter in self.tree.parameters() if parameter.requires_grad]
+        trained = [each for each in find_tensors(self.tree, self._owned) if each is not None and each.requires_grad]
         self.disable_adapter_layers()
         try:
             yield
@@ -195,5 +195,9 @@ class Adapters(Merges):
     def _set_trainable(self) -> None:
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
-        owned = [path for adapter in state.adapters.values() for path in adapter.paths]
-        set_trainable(self.tree, owned, trainable_paths(state.adapters[name] for name in state.acting))
+        set_trainable(self.tree, self._owned, trainable_paths(state.adapters[name] for name in state.acting))
+
+    @property
+    def _owned(self) -> list[str]:
+        """Paths of the tensors of all adapters."""
+        return [path for adapter in self._lorafx.adapters.values() for path in adapter.paths]

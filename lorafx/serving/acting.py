@@ -77,7 +77,10 @@ class Acting:
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not outputs or not all(map(_is_plain, outputs)) or is_compiled_now():
             return
-        own = set(map(id, (*call.leaves, *call.tree.parameters()))) - set(map(id, _trained(call)))
+        trained = set(map(id, _trained(call)))
+        if any(id(leaf) in trained for leaf in _reached(outputs)):  # the first that is found will do
+            return
+        own = set(map(id, (*call.leaves, *call.tree.parameters())))
         if all(id(leaf) in own for leaf in _reached(outputs)):
             names = tuple(adapter.name for adapter in call.context.adapters)
             raise AdapterError(

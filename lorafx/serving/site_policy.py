@@ -110,6 +110,8 @@ class SitePolicy:
             self._early.add(path)
         else:
             self._interpreted.add((path, interpreter.state.layout))
+        if (result := interpreter.run_site(path, args, kwargs)) is not NotImplemented:
+            return result
         if has_copies_among_children(module_at(tree, path)):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
