@@ -158,9 +158,7 @@ class Equation:
         bound = {name: given[f"{BOUND}{name}"] for name in self.bound}
         return self.operands({name: given[name] for name in self.suffixes}, bound, self.training, given.get(SCALING))
 
-    def operands(
-        self, tensors: dict[str, Any], bound: dict[str, Any], training: bool, scaling: Any = None
-    ) -> Operands:
+    def operands(self, tensors: dict[str, Any], bound: dict[str, Any], training: bool, scaling: Any = None) -> Operands:
         """What the kind's functions are given besides x and y: its tensors by name, the operator's arguments.
 
         `training` says whether the site's module trains; `scaling` is given where that is a tensor.

@@ -152,7 +152,8 @@ class Adapters(Merges):
         self._warn_of_rests([adapter])
         remove(self.tree, adapter)
         del state.adapters[adapter_name]
-        state.forget_programs()
+        for dispatcher in state.dispatchers:
+            dispatcher.forget(adapter_name)
         if adapter_name in state.active:
             rest = tuple(name for name in state.active if name != adapter_name)
             state.active = rest or (state.ledger.names or tuple(state.adapters))[:1]

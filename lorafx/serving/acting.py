@@ -39,6 +39,11 @@ class Acting:
         self._acted: set[tuple[tuple[str, ...], str]] = set()  # adapters, and the part that was called
         self._said: set[tuple[tuple[str, ...], str]] = set()
 
+    def forget(self, adapter: str) -> None:
+        """Forget where an adapter acted, which is deleted."""
+        self._acted = {each for each in self._acted if adapter not in each[0]}
+        self._said = {each for each in self._said if adapter not in each[0]}
+
     def see(self, call: Call, acts: bool, result: Any = None) -> None:
         """Note whether a call runs a site; if it does not, say so once, or raise `AdapterError` in a training step.
 

@@ -91,6 +91,13 @@ class Dispatcher:
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
         self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
 
+    def forget(self, adapter: str) -> None:
+        """Forget what was made for calls in which an adapter acts, which is deleted. What others have stays."""
+        self.programs.forget_keys(lambda key: key.has(adapter))
+        for each in (self.graphs, self.operators, self.tables, self.early, self.acting):
+            each.forget(adapter)
+        self.sites.forget_adapter(adapter)
+
     # --- a call: key, find, run --------------------------------------------------------------------------------------
 
     def serve(self, tree: nn.Module, context: Context, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -49,6 +49,11 @@ class EarlyCalls:
         """How many such calls have been served early."""
         return self._seen[_kind(key)]
 
+    def forget(self, adapter: str) -> None:
+        """Forget the calls in which an adapter acted, which is deleted."""
+        for key in [key for key in self._seen if key.has(adapter)]:
+            del self._seen[key]
+
     def give_up(self, part: str) -> None:
         """Give calls of a part their graph at once: its own Python reads a weight where no equation can be run."""
         self._at_once.add(part)

@@ -36,6 +36,7 @@ from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
 from .call_key import Call
 from .direct import Direct
+from .site_graphs import OperatorKey
 from .site_table import SiteTable
 from .tree_state import TreeState
 
@@ -221,8 +222,9 @@ class SiteInterpreter(TorchFunctionMode):
         # A hook may have cast a weight since the layout was looked at.
         keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
         hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
-        acting = tuple(adapter.call_key for adapter in self.context.adapters), self.context.merged
-        key = self.parts[-1], func, spec, keys, modes(), self.state.layout, acting, hooked
+        acting = tuple(adapter.call_key for adapter in self.context.adapters)
+        how = func, spec, keys, modes()
+        key = OperatorKey(self.parts[-1], how, self.state.layout, acting, self.context.merged, hooked)
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:

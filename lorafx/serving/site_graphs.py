@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
@@ -13,10 +13,22 @@ from torch.fx import GraphModule
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.attached import trained_paths
 from .adapter_hooks import call_modules, unfused
+from .call_key import is_of
 from .graph_builder import CAPTURING
 from .programs import GuardFailed, ProgramCache, guarded
 
 CAPACITY = 65_536  # these graphs are small, and a large model by sites has thousands
+
+
+class OperatorKey(NamedTuple):
+    """What the graph of an operator is specialised on: the module that calls it, and how, and the adapters' keys."""
+
+    part: str
+    call: Hashable
+    layout: int
+    acting: tuple[str, ...]
+    merged: frozenset[str]
+    hooked: tuple[str, ...]
 
 
 class SiteGraphs:
@@ -25,12 +37,16 @@ class SiteGraphs:
     def __init__(self) -> None:
         self._kept: ProgramCache[GraphModule] = ProgramCache(CAPACITY)
 
+    def forget(self, adapter: str) -> None:
+        """Forget the graphs in which an adapter acts, which is deleted."""
+        self._kept.forget_keys(lambda key: any(is_of(adapter, each) for each in key.acting))
+
     def __len__(self) -> int:
         return len(self._kept)
 
     def run(
         self,
-        key: Hashable,
+        key: OperatorKey,
         inputs: Sequence[Any],
         capture: Callable[[], tuple[GraphModule, Context]],
         hooked: Sequence[str],

@@ -87,6 +87,10 @@ class SitePolicy:
         """Forget that calls like a program's go by sites."""
         self._calls.discard(program.key.with_any_attributes())
 
+    def forget_adapter(self, adapter: str) -> None:
+        """Forget which calls go by sites in which an adapter acted, which is deleted."""
+        self._calls = {key for key in self._calls if not key.has(adapter)}
+
     def warn_once(self, program: Program) -> None:
         """Say once that a graph was tried in vain."""
         if program.failed and not self._warned:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..adapters.storages import DENSE
 from ..pipeline import Context
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost
+from .call_key import is_of
 
 _TABLES = 16  # so many are kept, the oldest making room: one for each set of acting adapters
 
@@ -120,7 +121,12 @@ class SiteTables:
     """The tables of one adapted model."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, SiteTable] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, tuple[str, ...], frozenset[str]], SiteTable] = OrderedDict()
+
+    def forget(self, adapter: str) -> None:
+        """Forget the tables of an adapter, which is deleted."""
+        for key in [key for key in self._kept if any(is_of(adapter, each) for each in key[1])]:
+            del self._kept[key]
 
     def of(self, tree: nn.Module, context: Context, modules: int) -> SiteTable:
         """The table of a tree whose modules have this number (`tree_state`), for the adapters that act."""
