@@ -168,6 +168,17 @@ class CallKey(NamedTuple):
         return self._replace(attributes=None)
 
 
+class OperatorKey(NamedTuple):
+    """What the graph of an operator is specialised on: the module that calls it, and how, and the adapters' keys."""
+
+    part: str
+    call: Hashable
+    layout: int
+    acting: tuple[str, ...]
+    merged: frozenset[str]
+    hooked: tuple[str, ...]
+
+
 def is_of(adapter: str, call_key: str) -> bool:
     """Whether this is what an adapter of this name says of itself for a key, with a scaling that is a tensor or not."""
     return call_key == adapter or call_key.startswith(f"{adapter}, ")

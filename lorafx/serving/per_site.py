@@ -34,9 +34,8 @@ from ..tree.lookup import module_at, tensor_at
 from ..tree.mirror import MIRRORED_AS
 from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
-from .call_key import Call
+from .call_key import Call, OperatorKey
 from .direct import Direct
-from .site_graphs import OperatorKey
 from .site_table import SiteTable
 from .tree_state import TreeState
 

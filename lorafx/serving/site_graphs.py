@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -13,22 +13,11 @@ from torch.fx import GraphModule
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.attached import trained_paths
 from .adapter_hooks import call_modules, unfused
-from .call_key import is_of
+from .call_key import OperatorKey, is_of
 from .graph_builder import CAPTURING
 from .programs import GuardFailed, ProgramCache, guarded
 
 CAPACITY = 65_536  # these graphs are small, and a large model by sites has thousands
-
-
-class OperatorKey(NamedTuple):
-    """What the graph of an operator is specialised on: the module that calls it, and how, and the adapters' keys."""
-
-    part: str
-    call: Hashable
-    layout: int
-    acting: tuple[str, ...]
-    merged: frozenset[str]
-    hooked: tuple[str, ...]
 
 
 class SiteGraphs:
