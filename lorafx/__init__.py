@@ -1,13 +1,30 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.boft import BOFTConfig
+from .adapters.kinds.c3a import C3AConfig
+from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.fourierft import FourierFTConfig
+from .adapters.kinds.hira import HiraConfig
+from .adapters.kinds.hra import HRAConfig
+from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.loha import LoHaConfig
+from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.miss import MissConfig
+from .adapters.kinds.oft import OFTConfig
+from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.road import RoadConfig
+from .adapters.kinds.shira import ShiraConfig
+from .adapters.kinds.trainable_tokens import TrainableTokensConfig
+from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
 from .capture.export import trace
 from .compat import (
     FastLanguageModel,
     PeftConfig,
+    PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -20,6 +37,13 @@ from .compat import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from .functions import (
+    get_layer_status,
+    get_model_status,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    rescale_adapter_scale,
+)
 from .graph.printing import diff
 from .merging.streaming import merge
 from .model.adaptation import Adaptation, of
@@ -27,6 +51,7 @@ from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
 from .model.loftq import replace_lora_weights_loftq
 from .model.preparation import prepare_model_for_kbit_training
+from .model.rows import loss_by_adapter
 from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
@@ -35,11 +60,23 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "AdaptedModel",
+    "BOFTConfig",
+    "C3AConfig",
     "Context",
+    "DeloraConfig",
     "FastLanguageModel",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
     "Pass",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -48,22 +85,33 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "Pipeline",
+    "RandLoraConfig",
+    "RoadConfig",
     "Selection",
+    "ShiraConfig",
     "Site",
     "TaskType",
+    "TrainableTokensConfig",
+    "VeraConfig",
     "compile",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "diff",
     "errors",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "load",
+    "loss_by_adapter",
     "merge",
     "of",
     "passes",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
     "set_peft_model_state_dict",
     "to_float8",
     "trace",

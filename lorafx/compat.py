@@ -56,8 +56,9 @@ def get_peft_model(
 ) -> AdaptedModel:
     """`lorafx.compile` under PEFT's name: `model` itself keeps its modules and its forward.
 
-    `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: adapters of several kinds
-    can always be active together. Errors are those of `compile`.
+    `revision` is the base model's, recorded in the adapter's config. `mixed` changes nothing: adapters of any kinds can
+    always be added and be active together, the first of `set_adapter([...])` innermost, and are saved and loaded. (In
+    PEFT their order is that in which they were added, and they cannot be saved.) Errors are those of `compile`.
     """
     config = config_of(peft_config)
     name = vars(model).get("name_or_path") or None
@@ -124,6 +125,7 @@ class PeftModel(metaclass=_Named):
         )
 
 
+PeftMixedModel = PeftModel  # which has adapters of any kinds at once
 PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModel
 PeftModelForSequenceClassification = PeftModelForTokenClassification = PeftModel
 PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
@@ -150,11 +152,7 @@ def get_peft_model_state_dict(
 
     Raises `AdapterError` for a model that is not adapted, or an unknown name. Base embeddings are not among them.
     """
-    own = of(model).adapter_state_dict(adapter_name)
-    if state_dict is None:
-        return own
-    paths = {id(tensor): path for path, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict[paths[id(tensor)]] if id(tensor) in paths else tensor for key, tensor in own.items()}
+    return of(model).adapter_state_dict(adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(

@@ -1,19 +1,17 @@
-"""PEFT's optimizers for LoRA under PEFT's names: PEFT's own ask its layers what an adapter is, and find none here."""
+"""PEFT's optimizers for LoRA under PEFT's names, for whoever has no peft, or asks for them by lorafx's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
-from .adapters.kinds import SCALING
 from .errors import ConfigError
 from .model.adaptation import of
-from .tree.lookup import tensor_at
+from .model.optimizers_of_peft import pairs
 
 
 def create_loraplus_optimizer(
@@ -64,34 +62,23 @@ def create_lorafa_optimizer(
     each site's own scaling counts, as it is now. What has no such pair of matrices (embeddings, convolutions, biases,
     `modules_to_save`) trains whole, by AdamW. Raises `ConfigError` without peft, `AdapterError` if it is not adapted.
     """
-    tree, pairs = of(model).tree, list(_pairs(model))
+    tree = of(model).tree
+    found = list(pairs(tree))
     try:
         from peft.optimizers.lorafa import LoraFAOptimizer
     except ImportError as error:
         raise ConfigError("create_lorafa_optimizer uses peft's LoraFAOptimizer: install peft") from error
-    for a, _, _ in pairs:
+    for a, _, _ in found:
         a.requires_grad_(False)
-    paired = {id(tensor) for a, b, _ in pairs for tensor in (a, b)}
+    paired = {id(tensor) for a, b, _ in found for tensor in (a, b)}
     others = [p for p in tree.parameters() if p.requires_grad and id(p) not in paired]
     group = {
-        "params": [tensor for a, b, _ in pairs for tensor in (a, b)] + others,
+        "params": [tensor for a, b, _ in found for tensor in (a, b)] + others,
         # A name with "lora" in it makes the optimizer take a parameter and the next for a pair, of one state.
-        "names": [f"{i}.lora" for i in range(len(pairs)) for _ in "AB"] + [f"other {i}" for i in range(len(others))],
-        "scaling_factors": [scaling for _, _, scaling in pairs for _ in "AB"] + [None] * len(others),
+        "names": [f"{i}.lora" for i in range(len(found)) for _ in "AB"] + [f"other {i}" for i in range(len(others))],
+        "scaling_factors": [scaling for _, _, scaling in found for _ in "AB"] + [None] * len(others),
         "lr": lr,
         "betas": (0.9, 0.999),
         "weight_decay": weight_decay,
     }
     return LoraFAOptimizer([group])  # type: ignore[list-item]
-
-
-def _pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """A (r, in), B (out, r) and scaling of each linear site that the active adapters train."""
-    face = of(model)
-    for adapter in [face._adapter(name) for name in face.active_adapters]:
-        for site in adapter.selection:
-            paths = adapter.tensors[site.name]
-            if {"lora_A.weight", "lora_B.weight"} <= paths.keys():
-                a, b = (tensor_at(face.tree, paths[suffix]) for suffix in ("lora_A.weight", "lora_B.weight"))
-                if b.requires_grad and a.ndim == b.ndim == 2:
-                    yield a, b, adapter.numbers(face.tree, site)[SCALING]

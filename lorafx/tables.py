@@ -1,12 +1,20 @@
-"""Tables as plain text."""
+"""Tables as plain text, and what prints as such in a notebook."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+class InNotebooks:
+    """What prints as text, and is shown in a notebook as that text, in columns."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

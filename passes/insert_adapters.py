@@ -8,9 +8,7 @@ The operator is found by the patterns of the site (`adapters/equation.py`); `bef
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +17,13 @@ from torch.fx import GraphModule, Node
 from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.adapters.site import Site
-from lorafx.errors import ConfigError, LorafxError
+from lorafx.errors import ConfigError
 from lorafx.graph import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, write
 from lorafx.pipeline import Context, Pass
 from lorafx.torch_private.tracing import FakeTensorMode
 from lorafx.tree.lookup import find_tensor, tensor_at
+
+from .inserting_by_row import insert_by_row, named
 
 
 @dataclass
@@ -58,6 +58,8 @@ class InsertAdapters(Pass):
             )
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
+        if context.numbers:
+            return insert_by_row(gm, context, self._dtype)
         mode, count = fake_mode_of(gm), 0
         sites = [(adapter, adapter.sites_by_weight(gm)) for adapter in context.adapters]
         for node in [node for node in gm.graph.nodes if SITE in node.meta]:
@@ -66,7 +68,7 @@ class InsertAdapters(Pass):
             layer = None
             for adapter, site in acting:
                 _require_own_weight(node, site, adapter, context.merged)
-                with _named(site, adapter):
+                with named(site, adapter):
                     layer = self._wrap(gm, node, layer, site, adapter, mode)
             count += len(acting)
         for adapter in context.adapters:
@@ -98,18 +100,6 @@ class InsertAdapters(Pass):
         if equation.operator.lookup:
             return None
         return getattr(torch, self.compute_dtype) if self.compute_dtype else x.meta["val"].dtype
-
-
-@contextlib.contextmanager
-def _named(site: Site, adapter: Adapter) -> Iterator[None]:
-    """Name the site and the kind where torch refuses to compute an equation."""
-    try:
-        yield
-    except LorafxError:
-        raise
-    except RuntimeError as error:
-        kind = adapter.config.peft_type
-        raise ConfigError(f"site {site.name}: the equation of {kind} cannot be computed: {error}") from error
 
 
 def _require_own_weight(base: Node, site: Site, adapter: Adapter, merged: frozenset[str]) -> None:

@@ -16,8 +16,8 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
     *("errors", "tables", "progress", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
-    *("capture", "lowering", "files", "merging", "serving", "model"),
-    *("api", "compat", "optimizers", "__init__", "testing", "bench", "__main__"),
+    *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
+    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -35,10 +35,14 @@ INSIDE = {
             "deferral",
             "dropout",
             "own_forward",
+            "own_weight",
             "linear",
+            "fourier_linear",
+            "circulant_linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "lora_linear", "lora_linears", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "orthogonal"),
+        *("lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -48,28 +52,32 @@ INSIDE = {
     "adapters": [
         *(
             "peft_itself",
+            "default_targets",
             "config",
             "naming",
-            "default_targets",
             "low_rank",
+            "combining",
+            "room",
             "readings",
             "storages",
             "site",
             "kinds",
             "selection",
-            "start_values",
             "adapter",
+            "start_values",
+            "building",
+            "slots",
         ),
-        "equation",
+        *("equation", "by_row"),
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use"),
+        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "checkpointing", "programs", "free_counters"),
+        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "programs", "free_counters"),
         *("early_calls", "site_table", "direct", "per_site"),
         *(
             "settling",

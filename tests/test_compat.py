@@ -158,7 +158,7 @@ def test_a_config_of_another_base_or_revision_warns():
         lorafx.get_peft_model(base_model(), lorafx.LoraConfig(**SETTINGS, revision="v1"), revision="v2")
 
 
-@pytest.mark.parametrize("config", [peft.IA3Config(), peft.PromptTuningConfig(num_virtual_tokens=2)], ids=repr)
+@pytest.mark.parametrize("config", [peft.VBLoRAConfig(), peft.PromptTuningConfig(num_virtual_tokens=2)], ids=repr)
 def test_other_kinds_are_an_error(config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zoo
 
+import lorafx
 from lorafx.adapters import kinds
 from lorafx.bench import cases
 
@@ -44,6 +45,14 @@ def test_the_page_about_kinds_runs_from_top_to_bottom(capsys):
     assert "1 sites" in printed and not namespace["fresh"][2].gain_B.gain.isnan().any()
 
 
+def test_the_table_of_kinds_has_a_row_for_each():
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs/kinds.md").read_text().splitlines() if "`" in line]
+    found = [(row[0].split("`")[1], row[-1].strip()) for row in rows if len(row) == 6]
+    known = [(kind.config.__name__, kind.additive) for each in kinds.KINDS.values() for kind in each]
+    assert sorted(found) == sorted((name, "yes" if additive else "no") for name, additive in known)
+    assert all(hasattr(lorafx, name) for name, _ in known)
+
+
 @pytest.mark.slow
 def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -51,13 +60,30 @@ def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monk
     exec(compile("\n".join(blocks(ROOT / "docs/migration.md")), "migration.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "trainable params: 5,760 ||" in printed
-    assert "lorafx does not implement this yet, and will not ignore it: use_dora=True" in printed
+    assert "lorafx does not implement this yet, and will not ignore it: use_qalora=True" in printed
 
 
 def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
     pytest.importorskip("bitsandbytes")
     exec(compile("\n".join(blocks(ROOT / "docs/quantised.md")), "quantised.md", "exec"), {"__name__": "page"})
     assert "2 sites" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_page_about_several_adapters_runs_from_top_to_bottom():
+    namespace: dict = {"__name__": "page"}
+    exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
+    assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}
+
+
+@pytest.mark.slow
+def test_the_page_about_inspecting_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks(ROOT / "docs/inspecting.md")), "inspecting.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert printed.startswith("model.layers.1.self_attn.q_proj, in block_0, run by model.layers.0 … model.layers.3")
+    assert "lora_linear_6 = lorafx.lora_linear(rms_norm_3, self_attn.q_proj.weight" in printed
+    assert "insert_adapters lm_head " in printed and (tmp_path / "graph.html").exists()
 
 
 def test_the_architecture_page_names_every_module_and_pass():
@@ -126,3 +152,12 @@ def test_the_quickstart_runs(tmp_path):
 def test_the_page_of_models_misses_none_and_shows_no_failure():
     page = (ROOT / "docs/models.md").read_text()
     assert [name for name in zoo.ENTRIES if f"| {name} |" not in page] == [] and "failed" not in page
+
+
+@pytest.mark.slow
+def test_the_sweep_runs(tmp_path):
+    """It exits with an error if a curve is another than the one that its adapter has when trained alone."""
+    command = [sys.executable, str(ROOT / "docs/examples/sweep.py"), "--out", str(tmp_path), "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "losses, together - alone" in done.stdout

@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA on adapted models train as PEFT's do on PEFT's; PEFT's own are refused where they would not."""
+"""LoRA+ and LoRA-FA on adapted models train as PEFT's do on PEFT's; and so do PEFT's own on adapted models."""
 
 import copy
 
@@ -9,7 +9,6 @@ from peft import optimizers
 from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError
 
 
 class Net(nn.Module):
@@ -51,6 +50,10 @@ def assert_same(theirs, ours):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
+LIBRARIES = pytest.mark.parametrize("library", [lorafx, optimizers], ids=["lorafx's function", "PEFT's function"])
+
+
+@LIBRARIES
 @pytest.mark.parametrize(
     "config",
     [
@@ -59,11 +62,11 @@ def assert_same(theirs, ours):
     ],
     ids=["embedding", "biases and modules"],
 )
-def test_loraplus_trains_as_pefts(config):
+def test_loraplus_trains_as_pefts(config, library):
     theirs, ours = both(r=2, **config)
     groups = []
-    for library, model in ((optimizers, theirs), (lorafx, ours)):
-        optimizer = library.create_loraplus_optimizer(model, torch.optim.AdamW, eps=1e-3, **PLUS)
+    for function, model in ((optimizers, theirs), (library, ours)):
+        optimizer = function.create_loraplus_optimizer(model, torch.optim.AdamW, eps=1e-3, **PLUS)
         groups.append(
             [(g["lr"], g["weight_decay"], sorted(tuple(p.shape) for p in g["params"])) for g in optimizer.param_groups]
         )
@@ -72,12 +75,13 @@ def test_loraplus_trains_as_pefts(config):
     assert_same(theirs, ours)
 
 
-def test_lorafa_trains_as_pefts_by_the_scaling_of_each_site():
+@LIBRARIES
+def test_lorafa_trains_as_pefts_by_the_scaling_of_each_site(library):
     theirs, ours = both(r=2, lora_alpha=5, target_modules=["mid", "out"], alpha_pattern={"out": 1})
     before = ours.mid.lora_A.default.weight.detach().clone()
     scalings = []
-    for library, model in ((optimizers, theirs), (lorafx, ours)):
-        optimizer = library.create_lorafa_optimizer(model, r=2, lora_alpha=5, lr=1e-2, weight_decay=0.1)
+    for function, model in ((optimizers, theirs), (library, ours)):
+        optimizer = function.create_lorafa_optimizer(model, r=2, lora_alpha=5, lr=1e-2, weight_decay=0.1)
         scalings.append([s for s in optimizer.param_groups[0]["scaling_factors"] if s is not None])
         train(model, optimizer)
     assert scalings[0] == scalings[1] == [2.5, 2.5, 0.5, 0.5]
@@ -104,13 +108,13 @@ def test_lorafa_keeps_pairs_apart_and_trains_what_is_none():
     }
 
 
-def test_pefts_own_are_refused_where_they_would_go_wrong():
-    ours = lorafx.compile(Net(), {"target_modules": ["emb", "mid"]})
-    with pytest.raises(AdapterError, match=r"lorafx\.create_loraplus_optimizer"):
-        optimizers.create_loraplus_optimizer(ours, torch.optim.AdamW, **PLUS)
-    with pytest.raises(AdapterError, match=r"lorafx\.create_lorafa_optimizer"):
-        optimizers.create_lorafa_optimizer(ours, r=8, lora_alpha=8, lr=1e-2)
-    assert ours.mid.lora_A.default.weight.requires_grad
-    ours = lorafx.compile(Net(), {"target_modules": ["mid"]})
-    groups = optimizers.create_loraplus_optimizer(ours, torch.optim.AdamW, **PLUS).param_groups
-    assert [len(group["params"]) for group in groups] == [1, 0, 1, 0]
+def test_pefts_lorafa_pairs_each_a_with_its_b_whatever_else_there_is():
+    ours = lorafx.compile(Net(), {"r": 2, "target_modules": ["mid", "emb"]})
+    ours.add_adapter("second", {"r": 3, "target_modules": ["mid"], "lora_bias": True})
+    ours.set_adapter(["default", "second"])
+    twin = copy.deepcopy(ours)
+    train(ours, optimizers.create_lorafa_optimizer(ours, r=2, lora_alpha=8, lr=1e-2))
+    train(twin, lorafx.create_lorafa_optimizer(twin, lr=1e-2))
+    for (name, got), expected in zip(ours.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=name)
+    assert all(name in dict(twin.named_parameters()) for name, _ in ours.named_parameters())

@@ -7,24 +7,21 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
-from ..tree.attached import attach, detach
+from ..tree.attached import detach
 from ..tree.lookup import find_tensors, module_at, tensor_at
-from ..tree.wrappers import loading_device
 from .config import AdapterConfig
-from .kinds import SCALING, Kind, Operands, kind_of
+from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
 from .selection import saved_modules, select
 from .site import Selection, Site
-from .start_values import Rests, start_values
 from .storages import DENSE, weights_of
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
-_WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+SHARED = "shared"  # what a tensor is called in the module that all of its sites have below them
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Adapter:
     `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
     base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
     `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
+    `idle` has the names of sites at which a slot that holds the adapter has tensors and the adapter none (`slots.py`).
+    `shared` are the tensors that all sites share, by the kind's name for them; each has a path at each site.
     """
 
     name: str
@@ -43,6 +42,12 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
+    shared: Mapping[str, Spec] = field(default_factory=dict)
+
+    def specs(self, site: Site) -> dict[str, Spec]:
+        """The tensors at a site, by the kind's names for them: its own, and those that it shares with all others."""
+        return self.kind.tensors(site, self.config) | dict(self.shared)
 
     @property
     def paths(self) -> Iterator[str]:
@@ -162,8 +167,7 @@ class Adapter:
 
     def operands(self, site: Site, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> Operands:
         """What the kind's `merged` is given at a site: `tensors` (by suffix) in its dtype, and `numbers`."""
-        specs = self.kind.tensors(site, self.config)
-        named = {name: tensors[spec.suffix].detach() for name, spec in specs.items()}
+        named = {name: tensors[spec.suffix].detach() for name, spec in self.specs(site).items()}
         return Operands(site, self.config, named, numbers)
 
     @property
@@ -195,7 +199,8 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
-    kind = kind_of(config.peft_type)
+    kind = kind_of(config)
+    config = kind.settled(config, getattr(getattr(root, "config", None), "model_type", None))
     selection = select(root, config)
     _require_numbers(root, selection)
     _require_weights(kind, selection, config)
@@ -206,18 +211,21 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     _require_free_names(kind, config, selection)
     _require_readable(root, selection)
     _require_dense(root, saved_modules(root, config))
+    shared = kind.shared(selection, config)
     tensors = {
-        site.name: {spec.suffix: _placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
+        site.name: {spec.suffix: placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
+        | {spec.suffix: f"{placed(site, spec.suffix, name)}.{SHARED}" for spec in shared.values()}
         for site in selection
     }
-    return Adapter(name, config, kind, selection, tensors, dict(_replacements(root, name, config, selection)))
+    replaced = dict(_replacements(root, name, config, selection))
+    return Adapter(name, config, kind, selection, tensors, replaced, shared=shared)
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
     """Raise `ConfigError` for a kind whose tensors or numbers have names that mean something else in an equation."""
     taken = {"x", "y", "dtype", "result_dtype", *dir(Operands), *Operands.__dataclass_fields__}
     for site in selection:
-        names = {*kind.tensors(site, config), *kind.numbers(site, config)}
+        names = {*kind.tensors(site, config), *kind.shared(selection, config), *kind.numbers(site, config)}
         if wrong := sorted(names & taken):
             raise ConfigError(f"kinds cannot call their tensors or numbers {', '.join(wrong)}; {config.peft_type} does")
 
@@ -247,12 +255,13 @@ def _require_numbers(root: nn.Module, selection: Selection) -> None:
 
 
 def _require_weights(kind: Kind, selection: Selection, config: AdapterConfig) -> None:
-    """Raise `ConfigError` for a kind that computes with the base's weight where graphs cannot read it."""
-    hidden = [site for site in selection if kind.reads_weight and site.storage.whole]
+    """Raise `ConfigError` for a kind that needs the base's weight where nobody but the module can read it."""
+    needed = kind.reads_weight or kind.starts_from_weight
+    hidden = [site for site in selection if needed and not site.storage.readable]
     if hidden:
         raise ConfigError(
             f"{config.peft_type} computes with the base's weight, and that of {hidden[0].name} (stored as "
-            f"{hidden[0].storage}) cannot be read in a graph; leave it out, or load the base unquantised"
+            f"{hidden[0].storage}) cannot be read by anyone but the layer; leave it out, or load the base unquantised"
         )
 
 
@@ -266,7 +275,7 @@ def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:
                 )
 
 
-def _placed(site: Site, suffix: str, name: str) -> str:
+def placed(site: Site, suffix: str, name: str) -> str:
     """The path of a tensor, by PEFT's rule: the adapter's name follows the suffix's first part, `lora_A.default.…`.
 
     For a weight that is not its module's usual one, the first part begins with the weight's name.
@@ -296,97 +305,6 @@ def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection
     if asked != "none":  # those of the adapted modules alone, "lora_only" for LoRA
         return [site.bias for site in selection if site.has_bias and site.reading.bias == "bias"]
     return []
-
-
-def build(
-    root: nn.Module,
-    adapter: Adapter,
-    *,
-    random_state: int | None = None,
-    autocast_adapter_dtype: bool = True,
-    on_meta: bool = False,
-    values: Mapping[str, Tensor] | None = None,
-) -> Rests:
-    """Make the adapter's tensors and hang them in the tree, beside what they adapt: all of them or none.
-
-    A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
-    `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` the meta device, but for those
-    that are taken out of the base. Copies of base tensors take device and dtype from those. Values are `values`, by
-    path, if given (of an adapter that is loaded), else the kind's start values or the base's: `random_state` seeds a
-    generator for them, None uses torch's global one.
-    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
-
-    Returns what is to be left of base weights that start values are taken out of, also where these give way to
-    `values`. It is not written yet.
-    """
-    rng = None if random_state is None else torch.Generator().manual_seed(random_state)
-    made: dict[str, Tensor] = {}
-    rests: Rests = {}
-    for site in adapter.selection:
-        dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
-        dtype = torch.float32 if autocast_adapter_dtype and dense in _WIDENED else dense
-        takes = adapter.kind.takes_from_base(site, adapter.config)
-        device = torch.device("meta") if on_meta and not takes else _device_of(root, site.weight)
-        paths, tensors = adapter.tensors[site.name], dict[str, Tensor]()
-        if takes or not values:
-            tensors, rest = start_values(root, adapter.kind, adapter.config, site, rng, device.type)
-            rests |= {site: rest} if rest else {}
-        if values:
-            tensors = {suffix: values[path] for suffix, path in paths.items()}
-        for suffix, path in paths.items():
-            made[path] = nn.Parameter(tensors[suffix].detach().to(device, dtype, copy=True))
-    _hang(root, made | dict(_copies(root, adapter, values)))
-    return rests
-
-
-def _copies(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
-    """The adapter's copies of base tensors, by path."""
-    for base, path in adapter.replaced.items():
-        tensor = tensor_at(root, base)
-        start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
-        yield path, nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
-        if tensor.is_meta and _device_of(root, base) != tensor.device:
-            raise AdapterError(
-                f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
-                "`modules_to_save` and `bias`, or load the base without offloading"
-            )
-
-
-def _hang(root: nn.Module, made: Mapping[str, Tensor]) -> None:
-    """Hang tensors in the tree, by path: all of them or none."""
-    hung: list[str] = []
-    try:
-        for path, parameter in made.items():
-            attach(root, path, parameter, persistent=True)
-            hung.append(path)
-    except BaseException:
-        detach(root, hung)
-        raise
-
-
-def _device_of(root: nn.Module, path: str) -> torch.device:
-    """Where a tensor of the tree is while its module's forward runs."""
-    loaded = loading_device(root.get_submodule(path.rpartition(".")[0]))
-    return tensor_at(root, path).device if loaded is None else torch.device(loaded)
-
-
-def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with its scaling set to `factor` times what its config says, as a tensor that graphs read.
-
-    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. The kind
-    has a scaling.
-    """
-    values = {site.name: adapter.kind.numbers(site, adapter.config)[SCALING] for site in adapter.selection}
-    scales = dict(adapter.scales)
-    for site in adapter.selection:
-        if site.name not in scales:
-            dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
-            dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32
-            path = _placed(site, "adapter_scaling", adapter.name)
-            attach(root, path, torch.zeros((), dtype=dtype, device=_device_of(root, site.weight)))
-            scales[site.name] = path
-        tensor_at(root, scales[site.name]).fill_(values[site.name] * factor)  # type: ignore[operator]
-    return replace(adapter, scales=scales)
 
 
 def remove(root: nn.Module, adapter: Adapter) -> None:

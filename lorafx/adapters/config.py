@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError
+from .default_targets import DEFAULT_TARGETS
 from .peft_itself import refuse_peft_itself
 
 Names = str | Sequence[str] | None
@@ -42,6 +43,16 @@ class AdapterConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
+    # Fields that may be lists or sets, and are kept as tuples.
+    tuples: ClassVar[tuple[str, ...]] = (
+        *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
+    )
+    # Fields of this class that PEFT's namesake has not, so that they are not written to files, and must be None.
+    absent: ClassVar[tuple[str, ...]] = ()
+    # `target_modules` that stand for None, by the model's type.
+    default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
+    # Whether None for `target_modules` means the model's input embedding.
+    for_embeddings: ClassVar[bool] = False
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
 
@@ -53,11 +64,11 @@ class AdapterConfig:
         return {name: value for name, value in named.items() if name not in about_the_file}
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"):
+        for name in self.tuples:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set, frozenset)):
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value))
-        for check in (_check_names, _check_layers, _check_regexes, *self.checks):
+        for check in (_check_names, _check_layers, _check_regexes, _check_absent, *self.checks):
             check(self)
 
     @property
@@ -101,7 +112,7 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's field names to values, tuples as lists; what is in `extra` stands beside the other fields."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", *self.absent)}
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {**lists, **self.extra}
 
@@ -144,6 +155,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_count(value: Any) -> bool:
+    """Whether a field's value is a positive int."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require_patterns(config: AdapterConfig, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise `ConfigError` unless a field maps regexes of module names to values that fit."""
+    value = getattr(config, name)
+    holds = isinstance(value, Mapping) and all(isinstance(key, str) and fits(each) for key, each in value.items())
+    require(holds, name, value, f"a dict of module names to {expected}")
+    require_regexes(config, name)
+
+
+def require_dropout(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless a field holds a probability of dropping something."""
+    require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
+
+
 def is_strings(value: Any) -> bool:
     """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
@@ -178,6 +207,11 @@ def _check_layers(config: AdapterConfig) -> None:
         raise ConfigError("`layers_to_transform` needs `target_modules` as a list; a regex can name the layers itself")
     if config.layers_pattern and not indices:
         raise ConfigError("`layers_pattern` says where the layers are; `layers_to_transform` must say which")
+
+
+def _check_absent(config: AdapterConfig) -> None:
+    for name in config.absent:
+        require(getattr(config, name) is None, name, getattr(config, name), f"None: {type(config).__name__} has none")
 
 
 def _check_regexes(config: AdapterConfig) -> None:

@@ -1,4 +1,11 @@
-"""PEFT's default `target_modules` for each architecture, by `config.model_type`."""
+"""PEFT's default `target_modules` for each architecture, by `config.model_type`: for most kinds, and for some."""
+
+Targets = dict[str, tuple[str, ...] | str]
+
+
+def _by_type(groups: Targets) -> Targets:
+    return {model_type: targets for names, targets in groups.items() for model_type in names.split()}
+
 
 _GROUPS: dict[str, tuple[str, ...] | str] = {
     "t5 mt5": ("q", "v"),
@@ -22,4 +29,35 @@ _GROUPS: dict[str, tuple[str, ...] | str] = {
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
 
-DEFAULT_TARGETS = {model_type: targets for names, targets in _GROUPS.items() for model_type in names.split()}
+DEFAULT_TARGETS = _by_type(_GROUPS)
+
+IA3_TARGETS = _by_type(
+    {
+        "t5": ("k", "v", "wo"),
+        "mt5": ("k", "v", "wi_1"),
+        "gpt2 gpt_bigcode": ("c_attn", "mlp.c_proj"),
+        "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
+        "bert roberta": ("key", "value", "output.dense"),
+        "opt": ("q_proj", "k_proj", "fc2"),
+        "gptj": ("q_proj", "v_proj", "fc_out"),
+        "gpt_neox RefinedWebModel RefinedWeb falcon": ("query_key_value", "dense_4h_to_h"),
+        "gpt_neo": ("q_proj", "v_proj", "c_proj"),
+        "bart phi": ("q_proj", "v_proj", "fc2"),
+        "llama mistral": ("k_proj", "v_proj", "down_proj"),
+        "llama4 gemma gemma2 gemma3_text qwen2 qwen3": ("q_proj", "v_proj", "down_proj"),
+        "mixtral": ("k_proj", "v_proj", "w2"),
+        "deberta-v2": ("key_proj", "value_proj", "output.dense"),
+        "deberta": ("in_proj", "output.dense"),
+    }
+)
+_FEEDFORWARD = {"wo", "mlp.c_proj", "mlp.dense_4h_to_h", "output.dense", "fc2", "fc_out", "dense_4h_to_h", "c_proj"}
+_FEEDFORWARD |= {"down_proj", "w2"}
+# Of these, the ones whose inputs (IA)³ multiplies.
+IA3_FEEDFORWARD = {
+    model_type: tuple(name for name in targets if name in _FEEDFORWARD) for model_type, targets in IA3_TARGETS.items()
+}
+
+VERA_TARGETS = DEFAULT_TARGETS | {"phi": ("q_proj", "v_proj")}
+SHIRA_TARGETS = VERA_TARGETS
+FOURIERFT_TARGETS = DEFAULT_TARGETS | _by_type({"gpt2 gpt_bigcode": ("mlp.c_proj",)})
+C3A_TARGETS = FOURIERFT_TARGETS

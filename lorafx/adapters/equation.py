@@ -65,9 +65,9 @@ def _on_stored(operator: Operator, storage: Storage) -> Graph:
 class Equation:
     """What an adapter does where an operator reads its site's weight.
 
-    `bound` names the operator's arguments. `training` says whether the site's module trains, for a graph, which is made
-    for either. `own` is False where another module reads the weight, because it is tied, and adds a bias of its own: an
-    adapter's bias has no place there.
+    `bound` names the operator's arguments that are not None. `training` says whether the site's module trains, for a
+    graph, which is made for either. `own` is False where another module reads the weight, because it is tied, and adds
+    a bias of its own: an adapter's bias has no place there.
     """
 
     adapter: Adapter
@@ -88,7 +88,8 @@ class Equation:
             found = match(pattern, base)
             if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
                 own = _reads_own_bias(root, found, site)
-                equation = cls(adapter, site, operator, tuple(found.bindings), training, own)
+                given = tuple(name for name, value in found.bindings.items() if value is not None)
+                equation = cls(adapter, site, operator, given, training, own)
                 if not equation.is_impossible:
                     return equation, found
         raise UncoveredOperatorError(
@@ -104,7 +105,7 @@ class Equation:
         """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
 
         def equation(x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            return self.x_of(x, dtype, result_dtype, self._operands(given))
+            return self.x_of(x, dtype, result_dtype, self.operands_of(given))
 
         return self._template(equation, "x")
 
@@ -112,33 +113,42 @@ class Equation:
         """The graph that computes y'; its inputs are `y`, `x`, `result_dtype` and the names that `given` has."""
 
         def equation(y: Any, x: Any, dtype: Any, result_dtype: Any, **given: Any) -> Any:
-            return self.y_of(y, x, dtype, result_dtype, self._operands(given))
+            return self.y_of(y, x, dtype, result_dtype, self.operands_of(given))
 
         return self._template(equation, "y", "x")
 
     def x_of(self, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
         """x' of the equation, of symbols for a graph or of tensors."""
-        cast = self._cast(x, dtype)
+        cast = self.cast(x, dtype)
         found = self.adapter.kind.before(cast, at)
         return x if found is cast else aten.to.dtype(found, result_dtype)
 
     def y_of(self, y: Any, x: Any, dtype: Any, result_dtype: Any, at: Operands) -> Any:
         """y' of the equation, of symbols for a graph or of tensors."""
-        found = self.adapter.kind.after(y, self._cast(x, dtype), at)
+        found = self.adapter.kind.after(y, self.cast(x, dtype), at)
         return y if found is y else aten.to.dtype(found, result_dtype)
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any]) -> dict[str, Any]:
         """Values for the graphs' inputs: the adapter's tensors and scaling, the operator's arguments, the `dtype`."""
         paths = self.adapter.tensors[self.site.name]
-        tensors = {name: Attribute(paths[suffix], dtype) for name, suffix in self.suffixes.items()}
+        tensors = {name: Attribute(paths[suffix], self.dtype_of(name, dtype)) for name, suffix in self.suffixes.items()}
         scale = self.adapter.scales.get(self.site.name)
         scaling = {SCALING: Attribute(scale)} if scale else {}
         return {**tensors, **scaling, **{f"{BOUND}{name}": bindings[name] for name in self.bound}, "dtype": dtype}
 
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
+        spec = self._specs[name]
+        return None if spec.as_kept or spec.dtype is not None else dtype
+
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
-        scaling = [SCALING] if self.site.name in self.adapter.scales else []
-        names = *first, *self.suffixes, *scaling, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
+        names = *first, *self.inputs, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
         return template(equation, names)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The kind's names for the adapter's tensors here, and for the scaling if that is one."""
+        return *self.suffixes, *([SCALING] if self.site.name in self.adapter.scales else [])
 
     @functools.cached_property
     def suffixes(self) -> dict[str, str]:
@@ -152,10 +162,12 @@ class Equation:
 
     @functools.cached_property
     def _specs(self) -> dict[str, Spec]:
-        return self.adapter.kind.tensors(self.site, self.adapter.config)
+        return self.adapter.specs(self.site)
 
-    def _operands(self, given: dict[str, Any]) -> Operands:
-        bound = {name: given[f"{BOUND}{name}"] for name in self.bound}
+    def operands_of(self, given: dict[str, Any]) -> Operands:
+        """What the kind's functions are given, from values for a graph's inputs."""
+        absent = dict.fromkeys(names_of(self.operator.pattern))
+        bound = absent | {name: given[f"{BOUND}{name}"] for name in self.bound}
         return self.operands({name: given[name] for name in self.suffixes}, bound, self.training, given.get(SCALING))
 
     def operands(self, tensors: dict[str, Any], bound: dict[str, Any], training: bool, scaling: Any = None) -> Operands:
@@ -169,9 +181,7 @@ class Equation:
         numbers: dict[str, Any] = self.numbers
         if scaling is not None:  # a copy, so that the scale may change between forward and backward
             numbers = numbers | {SCALING: aten.clone.default(scaling)}
-        weight = None
-        if kind.reads_weight:
-            weight = storage.expression(**{name: bound[name] for name in names_of(storage.expression)})
+        weight = storage.read(self.site.weight_shape, bound) if kind.reads_weight else None
         return Operands(self.site, config, tensors, numbers, self.operator, bound, training, weight)
 
     @functools.cached_property
@@ -179,7 +189,8 @@ class Equation:
         """The numbers of the equation here, as the config says."""
         return dict(self.adapter.kind.numbers(self.site, self.adapter.config))
 
-    def _cast(self, x: Any, dtype: Any) -> Any:
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """x in the dtype that updates are computed in; row numbers of a lookup stay what they are."""
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
     @property

@@ -47,6 +47,11 @@ class LowRank:
         """All of it, in float64."""
         return self.rows(...)
 
+    def norm(self) -> float:
+        """Its Frobenius norm, of products of r × r: ‖L R‖² is the sum of (Lᵀ L) ∘ (R Rᵀ)."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0).sqrt())
+
     @functools.cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The factors in float64, with as many bits as have exact sums."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..tables import table
+from ..tables import InNotebooks, table
 from .readings import Reading
 from .storages import Storage
 
@@ -50,7 +50,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Selection(Sequence[Site]):
+class Selection(Sequence[Site], InNotebooks):
     """The sites that a config picks, in the order of the module tree. Prints as a table."""
 
     sites: tuple[Site, ...] = ()

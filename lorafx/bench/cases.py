@@ -1,8 +1,8 @@
 """Cases: which model, on how many tokens, in which dtype; who runs it; and which bars they are held to.
 
-A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, or
-decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one GPU, and `QUICK` are
-what four minutes of one GPU should go to, the most important first.
+A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, a
+forward pass alone, or decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one
+GPU, and `QUICK` are what four minutes of one GPU should go to, the most important first.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Case:
     checkpointing: bool = False
     decode: int = 0  # instead of a training step, decode this many tokens one by one after a prefix of `sequence`
     static_cache: bool = False
+    forward: bool = False  # instead of a training step, a forward pass in evaluation
+    adapters: int = 1  # so many, each for as many rows of the batch
     contestants: tuple[str, ...] = EAGER
     references: tuple[str, ...] = ("base", "peft")
     bars: tuple[Bar, ...] = ()
@@ -75,8 +77,10 @@ class Case:
 
     def __str__(self) -> str:
         shape = self.shape
-        work = f"decode {self.decode} tokens after" if self.decode else "training step,"
+        step = "forward pass," if self.forward else "training step,"
+        work = f"decode {self.decode} tokens after" if self.decode else step
         extras = [f"dropout {self.dropout}"] * bool(self.dropout) + ["checkpointing"] * self.checkpointing
+        extras += [f"{self.adapters} adapters"] * (self.adapters > 1)
         sizes = f"hidden {shape.hidden}, MLP {shape.intermediate}"
         if self.part == "model":
             sizes += f", {shape.layers} layers, vocabulary {shape.vocabulary}"
@@ -100,6 +104,30 @@ _decode = Case(
     contestants=("merged", "peft", "lorafx"),
     references=("merged", "peft"),
     bars=(Bar("lorafx", "merged", 1.15),),
+)
+
+_rows = Case(
+    "rows-8",
+    dataclasses.replace(_small, layers=2),
+    batch=32,
+    sequence=16,
+    rank=8,
+    forward=True,
+    adapters=8,
+    contestants=("lorafx", "peft-rows", "lorafx-rows"),
+    references=("lorafx", "peft-rows"),
+    bars=(Bar("lorafx-rows", "lorafx", 1.3), Bar("lorafx-rows", "peft-rows", 1.0)),
+)
+_sweep = Case(
+    "sweep-8",
+    Shape(64, 128, 2, 4, 4, 64),
+    batch=32,
+    sequence=12,
+    rank=8,
+    adapters=8,
+    contestants=("lorafx-apart", "lorafx-rows"),
+    references=("lorafx-apart",),
+    bars=(Bar("lorafx-rows", "lorafx-apart", 0.35),),
 )
 
 _QUANTISED_BARS = (Bar("lorafx", "peft", 1.0), Bar("lorafx", "peft", 1.0, of="peak"))
@@ -134,6 +162,9 @@ CPU = (
     ),
     *(_variant(_train, f"train-{kind}", quantised=kind, bars=_QUANTISED_BARS) for kind in ("nf4", "int8")),
     _decode,
+    _rows,
+    _variant(_rows, "rows-64", batch=64, adapters=64, bars=(Bar("lorafx-rows", "lorafx", 2.0), _rows.bars[1])),
+    _sweep,
     _variant(
         _train,
         "compiled-fp32",
@@ -236,6 +267,8 @@ SMOKE = (
     _variant(_smoke, "smoke-int8", quantised="int8", contestants=EAGER),
     _variant(_decode, "smoke-decode", shape=_tiny, sequence=8, decode=4, rounds=3, bars=()),
     _variant(_decode, "smoke-static", shape=_tiny, sequence=8, decode=4, rounds=3, static_cache=True, bars=()),
+    _variant(_rows, "smoke-rows", shape=_tiny, batch=6, adapters=3, sequence=5, rounds=3, bars=()),
+    _variant(_sweep, "smoke-sweep", shape=_tiny, batch=6, adapters=3, sequence=5, rounds=3, bars=()),
     _variant(_smoke, "smoke-compiled", contestants=COMPILED, references=("base", "peft-compiled")),
 )
 

@@ -6,10 +6,11 @@ filled with random numbers seeded by their names; B too, since with B = 0 the gr
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -18,6 +19,7 @@ import peft
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 
 import lorafx
@@ -27,8 +29,10 @@ from .cases import Case
 from .models import twin
 
 _PEFT_PREFIX = "base_model.model."
+_APART = re.compile(r"^models\.\d+\.")
 WITHOUT = "lorafx-without-"
 COARSER = frozenset({"lorafx-float8"})  # by their users' wish: differences are shown, and not judged
+ONE_ADAPTER = frozenset({"lorafx"})  # where others have several: it computes something else
 IN_FLOAT8 = lorafx.passes.default + [lorafx.passes.MultiplyInFloat8()]
 
 
@@ -41,10 +45,11 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """A model to run, and a context manager for each forward and backward."""
+    """A model to run, a context manager for each forward and backward, and arguments besides the batch."""
 
     model: nn.Module
     each: Around = nullcontext
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 Maker = Callable[[Case, nn.Module], Setup]
@@ -100,6 +105,62 @@ def with_lorafx(case: Case, base: nn.Module, default: bool = False, **options: A
         "gradient_checkpointing": case.checkpointing,
     } | options
     return Setup(filled(lorafx.compile(base, config, autocast_adapter_dtype=default, **chosen).train(), case))
+
+
+def with_rows(case: Case, base: nn.Module) -> Setup:
+    """lorafx with an adapter for each row of the batch."""
+    names = rows_of(case)
+    config = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets}
+    model = lorafx.compile(base, config, adapter_name=names[0], backend="eager", capture="graph").train()
+    for name in dict.fromkeys(names[1:]):
+        if name != names[0]:
+            model.add_adapter(name, config)
+    model.set_adapter(list(dict.fromkeys(names)))
+    return Setup(filled(model, case), arguments={"adapter_names": names})
+
+
+def with_peft_rows(case: Case, base: nn.Module) -> Setup:
+    """PEFT with an adapter for each row of the batch, which it runs one after the other, in evaluation alone."""
+    names = rows_of(case)
+    config = peft.LoraConfig(r=case.rank, lora_alpha=2 * case.rank, target_modules=list(case.targets))
+    model: Any = peft.get_peft_model(twin(base), config, adapter_name=names[0])
+    for name in dict.fromkeys(names[1:]):
+        if name != names[0]:
+            model.add_adapter(name, config)
+    model.base_model.set_adapter(list(dict.fromkeys(names)))
+    return Setup(filled(model, case), arguments={"adapter_names": names})
+
+
+class Apart(nn.Module):
+    """Models that take the rows of a batch in turns, each its share; the loss is the mean of theirs."""
+
+    def __init__(self, models: Iterable[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, **arguments: Tensor) -> CausalLMOutput:
+        shares = zip(*(value.chunk(len(self.models)) for value in arguments.values()))
+        losses = [model(**dict(zip(arguments, share))).loss for model, share in zip(self.models, shares)]
+        return CausalLMOutput(loss=torch.stack(losses).mean())
+
+
+def apart(case: Case, base: nn.Module, by_peft: bool = False) -> Setup:
+    """A model of one adapter for each, by lorafx or by PEFT, one after the other on its rows."""
+    models: list[nn.Module] = []
+    for name in dict.fromkeys(rows_of(case)):
+        if by_peft:
+            config = peft.LoraConfig(r=case.rank, lora_alpha=2 * case.rank, target_modules=list(case.targets))
+            models.append(peft.get_peft_model(twin(base), config, adapter_name=name).train())  # type: ignore[arg-type]
+        else:
+            own = {"r": case.rank, "lora_alpha": 2 * case.rank, "target_modules": case.targets}
+            models.append(lorafx.compile(base, own, adapter_name=name, backend="eager", capture="graph").train())
+    return Setup(filled(Apart(models), case))
+
+
+def rows_of(case: Case) -> list[str]:
+    """The adapter of each row: rows of one adapter follow one another."""
+    share = case.batch // case.adapters
+    return [f"a{number}" for number in range(case.adapters) for _ in range(share)]
 
 
 def with_float8(case: Case, base: nn.Module) -> Setup:
@@ -186,6 +247,9 @@ MAKERS: dict[str, Maker] = {
     "lorafx-graphs": partial(with_lorafx, backend="inductor", mode="reduce-overhead"),
     "lorafx-offloaded": partial(with_lorafx, backend="inductor", gradient_checkpointing="offload"),
     "lorafx-float8": with_float8,
+    "lorafx-rows": with_rows,
+    "lorafx-apart": apart,
+    "peft-rows": with_peft_rows,
 }
 
 
@@ -215,5 +279,6 @@ def filled(model: nn.Module, case: Case) -> nn.Module:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' trainable tensors, by names that are the same for PEFT and lorafx."""
-    named = {name.removeprefix(_PEFT_PREFIX): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = ((_APART.sub("", name), p) for name, p in model.named_parameters() if p.requires_grad)
+    named = {name.removeprefix(_PEFT_PREFIX): p for name, p in trained}
     return {name: p for name, p in named.items() if ".lora_" in name}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case
-from .contestants import Setup, adapter_tensors
+from .contestants import Apart, Setup, adapter_tensors
 from .models import Batch, outputs
 
 
@@ -42,7 +42,7 @@ class Training:
             ids = arguments["input_ids"]
             embedded = self.model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
             arguments = {"inputs_embeds": embedded, "labels": arguments["labels"]}
-        return outputs(self.model(**arguments))
+        return outputs(self.model(**arguments, **self.setup.arguments))
 
     def clear(self) -> None:
         for tensor in (*self.adapters.values(), *self.batch.arguments.values()):
@@ -70,6 +70,36 @@ class Training:
         state = self.optimizer.state.values() if self.optimizer else ()
         tensors = [value for each in state for value in each.values() if isinstance(value, Tensor)]
         return _bytes([*self.model.parameters(), *self.model.buffers(), *tensors])
+
+
+class Forward(Training):
+    """A forward pass in evaluation, without gradients."""
+
+    @torch.no_grad()
+    def outcome(self) -> Outcome:
+        self.model.eval()
+        return Outcome(self.forward(), {})
+
+    def step(self) -> None:
+        self.outcome()
+
+
+class OneByOne(Training):
+    """Training steps of models that each have their share of the batch, one after the other."""
+
+    def __init__(self, case: Case, setup: Setup, batch: Batch):
+        super().__init__(case, setup, batch)
+        models = list(setup.model.models)  # type: ignore[arg-type]
+        shares = zip(*(value.chunk(len(models)) for value in batch.arguments.values()))
+        each = (Batch(dict(zip(batch.arguments, share)), batch.gradients) for share in shares)
+        self.parts = [Training(case, Setup(model), share) for model, share in zip(models, each)]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def held(self) -> int:
+        return super().held() + sum(part.held() - _bytes([*part.model.parameters()]) for part in self.parts)
 
 
 class Decoding:
@@ -121,7 +151,9 @@ Runner = Training | Decoding
 
 
 def runner(case: Case, setup: Setup, batch: Batch) -> Runner:
-    return (Decoding if case.decode else Training)(case, setup, batch)
+    if isinstance(setup.model, Apart) and not case.forward:
+        return OneByOne(case, setup, batch)
+    return (Decoding if case.decode else Forward if case.forward else Training)(case, setup, batch)
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .cases import Case
-from .contestants import first_line, with_peft
+from .contestants import apart, first_line, with_peft
 from .measure import Outcome, differences, runner
 from .models import Batch
 
@@ -80,7 +80,8 @@ def _wider(base: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[nn.Module
 
 
 def _outcome(case: Case, base: nn.Module, batch: Batch) -> Outcome:
-    return runner(case, with_peft(case, base), batch).outcome()
+    setup = with_peft(case, base) if case.adapters == 1 else apart(case, base, by_peft=True)
+    return runner(case, setup, batch).outcome()
 
 
 @contextmanager

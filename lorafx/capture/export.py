@@ -16,16 +16,17 @@ from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from ..adapters.by_row import ROWS, first_tensor
 from ..errors import CaptureError
 from ..graph.blocks import repeated_modules
 from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, is_of_functions, let_go, real, sharing_symbols
+from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
-from ..tree.mirror import isolated, mirrored, without_hooks
+from ..tree.mirror import OWN, isolated, mirrored, without_hooks
 from ..tree.own_layers import show_own_layers
 from .arguments import argument_names, images
 from .autograd_use import AutogradUse, no_own_backward
@@ -33,6 +34,7 @@ from .caches import branchless_windows, parts, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
+from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
 from .purity import Changed, innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
@@ -126,10 +128,9 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
     require_free_names(model)
     bare = isolated(mirrored(model))
     show_own_layers(bare, model)
-    part = bare.get_submodule(path)
-    without_hooks(part)
+    part = _part_of(bare, model, path)
     layers = RepeatedLayers(bare, path) if once else None
-    layout = LayoutUse()
+    layout, environment = LayoutUse(), EnvironmentUse()
     # The module is called, and not its forward: only then does export note in each node that it is in this module.
     function = part if path else part.forward
 
@@ -141,19 +142,38 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             for mode in (ForeignTensors(model, bare), AutogradUse(), layout) if watched else ():
                 stack.enter_context(mode)
             stack.enter_context(no_own_backward())
+            stack.enter_context(environment.noted())
+            stack.enter_context(no_question_of_inference() if watched else contextlib.nullcontext())
+            if (rows := kwargs.pop(ROWS, None)) is not None:  # the graph's own: the model knows nothing of it
+                first = first_tensor((*args, *kwargs.values()))
+                declare(first is not None and first.shape[0] == rows.shape[0])
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
     bare.__dict__["forward"] = called
+    if isinstance(bare, GraphModule):  # torch.export would take its code, which is of another call's form
+        bare.__class__ = nn.Module  # type: ignore[assignment]
     exported = _export(bare, args, kwargs, free)
     read_parameters(exported)
     gm = rooted(exported, model)
     if layers:
         fold(gm)
     gm.meta[FILLS], gm.meta[CONTIGUOUS] = called.fills, layout.asked  # type: ignore[attr-defined]
+    gm.meta[ENVIRONMENT] = frozenset(environment.names)
     if layout.asked and not all_contiguous(pytree.tree_leaves((args, kwargs))):
         raise CaptureError("it asks how a tensor lies in memory, and an argument is not contiguous")
     return gm
+
+
+def _part_of(bare: nn.Module, model: nn.Module, path: str) -> nn.Module:
+    """The part of a mirror that is to run, by the forward that it has of itself, and without its own hooks."""
+    part = bare.get_submodule(path)
+    own = vars(part).pop(OWN, None)
+    if path and not getattr(vars(model.get_submodule(path)).get("forward"), "lorafx", False):  # somebody has wrapped it
+        vars(part).pop("forward", None)
+        vars(part).update({} if own is None else {"forward": own})
+    without_hooks(part)
+    return part
 
 
 def require_free_names(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.slots import without_room
+from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
@@ -32,6 +34,7 @@ from .pinned import interrupted
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."  # of what all sites share, which PEFT keeps beside the model
 # The version of PEFT whose format is written, for PEFT's own checks of age.
 FORMAT = "0.21.2"
 # What a file's tensor must be: its shape, and whether it holds floats.
@@ -48,13 +51,31 @@ class Checkpoint:
 
 
 def keys(adapter: Adapter) -> dict[str, str]:
-    """PEFT's key of each tensor of the adapter, mapped to the tensor's path."""
-    named = {
-        f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}.{suffix}": path
-        for site in adapter.selection
-        for suffix, path in adapter.tensors[site.name].items()
-    }
+    """PEFT's key of each tensor that a file has of the adapter, mapped to the tensor's path, or to one of several."""
+    named: dict[str, str] = {}
+    for site in adapter.selection:
+        module = f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}"
+        for name, spec in adapter.specs(site).items():
+            if spec.saved:
+                key = f"{SHARED_PREFIX if name in adapter.shared else f'{module}.'}{spec.suffix}"
+                named.setdefault(key, adapter.tensors[site.name][spec.suffix])
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors without those that PEFT writes more than once, if they are the same numbers.
+
+    These are what all sites share, of some kinds, and tensors of a weight that is tied, of others.
+    """
+    again: dict[str, str] = {}
+    for site in adapter.selection:
+        own = _key(adapter, site.module)
+        again |= {f"{own}.{spec.suffix}": f"{SHARED_PREFIX}{spec.suffix}" for spec in adapter.shared.values()}
+        for spec in adapter.kind.tensors(site, adapter.config).values():
+            again |= {f"{_key(adapter, twin)}.{spec.suffix}": f"{own}.{spec.suffix}" for twin in site.tied}
+    same = {key for key, of in again.items() if key in tensors and of in tensors}
+    same = {key for key in same if torch.equal(tensors[key], tensors[again[key]])}
+    return {key: tensor for key, tensor in tensors.items() if key not in same}
 
 
 def _key(adapter: Adapter, path: str) -> str:
@@ -150,16 +171,18 @@ def fit(
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
     expected: dict[str, Expected] = {
-        adapter.tensors[site.name][spec.suffix]: (spec.shape, True)
+        adapter.tensors[site.name][spec.suffix]: (spec.shape, spec.dtype is None)
         for site in adapter.selection
-        for spec in adapter.kind.tensors(site, adapter.config).values()
+        for spec in adapter.specs(site).values()
     }
+    found = replace(found, tensors=_without_repeats(adapter, found.tensors))
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()
     named = keys(adapter)
     embeddings = check(found, {key: expected[path] for key, path in named.items()}, root)
-    return adapter, {path: found.tensors[key] for key, path in named.items()}, embeddings
+    values = completed(root, adapter, {path: found.tensors[key] for key, path in named.items()})
+    return adapter, values, embeddings
 
 
 def gather(
@@ -170,9 +193,10 @@ def gather(
     `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are taken instead of the
     tree's.
     """
-    tensors = {
-        key: _plain(values[path] if path in values else tensor_at(root, path)) for key, path in keys(adapter).items()
-    }
+    paths = keys(adapter)
+    whole = {path: _plain(values[path] if path in values else tensor_at(root, path)) for path in paths.values()}
+    own = without_room(adapter, whole)
+    tensors = {key: own[path].contiguous() for key, path in paths.items()}
     return tensors | {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
 
 
@@ -287,7 +311,7 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
-        values |= _targets_by_name(root, sorted(site.name for site in adapter.selection))
+        values |= targets_by_name(root, sorted(site.name for site in adapter.selection))
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
@@ -305,7 +329,7 @@ def name_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
-def _targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
     others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
     if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):

@@ -188,6 +188,16 @@ def inline_call(gm: GraphModule, call: Node, block: GraphModule, layer: str, mad
             graph.erase_node(read)
 
 
+def give_to_blocks(gm: GraphModule, value: Node) -> None:
+    """Give each call of a block one more input, the last, by the name of the input of the outer graph that it is."""
+    for call, block, _ in list(block_calls(gm)):
+        inputs = block.graph.find_nodes(op="placeholder")
+        if all(node.target != value.target for node in inputs):
+            with block.graph.inserting_after(inputs[-1]) if inputs else block.graph.inserting_before():
+                _input_like(block.graph, str(value.target), value)
+        call.args = (*call.args, value)
+
+
 def run_instead(call: Node, block: GraphModule) -> None:
     """Make a call run another block."""
     spot = call.args[0]

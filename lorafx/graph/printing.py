@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from ..ops.deferral import heads
 from .blocks import LAYERS, blocks_of
+from .emit import SITE, made_by
 
 COLUMN = 88
 
@@ -20,19 +22,60 @@ def graph_lines(gm: GraphModule) -> list[str]:
 
 
 def printable(gm: GraphModule) -> GraphModule:
-    """Make `print` show a graph, and each of its blocks, as `graph_lines`; returns the graph."""
+    """Make `print` show a graph, and each of its blocks, as `summary` and `graph_lines`; returns the graph."""
     for each in (gm, *blocks_of(gm)):  # torch.fx gives each graph module a class of its own
-        type(each).__str__ = lambda self: "\n".join(graph_lines(self))  # type: ignore[assignment]
+        type(each).__str__ = lambda self: "\n".join([summary(self), *graph_lines(self)])  # type: ignore[assignment]
     return gm
+
+
+def summary(gm: GraphModule) -> str:
+    """How long a graph is, which blocks it runs, and how to see one place of it, as a comment."""
+    blocks = [f"{block.meta['name']} of {len(block.graph.nodes)} for {_span(block)}" for block in blocks_of(gm)]
+    hint = "; the model's show(name) tells of one layer, module, site or pass" if blocks else ""
+    return f"# {len(gm.graph.nodes)} nodes{''.join(f', {each}' for each in blocks)}{hint}"
+
+
+def _span(block: GraphModule) -> str:
+    first, *others = block.meta[LAYERS]
+    return f"{first} … {others[-1]} ({len(others) + 1} layers)" if others else first
 
 
 def _in_reading_order(gm: GraphModule) -> list[str]:
     """The same lines with each attribute right before its first use, so that moved reads are no difference."""
+    return [*map(_line, _ordered(gm)), *_with_titles(gm, _in_reading_order)]
+
+
+def _ordered(gm: GraphModule, module: str = "") -> dict[Node, None]:
+    """The nodes of a module (or of all) in that order, as the keys of a dict."""
     order: dict[Node, None] = {}
     for node in gm.graph.nodes:
-        if node.op != "get_attr":
+        if node.op != "get_attr" and any(is_within(module, place) for place in places_of(node)):
             order.update(dict.fromkeys((*(n for n in node.all_input_nodes if n.op == "get_attr"), node)))
-    return [*map(_line, order), *_with_titles(gm, _in_reading_order)]
+    return order
+
+
+def _at(gm: GraphModule, name: str) -> list[str]:
+    """The lines of a module or site, which may be in a block."""
+    for block in blocks_of(gm):
+        for layer in block.meta[LAYERS]:
+            if is_within(layer, name):
+                return [*map(_line, _ordered(block, name[len(layer) + 1 :]))]
+    return [*map(_line, _ordered(gm, name))]
+
+
+def places_of(node: Node) -> tuple[str, str]:
+    """The path of the module in whose forward a node was captured, and that of the site that it is of, if any.
+
+    In a block both are relative to the layer.
+    """
+    stack = [path.partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    maker, site = made_by(node), node.meta.get(SITE)
+    return stack[-1] if stack else "", maker.site if maker and maker.site else site.name if site else ""
+
+
+def is_within(module: str, path: str) -> bool:
+    """Whether a path leads to a module or to something in it."""
+    return not module or path == module or path.startswith(f"{module}.")
 
 
 def _with_titles(gm: GraphModule, lines: Callable[[GraphModule], list[str]]) -> Iterator[str]:
@@ -45,33 +88,51 @@ def _with_titles(gm: GraphModule, lines: Callable[[GraphModule], list[str]]) -> 
 
 
 def _line(node: Node) -> str:
-    return f"{_operation(node)}{_shape(node)}"
+    name = "" if node.op == "output" else f"{node.name} = "
+    return f"{name}{operation_of(node)}" + (f"  # {shape}" if (shape := shape_of(node)) else "")
 
 
-def _operation(node: Node) -> str:
+def operation_of(node: Node, *, by_path: bool = False) -> str:
+    """What a node computes, as text: `linear(relu, second_weight)`; the path of what it reads, `input`, `return …`.
+
+    With `by_path`, what nodes read of the model is written where it is used: `linear(relu, second.weight)`.
+    """
     if node.op == "placeholder":
-        return f"{node.name} = input"
+        return "input"
+    args, kwargs = map_arg((node.args, node.kwargs), _path) if by_path else (node.args, node.kwargs)
     if node.op == "output":
-        return f"return {node.args[0]}"
+        return f"return {args[0]}"
     if node.op == "get_attr":
-        return f"{node.name} = {node.target}"
+        return str(node.target)
     name = str(node.target) if isinstance(node.target, (str, OpOverload)) else getattr(node.target, "__name__", "")
     operator = (name or str(node.target)).removeprefix("aten.").removesuffix(".default")
-    options = (f"{key}={value}" for key, value in node.kwargs.items())
-    return f"{node.name} = {operator}({', '.join([*map(str, node.args), *options])})"
+    options = (f"{key}={value}" for key, value in kwargs.items())
+    return f"{operator}({', '.join([*map(str, args), *options])})"
 
 
-def _shape(node: Node) -> str:
+class _Path(str):
+    """A path that looks in a list as it does alone."""
+
+    __repr__ = str.__str__
+
+
+def _path(node: Node) -> Node | _Path:
+    return _Path(node.target) if node.op == "get_attr" else node
+
+
+def shape_of(node: Node) -> str:
+    """The shape of a node's tensor as text, `(s0, 3)`; nothing for another value."""
     shape = getattr(node.meta.get("val"), "shape", None)
-    return f"  # ({', '.join(map(str, shape))})" if shape is not None else ""
+    return f"({', '.join(map(str, shape))})" if shape is not None else ""
 
 
-def diff(a: GraphModule, b: GraphModule, *, context: int = 3) -> str:
+def diff(a: GraphModule, b: GraphModule, *, site: str | None = None, context: int = 3) -> str:
     """Two graphs side by side as text; `|` marks changed lines, `<` and `>` lines of one side, `…` what is left out.
 
-    `context` is the number of equal lines shown around each change.
+    `site` is the name of a site or a module: only its lines are compared. `context` is the number of equal lines shown
+    around each change.
     """
-    left, right = _in_reading_order(a), _in_reading_order(b)
+    left, right = (_in_reading_order(gm) if site is None else _at(gm, site) for gm in (a, b))
     out: list[str] = []
     for group in difflib.SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
         out.append("…")

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from ..errors import VerifyError, user_line
 from . import ADAPTED_BY, fake_mode_of, fake_value, made_by, resolve
+from .blocks import LAYERS
 from .description import interface_key, operand_key, traced_tensor_key
 
 if TYPE_CHECKING:
@@ -93,10 +94,11 @@ def no_orphans(state: State) -> str | None:
 
 
 def same_interface(state: State) -> str | None:
-    """Inputs and output structure are what they were."""
+    """Inputs and output structure are what they were; a block may have got more inputs, after those that it had."""
     if state.before is None:
         return None
-    if _inputs(state.gm) != state.before.inputs:
+    known = len(state.before.inputs) if LAYERS in state.gm.meta else None
+    if _inputs(state.gm)[:known] != state.before.inputs:
         return f"inputs were {state.before.inputs} and are {_inputs(state.gm)}"
     before, now = state.before.outputs, _outputs(state.gm)
     if not _agree(before, now):
@@ -152,7 +154,7 @@ def provenance(state: State) -> str | None:
     if state.before is None:
         return None
     for node in state.gm.graph.nodes:
-        if node not in state.before.nodes and made_by(node) is None:
+        if node not in state.before.nodes and node.op != "placeholder" and made_by(node) is None:
             return f"{node.format_node()} does not say who made it (emit it through a rule, or set its meta)"
     return None
 

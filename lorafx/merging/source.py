@@ -15,7 +15,7 @@ from ..adapters.site import Site
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter's part in a merged weight: copies of its tensors there, and its numbers.
+    """One adapter's part in a merged weight: copies of its tensors there, but for fixed ones, and its numbers.
 
     Whatever becomes of the adapter, the weight is restored from these.
     """
@@ -28,13 +28,16 @@ class Source:
     @classmethod
     def of(cls, root: nn.Module, adapter: Adapter, site: Site) -> Source:
         """Record what `adapter` holds for `site` now."""
-        tensors = {suffix: tensor.detach().clone() for suffix, tensor in adapter.tensors_at(root, site).items()}
-        return cls(adapter, site, adapter.numbers(root, site), tensors)
+        fixed = {spec.suffix for spec in adapter.specs(site).values() if spec.fixed}
+        tensors = {suffix: tensor.detach() for suffix, tensor in adapter.tensors_at(root, site).items()}
+        copies = {suffix: tensor if suffix in fixed else tensor.clone() for suffix, tensor in tensors.items()}
+        return cls(adapter, site, adapter.numbers(root, site), copies)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        fixed = {spec.suffix for spec in self.adapter.specs(self.site).values() if spec.fixed}
+        return sum(tensor.nbytes for suffix, tensor in self.tensors.items() if suffix not in fixed)
 
     def delta(self, role: str, like: Tensor) -> LowRank | Tensor:
         """What an additive kind adds to a base parameter, "weight" or "bias"; computed where and as `like` is."""
@@ -49,5 +52,8 @@ class Source:
         return self.adapter.kind.unmerged(role, merged, self._operands(merged))
 
     def _operands(self, like: Tensor) -> Operands:
-        tensors = {suffix: tensor.to(like.device, like.dtype) for suffix, tensor in self.tensors.items()}
+        tensors = {
+            suffix: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            for suffix, tensor in self.tensors.items()
+        }
         return self.adapter.operands(self.site, tensors, self.numbers)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
 
 from ..adapters.config import AdapterConfig
 from ..adapters.site import Selection
-from ..errors import AdapterError, CaptureError
+from ..errors import AdapterError
 from ..graph.blocks import repeated_modules
-from ..graph.modules import refresh
 from ..pipeline import Context
 from ..serving.programs import Program
 from ..tree.mirror import STATE
+from .graphs import Graphs
+from .hotswap import HotSwap
 from .like_peft import LikePeft
 from .report import Call, Explanation, Report
 from .saving import Saving
-from .scales import Scales
 from .trainers import Trainable
+from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Scales, Saving, Trainable):
+class Adaptation(LikePeft, Weighted, HotSwap, Saving, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.
@@ -83,17 +82,6 @@ class Adaptation(LikePeft, Scales, Saving, Trainable):
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
         operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
         return Explanation(tuple(calls), operators, dropped, compiled)
-
-    def graph(self, *args: Any, **kwargs: Any) -> GraphModule:
-        """The rewritten graph that serves this call; captured now if none is kept. The call is not run.
-
-        Raises `CaptureError` when the call cannot be captured as a whole.
-        """
-        program = self._lorafx.dispatcher.program(self.tree, self._lorafx.context, args, kwargs)
-        if program.gm is None:
-            raise CaptureError(f"this call is served by sites, there is no graph of the whole: {program.reason}")
-        refresh(program.gm, self.tree)
-        return program.gm
 
     def __repr__(self) -> str:
         state = self._lorafx

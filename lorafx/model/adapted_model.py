@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from inspect import isfunction
@@ -15,13 +16,15 @@ from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
 from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
-from ..tree.mirror import MIRRORED_AS, STATE, mirrored
+from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
 from .adaptation import Adaptation, of
-from .calls import WITHIN_DYNAMO, PartCall, generating, serve
+from .calls import WITHIN_DYNAMO, PartCall, serve
 from .like_peft import INSTEAD
 from .names import Offered, OwnNamesFirst
+from .optimizers_of_peft import LAYERS, shown_to_peft
+from .rows import generating
 from .state import State
-from .trainers import SeenAsPeft, name_self, refuse_optimizers_of_peft, with_model
+from .trainers import SeenAsPeft, name_self, with_model
 
 if TYPE_CHECKING:  # for a type checker the model has the whole interface; in truth each name that its base leaves free
     _Interface = Adaptation
@@ -46,25 +49,25 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
         """Calling the class makes a plain model of the base's class, as `sequential[:2]` does. See `compile`."""
         return getattr(cls, MIRRORED_AS)(*args, **kwargs)
 
-    @not_traced(WITHIN_DYNAMO)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Hooks, then `forward`. Within torch.compile the rewritten graph is compiled as that says, not lorafx."""
-        return getattr(type(self), MIRRORED_AS).__call__(self, *args, **kwargs)
-
-    @not_traced(WITHIN_DYNAMO)
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:  # what `Module.compile` has compiled
-        return getattr(type(self), MIRRORED_AS)._call_impl(self, *args, **kwargs)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (getattr(type(self), MIRRORED_AS),), self.__dict__
+
+    def __copy__(self) -> AdaptedModel:
+        other = _empty(getattr(type(self), MIRRORED_AS))
+        other.__setstate__(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
+        other = memo[id(self)] = _empty(getattr(type(self), MIRRORED_AS))
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def __repr__(self) -> str:
         return repr(of(self))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As ever. PEFT's optimizers, which would train adapters otherwise than they say, are refused."""
-        refuse_optimizers_of_peft(self)
-        return super().named_parameters(*args, **kwargs)
+        """As ever; for PEFT's optimizers under names by which they find what they take for layers."""
+        return shown_to_peft(self, super().named_parameters(*args, **kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
@@ -78,6 +81,8 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
+            if name == LAYERS:
+                return vars(self)[STATE].layers_of_peft
             if name in INSTEAD:
                 raise AttributeError(f"a model adapted by lorafx has no `{name}`. Instead: {INSTEAD[name]}") from None
             raise
@@ -118,7 +123,7 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 
 
 # What an adapted model is for Python, whatever its base says of itself.
-_ALWAYS = ("__new__", "__reduce__", "__repr__", "__call__", "_call_impl")
+_ALWAYS = ("__new__", "__reduce__", "__copy__", "__deepcopy__", "__repr__")
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
@@ -134,6 +139,19 @@ def _call_as_it_is(model: AdaptedModel, compile_config: Any = None) -> Any:
     return model.__call__
 
 
+def _calls_of(base: type[nn.Module]) -> dict[str, Any]:
+    """How an adapted model is called: as its base is (hooks, then `forward`), with nothing for Dynamo to look into.
+
+    Within torch.compile it is the rewritten graph that is compiled, as that says. These belong to the class that is
+    made, for in `AdaptedModel` a base's `super().__call__` would find them again.
+    """
+
+    def call(name: str) -> Any:
+        return not_traced(WITHIN_DYNAMO)(lambda self, *args, **kwargs: getattr(base, name)(self, *args, **kwargs))
+
+    return {name: call(name) for name in ("__call__", "_call_impl")}  # the second is what `Module.compile` has compiled
+
+
 @functools.cache
 def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     """AdaptedModel behind a model's class, under the same name: libraries look models up by it.
@@ -144,9 +162,10 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     @not_traced(WITHIN_DYNAMO)
     @functools.wraps(uncompiled(base.forward))
     def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        show_own_forward(self, None)
         return serve(self, "", args, kwargs)
 
-    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS}
+    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS} | _calls_of(base)
     names |= {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
     libraries = [vars(cls) for cls in base.__mro__ if cls.__module__.startswith(_LIBRARIES)]
     names |= {

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, Rests, build, plan, remove, trainable_paths
+from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove, trainable_paths
+from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
+from ..adapters.slots import put, used
+from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint
@@ -21,7 +24,7 @@ from ..tree.attached import set_trainable
 from ..tree.lookup import copy_into, find_tensors
 from ..tree.mirror import mirrored
 from .calls import serve_parts
-from .merges import Merges
+from .scales import Scales, number
 from .trainers import require_same
 
 
@@ -32,7 +35,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Adapters(Merges):
+class Adapters(Scales):
     """The part of an adapted model that has its adapters come, act and go."""
 
     def add_adapter(
@@ -83,8 +86,9 @@ class Adapters(Merges):
         found = checkpoint.read(model_id, weights_only=weights_only, **hub)
         adapter, values, embeddings = checkpoint.fit(mirrored(self.tree), adapter_name, found, is_trainable)
         if adapter_name in self._lorafx.adapters:
-            require_same(self._require_unmerged(adapter_name, "loading other values into it"), adapter)
-            copy_into(self.tree, values)
+            known = used(self._require_unmerged(adapter_name, "loading other values into it"))
+            require_same(known, adapter)
+            put(self.tree, known, values)
         else:
             self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
         copy_into(self.tree, embeddings)
@@ -95,8 +99,7 @@ class Adapters(Merges):
     def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> Rests:
         """Put an adapter on the model; returns what is to be left of the base's weights, see `build`."""
         state = self._lorafx
-        if adapter.name in state.adapters:
-            raise AdapterError(f"there is an adapter {adapter.name!r} already; delete it or choose another name")
+        self._require_free(adapter.name)
         if state.ledger.names and adapter.takes_from_base:
             raise AdapterError(
                 f"{', '.join(map(repr, state.ledger.names))} merged into the weights that {adapter.name!r} takes its "
@@ -108,8 +111,12 @@ class Adapters(Merges):
         state.adapters[adapter.name] = adapter
         keep_own_layers(self.tree, [site.module for site in adapter.selection])
         serve_parts(self.tree, adapter)
-        self._set_trainable()
+        self._freeze([adapter.name])  # until it is active
         return rests
+
+    def _require_free(self, name: str) -> None:
+        if name in self._lorafx.adapters:
+            raise AdapterError(f"there is an adapter {name!r} already; delete it or choose another name")
 
     @torch.no_grad()
     def _leave_rests(self, rests: Rests) -> None:
@@ -127,37 +134,54 @@ class Adapters(Merges):
                     "active together, and PEFT does not load both"
                 )
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make these adapters, and no others, active and (unless in inference mode) trainable.
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
+        """Make these adapters, and no others, active and trainable, but for those in inference mode.
 
-        The first acts innermost. A merged model is unmerged first, with a warning. Raises `AdapterError` for an unknown
-        name, for adapters that both replace one tensor (a bias, a saved module), and for weights.
+        The first acts innermost. Given as `{"a": 0.7, "b": -0.3}`, each also gets that scale, as by `set_scale`, which
+        is what weighs them: once these are tensors, other weights capture and compile nothing. With `inference_mode`
+        none trains until the active ones change. A merged model is unmerged first, with a warning.
+
+        Raises, with the model as it was, `AdapterError` for an unknown name, for adapters that both replace one tensor
+        (a bias, a saved module) and, given weights, for a kind without scaling; `ConfigError` for what is no weight.
         """
-        if isinstance(adapter_name, Mapping):
-            raise AdapterError("adapters have no weights here: activate them by name, and give each its `set_scale`")
         names = self._listed(adapter_name)
         self._require_together(names)
+        weights = {n: number(w) for n, w in adapter_name.items()} if isinstance(adapter_name, Mapping) else {}
+        for name in weights:
+            self._require_scalable(name)
         if self._lorafx.ledger.names:
             warnings.warn("the model was merged; it is unmerged before the active adapters change")
             self._lorafx.ledger.unmerge(self.tree)
+        for name, weight in weights.items():
+            self.set_scale(name, weight)
         self._lorafx.active = names
         self._set_trainable()
+        if inference_mode:
+            self._freeze(names)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors. If none is active then, the first that is merged or left becomes active.
+    def _freeze(self, names: Sequence[str]) -> None:
+        set_trainable(self.tree, [path for name in names for path in self._adapter(name).paths], ())
 
-        Raises `AdapterError` for an unknown name, or while the adapter is merged.
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several, with their tensors.
+
+        If none is active then, the first that is merged or left becomes active. Raises `AdapterError`, with all of them
+        left, for an unknown name, or while one is merged.
         """
-        adapter, state = self._require_unmerged(adapter_name, "deleting it"), self._lorafx
-        self._warn_of_rests([adapter])
-        remove(self.tree, adapter)
-        del state.adapters[adapter_name]
-        for dispatcher in state.dispatchers:
-            dispatcher.forget(adapter_name)
-        if adapter_name in state.active:
-            rest = tuple(name for name in state.active if name != adapter_name)
+        names, state = self._listed(adapter_name), self._lorafx
+        adapters = [self._require_unmerged(name, "deleting it") for name in names]
+        self._warn_of_rests(adapters)
+        for adapter in adapters:
+            remove(self.tree, adapter)
+            del state.adapters[adapter.name]
+            for dispatcher in state.dispatchers:
+                dispatcher.forget(adapter.name)
+        if {*names} & {*state.active}:
+            rest = tuple(name for name in state.active if name not in names)
             state.active = rest or (state.ledger.names or tuple(state.adapters))[:1]
-        self._set_trainable()
+            self._set_trainable()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

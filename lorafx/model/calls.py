@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from types import MethodType
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..errors import AdapterError
+from ..serving.choosing import choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
-from ..tree.mirror import MIRRORED_AS, STATE
+from ..tree.lookup import module_at
+from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
 from .backward import prepare
+from .rows import NAMES, as_chosen, chosen, means_rows
 from .state import State
 
-ROWS = "adapter_names"  # PEFT's keyword of a call
 # What Dynamo says where somebody wants a graph of more than the adapted model.
 WITHIN_DYNAMO = (
     "a model adapted by lorafx is a graph of its own: give torch.compile that model with fullgraph=True, or the "
@@ -29,40 +28,36 @@ WITHIN_DYNAMO = (
 
 @not_traced(WITHIN_DYNAMO)
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call of the module at `path`. Raises `AdapterError` for an adapter for each row, which is not there."""
+    """Run a call of the module at `path`. With `adapter_names`, each row has its own adapter (`rows.py`)."""
     state: State = vars(tree)[STATE]
-    if ROWS in kwargs:
-        refuse_rows(type(innermost(tree.get_submodule(path))).forward, kwargs)
+    function = type(innermost(tree.get_submodule(path))).forward
+    if NAMES in kwargs and means_rows(inspect.signature(function).parameters, kwargs):
+        names = kwargs[NAMES]
+        kwargs = {name: value for name, value in kwargs.items() if name != NAMES}
+        if names is not None:
+            with choosing(chosen(state, names)):
+                return _serve(tree, state, path, args, kwargs)
+    return _serve(tree, state, path, args, kwargs)
+
+
+def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dispatcher = state.dispatcher_within(compiler_in_charge())
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
-    result = dispatcher.serve(tree, state.context, path, args, kwargs)
+    context, choice = state.context, chosen_for(state)
+    if choice is not None:
+        context, kwargs = as_chosen(tree, choice, args, kwargs)
+    result = dispatcher.serve(tree, context, path, args, kwargs)
     if not path:
         prepare(state, tree, result)
     return result
 
 
-def refuse_rows(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise `AdapterError` for a call with an adapter for each row, unless the model means something else by that."""
-    if kwargs.get(ROWS) is not None and ROWS not in inspect.signature(function).parameters:
-        raise AdapterError(f"{ROWS}, an adapter for each row, is not implemented: run each adapter's rows alone")
-
-
-def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's method `generate`, that refuses an adapter for each row in lorafx's words, before it begins."""
-
-    @functools.wraps(generate)
-    def refusing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        refuse_rows(type(self).forward, kwargs)
-        return generate(self, *args, **kwargs)
-
-    return refusing
-
-
 class PartCall:
     """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the `forward` that was an attribute of the module itself before, if there was one.
+    `replaced` has the `forward` that was an attribute of the module itself before, if there was one. That is what runs,
+    whatever somebody has put around this meanwhile.
     """
 
     lorafx = True
@@ -70,16 +65,21 @@ class PartCall:
     def __init__(self, tree: nn.Module, path: str):
         self.tree, self.path = tree, path
         self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+        show_own_forward(self.module, self.replaced.get("forward"))
+
+    @property
+    def module(self) -> nn.Module:
+        """The part."""
+        return innermost(module_at(self.tree, self.path))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        show_own_forward(self.module, self.replaced.get("forward"))
         return serve(self.tree, self.path, args, kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
-        own = self.tree.get_submodule(self.path)
-        forward = getattr(type(own), MIRRORED_AS, type(own)).forward
-        return inspect.signature(self.replaced.get("forward") or MethodType(forward, own))
+        return inspect.signature(own_forward(self.module))
 
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:

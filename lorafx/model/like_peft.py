@@ -6,7 +6,7 @@ Where PEFT has a method for which there is nothing here, `INSTEAD` says what to 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from torch import nn
 from ..adapters.adapter import TRAINED_BIAS, Adapter
 from ..adapters.config import AdapterConfig
 from ..adapters.peft_itself import refuse_peft_itself
-from ..adapters.storages import weights_of
+from ..adapters.storages import DENSE, weights_of
 from ..errors import AdapterError
 from ..tree.lookup import tensor_at
 from .adapters import Adapters
 from .trainers import Inner
 
 INSTEAD = {
-    "add_weighted_adapter": "scale and activate the adapters, by `set_scale` and `set_adapter([...])`",
     "from_pretrained": "`lorafx.load(model, folder)`, or `load_adapter` for one more adapter",
     "get_model_config": "`model.config.to_dict()`",
     "get_prompt": "prompt learning is not implemented",
@@ -37,6 +36,8 @@ INSTEAD = {
     "target_module_mapping": "`lorafx.adapters.default_targets.DEFAULT_TARGETS`",
     "tuner_layer_cls": "there are no layers of lorafx's; `model.sites` lists what is adapted",
 }
+# What PEFT calls the libraries that quantise, by lorafx's names for how they store weights.
+_BACKENDS = {"bitsandbytes 4-bit": "bnb 4bit", "bitsandbytes 8-bit": "bnb 8bit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Status:
     requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,7 @@ class LikePeft(Adapters):
             requires_grad={each.name: self._trains(each, name) for each in here},
             available_adapters=sorted(names),
             devices={each.name: self._devices(each, name) for each in here},
+            quantization_backend=_irregular(self._backends(here, name)),
         )
 
     def get_model_status(self) -> ModelStatus:
@@ -164,14 +167,25 @@ class LikePeft(Adapters):
             requires_grad={name: self._trains(adapter) for name, adapter in state.adapters.items()},
             available_adapters=sorted(state.adapters),
             devices={name: self._devices(adapter) for name, adapter in state.adapters.items()},
+            quantization_backend=_irregular(self._backends(state.adapters.values())),
         )
 
     def _trains(self, adapter: Adapter, module: str | None = None) -> bool | str:
-        flags = {tensor_at(self.tree, path).requires_grad for path in _paths(adapter, module)}
-        return "irregular" if len(flags) > 1 else flags == {True}
+        return _irregular({tensor_at(self.tree, path).requires_grad for path in _paths(adapter, module)}) or False
+
+    @staticmethod
+    def _backends(adapters: Iterable[Adapter], module: str | None = None) -> set[str | None]:
+        """Who has quantised the weights of these adapters' sites, by PEFT's names; None for dense ones."""
+        stored = {site.storage for each in adapters for site in each.selection if module in (None, site.module)}
+        return {None if storage == DENSE else _BACKENDS.get(storage.name, storage.name) for storage in stored}
 
     def _devices(self, adapter: Adapter, module: str | None = None) -> list[str]:
         return sorted({tensor_at(self.tree, path).device.type for path in _paths(adapter, module)})
+
+
+def _irregular(found: set[Any]) -> Any:
+    """The one thing that holds everywhere, None if there is nothing, or PEFT's word for several."""
+    return "irregular" if len(found) > 1 else next(iter(found), None)
 
 
 def _paths(adapter: Adapter, module: str | None) -> list[str]:

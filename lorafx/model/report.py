@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ..pipeline import Step
-from ..tables import table
+from ..tables import InNotebooks, table
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(InNotebooks):
     """What the pipeline did to each captured graph, and the memory that merging takes. Prints as tables.
 
     `graphs` are each graph's steps by its title; `merged` maps a weight's path to the bytes kept for it and its own,
@@ -58,7 +58,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(InNotebooks):
     """What serves each kind of call, the longest unused first. Prints as a table.
 
     `operators` counts the one-site graphs that calls by sites use, `dropped` the programs that were dropped because too

@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.slots import put, used, without_room
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
@@ -60,7 +61,7 @@ class Saving(Merges):
         initial = path_initial_model_for_weight_conversion
         start = None if initial is None else checkpoint.read(initial)
         names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
-        adapters = [self._adapter(name) for name in names]
+        adapters = [used(self._adapter(name)) for name in names]
         for adapter in adapters:
             adapter.require_in_place(self.tree)
         if not is_main_process and state_dict is not None:
@@ -95,16 +96,23 @@ class Saving(Merges):
         tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
         return (adapter, tensors) if start is None else _since(adapter, tensors, start, self.tree)
 
-    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def adapter_state_dict(
+        self, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """An adapter's tensors, shared and not copied, by the keys that they have in its file.
 
-        Of a copy that other adapters are merged into it is the value without them.
+        Of a copy that other adapters are merged into it is the value without them. `state_dict` has values to take
+        instead, by path.
         """
-        ledger, paths = self._lorafx.ledger, checkpoint.keys(self._adapter(adapter_name))
-        return {
-            key: ledger.original(self.tree, path) if path in ledger.entries else tensor_at(self.tree, path)
-            for key, path in paths.items()
-        }
+        adapter = used(self._adapter(adapter_name))
+        paths, given = checkpoint.keys(adapter), state_dict or {}
+        whole = {path: given[path] if path in given else self._without_merged(path) for path in paths.values()}
+        own = without_room(adapter, whole)
+        return {key: own[path] for key, path in paths.items()}
+
+    def _without_merged(self, path: str) -> Tensor:
+        ledger = self._lorafx.ledger
+        return ledger.original(self.tree, path) if path in ledger.entries else tensor_at(self.tree, path)
 
     def load_adapter_state_dict(self, values: Mapping[str, Tensor], adapter_name: str = "default") -> None:
         """Give an adapter that is there these values, in place; keys are those of `adapter_state_dict`.
@@ -112,13 +120,13 @@ class Saving(Merges):
         Raises `CheckpointError`, with all values as they were, for a missing or unexpected key or another shape, and
         `AdapterError` for an adapter that is unknown or merged.
         """
-        adapter = self._require_unmerged(adapter_name, "loading other values into it")
-        paths = checkpoint.keys(adapter)
-        own = {key: tensor_at(self.tree, path) for key, path in paths.items()}
+        adapter = used(self._require_unmerged(adapter_name, "loading other values into it"))
+        paths, own = checkpoint.keys(adapter), self.adapter_state_dict(adapter_name)
         expected = {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}
         given = checkpoint.Checkpoint(Path("state_dict"), adapter.config, values)
         embeddings = checkpoint.check(given, expected, self.tree)
-        copy_into(self.tree, {path: values[key] for key, path in paths.items()} | embeddings)
+        put(self.tree, adapter, {path: values[key] for key, path in paths.items()})
+        copy_into(self.tree, embeddings)
 
     def push_to_hub(
         self,
@@ -163,7 +171,7 @@ class Saving(Merges):
         paths = [path for path in every if path not in adapter.replaced]
         owners = {path: path.rpartition(".")[0] for path in paths}
         known = [p for p in paths if owners[p].rpartition(".")[2] in KNOWN_EMBEDDINGS]
-        adapted = [p for p in known if owners[p] in adapter.selection.by_name]
+        adapted = [p for p in known if owners[p] in adapter.selection.by_name and adapter.kind.saves_embeddings]
         resized = any(_resized(unwrapped(self._lorafx.base), self.tree, path) for path in paths)
         if wanted == "auto" and (adapted or resized):
             warnings.warn(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import scaled
+from ..adapters.building import scaled
 from ..adapters.config import is_number, require
 from ..adapters.kinds import SCALING
 from ..errors import AdapterError
@@ -27,20 +28,22 @@ class Scales(Merges):
         `AdapterError` for an unknown name, a merged adapter, a kind without scaling, or a model on the meta device.
         """
         self._require_scalable(adapter_name)
-        value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
-        require(is_number(value), "scale", scale, "a finite number")
+        self._require_not_merged(adapter_name)
+        value = number(scale)
         with torch.inference_mode(False), torch.no_grad():
-            self._lorafx.adapters[adapter_name] = scaled(self.tree, self._adapter(adapter_name), value)  # type: ignore[arg-type]
+            self._lorafx.adapters[adapter_name] = scaled(self.tree, self._adapter(adapter_name), value)
 
     def _require_scalable(self, name: str) -> None:
         adapter = self._adapter(name)
-        if name in self._lorafx.ledger.names:
-            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
         if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
             raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
         bare = next((site.name for site in adapter.selection if self.tree.get_parameter(site.weight).is_meta), None)
         if bare is not None:
             raise AdapterError(f"{bare} is on the meta device, which holds no values: load it before setting a scale")
+
+    def _require_not_merged(self, name: str) -> None:
+        if name in self._lorafx.ledger.names:
+            raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
 
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
@@ -51,6 +54,7 @@ class Scales(Merges):
         active = list(self._lorafx.active)
         for name in active:
             self._require_scalable(name)
+            self._require_not_merged(name)
         for name in active:
             if not self._adapter(name).scales:
                 self.set_scale(name, 1.0)
@@ -65,3 +69,10 @@ class Scales(Merges):
             merged = bool({*active} & {*self._lorafx.ledger.names})
             with self._unmerged() if merged else contextlib.nullcontext():
                 copy_into(self.tree, {p: value for p, value in before.items() if find_tensor(self.tree, p) is not None})
+
+
+def number(scale: Any) -> float:
+    """A scale as a float; `ConfigError` if it is none."""
+    value = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
+    require(is_number(value), "scale", scale, "a finite number")
+    return float(value)

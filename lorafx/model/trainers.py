@@ -16,18 +16,12 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.peft_itself import asking_function_of_peft, refuse_peft_itself
+from ..adapters.peft_itself import refuse_peft_itself
+from ..adapters.slots import differences
 from ..errors import AdapterError
 from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
-from ..tree.mirror import STATE
 from .part import Part
-
-# Fields of a config about an adapter's origin, start values and choice of modules: with the same sites and tensors, two
-# adapters that differ in these alone compute the same.
-_ORIGIN = {"inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"}
-_START = {"init_lora_weights", "loftq_config", "eva_config", "corda_config"}
-_NAMES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
 
 
 class SeenAsPeft(nn.Module):
@@ -64,19 +58,6 @@ def _seen_as(cls: type, peft: type) -> type:
     metaclass = type("Also", (_Also, type(cls)), {}) if type(cls) is not type else _Also
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "claims": peft}
     return metaclass(cls.__name__, (cls,), names)
-
-
-# Those that look for PEFT's layers: LoRA-FA for all that is adapted, LoRA+ for embeddings alone.
-_OPTIMIZERS = {"create_lorafa_optimizer": "lora_", "create_loraplus_optimizer": "lora_embedding_"}
-
-
-def refuse_optimizers_of_peft(tree: nn.Module) -> None:
-    """Raise `AdapterError` if it is one of PEFT's optimizers that asks, and it would train other than it says."""
-    function = asking_function_of_peft()
-    if function in _OPTIMIZERS:
-        adapters = vars(tree)[STATE].adapters.values()
-        if any(_OPTIMIZERS[function] in path for adapter in adapters for path in adapter.paths):
-            refuse_peft_itself(f"`lorafx.{function}`, which takes the same arguments")
 
 
 class Trainable(Part):
@@ -135,9 +116,7 @@ def name_self(tree: nn.Module) -> None:
 
 def require_same(known: Adapter, found: Adapter) -> None:
     """Raise `AdapterError` if the adapter `known` cannot take over the values of `found`, read from a file."""
-    ignored = _ORIGIN | _START | _NAMES
-    old, new = ({k: v for k, v in a.config.to_dict().items() if k not in ignored} for a in (known, found))
-    differ = [key for key in old if old[key] != new.get(key)]
+    differ = differences(known, found)
     if known.tensors != found.tensors or known.replaced != found.replaced:
         differ.append("the modules it adapts")
     if differ:

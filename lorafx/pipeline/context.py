@@ -16,12 +16,14 @@ class Context:
     """What a pass may need besides the graph.
 
     `adapters` are those that act, innermost first; `merged` names those of them that are merged into the base weights;
-    `trained` are the paths of base parameters that the user trains along with them.
+    `trained` are the paths of base parameters that the user trains along with them. Where each row of a call chooses
+    its own adapter, `numbers` are those that rows choose the adapters by; else there are none.
     """
 
     adapters: tuple[Adapter, ...] = ()
     merged: frozenset[str] = frozenset()
     trained: frozenset[str] = frozenset()
+    numbers: tuple[int, ...] = ()
 
     @property
     def selection(self) -> Selection:
@@ -36,13 +38,15 @@ class Context:
         adapters = [adapter.relative_to(path) for adapter in self.adapters]
         if None in adapters:
             return None
-        acting = tuple(a for a in adapters if a is not None and (a.selection or a.replaced))
+        here = [a is not None and bool(a.selection or a.replaced) for a in adapters]
+        acting = tuple(a for a, acts in zip(adapters, here) if a is not None and acts)
+        numbers = tuple(number for number, acts in zip(self.numbers, here) if acts)
         trained = frozenset(p.removeprefix(f"{path}.") for p in self.trained if p.startswith(f"{path}."))
-        return Context(acting, self.merged & {a.name for a in acting}, trained)
+        return Context(acting, self.merged & {a.name for a in acting}, trained, numbers)
 
     def signature(self, root: nn.Module) -> Hashable:
         """A key that is equal for contexts in which passes rewrite equal graphs in the same way."""
-        return tuple(adapter.signature(root) for adapter in self.adapters), self.merged
+        return tuple(adapter.signature(root) for adapter in self.adapters), self.merged, self.numbers
 
     def sites_by_weight(self, root: nn.Module) -> dict[int, Site]:
         """The sites of all adapters by the identity of the parameter they adapt."""

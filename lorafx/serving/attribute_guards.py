@@ -7,6 +7,7 @@ at closely.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,8 +58,11 @@ class AttributeGuards:
         self._held: list[Any] = []
         self._now: AttributeState | None = None
 
-    def watch(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        """Watch these modules from now on. The root's `forward` is left out: how it is called is no graph's concern."""
+    def watch(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]], environment: Iterable[str] = ()) -> None:
+        """Watch these modules, and these environment variables, from now on.
+
+        The root's `forward` is left out: how it is called is no graph's concern.
+        """
         self._holders, self._names = [], []
         self._modes: list[Mapping[str, Any]] = []  # those that may train
         self._readers: list[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = []
@@ -75,6 +79,10 @@ class AttributeGuards:
             full = [f"{path}.{name}".lstrip(".") for name in names]
             self._names += full
             self._of_modules.update(full if isinstance(holder, nn.Module) else ())
+        if names := list(environment):
+            self._holders.append(os.environ)
+            self._readers.append(lambda variables: tuple(map(variables.get, names)))
+            self._names += [f"os.environ[{name!r}]" for name in names]
         self._lengths, self._now = list(map(len, self._holders)), None
 
     def state(self) -> tuple[AttributeState, tuple[bool, ...]] | None:

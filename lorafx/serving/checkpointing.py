@@ -2,16 +2,20 @@
 
 A re-entrant checkpoint runs its layer without gradients, and again in backward if an input wants one. A frozen base's
 input wants none, unless its embeddings are made to; given `inputs_embeds` nothing would train. It is no part of a graph
-either. The other kind gives the same gradients, for any input.
+either. The other kind gives the same gradients, for any input. A layer whose rows have adapters of their own has the
+same ones when it runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .choosing import as_now
 
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
 
@@ -25,4 +29,11 @@ def without_reentrant(modules: Iterable[nn.Module]) -> None:
         function = vars(module).get(FUNCTION)
         if isinstance(function, partial) and function.keywords.get("use_reentrant", function.func is checkpoint):
             options = {**function.keywords, "use_reentrant": False}
-            vars(module)[FUNCTION] = partial(function.func, *function.args, **options)
+            function = vars(module)[FUNCTION] = partial(function.func, *function.args, **options)
+        if isinstance(function, partial) and function.func is checkpoint:
+            vars(module)[FUNCTION] = partial(checkpoint_by_row, *function.args, **function.keywords)
+
+
+def checkpoint_by_row(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """torch's checkpoint, of a function that runs again with what rows have chosen now."""
+    return checkpoint(as_now(function), *args, **options)

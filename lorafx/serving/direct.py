@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.by_row import RowEquations, follows
 from ..adapters.equation import Equation, own_operators
 from ..adapters.kinds import Operands
 from ..adapters.readings import Operator, operators_for
 from ..adapters.readings.reading import Arguments, names_of
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
+from ..errors import UncoveredOperatorError
 from ..pipeline import Pipeline
 from ..tree.lookup import find_tensor, module_at
 from .site_table import Place, SiteTable
@@ -56,9 +58,10 @@ class Evaluation:
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
         tensors = {name: place.tensor for name, place in self.places}
-        for name, each in tensors.items():
-            if dtype is not None and each.dtype != dtype:
-                tensors[name] = each.to(dtype)
+        for name, tensor in tensors.items():
+            wanted = self.equation.dtype_of(name, dtype)
+            if wanted not in (None, tensor.dtype):
+                tensors[name] = tensor.to(wanted)
         scale = None if self.scale is None else self.scale.tensor
         return self.equation.operands(tensors, bound, self.owner.training, scale)
 
@@ -79,11 +82,19 @@ class Read(NamedTuple):
 class Direct:
     """Runs torch functions that read adapted weights, in a tree of certain modules.
 
-    `dtype` is that of updates, None where it is that of the activations.
+    `dtype` is that of updates, None where it is that of the activations. Where rows choose their adapters, `rows` has
+    their numbers, and `one_token` says whether the call has one token a row.
     """
 
-    def __init__(self, tree: nn.Module, table: SiteTable, dtype: torch.dtype | None):
-        self.tree, self.table, self.dtype = tree, table, dtype
+    def __init__(
+        self,
+        tree: nn.Module,
+        table: SiteTable,
+        dtype: torch.dtype | None,
+        rows: Tensor | None = None,
+        one_token: bool = False,
+    ):
+        self.tree, self.table, self.dtype, self.rows, self.one_token = tree, table, dtype, rows, one_token
 
     def run(
         self,
@@ -112,8 +123,25 @@ class Direct:
             if copy_of is not None:
                 bound = {name: copy_of(value) for name, value in bound.items()}
             dtype = None if read.operator.lookup else self.dtype or x.dtype
+            if self.rows is not None:
+                return self._by_row(read, bound, dtype, weight) if read.evaluations else read.operator.pattern(**bound)
             return evaluated(read.operator, read.evaluations, bound, dtype, x.dtype)
         return NotImplemented
+
+    def _by_row(self, read: Read, bound: dict[str, Any], dtype: torch.dtype | None, weight: str) -> Any:
+        """The operator with each row's own adapter. Raises `UncoveredOperatorError` if rows cannot be told apart."""
+        x, rows = bound["x"], self.rows
+        assert rows is not None
+        if not follows(x, rows, self.one_token):
+            raise UncoveredOperatorError(
+                f"{weight} is read with a tensor {tuple(x.shape)}, of which nobody can tell which rows of the batch "
+                "these are; give each adapter's rows a call of their own, or leave the module out (`exclude_modules`)"
+            )
+        numbers = tuple(self.table.numbers[each.equation.adapter.name] for each in read.evaluations)
+        joint = RowEquations(tuple(each.equation for each in read.evaluations), numbers)
+        ats = [each.operands(dtype, bound) for each in read.evaluations]
+        y = read.operator.pattern(**bound | {"x": joint.x_of(x, rows, dtype, x.dtype, ats)})
+        return joint.y_of(y, x, rows, dtype, y.dtype, ats)
 
     def _reads(self, func: Callable[..., Any], weight: str, part: str) -> tuple[Read, ...]:
         kept = self.table.reads.get((func, weight))
@@ -130,7 +158,8 @@ class Direct:
             names = names_of(operator.pattern)
             equations = [Equation(*each, operator, names) for each in around]
             # A kind that needs the weight must be innermost: a graph says so.
-            unclear = len(equations) > 1 and any(each.adapter.kind.reads_weight for each in equations)
+            several = len(equations) > 1 and self.rows is None
+            unclear = several and any(each.adapter.kind.reads_weight for each in equations)
             if not unclear and not any(each.is_impossible for each in equations):
                 evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
                 yield Read(operator, arguments, names, evaluations, any(each.asks_whose for each in equations))

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ..adapters.by_row import ROWS
 from ..adapters.site import Site
+from ..adapters.storages import require_not_packed_since
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.layout_use import CONTIGUOUS, all_contiguous
+from ..capture.process_use import ENVIRONMENT
 from ..capture.written_arguments import fill
 from ..errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
 from ..graph.modules import accepts, refresh
@@ -28,6 +31,7 @@ from . import early_calls
 from .acting import Acting, acts_in
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
+from .choosing import has_one_token, may_be_turned
 from .direct import Direct, equation_dtype
 from .early_calls import Before, EarlyCalls
 from .free_counters import FreeCounters
@@ -104,6 +108,8 @@ class Dispatcher:
         """Run a call of the module at `path` below `tree`, by a program that is kept for its key, or is made now."""
         call = Call.of(tree, context, path, args, kwargs)
         if is_traced():
+            if call.context.numbers:
+                raise AdapterError("a call with `adapter_names` is not recorded: record one of one adapter")
             return run_traced(call, self.pipeline, self.observers)
         key = self.key(call)
         if self.sites.is_recomputed(path):
@@ -178,7 +184,8 @@ class Dispatcher:
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-        direct = Direct(call.tree, table, equation_dtype(self.pipeline)) if self.runs_equations else None
+        rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
+        direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
         return interpret(SiteInterpreter(call, state, table, run_operator, direct, early), call)
 
     @property
@@ -243,7 +250,7 @@ class Dispatcher:
         state = self.tree.state(call.tree)
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
-        if self.graphs.like(key, call):
+        if self.graphs.like(key, call) or (call.context.numbers and may_be_turned(call)):
             return False
         if any(map(has_copies_among_children, self.tree.modules)):  # the model's Python may take these for layers
             return False
@@ -280,6 +287,8 @@ class Dispatcher:
         try:
             self.graphs.build(program, call, self.pipeline, self.observers, unroll=self.capture == "graph")
             program.acts = program.gm is not None and acts_in(program.gm)
+            if program.gm is not None:
+                self.tree.watch_environment(call.tree, program.gm.meta[ENVIRONMENT])
         except UncoveredOperatorError:
             raise
         except CaptureError as error:
@@ -302,6 +311,7 @@ def require_adapted_modules(call: Call) -> None:
                 f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
                 " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
+        require_not_packed_since(call.tree, adapter.selection)
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:

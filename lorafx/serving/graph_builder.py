@@ -11,8 +11,7 @@ from torch.fx import GraphModule
 
 from ..capture.contexts import collecting_later
 from ..capture.export import trace_part
-from ..graph.masks.sizes import ONES
-from ..graph.modules import accepts, copied
+from ..graph.modules import accepts
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowering
 from ..pipeline import Observer, Pipeline
@@ -54,15 +53,15 @@ class GraphBuilder:
                 gm = rebound(found.gm, call.tree, found.context, context)
                 program.seconds = time.perf_counter() - start
             else:
-                gm = copied(self._captured(program, call, unroll, _makes_blocks(pipeline)), call.tree)
-                for node, name in zip(gm.graph.find_nodes(op="placeholder"), program.names):
-                    node.meta[ONES] = name in program.key.full
+                program.captured = self._captured(program, call, unroll, _makes_blocks(pipeline))
+                gm = program.to_rewrite(call.tree)
                 program.seconds = time.perf_counter() - start
                 steps = pipeline.run(gm, context, observers)
-                found = Rewritten(gm, context, _forms(call), steps)
+                found = Rewritten(gm, context, _forms(call), steps, program.captured)
                 if not context.merged:
                     self.rewritten.keep((_without_adapters(program.key), program.positional), found)
             program.steps, program.gm, program.lowered = found.steps, gm, self.lowering.lower(gm)
+            program.captured, program.context = found.captured, context
 
     def forget(self, adapter: str) -> None:
         """Forget the graphs that were rewritten for an adapter, which is deleted; what was captured has none."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..adapters.by_row import ROWS
 from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
 from ..capture.purity import place_of
@@ -28,10 +29,10 @@ from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
-from ..torch_private.tensors import is_innermost_mode, pop_function_mode, push_function_mode
+from ..torch_private.tensors import is_innermost_mode, is_wrapped, pop_function_mode, push_function_mode
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at, tensor_at
-from ..tree.mirror import MIRRORED_AS
+from ..tree.mirror import own_forward
 from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
 from .call_key import Call, OperatorKey
@@ -60,7 +61,7 @@ class SiteInterpreter(TorchFunctionMode):
         early: bool = False,
     ):
         super().__init__()
-        self.tree, self.context, self.state = call.tree, call.context, state
+        self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.direct = table, run_operator, direct
         self.parts, self.paused, self.early = [call.path], False, early
         self.acted = False  # whether a site was read
@@ -215,6 +216,12 @@ class SiteInterpreter(TorchFunctionMode):
         return {storage: place.path for place in self.table.weights if (storage := _whole_storage(place.tensor))}
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.context.numbers:
+            name, place = getattr(func, "__name__", func), place_of(traceback.extract_stack())
+            raise UncoveredOperatorError(
+                f"{self.parts[-1] or 'the model'}: {name} reads an adapted weight, and only a graph of the call "
+                f"can tell there which rows have which adapter{place}"
+            )
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._require_one_mode(leaves)
         paths = self._paths(leaves)
@@ -296,6 +303,8 @@ def _whole_storage(tensor: Tensor) -> int:
     """Where a parameter's memory begins, if that is all its own, and no flat buffer of many."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return 0
+    if is_wrapped(tensor):  # by a transform of torch.func's
+        return 0
     return _storage(tensor) if tensor.untyped_storage().nbytes() == tensor.nbytes else 0
 
 
@@ -314,7 +323,8 @@ def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:
     Returns what it gives, and whether it read any.
     """
     with interpreter.active():
-        result = own_forward(call.tree, call.path)(*call.args, **call.kwargs)
+        own = {name: value for name, value in call.kwargs.items() if name != ROWS}
+        result = own_forward(innermost(module_at(call.tree, call.path)))(*call.args, **own)
     if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read
         return _stepwise(interpreter, result), True
     return result, interpreter.acted
@@ -336,12 +346,3 @@ def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any])
             raise
         except BaseException as error:
             step = partial(generator.throw, error)
-
-
-def own_forward(tree: nn.Module, path: str) -> Callable[..., Any]:
-    """The forward that the module at `path` has of itself, below what lorafx put in its place."""
-    part = innermost(module_at(tree, path))
-    forward = vars(part).get("forward")
-    if "forward" in getattr(forward, "replaced", ()):
-        return forward.replaced["forward"]  # type: ignore[union-attr]
-    return getattr(type(part), MIRRORED_AS, type(part)).forward.__get__(part)

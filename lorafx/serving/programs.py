@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from torch import nn
 from torch.fx import GraphModule
 
+from ..graph.masks.sizes import ONES
+from ..graph.modules import copied
 from ..lowering.lower import Lowered
 from ..ops.deferral import describe_loss
-from ..pipeline import Step
+from ..pipeline import Context, Step
 from .call_key import FREE_COUNTER, CallKey
 
 CAPACITY = 64  # programs that an adapted model keeps
@@ -28,6 +31,8 @@ class Program:
     positional: int = 0  # how many arguments of the call it was made for were given by position
     why: str = ""  # why it was made: in what its first call differed from earlier calls
     gm: GraphModule | None = None
+    captured: GraphModule | None = None  # what `gm` was before the passes
+    context: Context = field(default_factory=Context)  # what the passes were given
     lowered: Lowered | None = None
     reason: str = ""  # why it is no graph
     steps: tuple[Step, ...] = ()
@@ -38,6 +43,14 @@ class Program:
     waits: bool = False  # it has no graph yet, since such calls have not come often
     early: int = 0  # calls of this kind that were served before there was a graph
     changes_model: bool = False  # it failed because the call changes attributes of the model
+
+    def to_rewrite(self, tree: nn.Module) -> GraphModule:
+        """A copy of the captured graph, as the passes are given it."""
+        assert self.captured is not None, "only what was captured can be rewritten"
+        gm = copied(self.captured, tree)
+        for node, name in zip(gm.graph.find_nodes(op="placeholder"), self.names):
+            node.meta[ONES] = name in self.key.full
+        return gm
 
     @property
     def loss(self) -> str:

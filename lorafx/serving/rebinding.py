@@ -22,12 +22,15 @@ from ..pipeline import Context, Step
 
 
 class Rewritten(NamedTuple):
-    """A graph after all passes, with the adapters that it was rewritten for, their forms, and what the passes did."""
+    """A graph after all passes, with the adapters that it was rewritten for, their forms, what the passes did, and what
+    it was before them.
+    """
 
     gm: GraphModule
     context: Context
     forms: tuple[Hashable, ...]
     steps: tuple[Step, ...]
+    captured: GraphModule
 
     def serves(self, context: Context, forms: tuple[Hashable, ...]) -> bool:
         """Whether it can be rebound to other adapters: of equal forms and options, trained along with the same."""

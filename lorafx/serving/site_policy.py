@@ -15,9 +15,11 @@ from ..pipeline import Context
 from ..torch_private.tensors import in_backward
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
+from ..tree.mirror import own_forward
+from ..tree.wrappers import innermost
 from .adapter_hooks import call_with_hooks, hooked_copy
 from .call_key import CallKey
-from .per_site import SiteInterpreter, own_forward
+from .per_site import SiteInterpreter
 from .programs import Program
 from .settling import Settling
 from .tree_state import TreeState
@@ -122,15 +124,17 @@ class SitePolicy:
             try:
                 hooked = interpreter.state.hooked_adapters
                 copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
-                forward = own_forward(tree, path)
+                forward = own_forward(innermost(module_at(tree, path)))
                 if copy:
                     forward = partial(call_with_hooks, module_at(tree, copy), forward)
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
                 inside = {*self._early, *(other for other, _ in self._interpreted)}
-                if any(other.startswith(f"{path}.") for other in inside):
+                if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
+        if interpreter.rows is not None:
+            raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made
         with interpreter.suspended():
             return serve(tree, interpreter.context, path, args, kwargs)

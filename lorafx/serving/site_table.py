@@ -57,8 +57,8 @@ class SiteTable:
     """The weights that adapters adapt and the base tensors that they have copies of, by the modules that own them.
 
     `acting` are the adapters, with their sites, by the path of the weight; `copies` are the adapters' own by the path
-    of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `direct` keeps in
-    `reads` how functions read a weight.
+    of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers` are
+    those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight.
     """
 
     weights: tuple[Place, ...]
@@ -67,6 +67,7 @@ class SiteTable:
     acting: dict[str, tuple[tuple[Adapter, Site], ...]]
     owned: dict[str, tuple[list[Place], list[Place]]]
     merged: frozenset[str] = frozenset()
+    numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +85,8 @@ class SiteTable:
         for number, places in enumerate((weights, replaced)):
             for place in places:
                 owned.setdefault(place.path.rpartition(".")[0], ([], []))[number].append(place)
-        return cls(weights, replaced, copies, acting, owned, context.merged)
+        numbers = dict(zip((adapter.name for adapter in context.adapters), context.numbers))
+        return cls(weights, replaced, copies, acting, owned, context.merged, numbers)
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
@@ -121,7 +123,7 @@ class SiteTables:
     """The tables of one adapted model."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, tuple[str, ...], frozenset[str]], SiteTable] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, tuple[str, ...], *tuple[Any, ...]], SiteTable] = OrderedDict()
 
     def forget(self, adapter: str) -> None:
         """Forget the tables of an adapter, which is deleted."""
@@ -130,7 +132,7 @@ class SiteTables:
 
     def of(self, tree: nn.Module, context: Context, modules: int) -> SiteTable:
         """The table of a tree whose modules have this number (`tree_state`), for the adapters that act."""
-        key = modules, tuple(adapter.call_key for adapter in context.adapters), context.merged
+        key = modules, tuple(adapter.call_key for adapter in context.adapters), context.merged, context.numbers
         if key not in self._kept:
             self._kept[key] = SiteTable.of(tree, context)
             if len(self._kept) > _TABLES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Collection
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..torch_private.tensors import call_hooks, global_call_hooks
+from ..torch_private.tensors import call_hooks, global_call_hooks, is_traceable_wrapper_subclass
 from ..tree.attached import own_children, own_modules
 from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
@@ -50,6 +51,7 @@ class TreeGuards:
 
     def __init__(self) -> None:
         self._attributes = AttributeGuards()
+        self._environment: set[str] = set()
         self._walks = 0  # how often other modules were found
         self._modules: list[nn.Module] = []
         self._parents: list[dict[str, Any]] = []
@@ -68,6 +70,12 @@ class TreeGuards:
     def modules(self) -> list[nn.Module]:
         """The tree's own modules, as they were found last."""
         return self._modules
+
+    def watch_environment(self, root: nn.Module, names: Collection[str]) -> None:
+        """Count these environment variables among the values that only the model's Python reads, from now on."""
+        if not self._environment.issuperset(names):
+            self._environment.update(names)
+            self._watch_attributes(root)
 
     def latest(self, root: nn.Module) -> TreeState:
         """The state that the tree was found in last, for who has just asked: to look takes a while."""
@@ -93,7 +101,8 @@ class TreeGuards:
         return self._state
 
     def _layout(self, *now: Any) -> int:
-        shapes = tuple(tensor.shape for tensor in self._tensors)
+        # The class counts of those that know themselves what operators do to them, as packed weights.
+        shapes = tuple((t.shape, type(t) if is_traceable_wrapper_subclass(t) else None) for t in self._tensors)
         computing = tuple(hook for hook in self._hooks if _computes(hook))
         key = (self._walks, computing, self._hooked(), shapes, *map(tuple, now))
         if key not in self._layouts:
@@ -122,7 +131,7 @@ class TreeGuards:
     def _watch_attributes(self, root: nn.Module) -> tuple[AttributeState, tuple[bool, ...]]:
         own = set(map(id, self._modules))
         watched = ((path, m) for path, m in root.named_modules() if id(m) in own and own_forward_of(m) is None)
-        self._attributes.watch(root, watched)
+        self._attributes.watch(root, watched, sorted(self._environment))
         state = self._attributes.state()
         assert state is not None, "what was just looked at is there"
         return state

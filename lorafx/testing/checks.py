@@ -75,8 +75,7 @@ def backward_error(lora: AdaptedModel) -> float:
     lengths = [weight[0].numel() for p in lora.parameters() if (weight := p).ndim > 1]
     lengths += [max(weight.shape[:2]) for weight in lora.parameters() if weight.ndim == 2]
     shapes = [
-        [spec.shape for site in a.selection for spec in a.kind.tensors(site, a.config).values() if len(spec.shape) > 1]
-        for a in adapters
+        [spec.shape for site in a.selection for spec in a.specs(site).values() if len(spec.shape) > 1] for a in adapters
     ]
     ranks = sum(max((min(shape[:2]) for shape in each), default=0) for each in shapes)
     roundings = _ROUNDINGS + 4 * len(adapters)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import keyword
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -67,6 +68,32 @@ def function_apply_replaced(apply: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del base.apply
+
+
+@contextlib.contextmanager
+def environment_replaced(read: Callable[..., str]) -> Iterator[None]:
+    """Let environment variables be read by `read(plain, os.environ, name)`, whichever way the model asks for them.
+
+    Were it not so, nobody would know that a graph depends on one.
+    """
+    kind: Any = type(os.environ)
+    plain = kind.__getitem__
+    kind.__getitem__ = lambda environment, name: read(plain, environment, name)
+    try:
+        yield
+    finally:
+        kind.__getitem__ = plain
+
+
+@contextlib.contextmanager
+def inference_question_replaced(ask: Callable[..., bool]) -> Iterator[None]:
+    """Let `torch.is_inference_mode_enabled()` be `ask(plain)`. Were it not so, a graph would have the wrong answer."""
+    plain = torch.is_inference_mode_enabled
+    torch.is_inference_mode_enabled = lambda: ask(plain)
+    try:
+        yield
+    finally:
+        torch.is_inference_mode_enabled = plain
 
 
 # The forward that torch has for `nn.TransformerEncoder`, which reads four attributes of what it is called with.

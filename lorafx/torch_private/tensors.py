@@ -125,3 +125,8 @@ def moves_saved_tensors() -> bool:
 def is_compiled_now() -> bool:
     """Whether a compiler traces what runs now. Without it, who only asks for shapes would leave guards on sizes."""
     return TracingContext.try_get() is not None
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of, if it is one; in inference mode torch does not say."""
+    return tensor._base

@@ -253,3 +253,8 @@ def without_stack_traces(tracer: Any) -> Iterator[None]:
         yield
     finally:
         tracer.record_stack_traces = before
+
+
+def declare(is_so: bool) -> None:
+    """Have a condition on sizes hold in the graph that is being captured: sizes that are equal become one symbol."""
+    torch._check(is_so)

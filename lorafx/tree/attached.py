@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
-from .lookup import find_tensor, find_tensors
+from .lookup import find_tensors
 from .wrappers import innermost
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
@@ -43,22 +43,42 @@ class Attached(nn.Module):
             self._buffers.update(self.__dict__.pop(KEPT, {}))
 
 
-def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> None:
+def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> nn.Module:
     """Hang a tensor at `path`: a parameter, or a buffer, which is part of the `state_dict` if `persistent`.
 
-    Modules that are missing on the way are made, and remembered as attached.
+    Modules that are missing on the way are made, and remembered as attached. Returns the one that has the tensor.
     """
     *parents, last = path.split(".")
     owner = root
     for atom in parents:
         if atom not in owner._modules:
-            owner.add_module(atom, Attached().train(owner.training))
-            owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
+            _add(owner, atom, Attached().train(owner.training))
         owner = owner.get_submodule(atom)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(last, tensor)
     else:
         owner.register_buffer(last, tensor, persistent=persistent)
+    return owner
+
+
+def attach_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang a module that `attach` made at one more path.
+
+    What several modules share is one module below all of them: then a move of the model moves it once, and leaves it
+    shared, which it would not with buffers.
+    """
+    outer, _, last = path.rpartition(".")
+    owner = root
+    for atom in outer.split("."):
+        if atom not in owner._modules:
+            _add(owner, atom, Attached().train(owner.training))
+        owner = owner.get_submodule(atom)
+    _add(owner, last, module)
+
+
+def _add(owner: nn.Module, atom: str, module: nn.Module) -> None:
+    owner.add_module(atom, module)
+    owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
 
 
 def detach(root: nn.Module, paths: Iterable[str]) -> None:
@@ -67,14 +87,15 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
     A path that leads nowhere is skipped: its module may have been replaced or removed since.
     """
     for path in paths:
-        if find_tensor(root, path) is None:
+        owners, atoms = [root], path.split(".")
+        for atom in atoms[:-1]:
+            if isinstance(inner := getattr(owners[-1], atom, None), nn.Module):
+                owners.append(inner)
+        if len(owners) < len(atoms):
             continue
-        owners = [root]
-        *parents, last = path.split(".")
-        for atom in parents:
-            owners.append(owners[-1].get_submodule(atom))
-        delattr(owners[-1], last)
-        for owner, child, atom in reversed(list(zip(owners, owners[1:], parents))):
+        if isinstance(getattr(owners[-1], atoms[-1], None), Tensor):  # gone already if its module is at other paths too
+            delattr(owners[-1], atoms[-1])
+        for owner, child, atom in reversed(list(zip(owners, owners[1:], atoms))):
             if atom in vars(owner).get(ATTACHED, ()) and not (child._modules or child._parameters or child._buffers):
                 del owner._modules[atom]
                 owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)

@@ -83,6 +83,8 @@ def holdings(value: Any) -> list[Holding]:
         return [_by_names(attrgetter, value, ["func", "args", "keywords"]), *_of_attributes(value)]
     if type(value) in _DESCRIPTORS:
         return [_by_names(attrgetter, value, _DESCRIPTORS[type(value)])]
+    if getattr(type(value), "lorafx", False) is True:  # it stands before a forward of somebody's own
+        return [Holding(dict.values, value.replaced)]
     if isinstance(value, CONTAINERS):
         inside = [] if len(value) > LARGE else [Holding(iter, value)]
         inside += [Holding(dict.values, value)] if inside and isinstance(value, dict) else []

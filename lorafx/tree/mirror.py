@@ -7,6 +7,7 @@ adapters can hang below it and the original never sees them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,9 @@ from .hooks import Hooks
 from .redirection import Redirection
 from .wrappers import unwrap_forward, unwrapped
 
-# Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class.
-STATE, MIRRORED_AS = "_lorafx", "_lorafx_mirrored_as"
+# Attributes: of an adapted tree, its state; of an adapted tree's class, the base model's class; of a module that is
+# served, the forward that it has of itself, where that is not its class's.
+STATE, MIRRORED_AS, OWN = "_lorafx", "_lorafx_mirrored_as", "_lorafx_forward"
 _SHARED = ("_modules", "_parameters", "_buffers")  # these are a mirror's own, or its original's, and redirect nothing
 
 
@@ -39,13 +41,14 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
     forward = uncompiled(vars(model).get("forward"))
-    if getattr(forward, "lorafx", False) or STATE in vars(model):  # `model` is adapted, and its `forward` serves calls
+    if STATE in vars(model):  # `model` is adapted, and its `forward` serves calls, whoever has wrapped it
         copy.__dict__.pop("forward", None)
-        replaced: dict[str, Any] = {}
-        while getattr(forward, "lorafx", False):
-            replaced = forward.replaced  # type: ignore[union-attr]
-            forward = replaced.get("forward")
-        copy.__dict__.update(replaced)
+        forward = copy.__dict__.pop(OWN, None)
+    while getattr(forward, "lorafx", False):
+        copy.__dict__.pop("forward", None)
+        forward = forward.replaced.get("forward")  # type: ignore[union-attr]
+    if forward is not None:
+        copy.__dict__["forward"] = forward
     attached = vars(model).get(ATTACHED, ())
     copy.__dict__["_modules"] = {
         name: child if child is None else mirror(child, memo)
@@ -59,6 +62,20 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     for name in FORWARD_HOOKS:
         copy.__dict__[name] = Hooks.of(copy.__dict__[name])
     return copy
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a served module has of itself, below what lorafx put in its place."""
+    own = vars(module).get(OWN)
+    return getattr(type(module), MIRRORED_AS, type(module)).forward.__get__(module) if own is None else own
+
+
+def show_own_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Say what `own_forward` is of a module: None for its class's. It is a setting, which graphs are specialised on."""
+    if own is None:
+        vars(module).pop(OWN, None)
+    elif vars(module).get(OWN) is not own:
+        vars(module)[OWN] = own
 
 
 def rebind(memo: dict[int, nn.Module]) -> None:

@@ -48,11 +48,20 @@ class Redirection:
         """The value as the mirror holds it."""
         if id(value) in self.twins:
             return self.twins[id(value)]
+        if _is_served(value):
+            return self._own_forward(value)
         if id(value) not in self._concerned:
             return value
         if id(value) not in self._made:
             self._made[id(value)] = self._copied(value)
         return self._made[id(value)]
+
+    def _own_forward(self, served: Any) -> Any:
+        """What serves calls of a part of the original, as somebody holds it who has wrapped that, is the twin's own."""
+        if (twin := self.twins.get(id(served.module))) is None:
+            return served
+        own = served.replaced.get("forward")
+        return MethodType(type(twin).forward, twin) if own is None else self(own)
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, MethodType):
@@ -112,11 +121,18 @@ class Redirection:
         return not is_empty(cell) and id(cell.cell_contents) in self._concerned
 
 
+def _is_served(value: Any) -> bool:
+    """Whether this is a forward that serves the calls of a part of an adapted model."""
+    return getattr(type(value), "lorafx", False) is True and hasattr(value, "path")
+
+
 def _referred(value: Any) -> Iterator[Any]:
     """What a value refers to and could refer to otherwise: globals stay what they are."""
     if isinstance(value, weakref.ref):
         yield value()
         return
+    if _is_served(value):
+        yield value.module
     for holding in holdings(value):
         if not (isinstance(value, FunctionType) and isinstance(holding.of, dict) and holding.names):
             yield from holding.values()

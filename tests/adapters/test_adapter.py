@@ -138,7 +138,7 @@ def test_a_failure_half_way_hangs_nothing_in(monkeypatch):
         return attach(*args, **how) if len(calls) < 3 else 1 / 0
 
     before = dict(lora.named_parameters()).keys()
-    monkeypatch.setattr("lorafx.adapters.adapter.attach", failing)
+    monkeypatch.setattr("lorafx.adapters.building.attach", failing)
     with pytest.raises(ZeroDivisionError):
         lora.add_adapter("other", {"target_modules": "all-linear"})
     assert dict(lora.named_parameters()).keys() == before and list(lora.peft_config) == ["default"]

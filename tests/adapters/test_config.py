@@ -45,8 +45,8 @@ def test_without_a_type_it_is_lora():
 
 
 def test_a_type_that_nobody_knows_is_kept_and_refused_by_name():
-    with pytest.warns(UserWarning, match="feedforward_modules"):
-        config = config_of(peft.IA3Config(target_modules=["first"], feedforward_modules=[]))
-    assert config.target_modules == ("first",) and config.to_dict()["feedforward_modules"] == []
-    with pytest.raises(ConfigError, match="'IA3' is not implemented; lorafx knows LORA"):
+    with pytest.warns(UserWarning, match="num_vectors"):
+        config = config_of(peft.VBLoRAConfig(target_modules=["first"], num_vectors=9))
+    assert config.target_modules == ("first",) and config.to_dict()["num_vectors"] == 9
+    with pytest.raises(ConfigError, match="'VBLORA' is not implemented; lorafx knows LORA"):
         lorafx.compile(Chain(), config)

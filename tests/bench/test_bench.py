@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from lorafx.__main__ import main
-from lorafx.bench import apart, command, contestants, job, reference, run
+from lorafx.bench import apart, contestants, job, reference, run
 from lorafx.bench.cases import CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, Bar
 from lorafx.bench.job import Job, set_up_all
 from lorafx.bench.measure import peak
@@ -42,7 +42,7 @@ def this_process_frees_memory(monkeypatch):
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     names = ("base", "peft", "lorafx", "liger", "unsloth")
-    return folder, *bench(folder, "--cases", "smoke", "--without", "fuse_lora", "--contestants", *names)
+    return folder, *bench(folder, "smoke", "--without", "fuse_lora", "--contestants", ",".join(names))
 
 
 @of_one_run
@@ -83,7 +83,7 @@ def test_every_kind_of_case_runs(case, tmp_path):
     """lorafx and whom it is measured by; for the first case also as it comes."""
     (chosen,) = [each for each in SMOKE if each.name == case]
     names = [*chosen.references, "lorafx", *["lorafx-default"] * (case == "smoke-bf16")]
-    code, record = bench(tmp_path, "--cases", case, "--contestants", *names)
+    code, record = bench(tmp_path, case, "--contestants", ",".join(names))
     assert code == 0
     assert [row["failed"] for row in record["cases"][0]["rows"]] == [""] * len(record["cases"][0]["rows"])
     assert {row["parity"] for row in record["cases"][0]["rows"]} <= {True, None}
@@ -98,7 +98,7 @@ def test_compiled_contestants_run(tmp_path, monkeypatch):
     options = {**made.keywords, "backend": "aot_eager"}
     monkeypatch.setitem(contestants.MAKERS, "lorafx-compiled-1.0", functools.partial(made.func, **options))
     names = ("base-compiled", "peft-compiled", "lorafx-compiled-1.0")
-    code, record = bench(tmp_path, "--cases", "smoke-compiled", "--contestants", *names)
+    code, record = bench(tmp_path, "smoke-compiled", "--contestants", ",".join(names))
     assert code == 0
     assert {name: row["parity"] for name, row in rows_of(record).items()} == dict.fromkeys(names[1:], True) | {
         "base-compiled": None
@@ -111,7 +111,7 @@ def test_who_fails_is_a_row_and_the_others_are_measured(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate too much")
 
     monkeypatch.setitem(contestants.MAKERS, "peft", out_of_memory)
-    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft")
+    code, record = bench(tmp_path, "smoke", "--contestants", "base,peft")
     assert code == 0
     rows = rows_of(record)
     assert rows["peft"]["failed"] == "OutOfMemoryError: tried to allocate too much" and not rows["peft"]["seconds"]
@@ -136,7 +136,7 @@ def test_who_fails_in_the_middle_is_a_row_too(tmp_path, monkeypatch):
             return self.model.get_input_embeddings()
 
     monkeypatch.setitem(contestants.MAKERS, "base", lambda case, base: contestants.Setup(Tired(twin(base))))
-    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft")
+    code, record = bench(tmp_path, "smoke", "--contestants", "base,peft")
     assert code == 0 and rows_of(record)["base"]["failed"] == "RuntimeError: enough"
     assert len(rows_of(record)["peft"]["seconds"]) == 2
 
@@ -150,7 +150,7 @@ def test_who_is_wrong_is_marked_and_the_command_fails(tmp_path, monkeypatch, cap
         return setup
 
     monkeypatch.setitem(contestants.MAKERS, "lorafx", off)
-    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "peft", "lorafx")
+    code, record = bench(tmp_path, "smoke", "--contestants", "peft,lorafx")
     assert code == 1
     assert rows_of(record)["lorafx"]["parity"] is False and rows_of(record)["peft"]["parity"] is True
     assert "smoke: lorafx" in capsys.readouterr().err and "**too much**" in (tmp_path / "bench.md").read_text()
@@ -159,9 +159,9 @@ def test_who_is_wrong_is_marked_and_the_command_fails(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "options, named",
     [
-        (("--cases", "smokes"), "no case named 'smokes'"),
-        (("--cases", "smoke", "--contestants", "pefty"), "no contestant named 'pefty'"),
-        (("--cases", "smoke", "--without", "fuse_everything"), "no pass named ['fuse_everything']"),
+        (("smokes",), "no case named 'smokes'"),
+        (("smoke", "--contestants", "pefty"), "no contestant named 'pefty'"),
+        (("smoke", "--without", "fuse_everything"), "no pass named ['fuse_everything']"),
     ],
 )
 def test_unknown_names_are_errors(options, named, tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_the_quick_cases_fit_their_minutes():
 def test_the_quick_cases_run_in_their_order_and_nothing_else_does(tmp_path, monkeypatch):
     chosen = {"contestants": ("base",), "references": ("base",), "budget": 60, "warm_up": 1}
     small = dataclasses.replace(SMOKE[0], part="linears", **chosen)
-    monkeypatch.setattr(command, "QUICK", (dataclasses.replace(small, name="second"), small))
+    monkeypatch.setattr("lorafx.commands.bench.QUICK", (dataclasses.replace(small, name="second"), small))
     code, record = bench(tmp_path, "--quick-gpu")
     assert code == 0 and [case["case"]["name"] for case in record["cases"]] == ["second", "smoke"]
     assert rows_of(record)["base"]["setup"] > 0
@@ -241,7 +241,7 @@ def test_where_float32_does_not_fit_the_cases_own_dtype_is_the_reference(monkeyp
 @pytest.mark.slow
 def test_a_contestant_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(apart.FIRST_IMPORT, "peft", "peft")
-    code, record = bench(tmp_path, "--cases", "smoke", "--contestants", "base", "peft")
+    code, record = bench(tmp_path, "smoke", "--contestants", "base,peft")
     assert code == 0
     row = rows_of(record)["peft"]
     assert row["apart"] and row["parity"] is True and row["gradient_difference"] < 1e-5

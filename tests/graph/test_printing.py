@@ -28,8 +28,12 @@ def test_a_graph_is_a_line_a_node_with_shapes_and_options():
 
 def test_blocks_follow_under_a_title_that_names_their_layers():
     gm = adapted(Stack(lambda number: Layer(inner=6 + number // 2)), target_modules=["up"]).graph(torch.randn(5, 4))
-    lines = str(gm).splitlines()
+    summary, *lines = str(gm).splitlines()
     assert lines == graph_lines(gm)
+    assert (
+        summary.startswith(f"# {len(gm.graph.nodes)} nodes, block_0 of ")
+        and "layers.2 … layers.3 (2 layers)" in summary
+    )
     titles = [line for line in lines if line.endswith(":")]
     assert [title.partition(", ")[2] for title in titles] == [
         "run by layers.0, layers.1:",
@@ -74,3 +78,11 @@ def test_graphs_that_differ_in_where_they_read_are_equal():
     early, late = lorafx.trace(model, x), lorafx.trace(model, x)
     lorafx.Pipeline.parse("canonicalize").run(late)
     assert graph_lines(early) != graph_lines(late) and diff(early, late) == "the graphs are equal"
+
+
+def test_a_diff_of_one_site_has_its_lines_alone():
+    model, x = Stack(), torch.randn(5, 4)
+    lora = adapted(model, target_modules=["up", "down"]).eval()
+    whole, ours = (diff(lorafx.trace(model, x), lora.graph(x), site=site) for site in (None, "layers.1.up"))
+    assert "down" in whole and "down" not in ours
+    assert "lora_linear" in ours and "layers.1.up.weight" in ours and "layers.2" not in ours

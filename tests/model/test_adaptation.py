@@ -19,12 +19,12 @@ def test_it_introduces_itself():
     assert repr(adapted(Chain())) == "AdaptedModel(Chain, 2 sites, adapters: default*)"
 
 
-def test_an_adapter_for_each_row_is_refused_everywhere():
+def test_names_for_rows_that_are_not_there_are_refused_everywhere():
     class Generates(Chain):
         def generate(self, x, **kwargs):
             raise AssertionError("generation has begun")
 
-    lora, rows = adapted(Generates()), ["default"] * 5
+    lora, rows = adapted(Generates()), ["default", "other"] * 2 + ["default"]
     for call in (lora, lora.first, lora.generate):
-        with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
+        with pytest.raises(AdapterError, match="there is no adapter 'other'"):
             call(torch.randn(5, 4), adapter_names=rows)

@@ -10,7 +10,6 @@ from modules import ids, tiny_llama
 from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +126,6 @@ def test_hooks_of_the_base_stay_with_the_base():
     assert seen == []
     lora(torch.randn(5, 4))
     assert seen == ["lora"]
-
-
-def test_what_is_not_there_is_refused_and_not_dropped():
-    lora = adapted(Chain())
-    with pytest.raises(AdapterError, match="set_scale"):
-        lora.set_adapter({"default": 0.7})
-    with pytest.raises(AdapterError, match="adapter_names, an adapter for each row, is not implemented"):
-        lora(torch.randn(5, 4), adapter_names=["default"] * 5)
 
 
 @pytest.mark.slow

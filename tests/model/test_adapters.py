@@ -113,3 +113,34 @@ def test_who_deletes_an_adapter_leaves_the_programs_of_others():
     lora.add_adapter("default", {"r": 2, "target_modules": ["second"], "init_lora_weights": False})
     lora.set_adapter("default")
     assert lora.graph(x) is not theirs and not torch.allclose(lora(x), expected)
+
+
+def flags(lora):
+    return {name: lora.get_parameter(f"second.lora_A.{name}.weight").requires_grad for name in lora.peft_config}
+
+
+def test_who_trains_is_who_is_active_until_somebody_says_otherwise():
+    lora = adapted(Chain())
+    lora.add_adapter("b", {"target_modules": ["second"]})
+    assert flags(lora) == {"default": True, "b": False}
+    lora.set_adapter(["default", "b"], inference_mode=True)
+    assert flags(lora) == {"default": False, "b": False} and lora.active_adapters == ["default", "b"]
+    lora.add_adapter("c", {"target_modules": ["second"]})
+    assert flags(lora) == {"default": False, "b": False, "c": False}, "adding one lets no other train"
+    lora.set_adapter(["b", "c"])
+    lora.set_requires_grad("b", False)
+    lora.delete_adapter("default")
+    assert flags(lora) == {"b": False, "c": True}, "nor does deleting one that does not act"
+    lora.set_adapter("b")
+    assert flags(lora) == {"b": True, "c": False}
+
+
+def test_several_are_deleted_at_once_or_none():
+    lora = adapted(Chain())
+    for name in "bc":
+        lora.add_adapter(name, {"target_modules": ["second"]})
+    with pytest.raises(AdapterError, match="no adapter 'nobody'"):
+        lora.delete_adapter(["b", "nobody"])
+    assert list(lora.peft_config) == ["default", "b", "c"]
+    lora.delete_adapter(["default", "b"])
+    assert list(lora.peft_config) == lora.active_adapters == ["c"]

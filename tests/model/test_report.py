@@ -1,5 +1,7 @@
 """What an adapted model says of itself: the report, and the tables that it is made of."""
 
+import html
+
 import torch
 from graphs import Chain, adapted
 
@@ -22,3 +24,11 @@ def test_the_report_tables_every_pass_of_every_graph():
 def test_numbers_are_set_to_the_right():
     lines = table("t", ("name", "count"), [("a", 5), ("bb", 12345)]).splitlines()
     assert any("12,345 │" in line for line in lines) and any("     5 │" in line for line in lines)
+
+
+def test_sites_and_reports_are_shown_in_notebooks_as_they_print():
+    lora = adapted(Chain(), target_modules=["second"])
+    lora(torch.randn(5, 4))
+    for each in (lora.sites, lora.report(), lora.explain()):
+        shown = each._repr_html_()
+        assert shown == f"<pre>{html.escape(str(each))}</pre>" and "second" in lora.sites._repr_html_()

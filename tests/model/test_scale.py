@@ -189,3 +189,47 @@ def test_it_survives_the_meta_device():
         lora.set_scale("default", 1.0)
     lora.load_state_dict(state, assign=True)
     assert torch.equal(lora(x), expected)
+
+
+def two(**options):
+    """A `Chain` in float64 with adapters a and b, and the change of each in what it gives for an input."""
+    torch.manual_seed(0)
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["second"], "init_lora_weights": False}
+    lora = lorafx.compile(Chain().double(), config, adapter_name="a", **options)
+    lora.add_adapter("b", {**config, "r": 1})
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base, changes = lora._lorafx.base(x), {}
+    for name in "ab":
+        lora.set_adapter(name)
+        changes[name] = lora(x) - base
+    return lora, x, base, changes
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_adapters_are_made_active_by_weights(capture, monkeypatch):
+    lora, x, base, changes = two(capture=capture)
+    lora.set_adapter({"a": 1.0, "b": 1.0})
+    lora(x)
+    monkeypatch.setattr("lorafx.serving.graph_builder.trace_part", lambda *a, **k: pytest.fail("captured again"))
+    for a, b in ((0.7, 0.3), (-1.5, 2.0), (0.0, 1.0)):
+        before = [id(program.gm) for program in lora._lorafx.dispatcher]
+        lora.set_adapter({"a": a, "b": b})
+        torch.testing.assert_close(lora(x), base + a * changes["a"] + b * changes["b"], **CLOSE)
+        assert [id(program.gm) for program in lora._lorafx.dispatcher] == before
+    assert lora.active_adapters == ["a", "b"] and lora.get_parameter("second.lora_A.b.weight").requires_grad
+    lora.merge_adapter()
+    with pytest.warns(UserWarning, match="unmerged"):
+        lora.set_adapter({"b": 0.5})
+    torch.testing.assert_close(lora(x), base + 0.5 * changes["b"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"), [({"a": 1.0, "nobody": 1.0}, AdapterError), ({"a": 2.0, "b": float("nan")}, ConfigError)]
+)
+def test_weights_that_are_none_are_refused_and_nothing_changes(weights, error):
+    lora, x, base, changes = two()
+    lora.merge_adapter()
+    with pytest.raises(error):
+        lora.set_adapter(weights)
+    assert lora.active_adapters == lora.merged_adapters == ["b"] and not list(lora.named_buffers())
+    torch.testing.assert_close(lora(x), base + changes["b"], **CLOSE)

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class Ia3Config(AdapterConfig):
-    peft_type: str = "IA3"
+    peft_type: str = "OUTSIDE"
     feedforward_modules: tuple[str, ...] = ()
 
 
@@ -61,7 +61,7 @@ def known():
     """The kind is known during a test alone."""
     kinds.register(Ia3)
     yield
-    del kinds.KINDS["IA3"]
+    del kinds.KINDS["OUTSIDE"]
 
 
 class TwoLinears(nn.Module):

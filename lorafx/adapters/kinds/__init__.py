@@ -12,25 +12,46 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .boft import Boft, BOFTConfig
+from .c3a import C3A, C3AConfig
+from .delora import Delora, DeloraConfig
+from .dora import Dora
+from .fourierft import FourierFT, FourierFTConfig
+from .hira import Hira, HiraConfig
+from .hra import Hra, HRAConfig
+from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
+from .loha import LoHa, LoHaConfig
+from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .miss import Bat, Miss, MissConfig
+from .oft import Oft, OFTConfig
+from .randlora import RandLora, RandLoraConfig
+from .road import Road, RoadConfig
+from .shira import Shira, ShiraConfig
+from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .vera import Vera, VeraConfig
 
-# By PEFT type: the `peft_type` of configs and files.
-KINDS: dict[str, Kind] = {}
+# By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
+KINDS: dict[str, list[Kind]] = {}
 
 
 def register(kind: type[Kind]) -> type[Kind]:
-    """Make a kind known, so that its configs and its files are accepted everywhere; returns the class."""
-    KINDS[defaults_of(kind.config)["peft_type"]] = kind()
+    """Make a kind known, so that its configs and its files are accepted everywhere; returns the class.
+
+    Of kinds with one PEFT type, the latest that `serves` a config has it.
+    """
+    KINDS.setdefault(defaults_of(kind.config)["peft_type"], []).insert(0, kind())
     return kind
 
 
-def kind_of(peft_type: str) -> Kind:
-    """The kind of a PEFT type name; `ConfigError` for one that lorafx does not know."""
-    if peft_type not in KINDS:
-        raise ConfigError(f"peft_type {peft_type!r} is not implemented; lorafx knows {', '.join(KINDS)}")
-    return KINDS[peft_type]
+def kind_of(config: AdapterConfig) -> Kind:
+    """The kind that a config asks for; `ConfigError` for one that lorafx does not know."""
+    known = KINDS.get(config.peft_type, [])
+    if found := next((kind for kind in known if kind.serves(config)), None):
+        return found
+    raise ConfigError(f"peft_type {config.peft_type!r} is not implemented; lorafx knows {', '.join(KINDS)}")
 
 
 def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
@@ -45,9 +66,9 @@ def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
         return config
     named = config.get("peft_type", "LORA") if isinstance(config, Mapping) else getattr(config, "peft_type", "LORA")
     known = KINDS.get(getattr(named, "value", named) if isinstance(named, str) else "")
-    of_kind = known.config if known else AdapterConfig
+    of_kind = known[0].config if known else AdapterConfig
     if known and isinstance(config, Mapping) and "peft_version" not in config:
-        _refuse_unknown(config, known.config)
+        _refuse_unknown(config, of_kind)
     return of_kind.of(config.to_dict() if isinstance(config, AdapterConfig) else config)
 
 
@@ -60,6 +81,36 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-register(Lora)
+for _kind in (
+    *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, TrainableTokens),
+):
+    register(_kind)
 
-__all__ = ["KINDS", "SCALING", "Kind", "LoraConfig", "Operands", "Spec", "config_of", "kind_of", "register"]
+__all__ = [
+    "KINDS",
+    "SCALING",
+    "BOFTConfig",
+    "C3AConfig",
+    "DeloraConfig",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
+    "IA3Config",
+    "Kind",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
+    "Operands",
+    "RandLoraConfig",
+    "RoadConfig",
+    "ShiraConfig",
+    "Spec",
+    "TrainableTokensConfig",
+    "VeraConfig",
+    "config_of",
+    "kind_of",
+    "register",
+]

@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import AdapterConfig
+from ..combining import Combination
+from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
-from ..readings import Operator
+from ..readings import CONV1D, LINEAR, Operator
+from ..readings.reading import names_of
 from ..site import Selection, Site
 
 aten = torch.ops.aten
@@ -28,11 +30,20 @@ SCALING = "scaling"  # the number that multiplies an update; a tensor once it wa
 
 
 class Spec(NamedTuple):
-    """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape."""
+    """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape.
+
+    One that is `fixed` is a buffer, which nothing trains. One that is not `saved` has no place in files: `init` makes
+    it again, from the config, without the weight. It holds floats, unless it has a `dtype` of its own, as row numbers
+    do.
+    """
 
     suffix: str
     shape: tuple[int, ...]
     of_bias: bool = False  # it acts like the module's bias, so it is not for another module that shares the weight
+    as_kept: bool = False  # an equation is given it in its own dtype, and not cast to that of the activations
+    fixed: bool = False
+    saved: bool = True
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,36 @@ class Operands:
         given = self.operator.given(self.operator.wide, {**self.bound, "update_bias": bias})
         return self.operator.wide(h, b, **given)
 
+    def full(self, x: Any, weight: Any) -> Any:
+        """The operator with another weight, and without a bias: of the shape of W, or (out, in) for any matrix."""
+        assert self.operator is not None
+        function = self.operator.full or self.operator.narrow
+        return function(x, weight, **self.operator.given(function, dict(self.bound)))
+
+    def operate(self, x: Any) -> Any:
+        """What the operator gives of another x: of its shape. For a kind that `reads_weight`."""
+        assert self.operator is not None
+        given = dict(self.bound) if self.site.storage.whole else {**self.bound, "weight": self.weight}
+        return self.operator.pattern(**{name: given[name] for name in names_of(self.operator.pattern)} | {"x": x})
+
+    def inputs(self, v: Any) -> Any:
+        """A tensor of one number for each input, (in,), so that x can be multiplied by it."""
+        assert self.operator is not None
+        return self.operator.inputs(v)
+
+    def outputs(self, v: Any) -> Any:
+        """A tensor of one number for each output, (out,), so that the operator's result can be multiplied by it."""
+        assert self.operator is not None
+        return self.operator.outputs(v, **self.operator.given(self.operator.outputs, dict(self.bound), 1))
+
+    def matrix(self, weight: Any) -> Any:
+        """The dense weight as (out, in · kernel), whatever way it is stored."""
+        return aten.t.default(weight) if self.site.reading.transposed else aten.flatten.using_ints(weight, 1)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`: (out, in · kernel) in the shape of the dense weight."""
+        return matrix.t() if self.site.reading.transposed else matrix.reshape(self.site.weight_shape)
+
     def dropout(self, x: Any, p: float) -> Any:
         """x with a share p of it zeroed and the rest divided by 1 - p, in training; not where x holds row numbers."""
         assert self.operator is not None
@@ -89,14 +130,25 @@ class Kind:
 
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
-    order. `reads_weight` says that its equation or its start values need the dense weight.
+    order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
+    `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too.
     """
 
     config: ClassVar[type[AdapterConfig]]
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    starts_from_weight: ClassVar[bool] = False
+    saves_embeddings: ClassVar[bool] = True
 
     # --- what there is -----------------------------------------------------------------------------------------------
+
+    def serves(self, config: Any) -> bool:
+        """Whether this is the kind of a config of its class: kinds may share one, and a field says which is meant."""
+        return True
+
+    def settled(self, config: Any, model_type: str | None) -> Any:
+        """The config with what it leaves to the model's architecture; `ConfigError` where nothing is known of that."""
+        return config
 
     def check(self, site: Site, config: Any) -> None:
         """Raise `ConfigError` if the config cannot be served at this site."""
@@ -107,6 +159,17 @@ class Kind:
 
     def tensors(self, site: Site, config: Any) -> dict[str, Spec]:
         """The suffix and shape of each tensor at a site, by the name that the equation gives it."""
+        raise NotImplementedError
+
+    def shared(self, selection: Selection, config: Any) -> dict[str, Spec]:
+        """Tensors that all sites share: fixed ones, large enough for each. An equation has them like a site's own."""
+        return {}
+
+    def draw(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the tensors that all sites share, in place, with values that follow from the config.
+
+        They are float32, on the CPU.
+        """
         raise NotImplementedError
 
     def numbers(self, site: Site, config: Any) -> dict[str, float]:
@@ -123,9 +186,9 @@ class Kind:
         """Fill the tensors of a site with their start values, in place.
 
         They are float32 or wider, on the CPU or on the meta device; `weight`, the dense base weight for a kind that
-        `reads_weight` or `takes_from_base`, has their dtype and device. Without `rng`, numbers come from torch's global
-        generator. Returns the dense weight that the base has from then on, or None if that stays what it is. A site
-        that takes from the base has tensors where its weight is.
+        `reads_weight`, `starts_from_weight` or `takes_from_base`, has their dtype and device. Without `rng`, numbers
+        come from torch's global generator. Returns the dense weight that the base has from then on, or None if that
+        stays what it is. A site that takes from the base has tensors where its weight is.
         """
         raise NotImplementedError
 
@@ -142,6 +205,41 @@ class Kind:
         """
         raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
 
+    # --- adapters made of others -------------------------------------------------------------------------------------
+
+    def combined_config(self, configs: Sequence[Any], selections: Sequence[Selection], how: Combination) -> Any:
+        """The config, but for its targets, of one adapter made of several, which have these configs and sites.
+
+        Raises `ConfigError` for a kind, or for options, with which adapters cannot be combined.
+        """
+        raise ConfigError(f"adapters of type {defaults_of(self.config)['peft_type']} cannot be combined into one")
+
+    def combined(
+        self,
+        site: Site,
+        config: Any,
+        parts: Sequence[tuple[float, Operands]],
+        how: Combination,
+        rng: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Its tensors at a site, by name, out of those of the adapters that are there, with their weights.
+
+        `config` is that of `combined_config`; the tensors are float32 or wider.
+        """
+        raise NotImplementedError
+
+    def sized(self, config: Any) -> tuple[str, ...]:
+        """The fields of a config that are about ranks and scaling alone, if tensors of zeros are an adapter that does
+        nothing: adapters that differ in these fields share an equation, once the scaling is a tensor.
+        """
+        return ()
+
+    def of_rank(self, config: Any, r: int) -> Any:
+        """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros; of a
+        kind that is `sized`.
+        """
+        raise NotImplementedError
+
     # --- what it computes --------------------------------------------------------------------------------------------
 
     def before(self, x: Any, at: Operands) -> Any:
@@ -156,6 +254,13 @@ class Kind:
         """`after(operator(before(x)), x)` by one operator, on tensors; None where there is none for these.
 
         A graph finds such operators by passes; this is for a call that is served without one, and gives the same bits.
+        """
+        return None
+
+    def by_row(self, y: Any, x: Any, rows: Any, numbers: tuple[int, ...], ats: tuple[Operands, ...]) -> Any | None:
+        """`after` of several adapters of the kind, each for the rows of its number, of symbols or tensors at once.
+
+        `rows` is (rows,), of int64; other rows of y stay. None, which is always right: they are evaluated one by one.
         """
         return None
 
@@ -190,3 +295,12 @@ class Kind:
     def _delta(self, name: str, like: Tensor, at: Operands) -> Tensor:
         delta = self.delta(name, at)
         return (delta.dense() if isinstance(delta, LowRank) else delta).to(like.dtype)
+
+
+def require_linear(site: Site, config: AdapterConfig) -> None:
+    """Raise `ConfigError` for a site that is no linear layer, for kinds that are for these alone."""
+    if site.reading not in (LINEAR, CONV1D):
+        raise ConfigError(
+            f"{site.name} is read by {site.reading}, and {config.peft_type} is for linear layers: narrow "
+            "`target_modules`, or add it to `exclude_modules`"
+        )

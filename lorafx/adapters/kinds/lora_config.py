@@ -17,12 +17,13 @@ _CONFIGS = (
 )
 
 
-def _rank(value: Any) -> bool:
+def is_rank(value: Any) -> bool:
+    """Whether a field's value is a positive int."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_numbers(config: LoraConfig) -> None:
-    require(_rank(config.r), "r", config.r, "a positive int")
+    require(is_rank(config.r), "r", config.r, "a positive int")
     require(is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "a number")
     dropout = config.lora_dropout
     require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
@@ -38,9 +39,10 @@ def _check_flags(config: LoraConfig) -> None:
     require(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
 
 
-def _check_patterns(config: LoraConfig) -> None:
+def check_patterns(config: Any) -> None:
+    """Raise `ConfigError` for a `rank_pattern` or `alpha_pattern` that is none."""
     for name, valid, expected in (
-        ("rank_pattern", _rank, "a dict of module names to positive ints"),
+        ("rank_pattern", is_rank, "a dict of module names to positive ints"),
         ("alpha_pattern", is_number, "a dict of module names to numbers"),
     ):
         value = getattr(config, name)
@@ -63,7 +65,7 @@ def _check_not_implemented(config: LoraConfig) -> None:
             value = getattr(config, name)
             # In PEFT's files an empty list, too, means that a field is not set.
             require(value is None or value in ([], ()) or fits(value), name, value, expected)
-    require(_rank(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
+    require(is_rank(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
     tied = config.ensure_weight_tying
     require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
 
@@ -77,7 +79,7 @@ def _check_loftq(config: LoraConfig) -> None:
     known = given.keys() <= {"loftq_bits", "loftq_iter"}
     require(known, "loftq_config", given, 'a dict of "loftq_bits" and "loftq_iter"')
     require(given.get("loftq_bits", 4) in (4, 8), "loftq_bits", given.get("loftq_bits"), "4 or 8, as in PEFT 0.21")
-    require(_rank(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
+    require(is_rank(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -125,6 +127,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    use_dora: bool = False
     loftq_config: Any = field(default_factory=dict)
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
@@ -133,7 +136,6 @@ class LoraConfig(AdapterConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: bool = False
     velora_config: Any = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
@@ -146,7 +148,7 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    checks = _check_numbers, _check_flags, _check_patterns, _check_not_implemented, _check_loftq
+    checks = _check_numbers, _check_flags, check_patterns, _check_not_implemented, _check_loftq
     null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
@@ -176,7 +178,6 @@ NOT_YET = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",

@@ -38,7 +38,13 @@ def convolution(op: Any, function: Any, padded: type, dims: int) -> Operator:
         ]
         return (input, weight, bias, *numbers, groups) if isinstance(padding, str) == (padded is str) else None
 
-    return Operator(conv, narrow, wide, calls=((function, called),))
+    def full(x, w, stride, padding, dilation, groups):
+        return op(x, w, None, stride, padding, dilation, groups)
+
+    def channels(v):
+        return aten.view.default(v, [-1, *ones])
+
+    return Operator(conv, narrow, wide, full=full, inputs=channels, outputs=channels, calls=((function, called),))
 
 
 @dataclass(frozen=True, repr=False)

@@ -45,6 +45,16 @@ def wide_of_rows(h, b, update_bias, start, end):
     return aten.linear.default(h, aten.slice.Tensor(b, 0, start, end), update_bias)
 
 
+def full_of_rows(x, w, start, end):
+    """(…, in), (out, in) -> (…, end - start)"""
+    return aten.linear.default(x, aten.slice.Tensor(w, 0, start, end))
+
+
+def outputs_of_rows(v, start, end):
+    """(out,) -> (end - start,)"""
+    return aten.slice.Tensor(v, 0, start, end)
+
+
 def addmm(x, weight, bias):
     """(tokens, in), (in, out) -> (tokens, out)"""
     return aten.addmm.default(bias, x, weight)
@@ -56,7 +66,7 @@ def called_addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
 
 OPERATORS = (
     Operator(linear, narrow, wide, calls=((F.linear, called_linear), (nn.Linear.forward, forward_of_linear))),
-    Operator(linear_of_rows, narrow, wide_of_rows),
+    Operator(linear_of_rows, narrow, wide_of_rows, full=full_of_rows, outputs=outputs_of_rows),
 )
 LINEAR = Reading("linear", (nn.Linear,), OPERATORS)
 ADDMM = Operator(addmm, narrow, wide, transposed=True, calls=((torch.addmm, called_addmm),))

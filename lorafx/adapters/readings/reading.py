@@ -27,6 +27,11 @@ def matrix_features(shape: Shape, transposed: bool) -> tuple[int, int]:
     return (rows, columns) if transposed else (columns, rows)
 
 
+def _last(v: Any) -> Any:
+    """Features are the last dimension."""
+    return v
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator that reads a weight.
@@ -36,6 +41,12 @@ class Operator:
     B of an update, with arguments in this order. They may have further ones: `wide` one named `update_bias`, which is
     an adapter's bias or None, and both any of the pattern's (`stride`, `start`), with the same values. `transposed`
     says that the weight is stored (in, out), `lookup` that x holds row numbers instead of features.
+
+    `full(x, w)` is the operator with another weight of the same shape, (out, in) for any matrix, and no bias, if that
+    is not what `narrow` does; it may have further arguments as `narrow` has.
+
+    `inputs(v)` and `outputs(v)` give a tensor of one number for each input or output, (in,) or (out,), the shape in
+    which x or the result can be multiplied by it; the latter may have further arguments as `wide` has.
 
     `calls` are torch functions that are this operator, each with a function of the same arguments that gives the
     pattern's, in order, or None where with these arguments it is something else. Where such a function is called, the
@@ -48,11 +59,14 @@ class Operator:
     wide: Callable[..., Any]
     transposed: bool = False
     lookup: bool = False
+    full: Callable[..., Any] | None = None
+    inputs: Callable[..., Any] = _last
+    outputs: Callable[..., Any] = _last
     calls: tuple[tuple[Callable[..., Any], Arguments], ...] = ()
 
-    def given(self, function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
-        """The values in `bound` of the arguments that `narrow` or `wide` has after its first two."""
-        return {name: bound[name] for name in names_of(function)[2:] if name in bound}
+    def given(self, function: Callable[..., Any], bound: dict[str, Any], own: int = 2) -> dict[str, Any]:
+        """The values in `bound` of the arguments that one of these functions has after its `own`."""
+        return {name: bound[name] for name in names_of(function)[own:] if name in bound}
 
 
 @functools.cache  # of functions, whose arguments stay what they are

@@ -1,55 +1,79 @@
-"""The command line: chooses cases and contestants, runs them, and writes the results."""
+"""`lorafx bench`: chooses cases and contestants, runs them, and writes the results."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import transformers
+import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 import lorafx
 
+from ..bench.cases import QUICK, SMOKE, Case, of_device
+from ..bench.contestants import MAKERS, Maker, of_case
+from ..bench.contestants import without as of_without
+from ..bench.record import Result, environment, write_json
+from ..bench.report import BARS, bars, draw, markdown
+from ..bench.run import run as run_case
 from ..errors import PipelineError
 from ..tables import table
 from ..torch_private.compilers import dynamo
-from .cases import QUICK, SMOKE, Case, of_device
-from .contestants import MAKERS, Maker, of_case, without
-from .record import Result, environment, write_json
-from .report import BARS, bars, draw, markdown
-from .run import run as run_case
 
 
 class Unknown(Exception):
     """A name or pattern that matches nothing."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--list", action="store_true", help="print the cases of the device, and who runs them")
-    parser.add_argument("--quick-gpu", action="store_true", help="what matters most on a GPU, in about four minutes")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="names or patterns; default: all but smoke*")
-    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="names or patterns; default: the case's own")
-    parser.add_argument("--without", default="", metavar="PASS[,PASS]", help="add lorafx, eager, without each of these")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--packages", default="", help="a folder that only contestants in an own process import from")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of bench.json, bench.md, bench.png")
+@dataclass(frozen=True)
+class Asked:
+    """What a run of the bench was asked for: the options of `bench`, names and patterns as tuples."""
+
+    device: str
+    cases: tuple[str, ...]
+    contestants: tuple[str, ...]
+    without: tuple[str, ...]
+    quick_gpu: bool
+    list: bool
+    rounds: int
+    packages: str
+    out: Path
 
 
-def main(asked: argparse.Namespace) -> int:
-    """Exit status. 0: done. 1: a contestant's outputs or gradients are wrong. 2: a name that matches nothing."""
+def bench(
+    cases: Annotated[list[str] | None, typer.Argument(help="names or patterns; default: all but smoke*")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    only_list: Annotated[bool, typer.Option("--list", help="print the device's cases, and who runs them")] = False,
+    quick_gpu: Annotated[bool, typer.Option(help="what matters most on a GPU, in about four minutes")] = False,
+    contestants: Annotated[str, typer.Option(help="names or patterns, with commas; default: the case's own")] = "",
+    without: Annotated[str, typer.Option(help="passes, with commas: add lorafx, eager, without each of these")] = "",
+    rounds: Annotated[int, typer.Option()] = 12,
+    packages: Annotated[str, typer.Option(help="a folder that only contestants in an own process import from")] = "",
+    out: Annotated[Path, typer.Option(help="folder of bench.json, bench.md, bench.png")] = Path("out/bench"),
+) -> int:
+    """Measure lorafx next to the frozen base and to other libraries.
+
+    Exit status. 0: done. 1: a contestant's outputs or gradients are wrong. 2: a name that matches nothing.
+    Example: lorafx bench train-fp32 'decode*' --contestants base,peft,lorafx
+    """
+    names, left_out = (tuple(filter(None, text.split(","))) for text in (contestants, without))
+    return _bench(Asked(device, tuple(cases or ()), names, left_out, quick_gpu, only_list, rounds, packages, out))
+
+
+def _bench(asked: Asked) -> int:
     try:
         cases = _cases(asked)
-        extra = dict(map(without, filter(None, asked.without.split(","))))
+        extra = dict(map(of_without, asked.without))
         plans = [(case, _names(case, asked.contestants, tuple(extra))) for case in cases]
     except (Unknown, PipelineError) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -70,7 +94,7 @@ def main(asked: argparse.Namespace) -> int:
     return int(bool(off))
 
 
-def _cases(asked: argparse.Namespace) -> list[Case]:
+def _cases(asked: Asked) -> list[Case]:
     usual = QUICK if asked.quick_gpu else of_device(asked.device)
     known = {case.name: case for case in usual + SMOKE}
     if not asked.cases:
@@ -78,13 +102,13 @@ def _cases(asked: argparse.Namespace) -> list[Case]:
     return [known[name] for name in _matching(known, asked.cases, "case")]
 
 
-def _names(case: Case, patterns: list[str] | None, extra: tuple[str, ...]) -> list[str]:
+def _names(case: Case, patterns: Sequence[str], extra: tuple[str, ...]) -> list[str]:
     """Who runs a case: its own contestants or those asked for, and the `extra` ones that leave out a pass."""
     own = replace(case, contestants=tuple(_matching(MAKERS, patterns, "contestant"))) if patterns else case
     return of_case(own, () if case.decode and not patterns else extra)
 
 
-def _matching(known: Iterable[str], patterns: list[str], what: str) -> list[str]:
+def _matching(known: Iterable[str], patterns: Sequence[str], what: str) -> list[str]:
     found: dict[str, None] = {}
     for pattern in patterns:
         names = matching(known, pattern)
@@ -94,7 +118,7 @@ def _matching(known: Iterable[str], patterns: list[str], what: str) -> list[str]
     return list(found)
 
 
-def _run(plans: list[tuple[Case, list[str]]], makers: dict[str, Maker], asked: argparse.Namespace) -> list[Result]:
+def _run(plans: list[tuple[Case, list[str]]], makers: dict[str, Maker], asked: Asked) -> list[Result]:
     results = []
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -115,7 +139,7 @@ def _tell(progress: Progress, task: TaskID, title: str, now: str) -> None:
         print(f"{progress.tasks[task].elapsed or 0.0:6.1f} s  {title}: {now}", file=sys.stderr, flush=True)
 
 
-def _write(results: list[Result], asked: argparse.Namespace) -> None:
+def _write(results: list[Result], asked: Asked) -> None:
     """Write all results so far; called after each case, so that a run that is cut short leaves something."""
     asked.out.mkdir(parents=True, exist_ok=True)
     where = environment(asked.device) | {"lorafx": lorafx.__version__}

@@ -1,0 +1,112 @@
+"""`lorafx check`: whether lorafx computes with this model and adapter what their formulas say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import testing
+from ..errors import LorafxError
+from ..model.adaptation import of
+from ..model.adapted_model import AdaptedModel
+from ..tables import table
+from .adapted import adapted, base_of, example_call, is_config
+from .refusals import refusing
+
+# Batch and length of the calls that are compared: sizes of one and others, in turn, of one graph or several.
+_SIZES = ((2, 9), (3, 7), (1, 9), (2, 1))
+
+
+@refusing
+def check(
+    base: Annotated[str, typer.Argument(help="folder or Hub id of the base model")],
+    adapter: Annotated[str, typer.Argument(help="folder or Hub id of an adapter, or a config's JSON file")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Check a model and an adapter: base against graph, graph against the model's own Python, merging, saving.
+
+    Exit status 0 if all of it holds, else 1. Inputs are random, tolerances are derived from the dtypes, and a config's
+    adapter has random values. There are three copies of the model in memory.
+
+    Example: lorafx check base/ adapter/
+    """
+    torch.manual_seed(0)
+    subject = Subject(base_of(base).eval(), adapter)
+    results = [(name, _verdict(test)) for name, test in subject.tests()]
+    if as_json:
+        print(json.dumps([{"check": name, "holds": not fault, "fault": fault} for name, fault in results], indent=2))
+    else:
+        rows = [(name, fault or "holds") for name, fault in results]
+        print(table(f"{base} with {adapter}", ("check", "verdict"), rows))
+        print(of(subject.lora).explain())
+    return int(any(fault for _, fault in results))
+
+
+def _verdict(test: Callable[[], object]) -> str:
+    """What is wrong, or nothing."""
+    try:
+        test()
+    except (AssertionError, LorafxError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
+class Subject:
+    """A base, the same with the adapter, and calls of both."""
+
+    def __init__(self, plain: PreTrainedModel, adapter: str) -> None:
+        self.plain, self.adapter = plain, adapter
+        self.lora = self._adapted(backend="eager")  # named, so that graphs come with the first calls
+        self.calls = [example_call(plain, *size) for size in _SIZES]
+
+    def _adapted(self, **options: Any) -> AdaptedModel:
+        lora = adapted(copy.deepcopy(self.plain), self.adapter, **options).eval()
+        if is_config(self.adapter):
+            testing.randomize(lora)
+        return lora
+
+    def _outputs(self, model: nn.Module) -> list[Any]:
+        return [model(**call) for call in self.calls]
+
+    def tests(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """What is checked, in words, with the function that raises where it does not hold."""
+        yield "every call has a graph of the whole", self._have_graphs
+        yield "switched off, the adapter leaves the base's outputs", self._is_the_base_when_off
+        yield "by the model's own Python, site by site, outputs are the same", self._is_the_same_by_sites
+        yield "merged, outputs are the same", partial(testing.assert_merged_equals_unmerged, self.lora, self._outputs)
+        yield "unmerging gives back every bit", partial(testing.assert_merge_is_exact, self.lora)
+        yield "a plain model with W + ΔW for weights gives the same", self._is_the_plain_model_of_the_formula
+        yield "saved and loaded, it is the same", self._is_the_same_when_loaded
+
+    @torch.no_grad()
+    def _have_graphs(self) -> None:
+        for call in self.calls:
+            of(self.lora).graph(**call)
+
+    @torch.no_grad()
+    def _is_the_base_when_off(self) -> None:
+        with of(self.lora).disable_adapter():
+            limits = testing.tolerance(self.lora, self._outputs)
+            testing.assert_close(self._outputs(self.lora), self._outputs(self.plain), limits)
+
+    @torch.no_grad()
+    def _is_the_same_by_sites(self) -> None:
+        limits = [2 * each for each in testing.tolerance(self.lora, self._outputs)]
+        testing.assert_close(self._outputs(self.lora), self._outputs(self._adapted(capture="sites")), limits)
+
+    def _is_the_plain_model_of_the_formula(self) -> None:
+        testing.assert_unloaded_equals_unmerged(self._adapted(backend="eager"), self._outputs)
+
+    def _is_the_same_when_loaded(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            testing.assert_roundtrip(self.lora, Path(folder))

@@ -1,0 +1,124 @@
+"""Rows: a call in which each row of the batch has its own adapter, `adapter_names=["a", "b", "__base__"]`.
+
+Here names become numbers. A graph has all adapters that rows may choose, and the numbers are a tensor that it is given,
+so that other rows are other numbers and no other graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.by_row import ROWS, first_tensor
+from ..errors import AdapterError
+from ..pipeline import Context
+from ..serving.choosing import Choice, choosing
+from ..tree.mirror import STATE
+from .state import State
+
+NAMES = "adapter_names"  # PEFT's keyword of a call
+BASE = "__base__"  # PEFT's name for no adapter
+_FEW = 16  # so many adapters are in every graph with rows, also more if there are as many rows
+
+
+def chosen(state: State, names: Any, repeats: bool = False) -> Choice:
+    """What rows choose by these names. Raises `AdapterError` for a name that is not there, or cannot be chosen so."""
+    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+        raise AdapterError(f"{NAMES} is a list with the name of an adapter for each row of the batch, not {names!r}")
+    choice = Choice(state, tuple(None if name == BASE else name for name in names), repeats)
+    wanted = _wanted(choice)
+    if missing := [name for name in wanted if name not in state.adapters]:
+        known = ", ".join(map(repr, (*state.adapters, BASE)))
+        raise AdapterError(f"{NAMES}: there is no adapter {', '.join(map(repr, missing))}; rows can choose {known}")
+    if state.ledger.names:
+        raise AdapterError(
+            f"{', '.join(map(repr, state.ledger.names))} merged into the weights, which all rows share; call "
+            f"`unmerge_adapter()` before a call with {NAMES}"
+        )
+    whole = [name for name in wanted if state.adapters[name].replaced]
+    if whole and len(set(choice.names)) > 1:
+        base = next(iter(state.adapters[whole[0]].replaced))
+        raise AdapterError(
+            f"{NAMES}: {whole[0]!r} has a {base} of its own (`modules_to_save` or `bias`), and rows of "
+            "other adapters have not; give its rows a call of their own"
+        )
+    return choice
+
+
+def _wanted(choice: Choice) -> list[str]:
+    return list(dict.fromkeys(name for name in choice.names if name is not None))
+
+
+def as_chosen(
+    tree: nn.Module, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Context, dict[str, Any]]:
+    """What acts in a call of which each row has chosen, and the arguments by name with the rows' numbers among them."""
+    state: State = choice.state
+    first = first_tensor((*args, *kwargs.values()))
+    repeats = _repeats(choice, first)
+    wanted = _wanted(choice)
+    if state.disabled or not state.adapters:
+        return state.context, kwargs
+    if any(state.adapters[name].replaced for name in wanted):  # then all rows have the same
+        return Context((state.adapters[wanted[0]],)), kwargs
+    adapters = {name: each for name, each in state.adapters.items() if not each.replaced}
+    if len(adapters) > max(_FEW, len(choice.names)):
+        adapters = {name: adapters[name] for name in adapters if name in wanted}
+    numbers = {name: number for number, name in enumerate(adapters, 1)}
+    chosen = [numbers.get(name, 0) for name in choice.names for _ in range(repeats)]  # type: ignore[arg-type]
+    assert first is not None, "it has as many rows as there are names"
+    rows = torch.tensor(chosen, dtype=torch.int64, device=first.device)
+    return Context(tuple(adapters.values()), numbers=tuple(numbers.values())), kwargs | {ROWS: rows}
+
+
+def _repeats(choice: Choice, first: Tensor | None) -> int:
+    """How often each row that has chosen comes in a batch. Raises `AdapterError` if names and rows do not fit."""
+    names, rows = len(choice.names), 0 if first is None else first.shape[0]
+    if names and rows and (rows == names or (choice.repeats and rows % names == 0)):
+        return rows // names
+    raise AdapterError(f"{NAMES} has {names} names, and the batch has {rows} rows: name an adapter for each")
+
+
+def means_rows(parameters: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call says what rows choose, to a model whose forward means nothing else by that name."""
+    return NAMES in kwargs and NAMES not in parameters
+
+
+def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's method `generate`, all of whose calls have for each row the adapter that it is given for it."""
+
+    @functools.wraps(generate)
+    def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not means_rows(inspect.signature(type(self).forward).parameters, kwargs):
+            return generate(self, *args, **kwargs)
+        names = kwargs.pop(NAMES)
+        if names is None:
+            return generate(self, *args, **kwargs)
+        choice, prompts = chosen(vars(self)[STATE], names, repeats=True), first_tensor((*args, *kwargs.values()))
+        if prompts is not None:  # before beams make several rows of each
+            _repeats(replace(choice, repeats=False), prompts)
+        with choosing(choice):
+            return generate(self, *args, **kwargs)
+
+    return with_rows
+
+
+def loss_by_adapter(losses: Tensor, adapter_names: Sequence[str]) -> dict[str, Tensor]:
+    """The mean loss of each adapter's rows, by name: what the adapter would have as its loss if it were alone.
+
+    `losses` are (rows,), one a row, and `adapter_names` what the call was given. The sum of the result trains each
+    adapter as it would be trained alone. Rows of the base alone are left out. Raises `AdapterError` if there are not as
+    many names as rows.
+    """
+    if losses.ndim != 1 or len(losses) != len(adapter_names):
+        raise AdapterError(f"{len(adapter_names)} names and losses of shape {tuple(losses.shape)}: there is one a row")
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return {name: losses[own].mean() for name, own in rows.items() if name != BASE}

@@ -1,0 +1,78 @@
+"""Choosing: each row of a call has its own adapter, and so has all that runs within the call.
+
+Names are chosen for a call, or for all calls that `generate` makes. Which numbers they are is decided where a call is
+served. What runs again later, as a checkpointed layer in backward, runs with what was chosen when it ran first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..adapters.by_row import first_tensor
+from .call_key import Call
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of each row's adapter, None for the base alone, for calls of one model, told by its state.
+
+    With `repeats`, a batch may have each row several times in succession, as beams are.
+    """
+
+    state: Any
+    names: tuple[str | None, ...]
+    repeats: bool = False
+
+
+class _Now(threading.local):
+    choice: Choice | None = None
+
+
+_NOW = _Now()
+
+
+def chosen_for(state: Any) -> Choice | None:
+    """What is chosen in this thread for calls of the model that has this state."""
+    choice = _NOW.choice
+    return choice if choice is not None and choice.state is state else None
+
+
+@contextlib.contextmanager
+def choosing(choice: Choice) -> Iterator[None]:
+    """Have calls inside run with a choice."""
+    outer, _NOW.choice = _NOW.choice, choice
+    try:
+        yield
+    finally:
+        _NOW.choice = outer
+
+
+def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs with what is chosen now, whenever it runs."""
+    choice = _NOW.choice
+    if choice is None:
+        return function
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with choosing(choice):
+            return function(*args, **kwargs)
+
+    return again
+
+
+def has_one_token(call: Call) -> bool:
+    """Whether each row of a call is one row of features, or one number."""
+    first = first_tensor(call.named.values()) if call.context.numbers else None
+    if first is None or first.ndim > 2:
+        return False
+    return first.ndim < 2 or first.is_floating_point() or first.shape[1] == 1
+
+
+def may_be_turned(call: Call) -> bool:
+    """Whether rows come second perhaps, for as many come first. A graph tells them apart."""
+    first = first_tensor(call.named.values())
+    return first is None or (first.ndim > 1 and first.shape[0] == first.shape[1] > 1)

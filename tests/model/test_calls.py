@@ -1,0 +1,151 @@
+"""Calls: whichever forward a module has by now, and whatever somebody has put around it, runs with the adapters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lorafx
+from lorafx.serving import early_calls
+
+CONFIG = {"r": 2, "target_modules": ["lin"], "init_lora_weights": False}
+
+
+class Ways(nn.Module):
+    """(…, 4) -> (…, 5): lin(x) times 1, 2 or 3, by the forward that is chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.lin(x)
+
+    def twice(self, x):
+        return self.lin(x) * 2
+
+    def thrice(self, x):
+        return self.lin(x) * 3
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def negated(forward):
+    return lambda x: -forward(x)
+
+
+@pytest.fixture(params=["auto", "graph", "sites", "early"])
+def capture(request, monkeypatch):
+    """Each way to be served; "early" is "auto" before there is a graph."""
+    monkeypatch.setattr(early_calls, "REPEATS", 100 if request.param == "early" else 0)
+    return request.param.replace("early", "auto")
+
+
+def factors(model, lin, *sizes):
+    """By what the model's result is a multiple of the adapted layer's, for inputs of some sizes: each its own graph."""
+    found = []
+    for size in sizes:
+        x = torch.randn(*size, 4)
+        with torch.no_grad():
+            ratio = model(x) / lin(x)
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=1e-4)
+        found.append(round(float(ratio.mean()), 3))
+    return found
+
+
+def test_a_root_that_takes_another_forward_and_is_wrapped(capture):
+    lora = lorafx.compile(Ways(), CONFIG, capture=capture)
+    assert factors(lora, lora.lin, (2,)) == [1]
+    lora.forward = lora.twice
+    assert factors(lora, lora.lin, (2,)) == [2]
+    lora.forward = lora.thrice
+    assert factors(lora, lora.lin, (2,)) == [3]
+    lora.forward = negated(lora.forward)
+    assert factors(lora, lora.lin, (2,), (1,), (3, 2)) == [-3, -3, -3]
+    del lora.forward
+    assert factors(lora, lora.lin, (2,), (1, 2)) == [1, 1]
+
+
+def test_a_root_whose_forward_was_replaced_before_and_is_wrapped(capture):
+    base = Ways()
+    base.forward = base.thrice  # as libraries do that patch models
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    whole = lora.forward
+    lora.forward = negated(whole)  # as accelerate does for mixed precision
+    assert factors(lora, lora.lin, (2,), (1,)) == [-3, -3]
+    assert factors(copy.deepcopy(lora), lora.lin, (2,)) == [-3]
+    lora.forward = whole
+    assert factors(lora, lora.lin, (2,), (1, 2)) == [3, 3]
+
+
+def test_a_part_whose_forward_was_replaced_before_and_is_wrapped(capture):
+    base = Outer(Ways())
+    base.inner.forward = base.inner.thrice
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    part = lora.inner.forward
+    lora.inner.forward = negated(part)
+    for model in (lora, lora.inner):
+        assert factors(model, lora.inner.lin, (2,), (1,)) == [-3, -3]
+    lora.inner.forward = part
+    for model in (lora, lora.inner):
+        assert factors(model, lora.inner.lin, (2,), (1, 2)) == [3, 3]
+
+
+def test_what_a_replaced_forward_closes_over_is_watched(capture):
+    settings, base = {"factor": 2.0}, Outer(Ways())
+    lin = base.inner.lin
+    base.inner.forward = lambda x: lin(x) * settings["factor"]
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    assert factors(lora, lora.inner.lin, (2,)) == [2]
+    settings["factor"] = 5.0
+    assert factors(lora, lora.inner.lin, (2,)) == [5] and factors(lora.inner, lora.inner.lin, (2,)) == [5]
+
+
+def test_a_base_that_is_called_in_its_own_way(capture):
+    class Doubling(Ways):
+        def __call__(self, x):
+            return super().__call__(2 * x)
+
+    base = Doubling()
+    nn.init.zeros_(base.lin.bias)
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    assert factors(lora, lora.lin, (2,), (3, 1)) == [2, 2]
+
+
+def test_a_base_that_is_a_graph_module(capture, tmp_path):
+    base = fx.symbolic_trace(Ways())
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    x = torch.randn(3, 4)
+    expected = lora(x).detach()
+    assert not torch.allclose(expected, base(x))
+    lora(x).sum().backward()
+    assert lora.lin.lora_B.default.weight.grad.any()
+    lora.save_pretrained(tmp_path)
+    for other in (lorafx.load(copy.deepcopy(base), tmp_path, capture=capture), copy.deepcopy(lora)):
+        torch.testing.assert_close(other(x), expected)
+    torch.testing.assert_close(lora.merge_and_unload()(x), expected)
+
+
+def test_weights_that_torch_func_puts_in_place(capture):
+    lora = lorafx.compile(Ways(), CONFIG, capture=capture)
+    x, weight = torch.randn(3, 4), lora.lin.weight.detach().clone()
+
+    def called(weight):
+        return torch.func.functional_call(lora, {"lin.weight": weight}, (x,))
+
+    base = nn.functional.linear(x, weight, lora.lin.bias)
+    update = (lora(x) - base).detach()
+    many = torch.vmap(called)(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(many[1], (2 * base - lora.lin.bias + update).detach())
+    gradient = torch.func.grad(lambda weight: called(weight).sum())(weight)
+    torch.testing.assert_close(gradient, x.sum(0).expand(5, 4))
