@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import detach
-from ..tree.lookup import find_tensor, module_at, tensor_at
+from ..tree.lookup import find_tensors, module_at, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -116,14 +116,15 @@ class Adapter:
         """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
         sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
         owners = sites | {copy: base for base, copy in self.replaced.items()}
-        if lost := dict.fromkeys(owner for path, owner in owners.items() if find_tensor(root, path) is None):
+        if lost := dict.fromkeys(o for o, tensor in zip(owners.values(), find_tensors(root, owners)) if tensor is None):
             raise AdapterError(
                 f"{', '.join(lost)}: replaced or taken away since the adapter {self.name!r} was put there, and its "
                 "tensors with them; delete the adapter, or change the model before adapting it"
             )
         shapes = {site.weight: site.weight_shape for site in self.selection if site.storage == DENSE}
         shapes |= {base: tuple(tensor_at(root, copy).shape) for base, copy in self.replaced.items()}
-        if resized := [path for path, shape in shapes.items() if _is_resized(find_tensor(root, path), shape)]:
+        found = zip(shapes.items(), find_tensors(root, shapes))
+        if resized := [path for (path, shape), tensor in found if _is_resized(tensor, shape)]:
             raise AdapterError(
                 f"{', '.join(resized)}: of another size than when the adapter {self.name!r} was put there, as after "
                 "`resize_token_embeddings`; delete the adapter, or resize the model before adapting it"
