@@ -26,6 +26,7 @@ from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .lora_with_tokens import LoraWithTokens
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
@@ -84,7 +85,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 for _kind in (
     *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens),
 ):
     register(_kind)
 
