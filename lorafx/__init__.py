@@ -1,13 +1,22 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.boft import BOFTConfig
+from .adapters.kinds.c3a import C3AConfig
 from .adapters.kinds.delora import DeloraConfig
+from .adapters.kinds.fourierft import FourierFTConfig
+from .adapters.kinds.hira import HiraConfig
+from .adapters.kinds.hra import HRAConfig
 from .adapters.kinds.ia3 import IA3Config
 from .adapters.kinds.loha import LoHaConfig
 from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
+from .adapters.kinds.miss import MissConfig
+from .adapters.kinds.oft import OFTConfig
 from .adapters.kinds.randlora import RandLoraConfig
+from .adapters.kinds.road import RoadConfig
 from .adapters.kinds.shira import ShiraConfig
+from .adapters.kinds.trainable_tokens import TrainableTokensConfig
 from .adapters.kinds.vera import VeraConfig
 from .adapters.site import Selection, Site
 from .api import compile, load
@@ -51,13 +60,20 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "AdaptedModel",
+    "BOFTConfig",
+    "C3AConfig",
     "Context",
     "DeloraConfig",
     "FastLanguageModel",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
     "Pass",
     "PeftConfig",
     "PeftMixedModel",
@@ -70,10 +86,12 @@ __all__ = [
     "PeftModelForTokenClassification",
     "Pipeline",
     "RandLoraConfig",
+    "RoadConfig",
     "Selection",
     "ShiraConfig",
     "Site",
     "TaskType",
+    "TrainableTokensConfig",
     "VeraConfig",
     "compile",
     "create_lorafa_optimizer",

@@ -35,10 +35,14 @@ INSIDE = {
             "deferral",
             "dropout",
             "own_forward",
+            "own_weight",
             "linear",
+            "fourier_linear",
+            "circulant_linear",
             "attention",
         ),
-        *("rms_norm", "rotary", "row_norms", "lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
+        *("rms_norm", "rotary", "row_norms", "orthogonal"),
+        *("lora_linear", "lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
@@ -69,7 +73,7 @@ INSIDE = {
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use"),
+        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [

@@ -254,14 +254,14 @@ def _require_numbers(root: nn.Module, selection: Selection) -> None:
 
 
 def _require_weights(kind: Kind, selection: Selection, config: AdapterConfig) -> None:
-    """Raise `ConfigError` for a kind that needs the base's weight where that cannot be read."""
-    for site in selection:
-        if (kind.reads_weight and site.storage.whole) or (kind.starts_from_weight and not site.storage.readable):
-            raise ConfigError(
-                f"{config.peft_type} computes with the base's weight, and that of {site.name} (stored as "
-                f"{site.storage}) cannot be read {'in a graph' if kind.reads_weight else 'here'}; leave it out, or "
-                "load the base unquantised"
-            )
+    """Raise `ConfigError` for a kind that needs the base's weight where nobody but the module can read it."""
+    needed = kind.reads_weight or kind.starts_from_weight
+    hidden = [site for site in selection if needed and not site.storage.readable]
+    if hidden:
+        raise ConfigError(
+            f"{config.peft_type} computes with the base's weight, and that of {hidden[0].name} (stored as "
+            f"{hidden[0].storage}) cannot be read by anyone but the layer; leave it out, or load the base unquantised"
+        )
 
 
 def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:

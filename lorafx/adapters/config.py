@@ -51,6 +51,8 @@ class AdapterConfig:
     absent: ClassVar[tuple[str, ...]] = ()
     # `target_modules` that stand for None, by the model's type.
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
+    # Whether None for `target_modules` means the model's input embedding.
+    for_embeddings: ClassVar[bool] = False
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
 

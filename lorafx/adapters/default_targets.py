@@ -56,3 +56,8 @@ _FEEDFORWARD |= {"down_proj", "w2"}
 IA3_FEEDFORWARD = {
     model_type: tuple(name for name in targets if name in _FEEDFORWARD) for model_type, targets in IA3_TARGETS.items()
 }
+
+VERA_TARGETS = DEFAULT_TARGETS | {"phi": ("q_proj", "v_proj")}
+SHIRA_TARGETS = VERA_TARGETS
+FOURIERFT_TARGETS = DEFAULT_TARGETS | _by_type({"gpt2 gpt_bigcode": ("mlp.c_proj",)})
+C3A_TARGETS = FOURIERFT_TARGETS

@@ -180,9 +180,7 @@ class Equation:
         numbers: dict[str, Any] = self.numbers
         if scaling is not None:  # a copy, so that the scale may change between forward and backward
             numbers = numbers | {SCALING: aten.clone.default(scaling)}
-        weight = None
-        if kind.reads_weight:
-            weight = storage.expression(**{name: bound[name] for name in names_of(storage.expression)})
+        weight = storage.read(self.site.weight_shape, bound) if kind.reads_weight else None
         return Operands(self.site, config, tensors, numbers, self.operator, bound, self.training, weight)
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 
 from ..errors import ConfigError, SelectionError
-from ..tree.lookup import tensor_at
+from ..tree.lookup import given_by, tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig
 from .readings import CONV1D, LINEAR, READINGS, Reading
@@ -44,9 +44,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
 
 
 def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]:
-    """`target_modules`, or PEFT's default for the model's architecture; `ConfigError` if there is none."""
+    """`target_modules`, or PEFT's default for the model or its architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:
         return config.target_modules  # type: ignore[return-value]
+    embedding = given_by(model, "get_input_embeddings") if config.for_embeddings else None
+    if embedding is not None:
+        return (next(name for name, module in model.named_modules() if module is embedding),)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type not in config.default_targets:
         raise ConfigError(

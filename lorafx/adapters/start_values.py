@@ -18,17 +18,25 @@ Rests = dict[Site, dict[str, Tensor]]
 
 
 def start_values(
-    root: nn.Module, kind: Kind, config: AdapterConfig, site: Site, rng: torch.Generator | None, device: str
+    root: nn.Module,
+    kind: Kind,
+    config: AdapterConfig,
+    site: Site,
+    rng: torch.Generator | None,
+    device: str,
+    *,
+    from_weight: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The kind's start values for a kind of device, by suffix; and the tensors that keep what is left of the weight.
 
-    There are none of the latter for a kind that takes nothing out of it. Raises `AdapterError` if it should be taken
+    There are none of the latter for a kind that takes nothing out of it. Without `from_weight` the kind is not given
+    the weight, for tensors that do not depend on it. Raises `AdapterError` if it should be taken
     from a weight without values.
     """
     takes = kind.takes_from_base(site, config)
     where = torch.device("meta" if device == "meta" else "cpu")  # the same random numbers, whatever the device
     weight, stored, dtype = None, {}, torch.float32
-    if takes or kind.reads_weight or kind.starts_from_weight:
+    if from_weight and (takes or kind.reads_weight or kind.starts_from_weight):
         stored = site.storage.stored(root.get_submodule(site.module), site.parameter)
         weight = site.storage.dense(stored).detach()
         if weight.is_meta and (takes or where.type != "meta"):
@@ -61,6 +69,7 @@ def completed(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -
     for site in adapter.selection:
         lacking = [spec for spec in adapter.kind.tensors(site, adapter.config).values() if not spec.saved]
         if lacking:
-            start, _ = start_values(root, adapter.kind, adapter.config, site, torch.Generator(), "cpu")
+            rng, config = torch.Generator(), adapter.config
+            start, _ = start_values(root, adapter.kind, config, site, rng, "cpu", from_weight=False)
             found |= {adapter.tensors[site.name][spec.suffix]: start[spec.suffix] for spec in lacking}
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,20 @@ def keys(adapter: Adapter) -> dict[str, str]:
     return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
 
 
-def _repeated(adapter: Adapter) -> Iterator[str]:
-    """Keys under which PEFT writes what all sites share, of some kinds, once more for each of them."""
+def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors without those that PEFT writes more than once, if they are the same numbers.
+
+    These are what all sites share, of some kinds, and tensors of a weight that is tied, of others.
+    """
+    again: dict[str, str] = {}
     for site in adapter.selection:
-        yield from (f"{_key(adapter, site.module)}.{spec.suffix}" for spec in adapter.shared.values())
+        own = _key(adapter, site.module)
+        again |= {f"{own}.{spec.suffix}": f"{SHARED_PREFIX}{spec.suffix}" for spec in adapter.shared.values()}
+        for spec in adapter.kind.tensors(site, adapter.config).values():
+            again |= {f"{_key(adapter, twin)}.{spec.suffix}": f"{own}.{spec.suffix}" for twin in site.tied}
+    same = {key for key, of in again.items() if key in tensors and of in tensors}
+    same = {key for key in same if torch.equal(tensors[key], tensors[again[key]])}
+    return {key: tensor for key, tensor in tensors.items() if key not in same}
 
 
 def _key(adapter: Adapter, path: str) -> str:
@@ -165,8 +175,7 @@ def fit(
         for site in adapter.selection
         for spec in adapter.specs(site).values()
     }
-    repeated = set(_repeated(adapter))
-    found = replace(found, tensors={key: each for key, each in found.tensors.items() if key not in repeated})
+    found = replace(found, tensors=_without_repeats(adapter, found.tensors))
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()

@@ -146,15 +146,10 @@ def _calls_of(base: type[nn.Module]) -> dict[str, Any]:
     made, for in `AdaptedModel` a base's `super().__call__` would find them again.
     """
 
-    @not_traced(WITHIN_DYNAMO)
-    def __call__(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-        return base.__call__(self, *args, **kwargs)
+    def call(name: str) -> Any:
+        return not_traced(WITHIN_DYNAMO)(lambda self, *args, **kwargs: getattr(base, name)(self, *args, **kwargs))
 
-    @not_traced(WITHIN_DYNAMO)
-    def _call_impl(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:  # what `Module.compile` has compiled
-        return base._call_impl(self, *args, **kwargs)
-
-    return {"__call__": __call__, "_call_impl": _call_impl}
+    return {name: call(name) for name in ("__call__", "_call_impl")}  # the second is what `Module.compile` has compiled
 
 
 @functools.cache

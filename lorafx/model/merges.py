@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter, remove
+from ..adapters.storages import require_not_packed_since
 from ..errors import AdapterError, ConfigError, MergeError
 from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
@@ -44,6 +45,7 @@ class Merges(Part):
         """Merge adapters in this order."""
         for adapter in adapters:
             adapter.require_in_place(self.tree)
+            require_not_packed_since(self.tree, adapter.selection)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)

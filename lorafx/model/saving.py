@@ -171,7 +171,7 @@ class Saving(Merges):
         paths = [path for path in every if path not in adapter.replaced]
         owners = {path: path.rpartition(".")[0] for path in paths}
         known = [p for p in paths if owners[p].rpartition(".")[2] in KNOWN_EMBEDDINGS]
-        adapted = [p for p in known if owners[p] in adapter.selection.by_name]
+        adapted = [p for p in known if owners[p] in adapter.selection.by_name and adapter.kind.saves_embeddings]
         resized = any(_resized(unwrapped(self._lorafx.base), self.tree, path) for path in paths)
         if wanted == "auto" and (adapted or resized):
             warnings.warn(

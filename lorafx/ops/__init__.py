@@ -8,9 +8,11 @@ functions; `calls`, `dtypes` and `modes` answer what operators ask; `cpu/` has w
 """
 
 from .attention import attention
+from .circulant_linear import circulant_linear
 from .float8 import from_float8
 from .float8_linear import float8_linear
 from .float8_lora_linears import float8_lora_linears
+from .fourier_linear import fourier_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_by_row import is_of_row, lora_by_row
@@ -22,8 +24,10 @@ from .row_norms import row_norms
 
 __all__ = [
     "attention",
+    "circulant_linear",
     "float8_linear",
     "float8_lora_linears",
+    "fourier_linear",
     "from_float8",
     "is_of_row",
     "linear",

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ..adapters.by_row import ROWS
 from ..adapters.site import Site
+from ..adapters.storages import require_not_packed_since
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.layout_use import CONTIGUOUS, all_contiguous
@@ -302,6 +303,7 @@ def require_adapted_modules(call: Call) -> None:
                 f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
                 " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
+        require_not_packed_since(call.tree, adapter.selection)
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..torch_private.tensors import call_hooks, global_call_hooks
+from ..torch_private.tensors import call_hooks, global_call_hooks, is_traceable_wrapper_subclass
 from ..tree.attached import own_children, own_modules
 from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
@@ -94,7 +94,8 @@ class TreeGuards:
         return self._state
 
     def _layout(self, *now: Any) -> int:
-        shapes = tuple(tensor.shape for tensor in self._tensors)
+        # The class counts of those that know themselves what operators do to them, as packed weights.
+        shapes = tuple((t.shape, type(t) if is_traceable_wrapper_subclass(t) else None) for t in self._tensors)
         computing = tuple(hook for hook in self._hooks if _computes(hook))
         key = (self._walks, computing, self._hooked(), shapes, *map(tuple, now))
         if key not in self._layouts:

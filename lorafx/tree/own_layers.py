@@ -33,7 +33,8 @@ class OwnForward:
     """The forward of an own layer in an adapted model: the operator, so that adapters see one.
 
     `parameter` is what the module calls its weight; its result has `features`, in `dtype`, or in that of the input if
-    that is None. `prepare` is run with the module before its own code is. `replaced` has the `forward` that was an
+    that is None. `prepare` is run with the module before its own code is; `dense` gives the weight, for kinds that
+    compute with it, of the module and the parameter's name. `replaced` has the `forward` that was an
     attribute of the module before, if there was one, as of a PartCall.
     """
 
@@ -42,6 +43,7 @@ class OwnForward:
     features: int
     dtype: torch.dtype | None
     prepare: Callable[[nn.Module], None]
+    dense: Callable[[nn.Module, str], Tensor]
     replaced: dict[str, Any] = field(default_factory=dict)
 
     lorafx = True
@@ -106,12 +108,17 @@ def own_forward_of(module: nn.Module) -> OwnForward | None:
 
 
 def run_by_itself(
-    module: nn.Module, parameter: str, features: int, dtype: torch.dtype | None, prepare: Callable[[nn.Module], None]
+    module: nn.Module,
+    parameter: str,
+    features: int,
+    dtype: torch.dtype | None,
+    prepare: Callable[[nn.Module], None],
+    dense: Callable[[nn.Module, str], Tensor],
 ) -> None:
     """Make a module of a tree an own layer (see `OwnForward`)."""
     if own_forward_of(module) is None:
         replaced = {name: value for name, value in vars(module).items() if name == "forward"}
-        module.__dict__["forward"] = OwnForward(module, parameter, features, dtype, prepare, replaced)
+        module.__dict__["forward"] = OwnForward(module, parameter, features, dtype, prepare, dense, replaced)
 
 
 def number_of(module: nn.Module) -> Tensor:

@@ -18,8 +18,8 @@ MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx
 def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any, list[str]]]:
     """Where settings are found, each place once: what to call it, the object, and the names of attributes that count.
 
-    Places are the modules, the objects (configs, say) that they have as attributes, and these in turn; and the classes
-    that somebody has written for this model, whose attributes and functions may change as well.
+    Places are the modules, the objects (configs, say) that they have as attributes, and these in turn; and the modules'
+    classes, whose attributes and functions may change as well.
     """
     seen: set[int] = set()
     names_of_classes: Counter[str] = Counter()
@@ -33,11 +33,24 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
             names_of_classes[path] += 1
             path += "'" * (names_of_classes[path] - 1)
         attributes = vars(holder)
-        names = own_names(holder) if isinstance(holder, type) else [n for n in attributes if _counts(holder, n)]
+        names = _names_of_class(holder) if isinstance(holder, type) else [n for n in attributes if _counts(holder, n)]
         yield path, holder, names
         pending += [(f"{path}.{name}", attributes[name]) for name in names if _is_object(attributes[name])]
         if isinstance(holder, nn.Module):
-            pending += [(f"class {k.__name__}", k) for k in type(holder).__mro__ if not is_library(k.__module__)]
+            pending += [(f"class {k.__name__}", k) for k in type(holder).__mro__ if _may_change(k)]
+
+
+def _may_change(kind: type) -> bool:
+    """Whether a class is somebody's own, or a library's for modules, which others patch.
+
+    lorafx itself puts functions in the place of some of torch's.
+    """
+    patched = "forward" in vars(kind) and not kind.__module__.startswith(("torch.", "lorafx."))
+    return patched or not is_library(kind.__module__)
+
+
+def _names_of_class(kind: type) -> list[str]:
+    return ["forward"] if is_library(kind.__module__) else own_names(kind)
 
 
 def _counts(holder: Any, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""LoHa where PEFT's derivative is none, and the dropouts, which draw other random numbers than PEFT's."""
+"""LoHa with kernels that have factors of their own, of which PEFT 0.21 gives no derivative."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorafx
-from lorafx.errors import ConfigError
 
 CORE = lorafx.LoHaConfig(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=True, init_weights=False)
 
@@ -29,40 +28,3 @@ def test_the_derivative_is_that_of_the_equation(conv):
     wanted = torch.autograd.grad(expected.square().sum(), trained)
     for ours, gradient in zip(torch.autograd.grad(lora(x).square().sum(), trained), wanted):
         torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("capture", ["graph", "sites"])
-def test_dropout_drops_rows_and_calls(capture):
-    model, x = nn.Sequential(nn.Linear(8, 64)).double(), torch.randn(3, 8, dtype=torch.float64)
-    config = lorafx.LoHaConfig(r=1, target_modules=["0"], init_weights=False, rank_dropout=0.25)
-    lora = lorafx.compile(model, config, capture=capture)
-    whole = (lora.eval()(x) - model(x)).detach()
-    ratio = (lora.train()(x) - model(x)).detach() / whole
-    kept = ratio[0] != 0
-    assert 32 < kept.sum() < 64, "a quarter of 64 rows, give or take"
-    torch.testing.assert_close(ratio, kept * 64 / kept.sum() + torch.zeros_like(ratio), rtol=1e-8, atol=1e-8)
-
-    model = nn.Sequential(nn.Linear(8, 64)).double()
-    lora = lorafx.compile(model, config.replace(rank_dropout=0.0, module_dropout=0.5), capture=capture)
-    calls = [bool((lora(x) - model(x)).abs().max() > 0) for _ in range(40)]
-    assert 5 < sum(calls) < 35
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"r": 0}, "`r` must be a positive int"),
-        ({"alpha": "8"}, "`alpha` must be a number"),
-        ({"rank_dropout": 1.0}, "`rank_dropout` must be a number in"),
-        ({"init_weights": "lycoris"}, "`init_weights` must be True or False"),
-        ({"rank_pattern": {"a": 0}}, "`rank_pattern` must be"),
-    ],
-)
-def test_a_wrong_field_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        lorafx.LoHaConfig(**changes)
-
-
-def test_embeddings_are_refused():
-    with pytest.raises(ConfigError, match="0 is an embedding, for which there is no LoHa"):
-        lorafx.compile(nn.Sequential(nn.Embedding(5, 3)), lorafx.LoHaConfig(target_modules=["0"]))

@@ -65,7 +65,7 @@ def test_a_layer_that_only_has_numbers_of_features_is_not_taken_for_one():
 def test_a_kind_that_needs_the_weight_is_refused(monkeypatch):
     config = kinds.config_of(CONFIG)
     monkeypatch.setattr(type(kinds.kind_of(config)), "reads_weight", True)
-    with pytest.raises(ConfigError, match=r"layers\.0\.up.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.up.*cannot be read by anyone but the layer"):
         adapter.plan(Layers(Packed), "default", config)
 
 

@@ -6,7 +6,7 @@ from packed_layers import CONFIG, Layers, hold
 from torch import nn
 
 import lorafx
-from lorafx.errors import MergeError
+from lorafx.errors import AdapterError, MergeError
 
 quantization = pytest.importorskip("torchao.quantization")
 CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
@@ -84,3 +84,15 @@ def test_layers_are_called_by_name_and_in_inference_mode(early):
             found = lora(x)
         wanted = found if wanted is None else wanted
         torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("capture", ["auto", "graph", "sites"])
+def test_quantising_what_is_adapted_already_is_an_error_that_says_so(capture):
+    base = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32))
+    lora = lorafx.compile(base, {"target_modules": ["0"]}, capture=capture)
+    x = torch.randn(2, 64)
+    lora(x)
+    quantization.quantize_(lora, quantization.Int8WeightOnlyConfig())
+    for use in (lambda: lora(x), lambda: lora[0](x), lora.merge_adapter):
+        with pytest.raises(AdapterError, match="0: quantised since"):
+            use()

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapters import adapter as making
+from lorafx.adapters import building as making
 from lorafx.adapters.kinds.lora_config import NOT_YET
 from lorafx.errors import CheckpointError, ConfigError, LorafxError
 from lorafx.files.checkpoint import CONFIG, OLD_WEIGHTS, WEIGHTS
@@ -57,7 +57,7 @@ ASKED = {
     "kasa_config": {"beta": 1.0},
     "ensure_weight_tying": True,
     "init_lora_weights": "eva",
-    "peft_type": "LOHA",
+    "peft_type": "XLORA",
 }
 
 

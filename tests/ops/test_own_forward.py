@@ -24,7 +24,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def layer():
     module = Layer()
-    run_by_itself(module, "weight", 5, None, lambda module: None)
+    run_by_itself(module, "weight", 5, None, lambda module: None, None)
     return module
 
 
@@ -62,14 +62,14 @@ def test_operators_are_registered_as_torch_wants_them(layer):
 
 def test_a_module_that_gives_something_else_is_an_error():
     layer = Layer(outputs=7)
-    run_by_itself(layer, "weight", 5, None, lambda module: None)
+    run_by_itself(layer, "weight", 5, None, lambda module: None, None)
     with pytest.raises(AdapterError, match="Layer gave 7 features"):
         layer(torch.randn(4, 3, dtype=torch.float64))
 
 
 def test_of_row_numbers_the_shape_is_that_of_the_rows():
     rows = nn.Embedding(6, 5)
-    run_by_itself(rows, "weight", 5, torch.float32, lambda module: None)
+    run_by_itself(rows, "weight", 5, torch.float32, lambda module: None, None)
     number = number_of(rows)
     x = torch.randint(0, 6, (2, 3))
     fake = operator.hidden_forward(x.to("meta"), None, number.to("meta"), 5, torch.float32)

@@ -66,6 +66,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, (3, 1), padding=(1, 0)), nn.Conv2d(6, 4, 1, bias=False))),
         (2, 4, 5, 6),
     ),
+    "pointwise": (
+        lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1))),
+        (2, 4, 5, 6),
+    ),
     "conv3d": (
         lambda: Repeated(
             lambda: Pair(nn.Conv3d(4, 6, (1, 3, 1), padding=(0, 1, 0)), nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)))
@@ -84,9 +88,9 @@ class KindCase:
     """A config by the name and fields that both libraries have, and the layers that it acts on.
 
     `starts_at_zero` says that PEFT's start values change nothing, `merges` that it is a change of the base's tensors.
-    `dropout` says that a training step draws random numbers: PEFT's, from the same seed.
-    `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the derivative. `on_llama` are
-    fields in which a Llama's names stand.
+    `dropout` says that a training step draws random numbers: PEFT's, from the same seed. `close` is how near PEFT's
+    numbers are to ours. `wrong_gradient` is a tensor of which PEFT's own backward gives something else than the
+    derivative. `on_llama` are fields in which a Llama's names stand.
     """
 
     layers: str
@@ -95,6 +99,7 @@ class KindCase:
     starts_at_zero: bool = True
     merges: bool = True
     dropout: bool = False
+    close: dict[str, float] = field(default_factory=lambda: CLOSE)
     wrong_gradient: str = ""
     on_llama: dict[str, Any] = field(default_factory=dict)
 
@@ -143,12 +148,8 @@ CASES = {
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
-    "loha conv1d": KindCase(
-        "conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
-    ),
-    "loha groups": KindCase(
-        "groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.default"
-    ),
+    "loha conv1d": KindCase("conv1d", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
+    "loha groups": KindCase("groups", "LoHaConfig", {"r": 2, "use_effective_conv2d": True}, wrong_gradient="_a.d"),
     "loha groups plain": KindCase("groups", "LoHaConfig", {"r": 1}),
     "lokr linear": KindCase("linear", "LoKrConfig", {"r": 1, "alpha": 3}),
     "lokr both": KindCase("linear", "LoKrConfig", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
@@ -156,6 +157,24 @@ CASES = {
     "lokr conv2d": KindCase("conv2d", "LoKrConfig", {"r": 1, "init_weights": False}, starts_at_zero=False),
     "lokr conv1d": KindCase("conv1d", "LoKrConfig", {"r": 8}),
     "lokr groups": KindCase("groups", "LoKrConfig", {"r": 8}),
+    "oft linear": KindCase("linear", "OFTConfig", {"oft_block_size": 4}),
+    "oft exact": KindCase(
+        "linear", "OFTConfig", {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "init_weights": False}, False
+    ),
+    "oft shared": KindCase("linear", "OFTConfig", {"oft_block_size": 4, "block_share": True}),
+    "oft three terms": KindCase("linear", "OFTConfig", {"oft_block_size": 2, "num_cayley_neumann_terms": 3}),
+    "oft seven terms": KindCase("linear", "OFTConfig", {"oft_block_size": 2, "num_cayley_neumann_terms": 7}),
+    "oft embedding": KindCase("embedding", "OFTConfig", {"oft_block_size": 4}),
+    "oft pointwise": KindCase("pointwise", "OFTConfig", {"oft_block_size": 2}),
+    "boft linear": KindCase("linear", "BOFTConfig", {"boft_block_size": 2}),
+    "boft blocks": KindCase(
+        "linear", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2, "init_weights": False}, False
+    ),
+    "boft pointwise": KindCase("pointwise", "BOFTConfig", {"boft_block_size": 2}),
+    "hra linear": KindCase("linear", "HRAConfig", {"r": 4}),
+    "hra odd": KindCase("linear", "HRAConfig", {"r": 3}, starts_at_zero=False),
+    "hra orthogonal": KindCase("linear", "HRAConfig", {"r": 3, "apply_GS": True}, starts_at_zero=False),
+    "hra pointwise": KindCase("pointwise", "HRAConfig", {"r": 2}),
     "ia3 linear": KindCase("linear", "IA3Config", IA3, on_llama={"feedforward_modules": ["down_proj"]}),
     "ia3 random": KindCase("linear", "IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}, False),
     "ia3 addmm": KindCase("addmm", "IA3Config", IA3 | {"fan_in_fan_out": True}),

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from graphs import Chain, adapted
-from modules import cases
+from modules import cases, ids, tiny_llama
 from serving_models import random, served, twins
 from torch import nn
 
+import lorafx
 from lorafx.serving.attribute_guards import AttributeGuards
 
 
@@ -216,4 +217,17 @@ def test_a_change_of_what_others_hold_is_seen(change, monkeypatch):
         model(x)
     change(monkeypatch, (lora, plain))
     torch.testing.assert_close(lora(x), plain(x))
+    assert served(lora) == ["graph", "graph"]
+
+
+@pytest.mark.slow
+def test_a_librarys_layer_that_is_patched_after_a_graph_was_made_is_seen(monkeypatch):
+    base = tiny_llama(num_hidden_layers=1).eval()
+    lora, layer = lorafx.compile(base, {"r": 2, "target_modules": ["q_proj"]}), type(base.model.layers[0].mlp)
+    plain, tokens = layer.forward, ids(2, 5)
+    expected = lora(input_ids=tokens).logits
+    monkeypatch.setattr(layer, "forward", lambda self, x: 2 * plain(self, x))
+    patched = lora(input_ids=tokens).logits
+    assert not torch.allclose(patched, expected)
+    torch.testing.assert_close(patched, base(input_ids=tokens).logits)
     assert served(lora) == ["graph", "graph"]

@@ -12,16 +12,25 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .boft import Boft, BOFTConfig
+from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
 from .dora import Dora
+from .fourierft import FourierFT, FourierFTConfig
+from .hira import Hira, HiraConfig
+from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .miss import Bat, Miss, MissConfig
+from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
+from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
+from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 from .vera import Vera, VeraConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
@@ -72,22 +81,34 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
             raise ConfigError(f"{config.__name__} has no field `{name}`; {hint}")
 
 
-for _kind in (Lora, Dora, Ia3, LoHa, LoKr, Vera, Shira, Delora, RandLora):
+for _kind in (
+    *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, TrainableTokens),
+):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "BOFTConfig",
+    "C3AConfig",
     "DeloraConfig",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "Kind",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
     "Operands",
     "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "Spec",
+    "TrainableTokensConfig",
     "VeraConfig",
     "config_of",
     "kind_of",

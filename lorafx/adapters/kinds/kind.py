@@ -33,7 +33,8 @@ class Spec(NamedTuple):
     """A tensor of an adapter at a site: what PEFT's files call it, after the module's path, and its shape.
 
     One that is `fixed` is a buffer, which nothing trains. One that is not `saved` has no place in files: `init` makes
-    it again, from the config alone. It holds floats, unless it has a `dtype` of its own, as row numbers do.
+    it again, from the config, without the weight. It holds floats, unless it has a `dtype` of its own, as row numbers
+    do.
     """
 
     suffix: str
@@ -130,12 +131,14 @@ class Kind:
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
+    `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too.
     """
 
     config: ClassVar[type[AdapterConfig]]
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
+    saves_embeddings: ClassVar[bool] = True
 
     # --- what there is -----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..config import AdapterConfig, is_count, require
+from ..default_targets import SHIRA_TARGETS
 from ..site import Site
 from .kind import Kind, Operands, Spec, require_linear
 
@@ -46,6 +47,7 @@ class ShiraConfig(AdapterConfig):
     init_weights: bool = True
 
     checks = (_check,)
+    default_targets = SHIRA_TARGETS
     absent = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -56,7 +58,7 @@ class Shira(Kind):
     additive = True
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        return aten.add.Tensor(y, at.wide(x, _sparse(at)))
+        return aten.add.Tensor(y, at.full(x, _sparse(at)))
 
     def delta(self, name: str, at: Operands) -> Tensor:
         return at.like_weight(_sparse(at))

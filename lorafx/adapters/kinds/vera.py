@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig, is_count, require, require_dropout
+from ..default_targets import VERA_TARGETS
 from ..low_rank import LowRank
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec, require_linear
@@ -49,6 +50,7 @@ class VeraConfig(AdapterConfig):
     init_weights: bool = True
 
     checks = (_check,)
+    default_targets = VERA_TARGETS
     absent = ("exclude_modules",)
 
 

@@ -7,9 +7,12 @@ stored tensors to a dense weight and back. `register` adds a storage of your own
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ...errors import AdapterError
+from ...tree.wrappers import innermost
 from ..readings import Reading
 from .bitsandbytes_4bit import Bitsandbytes4bit
 from .bitsandbytes_8bit import Bitsandbytes8bit
@@ -19,6 +22,9 @@ from .opaque import Opaque
 from .own_layer import OwnLayer
 from .storage import Storage
 from .torchao import TorchAO
+
+if TYPE_CHECKING:
+    from ..site import Site
 
 # The first that finds a weight in a module says how it is stored; those that `register` adds are asked first.
 STORAGES: list[Storage] = [FLOAT8, Bitsandbytes4bit(), Bitsandbytes8bit(), TorchAO(), DENSE, Opaque()]
@@ -59,6 +65,21 @@ def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
                 storage.of(module, path).install(module)  # type: ignore[attr-defined]
 
 
+def require_not_packed_since(root: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise `AdapterError` if weights that were dense are a library's packed tensors by now."""
+    names = []
+    for site in sites:
+        owner = innermost(root.get_submodule(site.module))
+        found = [storage for _, _, storage in weights_of(owner)] if site.storage == DENSE else []
+        if any(isinstance(storage, OwnLayer) and storage.is_certain(owner) for storage in found):
+            names.append(site.name)
+    if names:
+        raise AdapterError(
+            f"{', '.join(names)}: quantised since an adapter was put there. Quantise the base, and adapt it then; "
+            "an adapter's file fits both"
+        )
+
+
 __all__ = [
     "DENSE",
     "FLOAT8",
@@ -71,5 +92,6 @@ __all__ = [
     "keep_own_layers",
     "prepare_base",
     "register",
+    "require_not_packed_since",
     "weights_of",
 ]

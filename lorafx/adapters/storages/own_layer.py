@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
 
-from ...ops import own_forward as _operator  # noqa: F401, defines it
+import torch
+from torch import Tensor, nn
+
+from ...ops import own_forward as _forward  # noqa: F401, defines the operator
+from ...ops import own_weight as _weight  # noqa: F401
 from ...tree.own_layers import run_by_itself
 from ..readings import Operator
 from ..readings.embedding import wide as wide_of_rows
@@ -13,7 +17,7 @@ from ..readings.linear import narrow, wide
 from .storage import Storage
 
 aten = torch.ops.aten
-_own_forward = torch.ops.lorafx.own_forward.default
+_own_forward, _own_weight = torch.ops.lorafx.own_forward.default, torch.ops.lorafx.own_weight.default
 
 
 def layer(x, weight, bias, number, features, dtype):
@@ -60,7 +64,15 @@ class OwnLayer(Storage):
         parameter, reading = next(iter(self.weights(module)))
         _, features = reading.features(self.shape(module, parameter), 1)
         dtype = self.dtype(module, parameter) if reading.lookup else None
-        run_by_itself(module, parameter, features, dtype, self.prepare)
+        run_by_itself(module, parameter, features, dtype, self.prepare, self.dense_of)
+
+    def read(self, shape: tuple[int, ...], given: Mapping[str, Any]) -> Any:
+        return _own_weight(given["x"], given["number"], list(shape))
+
+    def dense_of(self, module: nn.Module, parameter: str) -> Tensor:
+        """The dense weight of a module that keeps it so."""
+        storage = self.of(module)
+        return storage.dense(storage.stored(module, parameter))
 
     def prepare(self, module: nn.Module) -> None:
         """What has to be so before the module's own forward runs."""

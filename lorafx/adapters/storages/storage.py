@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...tree.lookup import tensor_at
 from ..readings import Operator, Reading
+from ..readings.reading import names_of
 
 
 class Storage:
@@ -54,6 +55,10 @@ class Storage:
     def expression(weight: Any) -> Any:
         """The dense weight as graphs compute it: a function over `torch.ops.aten`; `weight` is the parameter itself."""
         return weight
+
+    def read(self, shape: tuple[int, ...], given: Mapping[str, Any]) -> Any:
+        """The dense weight, of this shape, where an operator reads it that is `given` these arguments, by name."""
+        return self.expression(**{name: given[name] for name in names_of(self.expression)})
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The dense weight from what `stored` gives: in the shape of `shape`, and the dtype of `dtype` or a wider."""

@@ -1,0 +1,184 @@
+"""OFT: features turned by orthogonal blocks (Qiu et al., 2023, arXiv 2306.07280; the form of 2506.19847, section 3).
+
+    y = (x R) Wᵀ + b         W' = W Rᵀ            R = diag(R₁, …, R_r), each Rᵢ (size, size)
+    Rᵢ = (I - Qᵢ) (I + Qᵢ)⁻¹                      Qᵢ skew-symmetric; or Neumann's series of it (`use_cayley_neumann`)
+
+Of an embedding, what is looked up is turned: y = W[x] R. Q starts as zeros, so that R = I; files have the numbers above
+its diagonals, (r, size · (size - 1) / 2), or one row for all blocks with `block_share`. x R is x + x (R - I) here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...ops import orthogonal as _operators  # noqa: F401, defines them
+from ..config import AdapterConfig, is_number, require
+from ..site import Selection, Site
+from .kind import Kind, Operands, Spec
+
+aten = torch.ops.aten
+
+
+def is_count(value: Any) -> bool:
+    """Whether a field's value is an int that is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check(config: OFTConfig) -> None:
+    for name in ("r", "oft_block_size"):
+        require(is_count(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+    if (config.r == 0) == (config.oft_block_size == 0):
+        raise ConfigError(
+            "one of `r` and `oft_block_size` must be 0: the other, the number or size of blocks, says both"
+        )
+    for name in ("fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann"):
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    share, terms = config.module_dropout, config.num_cayley_neumann_terms
+    require(is_number(share) and 0 <= share < 1, "module_dropout", share, "a number in [0, 1)")
+    require(is_number(config.eps), "eps", config.eps, "a number")
+    require(is_count(terms) and terms > 0, "num_cayley_neumann_terms", terms, "a positive int")
+    require(config.bias in ("none", "all", "oft_only"), "bias", config.bias, '"none", "all" or "oft_only"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(AdapterConfig):
+    """What to adapt and how: the fields of `peft.OFTConfig`, with its names and defaults.
+
+    `coft`, which writes to the parameters in each call, is refused by `compile`.
+    """
+
+    peft_type: str = "OFT"
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    checks = (_check,)
+
+    @property
+    def unsupported(self) -> dict[str, Any]:
+        return {"coft": True} if self.coft else {}
+
+
+class Oft(Kind):
+    """The OFT kind; see the module's docstring for its equation."""
+
+    config = OFTConfig
+
+    def before(self, x: Any, at: Operands) -> Any:
+        return x if at.site.reading.lookup else back(_turned(last(x, at.site), _turn(at), at), at.site)
+
+    def after(self, y: Any, x: Any, at: Operands) -> Any:
+        return _turned(y, _turn(at), at) if at.site.reading.lookup else y
+
+    def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
+        turn = _turn(at)
+        return _on_weight(base, at, turn if at.site.reading.lookup else turn.mT)
+
+    def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
+        turn = _turn(at)
+        identity = torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
+        inverse = torch.linalg.inv(identity + turn) - identity
+        return _on_weight(merged, at, inverse if at.site.reading.lookup else inverse.mT)
+
+    def tensors(self, site: Site, config: OFTConfig) -> dict[str, Spec]:
+        count, size = _blocks(site, config)
+        suffix = "oft_embedding_R.weight" if site.reading.lookup else "oft_R.weight"
+        return {"q": Spec(suffix, (1 if config.block_share else count, size * (size - 1) // 2), as_kept=True)}
+
+    def init(
+        self,
+        site: Site,
+        config: OFTConfig,
+        tensors: Mapping[str, Tensor],
+        rng: torch.Generator | None,
+        weight: Tensor | None,
+    ) -> None:
+        if config.init_weights:
+            tensors["q"].zero_()
+        else:
+            tensors["q"].normal_(std=0.1, generator=rng)
+
+    def check(self, site: Site, config: OFTConfig) -> None:
+        require_pointwise(site, "OFT")
+
+    def remarks(self, selection: Selection, config: OFTConfig) -> Iterator[str]:
+        field, wanted = ("r", config.r) if config.r else ("oft_block_size", config.oft_block_size)
+        found = {site.name: _blocks(site, config)[0 if config.r else 1] for site in selection}
+        if other := [name for name, number in found.items() if number != wanted]:
+            yield f"`{field}` {wanted} does not divide all sizes: it is {found[other[0]]} at {other[0]}, as in PEFT"
+        if config.module_dropout:
+            yield "`module_dropout` of OFT has no effect, as in PEFT 0.21"
+
+
+def require_pointwise(site: Site, kind: str) -> None:
+    """Raise `ConfigError` for a convolution that reads several places at once, or not all channels."""
+    if math.prod(site.weight_shape[2:]) > 1 or site.groups > 1:
+        raise ConfigError(
+            f"{site.name} is a convolution with a kernel or groups, on whose weight {kind} acts in a way that its "
+            "inputs cannot show; exclude it"
+        )
+
+
+def last(x: Any, site: Site) -> Any:
+    """x with its features, which a convolution has in another dimension, as the last one."""
+    spatial = len(site.weight_shape) - 2
+    return aten.movedim.int(x, -1 - spatial, -1) if spatial else x
+
+
+def back(x: Any, site: Site) -> Any:
+    """The inverse of `last`."""
+    spatial = len(site.weight_shape) - 2
+    return aten.movedim.int(x, -1, -1 - spatial) if spatial else x
+
+
+def _blocks(site: Site, config: OFTConfig) -> tuple[int, int]:
+    """How many blocks there are at a site, and their size: the nearest to what the config says that divides."""
+    features = site.out_features if site.reading.lookup else site.in_features
+    if config.r:
+        count = _nearest_divisor(features, config.r)
+        return count, features // count
+    size = _nearest_divisor(features, config.oft_block_size)
+    return features // size, size
+
+
+def _nearest_divisor(features: int, wanted: int) -> int:
+    divisors = [number for number in range(1, features + 1) if features % number == 0]
+    return min(divisors, key=lambda number: (abs(number - wanted), number))
+
+
+def _turn(at: Operands) -> Any:
+    """R - I: (blocks, size, size), or (1, size, size)."""
+    terms = at.config.num_cayley_neumann_terms if at.config.use_cayley_neumann else 0
+    skew = torch.ops.lorafx.skew_symmetric.default(at.q, _blocks(at.site, at.config)[1])
+    return torch.ops.lorafx.cayley.default(skew, terms)
+
+
+def _turned(x: Any, turn: Any, at: Operands) -> Any:
+    """x + x (R - I), of the last dimension."""
+    blocks = aten.unflatten.int(x, -1, list(_blocks(at.site, at.config)))
+    shares = "...rk,kc->...rc" if at.config.block_share else "...rk,rkc->...rc"
+    turn = aten.squeeze.dim(turn, 0) if at.config.block_share else turn
+    change = aten.einsum.default(shares, [blocks, aten.type_as.default(turn, x)])
+    return aten.add.Tensor(x, aten.flatten.using_ints(change, -2))
+
+
+def _on_weight(weight: Tensor, at: Operands, turn: Tensor) -> Tensor:
+    """Each row of the dense weight turned, of an embedding too."""
+    if at.site.reading.lookup:
+        return _turned(weight, turn, at)
+    return at.like_weight(_turned(at.matrix(weight), turn, at))
