@@ -28,7 +28,7 @@ from lorafx.errors import AdapterError, LorafxError, MergeError
 LAYERS = {"first": (3, 5), "second": (5, 4), "third": (4, 2)}
 ALPHA = 3
 Draw = Callable[[st.SearchStrategy[Any]], Any]
-NAMES = ["a", "ab", "first", "lora_A", "default"]  # that begin alike, and that modules have
+NAMES = ["a", "ab", "first", "lora_A", "default", "b", "weight"]  # that begin alike, and that modules have
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -325,7 +325,7 @@ class Both:
 
 
 STEPS = [Both.add, Both.delete, Both.save_and_load, Both.combine, Both.swap, Both.activate, Both.weigh, Both.scale]
-STEPS += [Both.rescale, Both.without, Both.switch, Both.unmerge, *[Both.activate, Both.merge] * 3]
+STEPS += [Both.rescale, Both.without, Both.switch, Both.unmerge, Both.combine, *[Both.activate, Both.merge] * 3]
 
 
 @pytest.fixture(autouse=True)
