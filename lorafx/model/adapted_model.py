@@ -71,6 +71,8 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
+        if isinstance(value, MethodType) and isinstance(value.__func__, PartCall):  # as accelerate puts one back
+            value = value.__func__
         if name == "forward" and _is_own_method(self, value):
             vars(self)["forward"] = value
             value = PartCall(self, "")

@@ -233,12 +233,17 @@ def _with_layers(base: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
     """Replace base tensors by the adapter's own copies, in the base's dtype.
 
-    A tied tensor is untied: its other modules keep the old one.
+    A tied tensor is untied: its other modules keep the old one, each by itself, for transformers would save one of
+    them alone, and tie the others to the new tensor when it loads that.
     """
     for base, path in adapter.replaced.items():
         owner, _, last = base.rpartition(".")
-        module = tree.get_submodule(owner)
-        copy = tensor_at(tree, path).detach().to(tensor_at(tree, base).dtype, copy=True)
+        module, old = tree.get_submodule(owner), tensor_at(tree, base)
+        copy = tensor_at(tree, path).detach().to(old.dtype, copy=True)
+        others = [m._parameters for m in tree.modules() if m is not module]
+        ends = [(tensors, name) for tensors in others for name, tensor in tensors.items() if tensor is old]
+        for tensors, name in ends[1:]:
+            tensors[name] = nn.Parameter(old.detach().clone(), old.requires_grad)
         if last in module._parameters:
             module._parameters[last] = nn.Parameter(copy)
         else:
