@@ -43,6 +43,21 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     return selection
 
 
+def whole_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Paths of the modules that `config` picks, for kinds that train copies of these; the outermost of nested ones.
+
+    Raises `SelectionError` when nothing matches, and warns of names that match nothing.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matches = _matcher(model, config)
+    matched = [name for name in modules if name and matches(name)]
+    if not matched:
+        raise SelectionError(_nothing_message(modules, config))
+    for remark in _remarks(model, Selection(), modules, config):
+        warnings.warn(remark)
+    return tuple(name for name in matched if not any(name.startswith(f"{outer}.") for outer in matched))
+
+
 def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]:
     """`target_modules`, or PEFT's default for the model or its architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:

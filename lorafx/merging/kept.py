@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, fingerprint, is_of, size
 from .residual import Residual
 from .steps import Rows, Step
 
@@ -20,10 +19,10 @@ class Kept:
     """
 
     rows: Rows
-    original: Tensor
+    original: Fingerprint
     residual: Residual | None
     copy: Tensor | None = None
-    merged: Tensor | None = None
+    merged: Fingerprint | None = None
 
     @classmethod
     def of(cls, rows: Rows, original: Tensor, merged: Tensor, guess: Tensor | None) -> Kept:
@@ -37,23 +36,19 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (self.original, self.residual, self.copy, self.merged)
-        return sum(part.nbytes for part in parts if part is not None)
+        fingerprints = sum(size(each) for each in (self.original, self.merged) if each is not None)
+        return fingerprints + sum(part.nbytes for part in (self.residual, self.copy) if part is not None)
 
     def is_original(self, rows: Tensor) -> bool:
         """Whether these are the rows before the merge."""
-        return _same(fingerprint(rows), self.original)
+        return is_of(self.original, rows)
 
     def restored(self, rows: Tensor, step: Step | None) -> Tensor | None:
         """The rows before `step`, given those after it; None if these are not what the merge left."""
         if self.residual is None or step is None:
             assert self.copy is not None and self.merged is not None
-            return self.copy if _same(fingerprint(rows), self.merged) else None
+            return self.copy if is_of(self.merged, rows) else None
         guess = step.unmerged(rows)
         assert guess is not None, "what has a residual has an inverse"
         found = self.residual.restore(guess.to(rows.dtype))
         return found if self.is_original(found) else None
-
-
-def _same(some: Tensor, others: Tensor) -> bool:
-    return torch.equal(some, others.to(some.device))

@@ -19,8 +19,8 @@ from ..adapters.low_rank import LowRank
 from ..errors import MergeError
 from .source import Source
 
-# Elements a block: with less, calls take most of the time on a CPU, and with more, new memory does.
-_ON_CPU, _ELSEWHERE = 2**20, 2**24
+# Elements a block: with less, calls take most of the time on a CPU, and with more, memory does.
+_ON_CPU, _ELSEWHERE = 2**18, 2**24
 Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
 
 

@@ -14,6 +14,7 @@ from ..adapters.storages import require_not_packed_since
 from ..errors import AdapterError, ConfigError, MergeError
 from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
+from ..progress import announced
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
 from .part import Part
@@ -48,7 +49,8 @@ class Merges(Part):
             require_not_packed_since(self.tree, adapter.selection)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
+        with contextlib.nullcontext() if how.get("progressbar") else announced("merging"):
+            self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
 
     def _require_together(self, names: Iterable[str]) -> None:
         """Raise `AdapterError` for adapters of which two have their own copy of one base tensor: which would act?"""

@@ -3,11 +3,19 @@
 import pytest
 import torch
 
-from lorafx.merging.fingerprint import fingerprint
+from lorafx.merging import fingerprint
+from lorafx.merging.fingerprint import is_of, size
+
+
+@pytest.fixture(params=["_hash", "_sums"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to make one, on this device."""
+    monkeypatch.setattr(fingerprint, "fingerprint", getattr(fingerprint, request.param))
+    return request.param
 
 
 def seen(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return not torch.equal(fingerprint(tensor), fingerprint(other))
+    return not is_of(fingerprint.fingerprint(tensor), other)
 
 
 def test_single_bits_and_places_are_told_apart():
@@ -31,8 +39,13 @@ def test_changes_that_balance_are_seen(dtype):
     assert all(seen(tensor, other) for other in others)
 
 
+def test_they_are_small(way):
+    known = fingerprint.fingerprint(torch.randn(64, 130))
+    assert size(known) == (16 if way == "_hash" else 9 * 32)  # for each 4096 bytes that are begun
+
+
 def test_sums_are_exact():
     """The largest bytes there are, in a row of each sign."""
     data = torch.tensor([-128, 127], dtype=torch.int8).repeat(4096).view(2, -1)
-    matrix = fingerprint.__globals__["_matrix"](torch.device("cpu")).long()
-    assert torch.equal(fingerprint(data).long(), data.long() @ matrix)
+    matrix = fingerprint._matrix(torch.device("cpu")).long()
+    assert torch.equal(fingerprint._sums(data).long(), data.long() @ matrix)
