@@ -336,7 +336,7 @@ def known():
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), count=st.integers(10, 30))
 @pytest.mark.filterwarnings("ignore")
 def test_outputs_are_what_arithmetic_says_in_each_order(data, count):
