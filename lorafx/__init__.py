@@ -8,6 +8,7 @@ from .adapters.kinds.fourierft import FourierFTConfig
 from .adapters.kinds.hira import HiraConfig
 from .adapters.kinds.hra import HRAConfig
 from .adapters.kinds.ia3 import IA3Config
+from .adapters.kinds.ln_tuning import LNTuningConfig
 from .adapters.kinds.loha import LoHaConfig
 from .adapters.kinds.lokr import LoKrConfig
 from .adapters.kinds.lora_config import LoraConfig
@@ -69,6 +70,7 @@ __all__ = [
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",

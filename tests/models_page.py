@@ -13,8 +13,8 @@ HEAD = """# Models
 
 Every model below is tested with a random adapter that PEFT wrote: outputs, loss and the gradient of every adapter
 tensor in training, outputs in evaluation at two sizes and outputs after merging equal PEFT's, unmerging gives every bit
-of the base back, and what is saved is what PEFT saves. They are tiny (two layers, random weights): what is tested is
-the architecture.
+of the base back, what is saved is what PEFT saves, and those that write text write what PEFT's do. They are tiny (two
+layers, random weights): what is tested is the architecture.
 
 *served by* says what runs training steps with labels: one graph of the whole call, or, where that cannot be, the
 model's own Python with a graph for each site (the same results, less fusion). The reason is what `lora.explain()` says.

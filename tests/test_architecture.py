@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
-    *("errors", "tables", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
+    *("errors", "tables", "progress", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
     *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
 ]

@@ -70,7 +70,8 @@ def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):
 
 
 @pytest.mark.slow
-def test_the_page_about_several_adapters_runs_from_top_to_bottom():
+def test_the_page_about_several_adapters_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "page"}
     exec(compile("\n".join(blocks(ROOT / "docs/adapters.md")), "adapters.md", "exec"), namespace)
     assert namespace["tokens"].shape[0] == 4 and set(namespace["losses"]) == {"a", "b"}

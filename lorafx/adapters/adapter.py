@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import detach
-from ..tree.lookup import find_tensor, module_at, tensor_at
+from ..tree.lookup import find_tensors, module_at, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
-from .selection import saved_modules, select
+from .selection import saved_modules, select, whole_modules
 from .site import Selection, Site
 from .storages import DENSE, weights_of
 
@@ -116,14 +116,15 @@ class Adapter:
         """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
         sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
         owners = sites | {copy: base for base, copy in self.replaced.items()}
-        if lost := dict.fromkeys(owner for path, owner in owners.items() if find_tensor(root, path) is None):
+        if lost := dict.fromkeys(o for o, tensor in zip(owners.values(), find_tensors(root, owners)) if tensor is None):
             raise AdapterError(
                 f"{', '.join(lost)}: replaced or taken away since the adapter {self.name!r} was put there, and its "
                 "tensors with them; delete the adapter, or change the model before adapting it"
             )
         shapes = {site.weight: site.weight_shape for site in self.selection if site.storage == DENSE}
         shapes |= {base: tuple(tensor_at(root, copy).shape) for base, copy in self.replaced.items()}
-        if resized := [path for path, shape in shapes.items() if _is_resized(find_tensor(root, path), shape)]:
+        found = zip(shapes.items(), find_tensors(root, shapes))
+        if resized := [path for (path, shape), tensor in found if _is_resized(tensor, shape)]:
             raise AdapterError(
                 f"{', '.join(resized)}: of another size than when the adapter {self.name!r} was put there, as after "
                 "`resize_token_embeddings`; delete the adapter, or resize the model before adapting it"
@@ -172,10 +173,8 @@ class Adapter:
     @property
     def owners(self) -> set[str]:
         """Paths of the modules that hold everything the adapter adapts or reads."""
-        copies = {
-            path.rpartition(f".{SAVED}.")[0] or path.rpartition(f".{TRAINED_BIAS}.")[0]
-            for path in self.replaced.values()
-        }
+        among = [f".{name}." for name in (SAVED, TRAINED_BIAS, self.kind.whole) if name]
+        copies = {path.rpartition(name)[0] for path in self.replaced.values() for name in among if name in path}
         return {site.module for site in self.selection} | copies
 
 
@@ -200,7 +199,8 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
     kind = kind_of(config)
     config = kind.settled(config, getattr(getattr(root, "config", None), "model_type", None))
-    selection = select(root, config)
+    selection = Selection() if kind.whole else select(root, config)
+    whole = whole_modules(root, config) if kind.whole else ()
     _require_numbers(root, selection)
     _require_weights(kind, selection, config)
     for site in selection:
@@ -209,14 +209,16 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
         warnings.warn(remark)
     _require_free_names(kind, config, selection)
     _require_readable(root, selection)
-    _require_dense(root, saved_modules(root, config))
-    shared = kind.shared(selection, config)
+    _require_dense(root, (*saved_modules(root, config), *whole))
+    shared = kind.shared(selection, config) if selection else {}
     tensors = {
         site.name: {spec.suffix: placed(site, spec.suffix, name) for spec in kind.tensors(site, config).values()}
         | {spec.suffix: f"{placed(site, spec.suffix, name)}.{SHARED}" for spec in shared.values()}
         for site in selection
     }
-    replaced = dict(_replacements(root, name, config, selection))
+    replaced = dict(_copies_of(root, whole, f"{kind.whole}.{name}")) | dict(
+        _replacements(root, name, config, selection)
+    )
     return Adapter(name, config, kind, selection, tensors, replaced, shared=shared)
 
 
@@ -286,14 +288,19 @@ def placed(site: Site, suffix: str, name: str) -> str:
 
 def _replacements(root: nn.Module, name: str, config: AdapterConfig, selection: Selection) -> Iterator[tuple[str, str]]:
     saved = saved_modules(root, config)
-    for module in saved:
-        inner = root.get_submodule(module)
-        for path in [*dict(inner.named_parameters()), *dict(inner.named_buffers())]:
-            yield f"{module}.{path}", f"{module}.{SAVED}.{name}.{path}"
+    yield from _copies_of(root, saved, f"{SAVED}.{name}")
     for path in _trained_biases(root, config, selection):
         if not any(path.startswith(f"{module}.") for module in saved):
             owner, _, last = path.rpartition(".")
             yield path, f"{owner}.{TRAINED_BIAS}.{name}.{last}"
+
+
+def _copies_of(root: nn.Module, modules: Iterable[str], below: str) -> Iterator[tuple[str, str]]:
+    """The tensors of whole modules, each with the path of a copy that hangs in its module at `below`."""
+    for module in modules:
+        inner = root.get_submodule(module)
+        for path in [*dict(inner.named_parameters()), *dict(inner.named_buffers())]:
+            yield f"{module}.{path}", f"{module}.{below}.{path}"
 
 
 def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection) -> list[str]:

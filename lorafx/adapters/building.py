@@ -131,12 +131,13 @@ def _device_of(root: nn.Module, path: str) -> torch.device:
 def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
     """The adapter with its scaling set to `factor` times what its config says, as a tensor that graphs read.
 
-    The first call makes these tensors, one a site; further ones only write to them, so that no graph changes. The kind
-    has a scaling.
+    The first call makes these tensors, one for each site where the kind has a scaling; further ones only write to them,
+    so that no graph changes.
     """
-    values = {site.name: adapter.kind.numbers(site, adapter.config)[SCALING] for site in adapter.selection}
+    numbers = {site: adapter.kind.numbers(site, adapter.config) for site in adapter.selection}
+    values = {site.name: found[SCALING] for site, found in numbers.items() if SCALING in found}
     scales = dict(adapter.scales)
-    for site in adapter.selection:
+    for site in [site for site in adapter.selection if site.name in values]:
         if site.name not in scales:
             dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
             dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32

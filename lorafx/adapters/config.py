@@ -76,6 +76,10 @@ class AdapterConfig:
         """The fields that ask for something lorafx does not implement yet, with their values."""
         return {}
 
+    def besides(self, embedding: str) -> tuple[str, ...]:
+        """Modules to adapt besides `target_modules`, by endings of names; `embedding` names the input embedding."""
+        return ()
+
     @property
     def is_prompt_learning(self) -> bool:
         """False: PEFT's configs have this, and code that takes several methods asks for it."""
@@ -176,6 +180,13 @@ def require_dropout(name: str, value: Any) -> None:
 def is_strings(value: Any) -> bool:
     """Whether a field's value is a tuple of strings, as lists are kept."""
     return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def is_named(names: str | Sequence[str] | None, name: str) -> bool:
+    """Whether a module is named by a regex for its whole name, or by one of several endings."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in names or ())
 
 
 def is_pattern_of(pattern: str, name: str) -> bool:

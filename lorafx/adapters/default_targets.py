@@ -61,3 +61,24 @@ VERA_TARGETS = DEFAULT_TARGETS | {"phi": ("q_proj", "v_proj")}
 SHIRA_TARGETS = VERA_TARGETS
 FOURIERFT_TARGETS = DEFAULT_TARGETS | _by_type({"gpt2 gpt_bigcode": ("mlp.c_proj",)})
 C3A_TARGETS = FOURIERFT_TARGETS
+LN_TUNING_TARGETS = _by_type(
+    {
+        "llama mistral gemma": ("input_layernorm", "post_attention_layernorm", "norm"),
+        "bloom falcon": ("input_layernorm", "post_attention_layernorm", "ln_f"),
+        "llava": (
+            *("multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm"),
+            *("embed_tokens", "lm_head"),
+        ),
+        "t5 mt5": ("layer_norm", "final_layer_norm"),
+        "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        "gpt2": ("ln_1", "ln_2", "ln_f"),
+        "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+        "gptj": ("ln_1", "ln_f"),
+        "phi": ("input_layernorm", "final_layernorm"),
+        "gemma2 gemma3_text": (
+            *("input_layernorm", "post_attention_layernorm"),
+            *("pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
+        ),
+        "qwen2 qwen3": ("post_attention_layernorm",),
+    }
+)

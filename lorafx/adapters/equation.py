@@ -65,15 +65,16 @@ def _on_stored(operator: Operator, storage: Storage) -> Graph:
 class Equation:
     """What an adapter does where an operator reads its site's weight.
 
-    `bound` names the operator's arguments that are not None. `own` is False where another module reads the weight,
-    because it is tied, and adds a bias of its own: an adapter's bias has no place there.
+    `bound` names the operator's arguments that are not None. `training` says whether the site's module trains, for a
+    graph, which is made for either. `own` is False where another module reads the weight, because it is tied, and adds
+    a bias of its own: an adapter's bias has no place there.
     """
 
     adapter: Adapter
     site: Site
     operator: Operator
     bound: tuple[str, ...]
-    training: bool
+    training: bool = False
     own: bool = True
 
     @classmethod
@@ -167,12 +168,12 @@ class Equation:
         """What the kind's functions are given, from values for a graph's inputs."""
         absent = dict.fromkeys(names_of(self.operator.pattern))
         bound = absent | {name: given[f"{BOUND}{name}"] for name in self.bound}
-        return self.operands({name: given[name] for name in self.suffixes}, bound, given.get(SCALING))
+        return self.operands({name: given[name] for name in self.suffixes}, bound, self.training, given.get(SCALING))
 
-    def operands(self, tensors: dict[str, Any], bound: dict[str, Any], scaling: Any = None) -> Operands:
+    def operands(self, tensors: dict[str, Any], bound: dict[str, Any], training: bool, scaling: Any = None) -> Operands:
         """What the kind's functions are given besides x and y: its tensors by name, the operator's arguments.
 
-        `scaling` is given where that is a tensor.
+        `training` says whether the site's module trains; `scaling` is given where that is a tensor.
         """
         kind, config, storage = self.adapter.kind, self.adapter.config, self.site.storage
         if self.operator.transposed != self.site.reading.transposed:
@@ -181,7 +182,7 @@ class Equation:
         if scaling is not None:  # a copy, so that the scale may change between forward and backward
             numbers = numbers | {SCALING: aten.clone.default(scaling)}
         weight = storage.read(self.site.weight_shape, bound) if kind.reads_weight else None
-        return Operands(self.site, config, tensors, numbers, self.operator, bound, self.training, weight)
+        return Operands(self.site, config, tensors, numbers, self.operator, bound, training, weight)
 
     @functools.cached_property
     def numbers(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ConfigError, SelectionError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.own_layers import TOKEN
-from .config import AdapterConfig
+from .config import AdapterConfig, is_named
 from .readings import CONV1D, LINEAR, READINGS, Reading
 from .site import Selection, Site
 from .storages import Storage, weights_of
@@ -30,8 +30,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matches = _matcher(model, config)
-    matched = [name for name in modules if name and matches(name)]
+    matches, besides = _matcher(model, config), config.besides(_input_embedding(model))
+    matched = [name for name in modules if name and (matches(name) or is_named(besides, name))]
+    if missing := [each for each in besides if not any(is_named((each,), name) for name in modules)]:
+        raise SelectionError(f"the config asks for {', '.join(missing)}, which the model does not have")
     unfit = {name: modules[name] for name in matched if not _can_be_adapted(modules[name])}
     if unfit:
         raise SelectionError(_unfit_message(unfit))
@@ -43,13 +45,27 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     return selection
 
 
+def whole_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Paths of the modules that `config` picks, for kinds that train copies of these; the outermost of nested ones.
+
+    Raises `SelectionError` when nothing matches, and warns of names that match nothing.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matches = _matcher(model, config)
+    matched = [name for name in modules if name and matches(name)]
+    if not matched:
+        raise SelectionError(_nothing_message(modules, config))
+    for remark in _remarks(model, Selection(), modules, config):
+        warnings.warn(remark)
+    return tuple(name for name in matched if not any(name.startswith(f"{outer}.") for outer in matched))
+
+
 def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]:
     """`target_modules`, or PEFT's default for the model or its architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:
         return config.target_modules  # type: ignore[return-value]
-    embedding = given_by(model, "get_input_embeddings") if config.for_embeddings else None
-    if embedding is not None:
-        return (next(name for name, module in model.named_modules() if module is embedding),)
+    if config.for_embeddings and (embedding := _input_embedding(model)):
+        return (embedding,)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type not in config.default_targets:
         raise ConfigError(
@@ -57,6 +73,12 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
             f'name the modules, or use "all-linear" ({_candidates(dict(model.named_modules()))})'
         )
     return config.default_targets[model_type]
+
+
+def _input_embedding(model: nn.Module) -> str:
+    """The name of the model's input embedding; empty if it does not tell."""
+    embedding = given_by(model, "get_input_embeddings")
+    return next((name for name, module in model.named_modules() if module is embedding), "")
 
 
 def saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
@@ -80,10 +102,6 @@ def wanted_saved_names(config: AdapterConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))))
 
 
-def _is_suffix(suffix: str, name: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
 def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     targets = targets_of(model, config)
     saved = wanted_saved_names(config)
@@ -98,13 +116,6 @@ def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
         return exactly or (is_named(targets, name) and _in_layers(config, name))
 
     return matches
-
-
-def is_named(names: str | Sequence[str] | None, name: str) -> bool:
-    """Whether a module is named by a regex for its whole name, or by one of several endings."""
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(_is_suffix(suffix, name) for suffix in names or ())
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:

@@ -59,7 +59,14 @@ def keys(adapter: Adapter) -> dict[str, str]:
             if spec.saved:
                 key = f"{SHARED_PREFIX if name in adapter.shared else f'{module}.'}{spec.suffix}"
                 named.setdefault(key, adapter.tensors[site.name][spec.suffix])
-    return named | {_key(adapter, base): path for base, path in adapter.replaced.items()}
+    return named | {_key_of_copy(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _key_of_copy(adapter: Adapter, base: str) -> str:
+    """PEFT's key of the adapter's own copy of a base tensor: the base's, or with what the kind calls whole modules."""
+    whole, copy = adapter.kind.whole, adapter.replaced[base]
+    below = f".{whole}.{adapter.name}."
+    return PREFIX + copy.replace(below, f".{whole}.") if whole and below in copy else _key(adapter, base)
 
 
 def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

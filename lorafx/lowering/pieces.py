@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..ops.modes import is_recorded
+from ..progress import announced
 from ..torch_private.compilers import (
     ACTIVATION_BUDGET,
     KEEP_MATERIALIZED,
@@ -47,7 +48,7 @@ class Piece:
         self.compiled += 1
         if self.compiled > 1:
             self.reasons.append(_reason())
-        with aot_autograd.patch(self._settings):
+        with announced(f"compiling {self.title}"), aot_autograd.patch(self._settings):
             return self._backend(gm, inputs, **options, **self._options)
 
 

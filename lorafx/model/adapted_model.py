@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,8 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
+        if isinstance(value, MethodType) and isinstance(value.__func__, PartCall):  # as accelerate puts one back
+            value = value.__func__
         if name == "forward" and _is_own_method(self, value):
             vars(self)["forward"] = value
             value = PartCall(self, "")
@@ -124,6 +126,7 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 
 # What an adapted model is for Python, whatever its base says of itself.
 _ALWAYS = ("__new__", "__reduce__", "__copy__", "__deepcopy__", "__repr__")
+_CALLS = ("__call__", "_call_impl")  # the second is what `Module.compile` has compiled
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
@@ -139,17 +142,18 @@ def _call_as_it_is(model: AdaptedModel, compile_config: Any = None) -> Any:
     return model.__call__
 
 
-def _calls_of(base: type[nn.Module]) -> dict[str, Any]:
+def _calling(base: type[nn.Module], name: str) -> Callable[..., Any]:
     """How an adapted model is called: as its base is (hooks, then `forward`), with nothing for Dynamo to look into.
 
-    Within torch.compile it is the rewritten graph that is compiled, as that says. These belong to the class that is
-    made, for in `AdaptedModel` a base's `super().__call__` would find them again.
+    Within torch.compile it is the rewritten graph that is compiled, as that says. This belongs to the class that is
+    made, for in `AdaptedModel` a base's `super().__call__` would find it again.
     """
 
-    def call(name: str) -> Any:
-        return not_traced(WITHIN_DYNAMO)(lambda self, *args, **kwargs: getattr(base, name)(self, *args, **kwargs))
+    @not_traced(WITHIN_DYNAMO)
+    def call(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, name)(self, *args, **kwargs)
 
-    return {name: call(name) for name in ("__call__", "_call_impl")}  # the second is what `Module.compile` has compiled
+    return call
 
 
 @functools.cache
@@ -165,7 +169,8 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
         show_own_forward(self, None)
         return serve(self, "", args, kwargs)
 
-    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS} | _calls_of(base)
+    names = {name: vars(AdaptedModel)[name] for name in _ALWAYS}
+    names |= {name: _calling(base, name) for name in _CALLS}
     names |= {"forward": forward, "__module__": base.__module__, MIRRORED_AS: base}
     libraries = [vars(cls) for cls in base.__mro__ if cls.__module__.startswith(_LIBRARIES)]
     names |= {

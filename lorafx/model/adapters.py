@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..files import checkpoint
 from ..merging.ledger import Target
 from ..tree.attached import set_trainable
-from ..tree.lookup import copy_into
+from ..tree.lookup import copy_into, find_tensors
 from ..tree.mirror import mirrored
 from .calls import serve_parts
 from .scales import Scales, number
@@ -176,7 +176,8 @@ class Adapters(Scales):
         for adapter in adapters:
             remove(self.tree, adapter)
             del state.adapters[adapter.name]
-        state.forget_programs()
+            for dispatcher in state.dispatchers:
+                dispatcher.forget(adapter.name)
         if {*names} & {*state.active}:
             rest = tuple(name for name in state.active if name not in names)
             state.active = rest or (state.ledger.names or tuple(state.adapters))[:1]
@@ -190,7 +191,7 @@ class Adapters(Scales):
         """
         state = self._lorafx
         active, merged, disabled = state.active, state.ledger.names, state.disabled
-        trained = [parameter for parameter in self.tree.parameters() if parameter.requires_grad]
+        trained = [each for each in find_tensors(self.tree, self._owned) if each is not None and each.requires_grad]
         self.disable_adapter_layers()
         try:
             yield
@@ -219,5 +220,9 @@ class Adapters(Scales):
     def _set_trainable(self) -> None:
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
-        owned = [path for adapter in state.adapters.values() for path in adapter.paths]
-        set_trainable(self.tree, owned, trainable_paths(state.adapters[name] for name in state.acting))
+        set_trainable(self.tree, self._owned, trainable_paths(state.adapters[name] for name in state.acting))
+
+    @property
+    def _owned(self) -> list[str]:
+        """Paths of the tensors of all adapters."""
+        return [path for adapter in self._lorafx.adapters.values() for path in adapter.paths]

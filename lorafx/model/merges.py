@@ -14,6 +14,7 @@ from ..adapters.storages import require_not_packed_since
 from ..errors import AdapterError, ConfigError, MergeError
 from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
+from ..progress import announced
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
 from .part import Part
@@ -48,7 +49,8 @@ class Merges(Part):
             require_not_packed_since(self.tree, adapter.selection)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
-        self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
+        with contextlib.nullcontext() if how.get("progressbar") else announced("merging"):
+            self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
 
     def _require_together(self, names: Iterable[str]) -> None:
         """Raise `AdapterError` for adapters of which two have their own copy of one base tensor: which would act?"""
@@ -231,12 +233,17 @@ def _with_layers(base: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
     """Replace base tensors by the adapter's own copies, in the base's dtype.
 
-    A tied tensor is untied: its other modules keep the old one.
+    A tied tensor is untied: its other modules keep the old one, each by itself, for transformers would save one of
+    them alone, and tie the others to the new tensor when it loads that.
     """
     for base, path in adapter.replaced.items():
         owner, _, last = base.rpartition(".")
-        module = tree.get_submodule(owner)
-        copy = tensor_at(tree, path).detach().to(tensor_at(tree, base).dtype, copy=True)
+        module, old = tree.get_submodule(owner), tensor_at(tree, base)
+        copy = tensor_at(tree, path).detach().to(old.dtype, copy=True)
+        others = [m._parameters for m in tree.modules() if m is not module]
+        ends = [(tensors, name) for tensors in others for name, tensor in tensors.items() if tensor is old]
+        for tensors, name in ends[1:]:
+            tensors[name] = nn.Parameter(old.detach().clone(), old.requires_grad)
         if last in module._parameters:
             module._parameters[last] = nn.Parameter(copy)
         else:

@@ -35,7 +35,7 @@ class Scales(Merges):
 
     def _require_scalable(self, name: str) -> None:
         adapter = self._adapter(name)
-        if any(SCALING not in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
+        if not any(SCALING in adapter.kind.numbers(site, adapter.config) for site in adapter.selection):
             raise AdapterError(f"adapters of type {adapter.config.peft_type} have no scaling that could be changed")
         bare = next((site.name for site in adapter.selection if self.tree.get_parameter(site.weight).is_meta), None)
         if bare is not None:

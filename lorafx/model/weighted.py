@@ -12,6 +12,7 @@ from ..adapters.adapter import Adapter, plan
 from ..adapters.combining import Combination
 from ..adapters.config import is_number, require
 from ..adapters.site import Selection, Site
+from ..adapters.slots import used, without_room
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..files.checkpoint import targets_by_name
 from ..tree.lookup import tensor_at
@@ -57,7 +58,7 @@ class Weighted(Adapters):
             *(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
         )
         self._require_free(adapter_name)
-        sources = [self._adapter(name) for name in adapters]
+        sources = [used(self._adapter(name)) for name in adapters]
         _require_weights(weights, len(sources))
         self._require_combinable(sources)
         how = how.of_one() if len(sources) == 1 else how
@@ -116,7 +117,9 @@ class Weighted(Adapters):
         return values
 
     def _operands(self, adapter: Adapter, site: Site) -> Any:
-        tensors = adapter.tensors_at(self.tree, site)
+        paths = adapter.tensors[site.name]
+        own = without_room(adapter, {path: tensor_at(self.tree, path) for path in paths.values()})
+        tensors = {suffix: own[path] for suffix, path in paths.items()}
         if bare := next((suffix for suffix, tensor in tensors.items() if tensor.is_meta), None):
             raise AdapterError(f"{adapter.name!r} has no values for {site.name}.{bare}: load it before combining it")
         wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}

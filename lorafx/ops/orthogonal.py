@@ -44,7 +44,7 @@ def _series(skew: Tensor, terms: int) -> Tensor:
     if terms > 2:
         for _ in range(2, max(terms, 4) - 1):
             power = power @ skew
-            total = total + 2 * power
+            total = total.add(power, alpha=2)
         total = total + power @ skew
     return total
 

@@ -39,6 +39,11 @@ class Acting:
         self._acted: set[tuple[tuple[str, ...], str]] = set()  # adapters, and the part that was called
         self._said: set[tuple[tuple[str, ...], str]] = set()
 
+    def forget(self, adapter: str) -> None:
+        """Forget where an adapter acted, which is deleted."""
+        self._acted = {each for each in self._acted if adapter not in each[0]}
+        self._said = {each for each in self._said if adapter not in each[0]}
+
     def see(self, call: Call, acts: bool, result: Any = None) -> None:
         """Note whether a call runs a site; if it does not, say so once, or raise `AdapterError` in a training step.
 
@@ -77,7 +82,10 @@ class Acting:
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not outputs or not all(map(_is_plain, outputs)) or is_compiled_now():
             return
-        own = set(map(id, (*call.leaves, *call.tree.parameters()))) - set(map(id, _trained(call)))
+        trained = set(map(id, _trained(call)))
+        if any(id(leaf) in trained for leaf in _reached(outputs)):  # the first that is found will do
+            return
+        own = set(map(id, (*call.leaves, *call.tree.parameters())))
         if all(id(leaf) in own for leaf in _reached(outputs)):
             names = tuple(adapter.name for adapter in call.context.adapters)
             raise AdapterError(

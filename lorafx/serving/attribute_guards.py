@@ -24,6 +24,7 @@ from ..tree.holdings import Holding, all_holdings, same
 from ..tree.settings import settings_of
 
 _IMMUTABLE = (tuple, frozenset, MethodType, partial)  # they hold the same for as long as they live
+MODE = "training"  # which is apart from all other attributes: it changes all the time, and each state comes again
 _STATES = 256  # so many states are remembered, the oldest making room
 
 
@@ -55,7 +56,7 @@ class AttributeGuards:
         self._values: list[Any] = []
         self._watched: list[Holding] = []
         self._held: list[Any] = []
-        self._now: tuple[AttributeState, tuple[bool, ...]] | None = None
+        self._now: AttributeState | None = None
 
     def watch(self, root: nn.Module, modules: Iterable[tuple[str, nn.Module]], environment: Iterable[str] = ()) -> None:
         """Watch these modules, and these environment variables, from now on.
@@ -63,13 +64,15 @@ class AttributeGuards:
         The root's `forward` is left out: how it is called is no graph's concern.
         """
         self._holders, self._names = [], []
+        self._modes: list[Mapping[str, Any]] = []  # those that may train
         self._readers: list[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = []
         self._apart: set[int] = set()  # ids of the objects whose attributes are watched by their names
         self._of_modules: set[str] = set()
         for path, holder, names in settings_of(modules):
             attributes = vars(holder)
             self._apart.add(id(holder))
-            names = [name for name in names if name != "forward" or attributes is not vars(root)]
+            self._modes += [attributes] if MODE in names else []
+            names = [name for name in names if name != MODE and (name != "forward" or attributes is not vars(root))]
             names *= 2 if len(names) == 1 else 1  # of one name, itemgetter would not give a tuple
             self._holders.append(attributes)
             self._readers.append(itemgetter(*names) if names else lambda _: ())
@@ -90,21 +93,19 @@ class AttributeGuards:
         if list(map(len, self._holders)) != self._lengths:
             return None
         try:
+            training = tuple(map(itemgetter(MODE), self._modes))
             values = list(chain.from_iterable(map(call, self._readers, self._holders)))
             if self._now is None or not same(values, self._values) or not same(self._held_now(), self._held):
                 self._values, self._now = values, self._look_closely(values)
         except (KeyError, AttributeError, ValueError):  # a variable or attribute of something held was deleted
             return None
-        return self._now
+        return self._now, training
 
-    def _look_closely(self, values: list[Any]) -> tuple[AttributeState, tuple[bool, ...]]:
-        named = dict(zip(self._names, values))
-        training = tuple(value for name, value in named.items() if _is_mode(name))
+    def _look_closely(self, values: list[Any]) -> AttributeState:
         alive: list[Any] = []
         described = {
             name: (attribute_key if name in self._of_modules else held_key)(value, alive, self._apart)
-            for name, value in named.items()
-            if not _is_mode(name)
+            for name, value in dict(zip(self._names, values)).items()
         }
         key = tuple(described.items())
         if key not in self._states:
@@ -114,11 +115,7 @@ class AttributeGuards:
         holdings = all_holdings(values, self._apart)
         self._watched = [holding for holding in holdings if not isinstance(holding.of, _IMMUTABLE)]
         self._held = self._held_now()
-        return self._states[key], training
+        return self._states[key]
 
     def _held_now(self) -> list[Any]:
         return list(chain.from_iterable(holding.read(holding.of) for holding in self._watched))
-
-
-def _is_mode(name: str) -> bool:
-    return name.rpartition(".")[2] == "training"

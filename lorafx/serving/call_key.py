@@ -143,7 +143,7 @@ class CallKey(NamedTuple):
     autocast: tuple[torch.dtype | None, ...]
     defaults: Defaults
     layout: int
-    adapters: tuple[Hashable, ...]
+    adapters: tuple[tuple[str, Hashable], ...]
     merged: frozenset[str]
     attributes: AttributeState | None  # None: whatever they are, for the model's own Python reads them
     full: tuple[str, ...]  # arguments that are masks and mask nothing
@@ -159,12 +159,32 @@ class CallKey(NamedTuple):
             *(state.layout, adapters, merged, state.attributes, masks),
         )
 
+    def has(self, adapter: str) -> bool:
+        """Whether an adapter of this name acts, of any scale or not."""
+        return any(is_of(adapter, each) for each, _ in self.adapters)
+
     def with_any_attributes(self) -> CallKey:
         """The key of such calls whatever the attributes of the tree are."""
         return self._replace(attributes=None)
 
 
-def _adapters(call: Call) -> tuple[Hashable, ...]:
+class OperatorKey(NamedTuple):
+    """What the graph of an operator is specialised on: the module that calls it, and how, and the adapters' keys."""
+
+    part: str
+    call: Hashable
+    layout: int
+    acting: tuple[str, ...]
+    merged: frozenset[str]
+    hooked: tuple[str, ...]
+
+
+def is_of(adapter: str, call_key: str) -> bool:
+    """Whether this is what an adapter of this name says of itself for a key, with a scaling that is a tensor or not."""
+    return call_key == adapter or call_key.startswith(f"{adapter}, ")
+
+
+def _adapters(call: Call) -> tuple[tuple[str, Hashable], ...]:
     """The acting adapters by name, dtype and device; of one whose tensors are gone, the name alone."""
     first = [(adapter.call_key, _first_tensor(call.tree, adapter)) for adapter in call.context.adapters]
     return tuple([(key, None if tensor is None else parameter_key(tensor)) for key, tensor in first])

@@ -8,7 +8,7 @@ same ones when it runs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,12 @@ from .choosing import as_now
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
 
 
-def without_reentrant(root: nn.Module) -> None:
-    """Give modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options.
+def without_reentrant(modules: Iterable[nn.Module]) -> None:
+    """Give those modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options.
 
     torch's own default is the re-entrant kind, which PEFT's preparation of quantised models leaves as it is.
     """
-    for module in root.modules():
+    for module in modules:
         function = vars(module).get(FUNCTION)
         if isinstance(function, partial) and function.keywords.get("use_reentrant", function.func is checkpoint):
             options = {**function.keywords, "use_reentrant": False}

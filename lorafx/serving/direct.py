@@ -39,9 +39,10 @@ def equation_dtype(pipeline: Pipeline) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One adapter's equation where an operator reads its site's weight, and where its tensors are."""
+    """One adapter's equation where an operator reads its site's weight, which module has the site, and its tensors."""
 
     equation: Equation
+    owner: nn.Module
     places: tuple[tuple[str, Place], ...]
     scale: Place | None
 
@@ -51,7 +52,8 @@ class Evaluation:
         adapter, name = equation.adapter, equation.site.name
         paths, scale = adapter.tensors[name], adapter.scales.get(name)
         places = tuple((each, Place.of(tree, paths[suffix])) for each, suffix in equation.suffixes.items())
-        return cls(equation, places, None if scale is None else Place.of(tree, scale))
+        owner = module_at(tree, equation.site.module)
+        return cls(equation, owner, places, None if scale is None else Place.of(tree, scale))
 
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
@@ -60,7 +62,8 @@ class Evaluation:
             wanted = self.equation.dtype_of(name, dtype)
             if wanted not in (None, tensor.dtype):
                 tensors[name] = tensor.to(wanted)
-        return self.equation.operands(tensors, bound, None if self.scale is None else self.scale.tensor)
+        scale = None if self.scale is None else self.scale.tensor
+        return self.equation.operands(tensors, bound, self.owner.training, scale)
 
 
 class Read(NamedTuple):
@@ -77,7 +80,7 @@ class Read(NamedTuple):
 
 
 class Direct:
-    """Runs torch functions that read adapted weights, in a tree of one layout.
+    """Runs torch functions that read adapted weights, in a tree of certain modules.
 
     `dtype` is that of updates, None where it is that of the activations. Where rows choose their adapters, `rows` has
     their numbers, and `one_token` says whether the call has one token a row.
@@ -153,16 +156,13 @@ class Direct:
         around = [(adapter, site) for adapter, site in acting if adapter.name not in self.table.merged]
         for operator, arguments in _operators(func, acting[0][1]):
             names = names_of(operator.pattern)
-            equations = [Equation(*each, operator, names, self._trains(each[1])) for each in around]
+            equations = [Equation(*each, operator, names) for each in around]
             # A kind that needs the weight must be innermost: a graph says so.
             several = len(equations) > 1 and self.rows is None
             unclear = several and any(each.adapter.kind.reads_weight for each in equations)
             if not unclear and not any(each.is_impossible for each in equations):
                 evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
                 yield Read(operator, arguments, names, evaluations, any(each.asks_whose for each in equations))
-
-    def _trains(self, site: Site) -> bool:
-        return module_at(self.tree, site.module).training
 
     def _is_own(self, bias: Tensor | None, weight: str, part: str) -> bool:
         """Whether the site's own module reads its weight, and not a twin that has a bias of its own."""

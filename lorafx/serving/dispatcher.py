@@ -24,7 +24,8 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
-from ..tree.attached import has_copies_among_children, own_modules
+from ..tree.attached import has_copies_among_children
+from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
 from . import early_calls
 from .acting import Acting, acts_in
@@ -93,6 +94,13 @@ class Dispatcher:
         self.tables = SiteTables()
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
         self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
+
+    def forget(self, adapter: str) -> None:
+        """Forget what was made for calls in which an adapter acts, which is deleted. What others have stays."""
+        self.programs.forget_keys(lambda key: key.has(adapter))
+        for each in (self.graphs, self.operators, self.tables, self.early, self.acting):
+            each.forget(adapter)
+        self.sites.forget_adapter(adapter)
 
     # --- a call: key, find, run --------------------------------------------------------------------------------------
 
@@ -174,7 +182,7 @@ class Dispatcher:
     def _run_by_sites(self, call: Call, early: bool) -> tuple[Any, bool]:
         """What the model's own Python gives, and whether it ran a site."""
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
-        table = self.tables.of(call.tree, call.context, state.layout)
+        table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
@@ -225,7 +233,7 @@ class Dispatcher:
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
             require_adapted_modules(call)
-            without_reentrant(call.tree)
+            without_reentrant(self.tree.modules)
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
                 program = Program(title_of(call), self.key(call), names, len(call.args), waits=True, reason=WAITS)
@@ -244,9 +252,9 @@ class Dispatcher:
             return False
         if self.graphs.like(key, call) or (call.context.numbers and may_be_turned(call)):
             return False
-        if any(map(has_copies_among_children, own_modules(call.tree))):  # the model's Python may take these for layers
+        if any(map(has_copies_among_children, self.tree.modules)):  # the model's Python may take these for layers
             return False
-        return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.layout).is_plain
+        return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.modules).is_plain
 
     def make_now(self, key: CallKey, call: Call, names: tuple[str, ...]) -> Program:
         """What serves a kind of call from now on."""
@@ -313,6 +321,6 @@ def _is_computed(tree: nn.Module, site: Site) -> bool:
     """
     if site.storage.whole:
         return False
-    owner = innermost(tree.get_submodule(site.module))
+    owner = innermost(module_at(tree, site.module))
     missing = owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
     return missing and not any(map(is_fsdp1, tree.modules()))

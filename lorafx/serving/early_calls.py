@@ -21,9 +21,11 @@ from ..tree.attached import own_modules
 from .call_key import FREE_COUNTER, Call, CallKey
 from .free_counters import is_counter
 
-# Calls of a kind that are served without a graph. To make one of a decoder costs as much as some 30 to 60 of its calls,
-# at any depth; a graph that is made after so many at the latest doubles what the best choice would have taken.
-REPEATS = 40
+# Calls of a kind that are served without a graph. Capture and passes cost what a graph saves in so many calls: some 60
+# when a decoder of 32 layers of width 128 decodes and 90 when it trains, 150 and 400 with 8 layers of 512, 1,000 of a
+# toy, whose graph takes half a second. Who pays when he has lost as much by not paying takes twice as long as the best
+# choice would have, at worst; so it is a number at the lower end of these, where seconds are at stake.
+REPEATS = 100
 
 
 class EarlyCalls:
@@ -48,6 +50,11 @@ class EarlyCalls:
     def seen(self, key: CallKey) -> int:
         """How many such calls have been served early."""
         return self._seen[_kind(key)]
+
+    def forget(self, adapter: str) -> None:
+        """Forget the calls in which an adapter acted, which is deleted."""
+        for key in [key for key in self._seen if key.has(adapter)]:
+            del self._seen[key]
 
     def give_up(self, part: str) -> None:
         """Give calls of a part their graph at once: its own Python reads a weight where no equation can be run."""

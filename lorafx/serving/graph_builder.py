@@ -15,6 +15,7 @@ from ..graph.modules import accepts
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowering
 from ..pipeline import Observer, Pipeline
+from ..progress import announced
 from ..tree.attached import trained_paths
 from .call_key import Call, CallKey
 from .programs import Program, ProgramCache
@@ -45,7 +46,7 @@ class GraphBuilder:
 
         A loop over a size is repeated as often as in this call where `unroll`; else it is a `CaptureError`.
         """
-        with collecting_later():
+        with announced(f"capturing {program.title}"), collecting_later():
             start = time.perf_counter()
             context = replace(call.context, trained=trained_paths(call.tree))
             if found := self.like(program.key, call):
@@ -61,6 +62,11 @@ class GraphBuilder:
                     self.rewritten.keep((_without_adapters(program.key), program.positional), found)
             program.steps, program.gm, program.lowered = found.steps, gm, self.lowering.lower(gm)
             program.captured, program.context = found.captured, context
+
+    def forget(self, adapter: str) -> None:
+        """Forget the graphs that were rewritten for an adapter, which is deleted; what was captured has none."""
+        for found in [each for each in self.rewritten if any(a.name == adapter for a in each.context.adapters)]:
+            self.rewritten.forget(found)
 
     def like(self, key: CallKey, call: Call) -> Rewritten | None:
         """The graph of a call that differs from this one in the adapters' names alone, if there is one."""

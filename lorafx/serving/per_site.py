@@ -29,13 +29,13 @@ from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
-from ..torch_private.tensors import is_wrapped
+from ..torch_private.tensors import is_innermost_mode, is_wrapped, pop_function_mode, push_function_mode
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at, tensor_at
 from ..tree.mirror import own_forward
 from ..tree.originals import other_mode
 from ..tree.wrappers import innermost
-from .call_key import Call
+from .call_key import Call, OperatorKey
 from .direct import Direct
 from .site_table import SiteTable
 from .tree_state import TreeState
@@ -114,9 +114,33 @@ class SiteInterpreter(TorchFunctionMode):
         finally:
             RUNNING.mode, self.paused = self, False
 
+    def run_site(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module gives whose own forward is one call that reads its weight; NotImplemented for any other."""
+        read = self.table.own_reads.get(part) if self.runs_sites and len(args) == 1 and not kwargs else None
+        if read is None or type(args[0]) is not Tensor or type(read.module).forward is not read.forward:
+            return NotImplemented
+        if not is_innermost_mode(self):
+            return NotImplemented
+        assert self.direct is not None
+        copy_of = self._copy_of if self.replaced else None
+        pop_function_mode()
+        try:
+            if self._acts_on(args):
+                return NotImplemented
+            result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
+        finally:
+            push_function_mode(self)
+        self.acted = self.acted or result is not NotImplemented
+        return result
+
+    @functools.cached_property
+    def runs_sites(self) -> bool:
+        """Whether equations may take the place of whole modules: nobody watches, and no copy is for one of several."""
+        return self.direct is not None and not self.state.hooked_adapters and not (self.replaced and self.shared)
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, _is_getter(func)):
+        if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
             return func(*args, **kwargs)
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy_of(args[0])
@@ -129,7 +153,7 @@ class SiteInterpreter(TorchFunctionMode):
         result = self._directly(func, args, kwargs) if self.direct else NotImplemented
         return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
 
-    def _acts_on(self, values: Iterable[Any], is_getter: bool = False) -> bool:
+    def _acts_on(self, values: Iterable[Any], func: Callable[..., Any] | None = None) -> bool:
         """Whether an adapted tensor, or one that an adapter has a copy of, is among a function's arguments.
 
         Raises `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call;
@@ -141,12 +165,12 @@ class SiteInterpreter(TorchFunctionMode):
             if id(value) in weights or id(value) in replaced:
                 return True
             if kind is Tensor:
-                if not is_getter and (path := memory.get(_storage(value))):
+                if (path := memory.get(_storage(value))) and not _is_getter(func):
                     raise UncoveredOperatorError(
                         f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
                         f"{place_of(traceback.extract_stack())}"
                     )
-            elif (kind is tuple or kind is list) and self._acts_on(value, is_getter):
+            elif (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
         return False
 
@@ -204,8 +228,9 @@ class SiteInterpreter(TorchFunctionMode):
         # A hook may have cast a weight since the layout was looked at.
         keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
         hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
-        acting = tuple(adapter.call_key for adapter in self.context.adapters), self.context.merged
-        key = self.parts[-1], func, spec, keys, modes(), self.state.layout, acting, hooked
+        acting = tuple(adapter.call_key for adapter in self.context.adapters)
+        how = func, spec, keys, modes()
+        key = OperatorKey(self.parts[-1], how, self.state.layout, acting, self.context.merged, hooked)
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:
@@ -287,7 +312,7 @@ def _is_method(func: Callable[..., Any]) -> bool:
     return _is_getter(func) or getattr(Tensor, getattr(func, "__name__", ""), None) is func
 
 
-def _is_getter(func: Callable[..., Any]) -> bool:
+def _is_getter(func: Callable[..., Any] | None) -> bool:
     """Whether it reads an attribute, as a shape."""
     return getattr(func, "__name__", "") == "__get__"
 

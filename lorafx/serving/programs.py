@@ -121,6 +121,11 @@ class ProgramCache(Generic[T]):
                 if not kept:
                     del self._kept[key]
 
+    def forget_keys(self, are_gone: Callable[[Any], bool]) -> None:
+        """Keep nothing any longer that has one of these keys."""
+        for key in [key for key in self._kept if are_gone(key)]:
+            del self._kept[key]
+
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()

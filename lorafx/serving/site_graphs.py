@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ..pipeline import Context, Observer, Pipeline
 from ..tree.attached import trained_paths
 from .adapter_hooks import call_modules, unfused
+from .call_key import OperatorKey, is_of
 from .graph_builder import CAPTURING
 from .programs import GuardFailed, ProgramCache, guarded
 
@@ -25,12 +26,16 @@ class SiteGraphs:
     def __init__(self) -> None:
         self._kept: ProgramCache[GraphModule] = ProgramCache(CAPACITY)
 
+    def forget(self, adapter: str) -> None:
+        """Forget the graphs in which an adapter acts, which is deleted."""
+        self._kept.forget_keys(lambda key: any(is_of(adapter, each) for each in key.acting))
+
     def __len__(self) -> int:
         return len(self._kept)
 
     def run(
         self,
-        key: Hashable,
+        key: OperatorKey,
         inputs: Sequence[Any],
         capture: Callable[[], tuple[GraphModule, Context]],
         hooked: Sequence[str],

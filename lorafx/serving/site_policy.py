@@ -89,6 +89,10 @@ class SitePolicy:
         """Forget that calls like a program's go by sites."""
         self._calls.discard(program.key.with_any_attributes())
 
+    def forget_adapter(self, adapter: str) -> None:
+        """Forget which calls go by sites in which an adapter acted, which is deleted."""
+        self._calls = {key for key in self._calls if not key.has(adapter)}
+
     def warn_once(self, program: Program) -> None:
         """Say once that a graph was tried in vain."""
         if program.failed and not self._warned:
@@ -112,6 +116,8 @@ class SitePolicy:
             self._early.add(path)
         else:
             self._interpreted.add((path, interpreter.state.layout))
+        if (result := interpreter.run_site(path, args, kwargs)) is not NotImplemented:
+            return result
         if has_copies_among_children(module_at(tree, path)):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:

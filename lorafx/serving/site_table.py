@@ -1,4 +1,4 @@
-"""The site table: where what the adapters act on lies in a tree of one layout. Made once, and looked up in each call.
+"""The site table: where what the adapters act on lies in a tree of modules. Made once, and looked up in each call.
 
 Tensors are looked up anew whenever somebody asks, for a model may have replaced them since.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from ..adapters.storages import DENSE
 from ..pipeline import Context
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost
+from .call_key import is_of
 
-_TABLES = 16  # so many are kept, the oldest making room: one for each layout of the tree and set of acting adapters
+_TABLES = 16  # so many are kept, the oldest making room: one for each set of acting adapters
 
 
 class Place(NamedTuple):
@@ -41,6 +42,14 @@ class Place(NamedTuple):
         """The tensor that is there now."""
         found = self.owner._parameters.get(self.name)
         return getattr(self.owner, self.name) if found is None else found
+
+
+class OwnRead(NamedTuple):
+    """A module whose own forward is one call that reads its weight, as the reading says, and the weight's path."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    weight: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,17 @@ class SiteTable:
         return cls(weights, replaced, copies, acting, owned, context.merged, numbers)
 
     @functools.cached_property
+    def own_reads(self) -> dict[str, OwnRead]:
+        """Of the modules that have weights those whose forward is one call that a reading knows, by path."""
+        found = {}
+        for place, (_, site) in zip(self.weights, (sites[0] for sites in self.acting.values())):
+            forward = type(place.owner).forward
+            known = any(function is forward for operator in site.reading.operators for function, _ in operator.calls)
+            if known and site.storage == DENSE and not _has_forward_of_its_own(place.owner):
+                found[place.path.rpartition(".")[0]] = OwnRead(place.owner, forward, place.path)
+        return found
+
+    @functools.cached_property
     def is_plain(self) -> bool:
         """Whether the modules read their weights themselves, by functions that a reading knows, one weight each."""
         first = (sites[0][1] for sites in self.acting.values())
@@ -93,15 +113,26 @@ def _reads_plainly(owner: nn.Module, site: Site) -> bool:
     return site.storage == DENSE and bool(site.reading.operators[0].calls) and type(owner).forward in own
 
 
+def _has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether somebody has given this very module another forward, beneath what lorafx has put there."""
+    forward = vars(module).get("forward")
+    return forward is not None and "forward" in getattr(forward, "replaced", ("forward",))
+
+
 class SiteTables:
     """The tables of one adapted model."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, SiteTable] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, tuple[str, ...], *tuple[Any, ...]], SiteTable] = OrderedDict()
 
-    def of(self, tree: nn.Module, context: Context, layout: int) -> SiteTable:
-        """The table of a tree whose layout has this number (`tree_state`), for the adapters that act."""
-        key = layout, tuple(adapter.call_key for adapter in context.adapters), context.merged, context.numbers
+    def forget(self, adapter: str) -> None:
+        """Forget the tables of an adapter, which is deleted."""
+        for key in [key for key in self._kept if any(is_of(adapter, each) for each in key[1])]:
+            del self._kept[key]
+
+    def of(self, tree: nn.Module, context: Context, modules: int) -> SiteTable:
+        """The table of a tree whose modules have this number (`tree_state`), for the adapters that act."""
+        key = modules, tuple(adapter.call_key for adapter in context.adapters), context.merged, context.numbers
         if key not in self._kept:
             self._kept[key] = SiteTable.of(tree, context)
             if len(self._kept) > _TABLES:

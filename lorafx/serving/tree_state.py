@@ -35,7 +35,7 @@ class TreeState(NamedTuple):
     Two states of one `layout` have the same modules, training or not, tensors of the same shapes, dtypes and devices,
     and the same hooks that compute: torch's operators do the same in both. Which hooks somebody watches by is no part
     of it, only whether he does, so that one that is registered anew in each step costs nothing. `attributes` are the
-    values that only the model's Python reads.
+    values that only the model's Python reads. `modules` numbers the modules alone, whatever is in them.
     """
 
     layout: int
@@ -43,6 +43,7 @@ class TreeState(NamedTuple):
     hooked: bool  # somebody watches inner modules run, by hooks of his own
     sharded: bool  # some tensors are whole only while a module's own forward runs
     hooked_adapters: tuple[str, ...] = ()  # modules of adapters' tensors that somebody watches
+    modules: int = 0
 
 
 class TreeGuards:
@@ -64,6 +65,11 @@ class TreeGuards:
         self._numbers = count()
         self._last: tuple[Any, ...] = ()
         self._state: TreeState | None = None  # None when something has changed that the layout depends on
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The tree's own modules, as they were found last."""
+        return self._modules
 
     def watch_environment(self, root: nn.Module, names: Collection[str]) -> None:
         """Count these environment variables among the values that only the model's Python reads, from now on."""
@@ -88,7 +94,8 @@ class TreeGuards:
         if self._state is None or now != self._last:
             self._last = now
             sharded = any(map(_is_sharded, self._tensors)) or any(map(is_fsdp1, self._modules))
-            self._state = TreeState(self._layout(*now), attributes, self._hooked(), sharded, self._hooked_adapters)
+            layout, hooked = self._layout(*now), self._hooked()
+            self._state = TreeState(layout, attributes, hooked, sharded, self._hooked_adapters, self._walks)
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)
         return self._state

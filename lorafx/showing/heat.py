@@ -34,7 +34,7 @@ def heats(tree: nn.Module, adapters: Iterable[Adapter]) -> Iterator[Heat]:
     """The heat of each adapter at each of its sites."""
     for adapter in adapters:
         for site in adapter.selection:
-            tensors = {name: tensor.float() for name, tensor in adapter.tensors_at(tree, site).items()}
+            tensors = {name: _as_float(tensor) for name, tensor in adapter.tensors_at(tree, site).items()}
             numbers = adapter.numbers(tree, site)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             norms = {name: _norm(tensor) for name, tensor in tensors.items()}
@@ -50,5 +50,10 @@ def _change(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor], numbers
     return delta.norm() if isinstance(delta, LowRank) else _norm(delta)
 
 
+def _as_float(tensor: Tensor) -> Tensor:
+    """In float32; integers, as the places of a sparse update, are what they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def _norm(tensor: Tensor) -> float:
-    return float("nan") if tensor.is_meta else torch.linalg.vector_norm(tensor).item()
+    return float("nan") if tensor.is_meta else torch.linalg.vector_norm(tensor.float()).item()

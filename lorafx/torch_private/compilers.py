@@ -78,6 +78,8 @@ def not_traced(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         @functools.wraps(function)
         def entry(*args: Any, **kwargs: Any) -> Any:
             callback = set_eval_frame(None)  # first of all: Dynamo looks at each function that is called before
+            if callback is None:  # it is off, as in the parts of a model that runs already
+                return function(*args, **kwargs)
             outer = compiler_in_charge()
             if callable(callback):
                 _local.compiler = innermost_backend(callback)

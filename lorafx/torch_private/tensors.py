@@ -10,6 +10,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
@@ -23,6 +24,11 @@ __all__ = [
 # what lorafx asks about a tensor would be taken for what the model asks, and deferred logits would ask themselves.
 DisableTorchFunction = torch._C.DisableTorchFunction
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+
+# Take off the innermost torch function mode of this thread, and put one on. Without them, a module's equation would be
+# looked at operator by operator by the mode that has called it.
+pop_function_mode = torch._C._pop_torch_function_stack
+push_function_mode = torch._C._push_on_torch_function_stack
 
 # A context in which subclasses' `__torch_function__` is called again. Without it, an operator that was given one of
 # torchao's tensors could not run code that is given another.
@@ -54,6 +60,12 @@ MODULE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+
+def is_innermost_mode(mode: TorchFunctionMode) -> bool:
+    """Whether this is the torch function mode that sees functions first. Without it, another one would be taken off."""
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
 
 
 def in_backward() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
-from .lookup import find_tensor
+from .lookup import find_tensors
 from .wrappers import innermost
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
@@ -158,9 +158,8 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
 
 def set_trainable(root: nn.Module, paths: Iterable[str], trainable: Iterable[str]) -> None:
     """Set `requires_grad` on those parameters among `paths` that are in `trainable`, and clear it on the others."""
-    wanted = set(trainable)
-    for path in paths:
-        tensor = find_tensor(root, path)
-        trains = path in wanted and isinstance(tensor, nn.Parameter)
-        if tensor is not None and tensor.requires_grad != trains:
-            tensor.requires_grad_(trains)
+    paths, wanted = tuple(paths), set(trainable)
+    for path, tensor in zip(paths, find_tensors(root, paths)):
+        trains = path in wanted
+        if tensor is not None and tensor.requires_grad != trains:  # to ask for the class takes longer than all else
+            tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,40 @@ def find_tensor(root: nn.Module, path: str) -> Tensor | None:
     found = value._parameters.get(name) if isinstance(value, nn.Module) else None
     found = getattr(value, name, None) if found is None else found
     return found if isinstance(found, Tensor) else None
+
+
+def find_tensors(root: nn.Module, paths: Iterable[str]) -> list[Tensor | None]:
+    """`find_tensor` of each of these paths. Each module on their ways is looked up once."""
+    children, tensors = _ways(tuple(paths))
+    modules: list[Any] = [root]
+    for parent, atom in children:
+        module = modules[parent]
+        child = module._modules.get(atom) if isinstance(module, nn.Module) else None
+        modules.append(getattr(module, atom, None) if child is None else child)
+    found = []
+    for owner, name in tensors:
+        module = modules[owner]
+        tensor: Any = module._parameters.get(name) if isinstance(module, nn.Module) else None
+        if tensor is None and not isinstance(tensor := getattr(module, name, None), Tensor):
+            tensor = None
+        found.append(tensor)
+    return found
+
+
+@functools.lru_cache(maxsize=64)  # a model asks for the same paths again and again
+def _ways(paths: tuple[str, ...]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """The modules on the ways of paths, each by the number of its parent, the root's being 0; and the paths' ends."""
+    numbers, children = {"": 0}, list[tuple[int, str]]()
+
+    def number(path: str) -> int:
+        if path not in numbers:
+            parent, _, atom = path.rpartition(".")
+            children.append((number(parent), atom))
+            numbers[path] = len(children)
+        return numbers[path]
+
+    owners = (path.rpartition(".") for path in paths)
+    return children, [(number(owner), name) for owner, _, name in owners]
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor:

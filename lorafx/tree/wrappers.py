@@ -6,6 +6,7 @@ wrapper does to a call besides compiling it stays: accelerate's hooks become hoo
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from types import MethodType
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import AdapterError
-from ..torch_private.compilers import compiled_module, uncompiled
+from ..torch_private.compilers import OptimizedModule, compiled_module, uncompiled
 from ..torch_private.tensors import call_hooks
 
 # What accelerate adds to a module: its hook, the forward below it, and methods that refuse to move a dispatched model.
@@ -47,9 +48,14 @@ def innermost(model: nn.Module) -> nn.Module:
 
 def _inner(model: nn.Module) -> nn.Module | None:
     """What a wrapper is around; None if the module is no wrapper."""
-    if isinstance(model, (DataParallel, DistributedDataParallel)) or is_fsdp1(model):
-        return model.module  # type: ignore[return-value]
-    return compiled_module(model)
+    if not _are_wrappers(type(model)):  # type: ignore[arg-type]
+        return None
+    return model.module if (inner := compiled_module(model)) is None else inner  # type: ignore[return-value]
+
+
+@functools.cache  # calls ask of hundreds of modules, and of an abstract class, as DDP's, that takes a while
+def _are_wrappers(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, (DataParallel, DistributedDataParallel, OptimizedModule)) or _is_of_fsdp1(kind)
 
 
 def _shares_work(model: nn.Module) -> bool:
@@ -63,8 +69,12 @@ def _shares_work(model: nn.Module) -> bool:
 
 def is_fsdp1(model: nn.Module) -> bool:
     """Whether this is torch's FullyShardedDataParallel, within which parameters are whole only while it runs."""
+    return _is_of_fsdp1(type(model))
+
+
+def _is_of_fsdp1(kind: type[nn.Module]) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel)
+    return fsdp is not None and issubclass(kind, fsdp.FullyShardedDataParallel)
 
 
 def side_by_side(

@@ -37,6 +37,7 @@ def test_a_kernel_with_factors_of_its_own(conv):
         (12, 5, (3, 4)),
         (12, 6, (6, 2)),
         (10, 3, (2, 5)),
+        (100, 3, (2, 50)),
     ],
 )
 def test_sizes_are_divided_as_in_peft(size, factor, expected):

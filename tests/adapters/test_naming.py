@@ -1,7 +1,13 @@
 """Names of adapters: usable in a graph's Python and as a folder, or refused when the adapter is added."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import lorafx
@@ -88,3 +94,33 @@ def test_a_graph_with_an_adapter_of_an_odd_name(name):
     found = lora(x)
     assert torch.equal(found, lorafx.of(lora).graph(x)(x))
     assert torch.allclose(found, lora.merge_and_unload()(x), atol=1e-5)
+
+
+_PARTS = ["mlp", "attn", "lora_A", "default", "weight", "a", "b", "_", "0", ".", "bias", "modules_to_save"]
+ANY_NAMES = st.lists(st.lists(st.sampled_from(_PARTS), min_size=1, max_size=3).map("".join), max_size=4, unique=True)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(names=ANY_NAMES)
+def test_a_name_is_refused_or_its_adapter_saves_its_own_tensors_and_no_others(names, tmp_path):
+    """Names that begin alike, hold one another, or are those of modules."""
+    lora, served = lorafx.compile(Two(), CONFIG, adapter_name="first"), ["first"]
+    for number, name in enumerate(names):
+        if "." in name:
+            with pytest.raises(AdapterError, match="cannot name an adapter"):
+                lora.add_adapter(name, CONFIG)
+            continue
+        lora.add_adapter(name, {**CONFIG, "r": 1 + number})
+        served.append(name)
+    for name in served:
+        for path in lora._lorafx.adapters[name].paths:
+            lora.get_parameter(path).data.normal_()
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    lora.save_pretrained(folder)
+    for name in served:
+        found = load_file((folder if name == "default" else folder / name) / "adapter_model.safetensors")
+        own = lorafx.get_peft_model_state_dict(lora, adapter_name=name)
+        assert found.keys() == own.keys() and all(torch.equal(found[key], own[key]) for key in own)
+        by_path = [lora.get_parameter(path) for path in lora._lorafx.adapters[name].paths]
+        assert len(by_path) == len(own) and {id(t) for t in by_path} == {id(t) for t in own.values()}

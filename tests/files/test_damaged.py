@@ -41,7 +41,6 @@ from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits
 
 ASKED = {
     "megatron_config": {"a": 1},
-    "trainable_token_indices": [1, 2],
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 2.0},
     "corda_config": {"corda_method": "ipm"},

@@ -97,6 +97,24 @@ def test_adapters_that_train_the_same_biases_are_remarked_on():
         lora.set_adapter(["default", "b"])
 
 
+def test_who_deletes_an_adapter_leaves_the_programs_of_others():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    lora.add_adapter("other", {"r": 3, "target_modules": ["first"], "init_lora_weights": False})
+    with lora.disable_adapter():
+        base = lora.graph(x)
+    lora.set_adapter("other")
+    theirs, expected = lora.graph(x), lora(x)
+    lora.set_adapter("default")
+    lora(x)
+    lora.delete_adapter("default")
+    assert lora.active_adapters == ["other"] and lora.graph(x) is theirs and torch.equal(lora(x), expected)
+    with lora.disable_adapter():
+        assert lora.graph(x) is base
+    lora.add_adapter("default", {"r": 2, "target_modules": ["second"], "init_lora_weights": False})
+    lora.set_adapter("default")
+    assert lora.graph(x) is not theirs and not torch.allclose(lora(x), expected)
+
+
 def flags(lora):
     return {name: lora.get_parameter(f"second.lora_A.{name}.weight").requires_grad for name in lora.peft_config}
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from graphs import Chain, adapted
+from transformers import T5Config, T5ForConditionalGeneration
 
 import lorafx
 from lorafx.errors import AdapterError, MergeError
@@ -176,3 +177,20 @@ def test_one_name_is_one_adapter_and_its_letters_are_none(lora, tmp_path):
     lora.save_pretrained(tmp_path, selected_adapters="ab")
     assert [folder.name for folder in tmp_path.iterdir()] == ["ab"]
     assert lora.merge_and_unload(adapter_names="ab") is not None
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_ends_of_a_tie_that_merging_undoes_come_back_from_a_file(merged_before, tmp_path):
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    call = {"input_ids": torch.randint(50, (2, 5)), "decoder_input_ids": torch.randint(50, (2, 3))}
+    with pytest.warns(UserWarning, match="tied no longer"):
+        lora = lorafx.compile(base, {"r": 2, "target_modules": ["q"], "modules_to_save": ["shared"]}, capture="sites")
+    with torch.no_grad():
+        lora.shared.modules_to_save.default.weight.add_(torch.randn(50, 16))
+        expected = lora(**call).logits
+        if merged_before:
+            lora.merge_adapter()
+        lora.merge_and_unload().save_pretrained(tmp_path)
+        again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(**call).logits, expected)

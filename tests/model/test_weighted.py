@@ -74,6 +74,18 @@ def test_convolutions_in_groups_are_put_beside_each_other_group_by_group():
         lora.add_weighted_adapter(["a", "b"], [2.0, -1.0], "near")
 
 
+def test_room_for_others_is_no_part_of_what_is_combined():
+    lora = several({"r": 2, "target_modules": ["second"]}, {"r": 2, "target_modules": ["second"]})
+    lora.add_weighted_adapter(["a", "b"], [2.0, -1.0], "sum", "cat")
+    lora.prepare_for_hotswap(target_rank=5, config=lorafx.LoraConfig(target_modules=ALL))
+    for combination_type in ("cat", "svd", "linear"):
+        lora.add_weighted_adapter(["a", "b"], [2.0, -1.0], combination_type, combination_type)
+        assert lora.peft_config[combination_type].r == (4 if combination_type == "cat" else 2)
+        assert list(changes(lora, combination_type)) == ["second"]
+    found, expected = (changes(lora, name)["second"]["weight"] for name in ("cat", "sum"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_biases_of_b_are_added_too():
     lora = several({"r": 2, "lora_bias": True}, {"r": 2, "lora_bias": True}, {"r": 2})
     lora.delete_adapter("c")

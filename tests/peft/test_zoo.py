@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from zoo import plain
 
 import lorafx
+from lorafx.serving import early_calls
 
 pytestmark = pytest.mark.slow  # real PEFT beside lorafx, many captures
 
@@ -208,6 +209,22 @@ def test_saved_it_is_what_peft_saves(pair: Pair, tmp_path: Path) -> None:
     assert {key for key in ours if ".lora_" in key} == own and all(torch.equal(ours[key], theirs[key]) for key in own)
     again = peft.PeftModel.from_pretrained(pair.entry.build(), tmp_path / "ours")
     assert not peft.set_peft_model_state_dict(again, ours).unexpected_keys
+
+
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("pair", [name for name in zoo.ENTRIES if name.endswith(WRITERS)], indirect=True)
+def test_it_writes_what_peft_writes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, three words, by the model's own Python: graphs of decoding have tests of their own."""
+    monkeypatch.setattr(early_calls, "REPEATS", 1000)
+    inputs = {name: value for name, value in pair.entry.inputs(*SIZES[0]).items() if name != "labels"}
+    written = []
+    for model in (pair.ours, pair.theirs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written.append(model.eval().generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False))
+    assert written[0].shape[1] >= 3 and torch.equal(*written)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Direct: operators that read an adapted weight are computed in the adapters' equations, where they are called."""
 
+import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from graphs import Chain
 from modules import EveryForm
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
@@ -54,6 +57,86 @@ def test_a_linear_layer_gives_the_bits_of_the_graph(dropout):
         outputs[-1].square().sum().backward()
     assert captured(sites) == 0 and torch.equal(*outputs)
     assert all(torch.equal(gradient, gradients(sites)[name]) for name, gradient in gradients(graph).items())
+
+
+class Watched(nn.Module):
+    """Counts how often its layer's own Python runs a product, by a mode around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, mode):
+        with mode:
+            return self.second(self.first(x))
+
+
+class Counting(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.linears = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.linears += func is F.linear
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_module_that_only_reads_its_weight_is_not_run():
+    """Its equation takes its place: no function of it is looked at, unless a mode of somebody's own is to see it."""
+    lora, x = lorafx.compile(Chain(), RANDOM, capture="sites"), torch.randn(5, 4)
+    seen = []
+    lora.first.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with monitored(nn.Linear) as ran:
+        expected = lora(x)
+    assert not ran and seen == [(5, 6)]
+    lora.set_scale("default", 0.5)
+    assert not torch.allclose(lora(x), expected)
+    mode, watched = Counting(), lorafx.compile(Watched(), RANDOM, capture="sites", random_state=0)
+    expected = watched(x, contextlib.nullcontext())
+    assert torch.equal(watched(x, mode), expected) and mode.linears == 2
+
+
+@contextlib.contextmanager
+def monitored(module):
+    """The frames of a module class's forward that run meanwhile."""
+    ran = []
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_code is module.forward.__code__:
+            ran.append(frame.f_locals["self"])
+
+    sys.setprofile(profile)
+    try:
+        yield ran
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("how", ["of the class", "of the module"])
+def test_a_forward_that_somebody_has_replaced_is_run(how, monkeypatch):
+    model, x = Chain(), torch.randn(5, 4)
+    if how == "of the module":
+        model.first.forward = lambda x: F.linear(x, model.first.weight, model.first.bias) + 1
+    lora = lorafx.compile(model, RANDOM | {"target_modules": ["first"]}, capture="sites", random_state=0)
+    before = lora(x)
+    if how == "of the class":
+        forward = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) + 1)
+    with torch.no_grad():
+        lora.first.lora_B.default.weight.zero_()
+        expected = model.second(torch.relu(F.linear(x, model.first.weight, model.first.bias) + 1))
+    torch.testing.assert_close(lora(x), expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_whether_a_module_trains_is_asked_in_each_call():
+    sites, graph = pair(nn.Sequential(nn.Linear(5, 7)), RANDOM | {"target_modules": ["0"], "lora_dropout": 0.5})
+    x, found = torch.ones(9, 5), []
+    for lora in (sites, graph):
+        torch.manual_seed(1)
+        found.append((lora.train()(x), lora.eval()(x), lora.train()(x)))
+    assert all(map(torch.equal, *found)) and not torch.equal(found[0][0], found[0][1])
+    assert len(sites._lorafx.dispatcher.tables._kept) == 1, "one table serves both"
 
 
 def test_a_scale_that_changes_is_read_in_each_call():

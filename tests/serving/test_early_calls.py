@@ -31,7 +31,7 @@ def captures(lora):
 def test_the_default_number_of_repeats_outlasts_a_short_answer():
     """What `generate` does for 32 tokens is no reason to capture. Here it is another number, so we read the source."""
     (default,) = re.findall(r"^REPEATS = (\d+)$", Path(early_calls.__file__).read_text(), re.MULTILINE)
-    assert 32 < int(default) < 100
+    assert 32 < int(default) < 200
 
 
 def test_a_kind_of_call_that_repeats_is_given_a_graph():

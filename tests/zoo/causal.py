@@ -49,10 +49,12 @@ ENTRIES = (
     causal("Starcoder2", [*ATTENTION, "c_fc", "c_proj"], sliding_window=4),
     causal("Olmo2", ATTENTION + GATED),
     causal("SmolLM3", ATTENTION + GATED, no_rope_layers=[1, 0]),
+    causal("StableLm", ATTENTION + GATED, UNGROUPED, num_key_value_heads=2, partial_rotary_factor=0.5),
     # Experts are stacked parameters and routers modules of their own kind, so no linear target reaches either. To PEFT
     # `gate_proj` and the like mean stacked experts in these models, also where a dense or shared layer has such.
     causal("Qwen3Moe", ATTENTION, **EXPERTS, num_experts=4),
     causal("Mixtral", [*ATTENTION, "lm_head"], **EXPERTS, num_local_experts=4),
+    causal("Phimoe", ATTENTION, **EXPERTS, num_local_experts=4),
     causal("GptOss", ATTENTION, **EXPERTS, **SLIDING, num_local_experts=4),
     causal(
         "DeepseekV3",

@@ -97,6 +97,11 @@ ENTRIES = (
     ),
     # Without `get_input_embeddings`, as most models of images.
     viewer("ResNet", ["convolution"], STAGES | {"embedding_size": 8, "hidden_sizes": [8, 12]}),
+    viewer(
+        "RegNet",
+        ["convolution"],
+        STAGES | {"embedding_size": 8, "hidden_sizes": [8, 16], "groups_width": 8, "layer_type": "x"},
+    ),
     viewer("DeiT", [*ATTENTION, "fc1", "fc2"]),
     viewer("Beit", [*ATTENTION, "fc1", "fc2"]),
     viewer(

@@ -21,10 +21,12 @@ from .hira import Hira, HiraConfig
 from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
 from .kind import SCALING, Kind, Operands, Spec
+from .ln_tuning import LNTuning, LNTuningConfig
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
+from .lora_with_tokens import LoraWithTokens
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
@@ -83,7 +85,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 for _kind in (
     *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, TrainableTokens),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens),
 ):
     register(_kind)
 
@@ -98,6 +100,7 @@ __all__ = [
     "HiraConfig",
     "IA3Config",
     "Kind",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",

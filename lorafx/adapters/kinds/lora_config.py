@@ -129,10 +129,10 @@ class LoraConfig(AdapterConfig):
     fan_in_fan_out: bool = False
     use_dora: bool = False
     loftq_config: Any = field(default_factory=dict)
+    trainable_token_indices: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    trainable_token_indices: Any = None
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -156,6 +156,16 @@ class LoraConfig(AdapterConfig):
         """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
         return {"loftq_bits": 4, "loftq_iter": 1} | _fields(self.loftq_config)
 
+    def besides(self, embedding: str) -> tuple[str, ...]:
+        """The modules of which some tokens train."""
+        tokens = self.trainable_token_indices
+        if tokens and not isinstance(tokens, Mapping) and not embedding:
+            raise ConfigError(
+                "`trainable_token_indices` is a list, of the input embedding's tokens, and the model has no "
+                "`get_input_embeddings` to tell which that is; give a dict of lists by module name"
+            )
+        return tuple(tokens) if isinstance(tokens, Mapping) else (embedding,) if tokens else ()
+
     @property
     def unsupported(self) -> dict[str, Any]:
         """The fields that ask for something lorafx does not implement yet, with their values."""
@@ -174,7 +184,6 @@ class LoraConfig(AdapterConfig):
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (
     "megatron_config",
-    "trainable_token_indices",
     "eva_config",
     "corda_config",
     "lora_ga_config",

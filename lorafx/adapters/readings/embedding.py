@@ -23,6 +23,11 @@ def called(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_
     return input, weight, padding, scale_grad_by_freq, sparse
 
 
+def forward_of_embedding(module, x):
+    options = module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
+    return called(x, module.weight, *options)
+
+
 def narrow(x, a, padding_idx, scale_grad_by_freq, sparse):
     """(…,) of row numbers, (r, rows) -> (…, r)"""
     return aten.embedding.default(aten.t.default(a), x, padding_idx, scale_grad_by_freq, sparse)
@@ -33,8 +38,9 @@ def wide(h, b):
     return aten.linear.default(h, b)
 
 
+CALLS = ((F.embedding, called), (nn.Embedding.forward, forward_of_embedding))
 EMBEDDING = Reading(
     "embedding",
     (nn.Embedding,),
-    (Operator(embedding, narrow, wide, transposed=True, lookup=True, calls=((F.embedding, called),)),),
+    (Operator(embedding, narrow, wide, transposed=True, lookup=True, calls=CALLS),),
 )

@@ -21,6 +21,10 @@ def called_linear(input, weight, bias=None):
     return input, weight, bias
 
 
+def forward_of_linear(module, x):
+    return x, module.weight, module.bias
+
+
 def narrow(x, a):
     """(…, in), (r, in) -> (…, r)"""
     return aten.linear.default(x, a)
@@ -61,7 +65,7 @@ def called_addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
 
 
 OPERATORS = (
-    Operator(linear, narrow, wide, calls=((F.linear, called_linear),)),
+    Operator(linear, narrow, wide, calls=((F.linear, called_linear), (nn.Linear.forward, forward_of_linear))),
     Operator(linear_of_rows, narrow, wide_of_rows, full=full_of_rows, outputs=outputs_of_rows),
 )
 LINEAR = Reading("linear", (nn.Linear,), OPERATORS)

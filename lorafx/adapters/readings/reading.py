@@ -50,7 +50,8 @@ class Operator:
 
     `calls` are torch functions that are this operator, each with a function of the same arguments that gives the
     pattern's, in order, or None where with these arguments it is something else. Where such a function is called, the
-    equation is run right there; where another one reads a weight, it has to be captured first.
+    equation is run right there; where another one reads a weight, it has to be captured first. A module class's
+    `forward` that does nothing else may be among them, with the module as its first argument: it is not even run.
     """
 
     pattern: Callable[..., Any]
