@@ -30,6 +30,7 @@ def test_the_page_about_passes_runs_from_top_to_bottom(capsys):
         "expected aten.add.Tensor, found aten.relu.default",
         "clamp_updates{limit=0.01}",
         "clamp_updates requires `adapters`, which insert_adapters establishes only later",
+        "0.up\n0.down\n1.up\n1.down\n2.up\n2.down\n",
     ):
         assert part in printed
 

@@ -6,6 +6,7 @@ modules that read a tree; `effects` and `writes` say what may be dropped or move
 values are compared; `masks/` computes what depends on sizes alone; `verify` checks; `printing` shows.
 """
 
+from .blocks import layers_of
 from .emit import (
     ADAPTED_BY,
     INHERITED,
@@ -41,6 +42,7 @@ __all__ = [
     "fake_mode_of",
     "fake_value",
     "first_match",
+    "layers_of",
     "made_by",
     "marks_of",
     "match",

@@ -24,6 +24,11 @@ from ..torch_private.tensors import version_of
 LAYERS = "layers"  # in a block's meta: the paths of the modules that run it, in order
 
 
+def layers_of(gm: GraphModule) -> list[str]:
+    """The paths of the modules that run a graph, in order: the layers of a block, or "", the root, of a whole call."""
+    return list(gm.meta.get(LAYERS, [""]))
+
+
 def call_block(block: GraphModule | Callable[..., Any], layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
     """Run a block on a layer's parameters; `block` is its graph, or the function that the graph was lowered to."""
     if isinstance(block, GraphModule):

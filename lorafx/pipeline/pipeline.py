@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from ..errors import PipelineError, VerifyError
 from ..graph import SITE
-from ..graph.blocks import LAYERS, block_calls, blocks_of
+from ..graph.blocks import LAYERS, block_calls, blocks_of, layers_of
 from ..graph.modules import copied, copied_graph
 from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
@@ -162,7 +162,7 @@ class Pipeline(tuple[Pass, ...]):
                 raise VerifyError(
                     f"after {current}{where} (before it: {so_far}): {error}\n{diff(before.copy, part)}"
                 ) from error
-            rewrites += here * len(part.meta.get(LAYERS, "."))
+            rewrites += here * len(layers_of(part))
             after[part] = _Before.of(part) if changed else before
         milliseconds = 1e3 * (time.perf_counter() - start)
         return after, _step(current, rewrites, states, after, milliseconds)
@@ -206,7 +206,7 @@ def _parts(gm: GraphModule, context: Context) -> Iterator[tuple[GraphModule, Con
 def _step(current: Pass, rewrites: int, before: States, after: States, milliseconds: float) -> Step:
     added = sites = 0
     for part, state in after.items():
-        layers = len(part.meta.get(LAYERS, "."))
+        layers = len(layers_of(part))
         now = state.snapshot
         known = before[part].snapshot.tensors if part in before else now.tensors
         added += layers * sum(tensor.numel() for path, tensor in now.tensors.items() if path not in known)
