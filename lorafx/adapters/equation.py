@@ -166,7 +166,7 @@ class Equation:
 
     def operands_of(self, given: dict[str, Any]) -> Operands:
         """What the kind's functions are given, from values for a graph's inputs."""
-        absent = dict.fromkeys(names_of(self.operator.pattern))
+        absent = dict.fromkeys((*names_of(self.operator.pattern), *names_of(self.site.storage.expression)))
         bound = absent | {name: given[f"{BOUND}{name}"] for name in self.bound}
         return self.operands({name: given[name] for name in self.suffixes}, bound, self.training, given.get(SCALING))
 

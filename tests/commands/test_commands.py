@@ -32,14 +32,8 @@ def test_a_command_that_lacks_a_library_says_what_to_install(monkeypatch, capsys
 @pytest.mark.slow
 def test_show_prints_a_site_and_writes_the_page(on_disk, capsys, tmp_path):
     folder, _ = on_disk
-    words = [
-        str(folder / "base"),
-        str(folder / "adapter"),
-        "model.layers.1.mlp.up_proj",
-        "--html",
-        str(tmp_path / "g.html"),
-    ]
-    assert main(["show", *words]) == 0
+    words = ["show", str(folder / "base"), str(folder / "adapter")]
+    assert main([*words, "model.layers.1.mlp.up_proj", "--html", str(tmp_path / "g.html")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("model.layers.1.mlp.up_proj, in block_0") and "lora_linear" in printed.split("now\n")[1]
     assert (tmp_path / "g.html").stat().st_size > 50_000
