@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
-from ..torch_private.replacing import function_apply_replaced
+from ..torch_private.replacing import function_applications_seen
 from .purity import place_of
 
 
@@ -57,15 +57,14 @@ def no_own_backward() -> Iterator[None]:
     """Raise `CaptureError` where a model of this thread applies a function with a backward of its own, to train."""
     thread = threading.get_ident()
 
-    def apply(plain: Callable[..., Any], function: type, *args: Any, **kwargs: Any) -> Any:
+    def see(function: type) -> None:
         if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_known(vars(function)):
             raise CaptureError(
                 f"it applies {function.__name__}, which has a backward of its own, and a graph would go by its forward"
                 f"{place_of(traceback.extract_stack())}"
             )
-        return plain(*args, **kwargs)
 
-    with function_apply_replaced(apply):
+    with function_applications_seen(see):
         yield
 
 

@@ -56,18 +56,18 @@ def sliding_windows_replaced(update: Callable[..., Any], get_mask_sizes: Callabl
 
 
 @contextlib.contextmanager
-def function_apply_replaced(apply: Callable[..., Any]) -> Iterator[None]:
-    """Let autograd functions be applied by `apply(plain, cls, …)`, where `plain` is what they are applied by otherwise.
+def function_applications_seen(see: Callable[[type], None]) -> Iterator[None]:
+    """Call `see(cls)` before an autograd function is applied, by whatever name somebody has kept its `apply`.
 
-    `torch.autograd.Function.apply` asks its base class, as does one that somebody has kept by another name. Tracers see
+    An application makes a node of the function's own class, which is below this one, and knows the function. Tracers see
     through such functions. Were it not so, nobody would know that one with a backward of its own ran.
     """
-    base: Any = torch.autograd.function._SingleLevelFunction
-    base.apply = classmethod(lambda cls, *args, **kwargs: apply(super(base, cls).apply, cls, *args, **kwargs))
+    base: Any = torch.autograd.function.BackwardCFunction
+    base.__init__ = lambda node: see(type(node)._forward_cls)
     try:
         yield
     finally:
-        del base.apply
+        del base.__init__
 
 
 @contextlib.contextmanager
