@@ -59,8 +59,8 @@ def sliding_windows_replaced(update: Callable[..., Any], get_mask_sizes: Callabl
 def function_applications_seen(see: Callable[[type], None]) -> Iterator[None]:
     """Call `see(cls)` before an autograd function is applied, by whatever name somebody has kept its `apply`.
 
-    An application makes a node of the function's own class, which is below this one, and knows the function. Tracers see
-    through such functions. Were it not so, nobody would know that one with a backward of its own ran.
+    An application makes a node of a class that is the function's own, and below this one. Tracers see through such
+    functions. Were it not so, nobody would know that one with a backward of its own ran.
     """
     base: Any = torch.autograd.function.BackwardCFunction
     base.__init__ = lambda node: see(type(node)._forward_cls)
