@@ -129,6 +129,19 @@ def test_a_forward_that_somebody_has_replaced_is_run(how, monkeypatch):
     assert not torch.allclose(before, expected)
 
 
+def test_a_function_that_somebody_has_put_in_place_of_torchs_is_called(monkeypatch):
+    model, x, plain = Chain(), torch.randn(5, 4), F.linear
+    lora = lorafx.compile(model, RANDOM | {"target_modules": ["first"]}, capture="sites")
+    before = lora(x)
+    monkeypatch.setattr(F, "linear", lambda *args: plain(*args) + 1)
+    with torch.no_grad():
+        lora.first.lora_B.default.weight.zero_()
+        hidden = plain(x, model.first.weight, model.first.bias) + 1
+        expected = plain(torch.relu(hidden), model.second.weight, model.second.bias) + 1
+    torch.testing.assert_close(lora(x), expected)
+    assert not torch.allclose(before, expected)
+
+
 def test_whether_a_module_trains_is_asked_in_each_call():
     sites, graph = pair(nn.Sequential(nn.Linear(5, 7)), RANDOM | {"target_modules": ["0"], "lora_dropout": 0.5})
     x, found = torch.ones(9, 5), []

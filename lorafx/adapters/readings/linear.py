@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from .reading import Operator, Reading
 
 aten = torch.ops.aten
+_CALLED = F.linear
 
 
 def linear(x, weight, bias):
@@ -22,6 +23,8 @@ def called_linear(input, weight, bias=None):
 
 
 def forward_of_linear(module, x):
+    if F.linear is not _CALLED:  # somebody has put another function there, which the module's forward calls
+        return None
     return x, module.weight, module.bias
 
 
