@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import detach
-from ..tree.lookup import find_tensors, module_at, tensor_at
+from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -56,6 +57,11 @@ class Adapter:
             yield from by_suffix.values()
         yield from self.replaced.values()
         yield from self.scales.values()
+
+    @functools.cached_property
+    def ways(self) -> Ways:
+        """The ways to all tensors of the adapter, as `paths` has them."""
+        return Ways(self.paths)
 
     @property
     def takes_from_base(self) -> bool:
@@ -316,8 +322,3 @@ def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection
 def remove(root: nn.Module, adapter: Adapter) -> None:
     """Take the adapter's tensors out of the tree."""
     detach(root, adapter.paths)
-
-
-def trainable_paths(adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of what these adapters train, if it is a parameter: all they have, but for adapters in inference mode."""
-    return [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]
