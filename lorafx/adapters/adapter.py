@@ -120,9 +120,11 @@ class Adapter:
 
     def require_in_place(self, root: nn.Module) -> None:
         """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
-        sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
-        owners = sites | {copy: base for base, copy in self.replaced.items()}
-        if lost := dict.fromkeys(o for o, tensor in zip(owners.values(), find_tensors(root, owners)) if tensor is None):
+        if gone := [path for path, tensor in zip(self.ways.paths, self.ways.tensors(root)) if tensor is None]:
+            sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
+            owners = sites | {copy: base for base, copy in self.replaced.items()}
+            owners |= {path: site for site, path in self.scales.items()}
+            lost = dict.fromkeys(owners[path] for path in gone)
             raise AdapterError(
                 f"{', '.join(lost)}: replaced or taken away since the adapter {self.name!r} was put there, and its "
                 "tensors with them; delete the adapter, or change the model before adapting it"

@@ -138,8 +138,11 @@ class Equation:
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
-        spec = self._specs[name]
-        return None if spec.as_kept or spec.dtype is not None else dtype
+        return dtype if self.is_cast(name) else None
+
+    def is_cast(self, name: str) -> bool:
+        """Whether the equation is given a tensor in the dtype that it computes in."""
+        return not self._specs[name].as_kept and self._specs[name].dtype is None
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
         names = *first, *self.inputs, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"

@@ -48,7 +48,7 @@ class SiteInterpreter(TorchFunctionMode):
 
     `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
     runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
-    concern it. `hooked` are modules of these to be called. `early` says that such calls may get a graph later on.
+    concern it. `hooked` are modules of these to be called. `ran` is told the paths of the parts that run.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class SiteInterpreter(TorchFunctionMode):
         table: SiteTable,
         run_operator: Run,
         direct: Direct | None = None,
-        early: bool = False,
+        ran: set[str] | None = None,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.direct = table, run_operator, direct
-        self.parts, self.paused, self.early = [call.path], False, early
+        self.parts, self.paused, self.ran = [call.path], False, set() if ran is None else ran
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
@@ -130,7 +130,9 @@ class SiteInterpreter(TorchFunctionMode):
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
         finally:
             push_function_mode(self)
-        self.acted = self.acted or result is not NotImplemented
+        if result is not NotImplemented:
+            self.acted = True
+            self.ran.add(part)
         return result
 
     @functools.cached_property
@@ -139,9 +141,9 @@ class SiteInterpreter(TorchFunctionMode):
         return self.direct is not None and not self.state.hooked_adapters and not (self.replaced and self.shared)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
@@ -161,11 +163,15 @@ class SiteInterpreter(TorchFunctionMode):
         """
         weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
-            kind = type(value)
-            if id(value) in weights or id(value) in replaced:
+            kind, number = type(value), id(value)
+            if number in weights or number in replaced:
                 return True
             if kind is Tensor:
-                if (path := memory.get(_storage(value))) and not _is_getter(func):
+                try:
+                    start = value.untyped_storage().data_ptr()
+                except RuntimeError:  # sparse, say
+                    continue
+                if (path := memory.get(start)) and not _is_getter(func):
                     raise UncoveredOperatorError(
                         f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
                         f"{place_of(traceback.extract_stack())}"
@@ -291,21 +297,14 @@ class SiteInterpreter(TorchFunctionMode):
         return not elsewhere or self.parts[-1] == owner
 
 
-def _storage(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 for a tensor that has none."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # sparse, say
-        return 0
-
-
 def _whole_storage(tensor: Tensor) -> int:
     """Where a parameter's memory begins, if that is all its own, and no flat buffer of many."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return 0
     if is_wrapped(tensor):  # by a transform of torch.func's
         return 0
-    return _storage(tensor) if tensor.untyped_storage().nbytes() == tensor.nbytes else 0
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() if storage.nbytes() == tensor.nbytes else 0
 
 
 def _is_method(func: Callable[..., Any]) -> bool:
