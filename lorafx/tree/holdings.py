@@ -109,6 +109,11 @@ def all_holdings(values: Iterable[Any], apart: Container[int] = ()) -> Iterator[
             pending += holding.values()
 
 
+def leads_to(value: Any, is_target: Callable[[Any], bool]) -> bool:
+    """Whether a value is a certain one, or holds it at any depth."""
+    return is_target(value) or any(is_target(held) for each in all_holdings([value]) for held in each.values())
+
+
 def snapshot(values: Iterable[Any]) -> Callable[[], None]:
     """Take note of what is held within these values, at any depth. Calling the result puts it all back in place."""
     noted = [
