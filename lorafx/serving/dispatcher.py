@@ -29,11 +29,12 @@ from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
 from . import early_calls
 from .acting import Acting, acts_in
+from .before import Before, RunAgain
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
 from .choosing import has_one_token, may_be_turned
 from .direct import Direct, equation_dtype
-from .early_calls import Before, EarlyCalls
+from .early_calls import EarlyCalls
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
@@ -144,11 +145,16 @@ class Dispatcher:
 
     def run_first(self, program: Program, call: Call) -> Any:
         """Run a program with the call that it was made for."""
-        before = Before.of(call) if program.waits else None
+        before = Before.of(call, self.tree) if program.gm is None else None
         try:
             return self._run(program, call)
-        except (UncoveredOperatorError, torch.OutOfMemoryError):
+        except RunAgain:
             if before is None:
+                raise
+            before.put_back()
+            return self.run_first(program, call)
+        except (UncoveredOperatorError, torch.OutOfMemoryError):
+            if before is None or not program.waits:
                 raise
             before.put_back()  # there may be a graph, and it keeps less
             self.early.give_up(call.path)
@@ -166,7 +172,7 @@ class Dispatcher:
     def _run(self, program: Program, call: Call) -> Any:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            result, acts = self._run_by_sites(call, program.waits)
+            result, acts = self._run_by_sites(call, program.waits, is_new)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -179,14 +185,14 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool) -> tuple[Any, bool]:
+    def _run_by_sites(self, call: Call, early: bool, is_first: bool = False) -> tuple[Any, bool]:
         """What the model's own Python gives, and whether it ran a site."""
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
-        return interpret(SiteInterpreter(call, state, table, run_operator, direct, early), call)
+        return interpret(SiteInterpreter(call, state, table, run_operator, direct, early, is_first), call)
 
     @property
     def runs_equations(self) -> bool:

@@ -48,7 +48,8 @@ class SiteInterpreter(TorchFunctionMode):
 
     `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
     runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
-    concern it. `hooked` are modules of these to be called. `early` says that such calls may get a graph later on.
+    concern it. `hooked` are modules of these to be called. `early` says that such calls may get a graph later on,
+    `is_first` that none like it has run.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class SiteInterpreter(TorchFunctionMode):
         run_operator: Run,
         direct: Direct | None = None,
         early: bool = False,
+        is_first: bool = False,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.direct = table, run_operator, direct
-        self.parts, self.paused, self.early = [call.path], False, early
+        self.parts, self.paused, self.early, self.is_first = [call.path], False, early, is_first
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]

@@ -18,6 +18,7 @@ from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
 from ..tree.wrappers import innermost
 from .adapter_hooks import call_with_hooks, hooked_copy
+from .before import Touched
 from .call_key import CallKey
 from .per_site import SiteInterpreter
 from .programs import Program
@@ -121,6 +122,7 @@ class SitePolicy:
         if has_copies_among_children(module_at(tree, path)):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
+            touched = Touched.of(module_at(tree, path), args, kwargs) if interpreter.is_first else None
             try:
                 hooked = interpreter.state.hooked_adapters
                 copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
@@ -128,11 +130,13 @@ class SitePolicy:
                 if copy:
                     forward = partial(call_with_hooks, module_at(tree, copy), forward)
                 return interpreter.run_inside(path, forward, args, kwargs)
-            except UncoveredOperatorError:
+            except UncoveredOperatorError as error:
                 inside = {*self._early, *(other for other, _ in self._interpreted)}
                 if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
+                if touched is not None:
+                    touched.put_back(error)
         if interpreter.rows is not None:
             raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made

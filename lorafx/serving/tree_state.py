@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks, is_traceable_wrapper_subclass
 from ..tree.attached import own_children, own_modules
+from ..tree.holdings import Holding, noted
 from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
 from .attribute_guards import AttributeGuards, AttributeState
@@ -99,6 +100,22 @@ class TreeGuards:
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)
         return self._state
+
+    def noted(self) -> tuple[list[Tensor], Callable[[], None]]:
+        """Take note of all that the tree was found to hold last.
+
+        Gives the buffers and other tensors that a call may write to, and what puts everything else back: attributes,
+        what they hold at any depth, and which buffers are where.
+        """
+        tensors = [each for each in self._tensors if not isinstance(each, nn.Parameter)]
+        put_back_buffers = noted(Holding(dict.values, module._buffers) for module in self._modules)
+        put_back_attributes = self._attributes.noted()
+
+        def put_back() -> None:
+            put_back_buffers()
+            put_back_attributes()
+
+        return [*tensors, *self._attributes.held_tensors()], put_back
 
     def _layout(self, *now: Any) -> int:
         # The class counts of those that know themselves what operators do to them, as packed weights.
