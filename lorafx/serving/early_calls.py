@@ -45,7 +45,7 @@ class EarlyCalls:
 
     def forget(self, adapter: str) -> None:
         """Forget the calls in which an adapter acted, which is deleted."""
-        for key in [key for key in self._seen if key.has(adapter)]:
+        for key in [key for key in tuple(self._seen) if key.has(adapter)]:
             del self._seen[key]
 
     def give_up(self, part: str) -> None:

@@ -92,7 +92,7 @@ class SitePolicy:
 
     def forget_adapter(self, adapter: str) -> None:
         """Forget which calls go by sites in which an adapter acted, which is deleted."""
-        self._calls = {key for key in self._calls if not key.has(adapter)}
+        self._calls = {key for key in tuple(self._calls) if not key.has(adapter)}
 
     def warn_once(self, program: Program) -> None:
         """Say once that a graph was tried in vain."""
@@ -131,7 +131,7 @@ class SitePolicy:
                     forward = partial(call_with_hooks, module_at(tree, copy), forward)
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError as error:
-                inside = {*self._early, *(other for other, _ in self._interpreted)}
+                inside = {*self._early, *(other for other, _ in tuple(self._interpreted))}
                 if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
