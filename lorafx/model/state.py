@@ -33,6 +33,7 @@ class State:
     active: tuple[str, ...] = ()
     disabled: bool = False
     said_no_dropout: bool = False  # that it was trained in evaluation mode
+    said_nothing_trains: bool = False  # that it was called in train mode with adapters that do not
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
     configs: Configs = field(init=False)
