@@ -41,6 +41,11 @@ from .site_table import SiteTable
 from .tree_state import TreeState
 
 Run = Callable[..., Any]
+# Methods that give what is in a tensor as something else than a tensor.
+_VALUES = frozenset(
+    ("tolist", "item", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__dlpack__", "__contains__")
+    + ("__bool__", "__int__", "__index__", "__float__", "__complex__")
+)
 
 
 class SiteInterpreter(TorchFunctionMode):
@@ -144,7 +149,9 @@ class SiteInterpreter(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
             return func(*args, **kwargs)
-        if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
+        # Of a weight: its shape, its dtype …; of a counter: `add_`, or its value.
+        if _is_method(func) and not self._acts_on((*args[1:], *kwargs.values()), func):
+            self._require_no_values(func, args[0])
             first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
             if result is first:
@@ -176,6 +183,14 @@ class SiteInterpreter(TorchFunctionMode):
                 return True
         return False
 
+    def _require_no_values(self, func: Callable[..., Any], tensor: Tensor) -> None:
+        """Raise `UncoveredOperatorError` if a method takes the numbers of an adapted weight out of torch."""
+        if id(tensor) in self.weights and func.__name__ in _VALUES:
+            raise UncoveredOperatorError(
+                f"the weight {self.weights[id(tensor)]} is read by `{func.__name__}`, where no adapter can act"
+                f"{place_of(traceback.extract_stack())}"
+            )
+
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
         values = (*args, *kwargs.values()) if kwargs else args
@@ -189,7 +204,7 @@ class SiteInterpreter(TorchFunctionMode):
         self._require_one_mode(read)
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
-        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of)
+        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of, read[0])
 
     @functools.cached_property
     def shared(self) -> bool:
