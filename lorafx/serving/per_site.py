@@ -75,6 +75,8 @@ class SiteInterpreter(TorchFunctionMode):
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         self.weights = {id(place.tensor): place.path for place in table.weights}
+        if len(self.weights) < len(table.weights):  # adapters know a tied weight by several names: graphs see all
+            self.direct = None
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
     @staticmethod

@@ -267,6 +267,28 @@ def test_calls_may_take_any_form(how):
     assert captured(sites) == 0
 
 
+def test_two_adapters_that_know_a_tied_weight_by_two_names_both_act():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    sites, graph = pair(Tied(), RANDOM | {"target_modules": ["table"]})
+    ids, found = torch.randint(0, 11, (2, 5)), []
+    for lora in (sites, graph):
+        lora.add_adapter("second", RANDOM | {"target_modules": ["head"]}, random_state=1)
+        lora.set_adapter(["default", "second"])
+        y = lora(ids)
+        y.square().sum().backward()
+        found.append([y, lora.table(ids), *gradients(lora).values()])
+    assert len(found[0]) == 6
+    torch.testing.assert_close(*found)
+
+
 READS = {
     "as what is multiplied": lambda w, x: F.linear(w, x[0, :4].contiguous()),
     "as what is added to": lambda w, x: torch.addmm(w, torch.ones(6, 2), torch.ones(2, 4)),
