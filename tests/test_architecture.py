@@ -78,7 +78,7 @@ INSIDE = {
     ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "programs", "free_counters"),
-        *("early_calls", "site_table", "direct", "per_site"),
+        *("early_calls", "site_table", "direct", "concerned", "per_site"),
         *(
             "settling",
             "misses",

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import CaptureError
 from ..graph.description import held_key
 from ..torch_private.replacing import range_replaced
-from ..tree.holdings import snapshot
+from ..tree.holdings import attributes_noted, snapshot
 from ..tree.settings import settings_of
 
 _TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
@@ -74,7 +74,11 @@ def unchanging(model: nn.Module) -> Iterator[None]:
     """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module, or of what modules hold."""
     kept: list[Any] = []
     before, put_back = _attributes(model, kept), _snapshot(model)
-    yield
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
     after = _attributes(model, kept)
     different = [
         name for name in before | after if name not in before or name not in after or before[name] != after[name]
@@ -142,7 +146,14 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Take note of what a model's settings hold, for a mirror shares objects with the model that it is a mirror of."""
     places = list(settings_of(model.named_modules()))
     values = [vars(holder)[name] for _, holder, names in places for name in names]
-    return snapshot([*(holder for _, holder, _ in places), *values])
+    put_back = snapshot([*(holder for _, holder, _ in places), *values])
+    put_back_classes = attributes_noted(holder for _, holder, _ in places if isinstance(holder, type))
+
+    def put_all_back() -> None:
+        put_back_classes()
+        put_back()
+
+    return put_all_back
 
 
 def innermost_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from ..torch_private.graphs import output_spec_of
 from .backend import Backend
 from .cuda_graphs import Cuda, Replayed, device_of
 from .eager import direct
-from .errors_in_graphs import naming_lines
+from .errors_in_graphs import naming_compiled, naming_lines
 from .pieces import Compiled, CompiledBlock, Piece
 
 _SMALL = 3  # so few operators between two blocks run as they are
@@ -69,7 +69,7 @@ class Lowering:
         else:
             graph = by_leaves(gm)
             whole = self.pieces[id(graph)] = Piece("whole graph", graph, compiler, self.backend)
-            return Lowered(graph, whole.run, output)
+            return Lowered(graph, naming_compiled(whole), output)
         return Lowered(graph, naming_lines(graph), output)
 
     def _in_pieces(self, gm: GraphModule, compiler: str) -> GraphModule:

@@ -16,6 +16,8 @@ from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
 from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
+from ..torch_private.tensors import ENTRANCE
+from ..tree.holdings import leads_to
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
 from .adaptation import Adaptation, of
 from .calls import WITHIN_DYNAMO, PartCall, serve
@@ -70,10 +72,10 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
         return shown_to_peft(self, super().named_parameters(*args, **kwargs))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As ever; but a model that makes another of its methods its forward is still served with its adapters."""
+        """As ever; but a model that is given another forward is still served with its adapters."""
         if isinstance(value, MethodType) and isinstance(value.__func__, PartCall):  # as accelerate puts one back
             value = value.__func__
-        if name == "forward" and _is_own_method(self, value):
+        if name == "forward" and not leads_to(value, lambda held: _serves(held, self)):
             vars(self)["forward"] = value
             value = PartCall(self, "")
         super().__setattr__(name, value)
@@ -95,12 +97,9 @@ for _name in dir(Adaptation):
         setattr(AdaptedModel, _name, Offered(_name))
 
 
-def _is_own_method(tree: nn.Module, value: Any) -> bool:
-    """Whether it is a method of the base's class, bound to the model; a wrapper around the forward is not."""
-    if not isinstance(value, MethodType) or value.__self__ is not tree:
-        return False
-    base = getattr(type(tree), MIRRORED_AS)
-    return getattr(base, value.__func__.__name__, None) is value.__func__
+def _serves(value: Any, tree: nn.Module) -> bool:
+    """Whether it is what serves the model's calls, which a forward that somebody gives the model may be around."""
+    return value is type(tree).forward or (isinstance(value, PartCall) and value.tree is tree and not value.path)
 
 
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
@@ -126,7 +125,7 @@ def _empty(base: type[nn.Module]) -> AdaptedModel:
 
 # What an adapted model is for Python, whatever its base says of itself.
 _ALWAYS = ("__new__", "__reduce__", "__copy__", "__deepcopy__", "__repr__")
-_CALLS = ("__call__", "_call_impl")  # the second is what `Module.compile` has compiled
+_CALLS = ("__call__", ENTRANCE)  # the second is what `Module.compile` has compiled
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),

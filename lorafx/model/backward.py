@@ -2,6 +2,8 @@
 
 torch says "element 0 of tensors does not require grad" of a loss that no adapter has a part in, and nothing at all of
 adapters that train without their dropout. What a call returns knows why, and says it when backward comes, not before.
+But what somebody computes of a result without gradients knows nothing of the result. So a model in train mode that
+gives such a result says at once that nothing will train.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ def prepare(state: State, tree: nn.Module, result: Any) -> None:
     tensor = _first(result)
     if tensor is None:
         return
-    if not tensor.requires_grad and tensor.ndim == 0 and (reason := _reason(state)):
-        tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
+    if not tensor.requires_grad and (tensor.ndim == 0 or tree.training) and (reason := _reason(state)):
+        if tensor.ndim == 0:
+            tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
+        elif state.acting or state.ledger.names:  # who disables adapters does it for a call
+            _say_nothing_trains(state, reason)
     if tensor.requires_grad and not state.said_no_dropout and _keeps_all(state, tree):
         tensor.register_hook(lambda _: _say_no_dropout(state))
 
@@ -64,6 +69,15 @@ def _keeps_all(state: State, tree: nn.Module) -> bool:
     """Whether the acting adapters would drop something out in training, and the model is in evaluation mode."""
     configs = [state.adapters[name].config for name in state.acting if name not in state.ledger.names]
     return not tree.training and any(getattr(config, "lora_dropout", 0) for config in configs)
+
+
+def _say_nothing_trains(state: State, reason: str) -> None:
+    if not state.said_nothing_trains:
+        state.said_nothing_trains = True
+        warnings.warn(
+            f"a call in train mode, and there is nothing to train: {reason}. Use `eval()` or `torch.no_grad()` if that "
+            "is meant"
+        )
 
 
 def _say_no_dropout(state: State) -> None:

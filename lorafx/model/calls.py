@@ -12,6 +12,8 @@ from ..adapters.adapter import Adapter
 from ..serving.choosing import choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
+from ..torch_private.tensors import ENTRANCE
+from ..tree.holdings import leads_to
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
@@ -58,8 +60,8 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
 class PartCall:
     """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the `forward` that was an attribute of the module itself before, if there was one. That is what runs,
-    whatever somebody has put around this meanwhile.
+    `replaced` has the `forward` that is an attribute of the module itself, if there is one. That is what runs, whatever
+    somebody has put around this meanwhile.
     """
 
     lorafx = True
@@ -84,13 +86,47 @@ class PartCall:
         """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
         return inspect.signature(own_forward(self.module))
 
+    def take_over(self, attributes: dict[str, Any]) -> None:
+        """Go on serving a module of these attributes, by the forward that it has now, if it has been given another.
+
+        A forward that leads here, as a wrapper around this does, is left where it is.
+        """
+        forward = attributes.get("forward")
+        if not leads_to(forward, lambda held: held is self):
+            self.replaced = {} if forward is None else {"forward": forward}
+            attributes["forward"] = self
+            show_own_forward(self.module, forward)
+
+
+class Entrance:
+    """What runs when a served module is called: what nn.Module runs, once its forward is sure to be what serves it.
+
+    A module may choose its forward anew while it runs or goes into another mode, or somebody may. A model around it
+    would find the site all the same, but a call of the module alone would be the base's.
+    """
+
+    lorafx = True
+
+    def __init__(self, module: nn.Module, serving: PartCall):
+        self.module, self.serving = module, serving
+        self.replaced: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        attributes = vars(self.module)
+        if attributes.get("forward") is not self.serving:
+            self.serving.take_over(attributes)
+        return getattr(type(self.module), ENTRANCE)(self.module, *args, **kwargs)
+
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:
     """Have the modules that contain an adapter's sites or own copies, at any depth, be served when called alone."""
     for path in _parts(adapter):
         part = tree.get_submodule(path)
-        if not isinstance(vars(part).get("forward"), PartCall):
-            part.__dict__["forward"] = PartCall(tree, path)
+        if (entrance := vars(part).get(ENTRANCE)) is not None:
+            entrance.serving.take_over(vars(part))
+            continue
+        vars(part)["forward"] = serving = PartCall(tree, path)
+        vars(part)[ENTRANCE] = Entrance(part, serving)
 
 
 def _parts(adapter: Adapter) -> Iterator[str]:

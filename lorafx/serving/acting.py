@@ -41,8 +41,8 @@ class Acting:
 
     def forget(self, adapter: str) -> None:
         """Forget where an adapter acted, which is deleted."""
-        self._acted = {each for each in self._acted if adapter not in each[0]}
-        self._said = {each for each in self._said if adapter not in each[0]}
+        self._acted = {each for each in tuple(self._acted) if adapter not in each[0]}
+        self._said = {each for each in tuple(self._said) if adapter not in each[0]}
 
     def see(self, call: Call, acts: bool, result: Any = None) -> None:
         """Note whether a call runs a site; if it does not, say so once, or raise `AdapterError` in a training step.
@@ -67,7 +67,7 @@ class Acting:
     def _has_acted_before(self, names: tuple[str, ...], call: Call) -> bool:
         """Whether the adapters acted where this call's arguments come from: in a part that was called by itself, or in
         the call that filled a cache. An encoder's sites do not run again while the decoder decodes."""
-        parts = {part for known, part in self._acted if known == names}
+        parts = {part for known, part in tuple(self._acted) if known == names}
         given_more_than_tensors = any(each is not None for each in call.structure[2])  # type: ignore[index]
         return bool(parts - {""}) or bool(parts and given_more_than_tensors)
 

@@ -17,10 +17,10 @@ from operator import call, itemgetter
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..graph.description import attribute_key, held_key
-from ..tree.holdings import Holding, all_holdings, same
+from ..tree.holdings import Holding, all_holdings, attributes_noted, noted, same
 from ..tree.settings import settings_of
 
 _IMMUTABLE = (tuple, frozenset, MethodType, partial)  # they hold the same for as long as they live
@@ -66,10 +66,12 @@ class AttributeGuards:
         self._holders, self._names = [], []
         self._modes: list[Mapping[str, Any]] = []  # those that may train
         self._readers: list[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = []
+        self._objects: list[Any] = []
         self._apart: set[int] = set()  # ids of the objects whose attributes are watched by their names
         self._of_modules: set[str] = set()
         for path, holder, names in settings_of(modules):
             attributes = vars(holder)
+            self._objects.append(holder)
             self._apart.add(id(holder))
             self._modes += [attributes] if MODE in names else []
             names = [name for name in names if name != MODE and (name != "forward" or attributes is not vars(root))]
@@ -100,6 +102,20 @@ class AttributeGuards:
         except (KeyError, AttributeError, ValueError):  # a variable or attribute of something held was deleted
             return None
         return self._now, training
+
+    def held_tensors(self) -> Iterator[Tensor]:
+        """The tensors among what was watched when `state` was last asked for, without parameters."""
+        return (value for value in (*self._values, *self._held) if type(value) is Tensor)
+
+    def noted(self) -> Callable[[], None]:
+        """Take note of the attributes, and of what they hold at any depth. Calling the result puts all that back."""
+        put_back_attributes, put_back_held = attributes_noted(self._objects), noted(self._watched)
+
+        def put_back() -> None:
+            put_back_attributes()
+            put_back_held()
+
+        return put_back
 
     def _look_closely(self, values: list[Any]) -> AttributeState:
         alive: list[Any] = []

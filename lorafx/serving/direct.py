@@ -108,10 +108,12 @@ class Direct:
         weight: str,
         part: str,
         copy_of: Callable[[Any], Any] | None,
+        tensor: Tensor | None = None,
     ) -> Any:
         """What a function gives that the module at `part` calls, and that reads the weight at the path `weight` once.
 
-        `copy_of`, where there is one, gives the adapters' own copy of a base tensor, and any other value itself.
+        `tensor` is that weight, where it may be an argument of another meaning. `copy_of`, if there is one, gives the
+        adapters' own copy of a base tensor, and any other value itself.
         NotImplemented where the equations cannot be run so.
         """
         for read in self._reads(func, weight, part):
@@ -120,6 +122,8 @@ class Direct:
                 continue
             bound = dict(zip(read.names, values))
             x = bound["x"]
+            if tensor is not None and bound["weight"] is not tensor:
+                return NotImplemented
             if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
                 return NotImplemented
             if read.asks_whose and not self._is_own(bound.get("bias"), weight, part):

@@ -30,11 +30,12 @@ from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
 from . import early_calls
 from .acting import Acting, acts_in
+from .before import Before, RunAgain
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
 from .choosing import has_one_token, may_be_turned
 from .direct import Direct, equation_dtype
-from .early_calls import Before, EarlyCalls
+from .early_calls import EarlyCalls
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
 from .misses import Misses, leaf_names
@@ -147,11 +148,16 @@ class Dispatcher:
 
     def run_first(self, program: Program, call: Call) -> Any:
         """Run a program with the call that it was made for."""
-        before = Before.of(call) if program.waits else None
+        before = Before.of(call, self.tree) if program.gm is None else None
         try:
             return self._run(program, call)
-        except (UncoveredOperatorError, torch.OutOfMemoryError):
+        except RunAgain:
             if before is None:
+                raise
+            before.put_back()
+            return self.run_first(program, call)
+        except (UncoveredOperatorError, torch.OutOfMemoryError):
+            if before is None or not program.waits:
                 raise
             before.put_back()  # there may be a graph, and it keeps less
             self.early.give_up(call.path)

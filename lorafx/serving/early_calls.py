@@ -9,16 +9,8 @@ depend on how busy the machine was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from ..capture.written_arguments import changed, contents, given, pour
-from ..tree.attached import own_modules
-from .call_key import FREE_COUNTER, Call, CallKey
+from .call_key import FREE_COUNTER, CallKey
 from .free_counters import is_counter
 
 # Calls of a kind that are served without a graph. Capture and passes cost what a graph saves in so many calls: some 60
@@ -53,7 +45,7 @@ class EarlyCalls:
 
     def forget(self, adapter: str) -> None:
         """Forget the calls in which an adapter acted, which is deleted."""
-        for key in [key for key in self._seen if key.has(adapter)]:
+        for key in [key for key in tuple(self._seen) if key.has(adapter)]:
             del self._seen[key]
 
     def give_up(self, part: str) -> None:
@@ -65,35 +57,3 @@ def _kind(key: CallKey) -> CallKey:
     """The key of all calls that may turn out to share a graph: a graph may take any counter, and any attributes."""
     leaves = tuple(FREE_COUNTER if is_counter(leaf) else leaf for leaf in key.leaves)
     return key._replace(leaves=leaves, attributes=None)
-
-
-class Before(NamedTuple):
-    """What a call may change of its arguments, buffers and random numbers, as it was before, to be put back."""
-
-    containers: Mapping[str, Any]
-    held: Mapping[str, tuple[list[Any], pytree.TreeSpec]]
-    random: tuple[Tensor, ...]
-    tensors: tuple[tuple[Tensor, Tensor], ...]  # each with a copy
-
-    @classmethod
-    def of(cls, call: Call) -> Before:
-        """As it is now."""
-        containers = given(call.args, call.kwargs)
-        on_devices = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        buffers = [buffer for module in own_modules(call.tree) for buffer in module._buffers.values()]
-        written = [each for each in (*buffers, *call.leaves) if isinstance(each, Tensor) and not each.requires_grad]
-        copies = tuple((each, each.detach().clone()) for each in written if not each.is_meta)
-        return cls(containers, contents(containers), (torch.get_rng_state(), *on_devices), copies)
-
-    def put_back(self) -> None:
-        """Make it so again."""
-        for name, container in changed(self.containers, self.held).items():
-            leaves, spec = self.held[name]
-            pour(container, spec.unflatten(leaves))
-        with torch.no_grad():
-            for tensor, copy in self.tensors:
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
-        torch.set_rng_state(self.random[0])
-        if self.random[1:]:
-            torch.cuda.set_rng_state_all(list(self.random[1:]))

@@ -27,7 +27,6 @@ from ..capture.purity import place_of
 from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
-from ..pipeline import Context
 from ..torch_private.tensors import (
     DisableTorchFunctionSubclass,
     function_modes,
@@ -38,14 +37,16 @@ from ..torch_private.tensors import (
     put_function_mode,
 )
 from ..tree.hooks import RUNNING
-from ..tree.lookup import module_at, tensor_at
+from ..tree.lookup import module_at
 from ..tree.memory import storage_of, whole_storage_of
 from ..tree.mirror import own_forward
 from ..tree.originals import other_mode
 from ..tree.watched import can_be_watched, watched
 from ..tree.wrappers import innermost
 from .call_key import Call, OperatorKey
+from .concerned import Concerned
 from .direct import Direct
+from .methods import is_getter, is_method, takes_numbers
 from .site_table import OwnRead, SiteTable
 from .tree_state import TreeState
 
@@ -81,7 +82,9 @@ class SiteInterpreter(TorchFunctionMode):
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         self.watch, self.depth = contextlib.ExitStack(), function_modes()
-        self.sees_all = is_new or direct is None or is_within_transform() or not can_be_watched(self.kept)
+        if len(set(map(id, self.kept[: len(table.weights)]))) < len(table.weights):
+            self.direct = None  # adapters know a tied weight by several names: graphs see all
+        self.sees_all = is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
         self.weights = {id(place.tensor): place.path for place in table.weights}
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
@@ -196,7 +199,9 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _without_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function that reads an adapted tensor gives, if no graph has to be made for that; NotImplemented."""
-        if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
+        # Of a weight: its shape, its dtype …; of a counter: `add_`, or its value.
+        if is_method(func) and not self._acts_on((*args[1:], *kwargs.values()), func):
+            self._require_no_values(func, args[0])
             first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
             if result is first:
@@ -220,12 +225,18 @@ class SiteInterpreter(TorchFunctionMode):
             kind = type(value)
             if (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
-            if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not _is_getter(func):
+            if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not is_getter(func):
                 raise UncoveredOperatorError(
                     f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
                     f"{place_of(traceback.extract_stack())}"
                 )
         return False
+
+    def _require_no_values(self, func: Callable[..., Any], tensor: Tensor) -> None:
+        """Raise `UncoveredOperatorError` if a method takes the numbers of an adapted weight out of torch."""
+        if id(tensor) in self.weights and takes_numbers(func):
+            read = f"the weight {self.weights[id(tensor)]} is read by `{func.__name__}`, where no adapter can act"
+            raise UncoveredOperatorError(f"{read}{place_of(traceback.extract_stack())}")
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
@@ -240,7 +251,7 @@ class SiteInterpreter(TorchFunctionMode):
         self._require_one_mode(read)
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
-        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of)
+        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of, read[0])
 
     @functools.cached_property
     def shared(self) -> bool:
@@ -282,14 +293,18 @@ class SiteInterpreter(TorchFunctionMode):
         paths = self._paths(leaves)
         # A hook may have cast a weight since the layout was looked at.
         keys = tuple((path, *parameter_key(x)) if path else argument_key(x) for path, x in zip(paths, leaves))
-        hooked = self._hooked_adapters(leaves) if self.state.hooked_adapters else ()
+        concerned = Concerned.by(leaves, self.tree, self.context, self.parts[-1])
+        hooked = concerned.hooked(self.state.hooked_adapters) if self.state.hooked_adapters else ()
         acting = tuple(adapter.call_key for adapter in self.context.adapters)
         how = func, spec, keys, modes()
         key = OperatorKey(self.parts[-1], how, self.state.layout, acting, self.context.merged, hooked)
         inputs = [leaf for leaf, path in zip(leaves, paths) if path is None and isinstance(leaf, Tensor)]
 
         def capture() -> Any:
-            context, owners = self._concerned(leaves, paths)
+            context = concerned.restricted()
+            weights = (self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights)
+            owners = {path.rpartition(".")[0] for path in (*filter(None, paths), *weights)}
+            owners.update(*(adapter.owners for adapter in context.adapters))
             try:
                 return trace_operator(self.tree, self.parts[-1], func, leaves, spec, paths, owners), context
             except CaptureError:
@@ -307,44 +322,6 @@ class SiteInterpreter(TorchFunctionMode):
         own = {id(tensor): f"{part}.{name}".lstrip(".") for name, tensor in tensors if tensor is not None}
         return [own.get(id(x)) or self.weights.get(id(x)) or self.replaced.get(id(x)) for x in leaves]
 
-    def _concerned(self, leaves: list[Any], paths: list[str | None]) -> tuple[Context, set[str]]:
-        """The adapters as far as they act on these leaves, and the modules to find everything in."""
-        weights = {self.weights[id(leaf)] for leaf in leaves if id(leaf) in self.weights}
-        tensors = {id(leaf) for leaf in leaves}
-        replaced = {base for a in self.context.adapters for base in a.replaced if self._replaces(base, tensors)}
-        every = tuple(a.restricted_to(self._names(a, tensors), replaced) for a in self.context.adapters)
-        adapters = tuple(a for a in every if a.selection or a.replaced)
-        owners = {path.rpartition(".")[0] for path in (*filter(None, paths), *weights)}
-        context = Context(adapters, self.context.merged & {a.name for a in adapters})
-        return context, owners.union(*(a.owners for a in adapters))
-
-    def _hooked_adapters(self, leaves: list[Any]) -> tuple[str, ...]:
-        """The modules of adapters' tensors at these leaves that somebody hooks."""
-        tensors = {id(leaf) for leaf in leaves}
-        paths = {
-            path.rpartition(".")[0]
-            for adapter in self.context.adapters
-            for site in adapter.selection
-            if id(tensor_at(self.tree, site.weight)) in tensors
-            for path in adapter.tensors[site.name].values()
-        }
-        return tuple(path for path in self.state.hooked_adapters if path in paths)
-
-    def _names(self, adapter: Any, tensors: set[int]) -> list[str]:
-        """What an adapter calls the weights among these tensors: two may know a tied one by different names."""
-        return [site.weight for site in adapter.selection if id(tensor_at(self.tree, site.weight)) in tensors]
-
-    def _replaces(self, base: str, tensors: set[int]) -> bool:
-        """Whether the copy of a base tensor acts here: a tied tensor is replaced in the module that owns the name."""
-        tensor, owner = tensor_at(self.tree, base), base.rpartition(".")[0]
-        if id(tensor) not in tensors:
-            return False
-        elsewhere = any(
-            module is not self.tree.get_submodule(owner) and any(p is tensor for p in module._parameters.values())
-            for module in self.tree.modules()
-        )
-        return not elsewhere or self.parts[-1] == owner
-
 
 class _Off:
     """A context outside an interpreter that is the innermost torch function mode."""
@@ -357,15 +334,6 @@ class _Off:
 
     def __exit__(self, *_: object) -> None:
         push_function_mode(self.mode)
-
-
-def _is_method(func: Callable[..., Any]) -> bool:
-    return _is_getter(func) or getattr(Tensor, getattr(func, "__name__", ""), None) is func
-
-
-def _is_getter(func: Callable[..., Any] | None) -> bool:
-    """Whether it reads an attribute, as a shape."""
-    return getattr(func, "__name__", "") == "__get__"
 
 
 def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:

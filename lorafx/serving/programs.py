@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,47 +86,56 @@ def guarded(run: Callable[..., Any], inputs: Sequence[Any]) -> Any:
 class ProgramCache(Generic[T]):
     """Programs (or graphs) by key. A key may have several, for different sizes.
 
-    Beyond `capacity` the least recently used keys make room, each with all it has; `dropped` counts what went.
+    Beyond `capacity` the least recently used keys make room, each with all it has; `dropped` counts what went. Several
+    threads may use it.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity, self.dropped = capacity, 0
         self._kept: OrderedDict[Hashable, list[T]] = OrderedDict()
+        self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[T]:
-        return (program for kept in self._kept.values() for program in kept)
+        with self._lock:
+            return iter([program for kept in self._kept.values() for program in kept])
 
     def __len__(self) -> int:
-        return sum(map(len, self._kept.values()))
+        with self._lock:
+            return sum(map(len, self._kept.values()))
 
     def of(self, key: Hashable) -> tuple[T, ...]:
         """What is kept for a key, which counts as used now."""
-        kept = self._kept.get(key)
-        if kept is None:
-            return ()
-        self._kept.move_to_end(key)
-        return tuple(kept)
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is None:
+                return ()
+            self._kept.move_to_end(key)
+            return tuple(kept)
 
     def keep(self, key: Hashable, program: T) -> None:
         """Keep one more."""
-        self._kept.setdefault(key, []).append(program)
-        self._kept.move_to_end(key)
-        while len(self._kept) > 1 and len(self) > self.capacity:
-            self.dropped += len(self._kept.popitem(last=False)[1])
+        with self._lock:
+            self._kept.setdefault(key, []).append(program)
+            self._kept.move_to_end(key)
+            while len(self._kept) > 1 and len(self) > self.capacity:
+                self.dropped += len(self._kept.popitem(last=False)[1])
 
     def forget(self, program: T) -> None:
         """Keep this one no longer."""
-        for key, kept in list(self._kept.items()):
-            if program in kept:
-                kept.remove(program)
-                if not kept:
-                    del self._kept[key]
+        with self._lock:
+            for key, kept in list(self._kept.items()):
+                if program in kept:
+                    kept.remove(program)
+                    if not kept:
+                        del self._kept[key]
 
     def forget_keys(self, are_gone: Callable[[Any], bool]) -> None:
         """Keep nothing any longer that has one of these keys."""
-        for key in [key for key in self._kept if are_gone(key)]:
-            del self._kept[key]
+        with self._lock:
+            for key in [key for key in self._kept if are_gone(key)]:
+                del self._kept[key]
 
     def clear(self) -> None:
         """Forget all."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()

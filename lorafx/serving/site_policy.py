@@ -18,6 +18,7 @@ from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
 from .adapter_hooks import call_with_hooks, hooked_copy
+from .before import Touched
 from .call_key import CallKey
 from .per_site import SiteInterpreter
 from .programs import Program
@@ -95,7 +96,7 @@ class SitePolicy:
 
     def forget_adapter(self, adapter: str) -> None:
         """Forget which calls go by sites in which an adapter acted, which is deleted."""
-        self._calls = {key for key in self._calls if not key.has(adapter)}
+        self._calls = {key for key in tuple(self._calls) if not key.has(adapter)}
 
     def warn_once(self, program: Program) -> None:
         """Say once that a graph was tried in vain."""
@@ -125,16 +126,19 @@ class SitePolicy:
         if has_copies_among_children(module):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
+            touched = Touched.of(module, args, kwargs) if interpreter.is_new else None
             try:
                 forward = own_forward(module)
                 if hooked := interpreter.state.hooked_adapters:
                     forward = self._with_hooks(interpreter, path, forward, hooked)
                 return interpreter.run_inside(path, forward, args, kwargs)
-            except UncoveredOperatorError:
-                inside = self._early.union(*self._interpreted.values())
+            except UncoveredOperatorError as error:
+                inside = self._early.union(*tuple(self._interpreted.values()))
                 if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
+                if touched is not None:
+                    touched.put_back(error)
         if interpreter.rows is not None:
             raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made

@@ -6,6 +6,7 @@ Tensors are looked up anew whenever somebody asks, for a model may have replaced
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,21 +121,25 @@ def _has_forward_of_its_own(module: nn.Module) -> bool:
 
 
 class SiteTables:
-    """The tables of one adapted model."""
+    """The tables of one adapted model, for several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[int, tuple[str, ...], *tuple[Any, ...]], SiteTable] = OrderedDict()
 
     def forget(self, adapter: str) -> None:
         """Forget the tables of an adapter, which is deleted."""
-        for key in [key for key in self._kept if any(is_of(adapter, each) for each in key[1])]:
-            del self._kept[key]
+        with self._lock:
+            for key in [key for key in self._kept if any(is_of(adapter, each) for each in key[1])]:
+                del self._kept[key]
 
     def of(self, tree: nn.Module, context: Context, modules: int) -> SiteTable:
         """The table of a tree whose modules have this number (`tree_state`), for the adapters that act."""
         key = modules, tuple(adapter.call_key for adapter in context.adapters), context.merged, context.numbers
-        if key not in self._kept:
-            self._kept[key] = SiteTable.of(tree, context)
-            if len(self._kept) > _TABLES:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+        with self._lock:
+            table = self._kept.get(key)
+            if table is None:
+                table = self._kept[key] = SiteTable.of(tree, context)
+                if len(self._kept) > _TABLES:
+                    self._kept.popitem(last=False)
+        return table

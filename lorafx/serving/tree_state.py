@@ -8,8 +8,9 @@ has changed since, and then gets the same snapshot as the call before.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import chain, count
 from operator import is_
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks, is_traceable_wrapper_subclass
 from ..tree.attached import own_children, own_modules
+from ..tree.holdings import Holding, noted
 from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
 from .attribute_guards import AttributeGuards, AttributeState
@@ -47,9 +49,10 @@ class TreeState(NamedTuple):
 
 
 class TreeGuards:
-    """Watches one tree, and numbers the layouts that it is seen in."""
+    """Watches one tree, and numbers the layouts that it is seen in. One thread at a time looks at it."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._attributes = AttributeGuards()
         self._environment: set[str] = set()
         self._walks = 0  # how often other modules were found
@@ -73,9 +76,10 @@ class TreeGuards:
 
     def watch_environment(self, root: nn.Module, names: Collection[str]) -> None:
         """Count these environment variables among the values that only the model's Python reads, from now on."""
-        if not self._environment.issuperset(names):
-            self._environment.update(names)
-            self._watch_attributes(root)
+        with self._lock:
+            if not self._environment.issuperset(names):
+                self._environment.update(names)
+                self._watch_attributes(root)
 
     def latest(self, root: nn.Module) -> TreeState:
         """The state that the tree was found in last, for who has just asked: to look takes a while."""
@@ -83,6 +87,10 @@ class TreeGuards:
 
     def state(self, root: nn.Module) -> TreeState:
         """The state that the tree is in now; the same object as long as nothing changes."""
+        with self._lock:
+            return self._look(root)
+
+    def _look(self, root: nn.Module) -> TreeState:
         if not self._children or self._parents != self._children:
             self._walk(root)
         attributes, training = self._attributes.state() or self._watch_attributes(root)
@@ -99,6 +107,24 @@ class TreeGuards:
         elif self._state.attributes is not attributes:
             self._state = self._state._replace(attributes=attributes)
         return self._state
+
+    def noted(self) -> tuple[list[Tensor], Callable[[], None]]:
+        """Take note of all that the tree was found to hold last.
+
+        Gives the buffers and other tensors that a call may write to, and what puts everything else back: attributes,
+        what they hold at any depth, and which buffers are where.
+        """
+        with self._lock:
+            tensors = [each for each in self._tensors if not isinstance(each, nn.Parameter)]
+            tensors += self._attributes.held_tensors()
+            put_back_buffers = noted(Holding(dict.values, module._buffers) for module in self._modules)
+            put_back_attributes = self._attributes.noted()
+
+        def put_back() -> None:
+            put_back_buffers()
+            put_back_attributes()
+
+        return tensors, put_back
 
     def _layout(self, *now: Any) -> int:
         # The class counts of those that know themselves what operators do to them, as packed weights.

@@ -43,6 +43,10 @@ is_mkldnn_enabled = torch._C._get_mkldnn_enabled
 # The product of two matrices of int8, in int32. Without it, fingerprints of weights would take the time of a merge.
 product_of_bytes = torch._int_mm
 
+# What a module's class calls its hooks and forward by; an attribute of that name is called in its place. Without it, a
+# part of a model that is given another forward, and called alone, would compute without adapters.
+ENTRANCE = "_call_impl"
+
 # The dicts of a module that hold hooks around its forward and backward. Without them, graphs would pass hooks by.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -32,12 +33,22 @@ _DESCRIPTORS = {property: ("fget",), staticmethod: ("__func__",), classmethod: (
 # Objects of these are no settings of a model: they log, store, generate or train, and hold half the program.
 _MACHINERY = ("torch", "lorafx", "numpy", "transformers.generation", "transformers.tokenization_", "tokenizers")
 _SETTINGS = ("types", "collections", "argparse", "torch.distributions", "__main__")
-# Arrays, and sources of random numbers besides torch's, with what tells what they hold or will give next.
-_STATES: dict[type, Callable[[Any], Any]] = {
-    numpy.ndarray: lambda array: array.tobytes(),
-    random.Random: lambda generator: generator.getstate(),
-    numpy.random.Generator: lambda generator: generator.bit_generator.state,
-    numpy.random.RandomState: lambda generator: generator.get_state(),
+# Arrays, and sources of random numbers besides torch's, with what tells what they hold or will give next, and puts
+# that back.
+_STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    numpy.ndarray: (
+        lambda array: array.tobytes(),
+        lambda array, state: None if array.dtype.hasobject else numpy.copyto(array, _array_like(array, state)),
+    ),
+    random.Random: (lambda generator: generator.getstate(), lambda generator, state: generator.setstate(state)),
+    numpy.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+    numpy.random.RandomState: (
+        lambda generator: generator.get_state(),
+        lambda generator, state: generator.set_state(state),
+    ),
 }
 _STDLIB = str(sysconfig.get_path("stdlib"))
 
@@ -109,19 +120,49 @@ def all_holdings(values: Iterable[Any], apart: Container[int] = ()) -> Iterator[
             pending += holding.values()
 
 
+def leads_to(value: Any, is_target: Callable[[Any], bool]) -> bool:
+    """Whether a value is a certain one, or holds it at any depth."""
+    return is_target(value) or any(is_target(held) for each in all_holdings([value]) for held in each.values())
+
+
 def snapshot(values: Iterable[Any]) -> Callable[[], None]:
     """Take note of what is held within these values, at any depth. Calling the result puts it all back in place."""
-    noted = [
-        (holding, list(holding.values()), dict(holding.of) if isinstance(holding.of, dict) else {})
-        for holding in all_holdings(values)
-    ]
+    return noted(all_holdings(values))
+
+
+def attributes_noted(holders: Iterable[Any]) -> Callable[[], None]:
+    """Take note of which attributes these modules, classes and objects have. Calling the result puts them back."""
+    before = [(holder, dict(vars(holder))) for holder in holders]
 
     def put_back() -> None:
-        for holding, before, items in noted:
-            if not same(before, list(holding.values())):
-                _put_back(holding, before, items)
+        for holder, attributes in before:
+            for name in vars(holder).keys() - attributes.keys():
+                type.__delattr__(holder, name) if isinstance(holder, type) else vars(holder).pop(name)
+            for name, value in attributes.items():
+                if vars(holder).get(name, holder) is not value:
+                    setattr(holder, name, value) if isinstance(holder, type) else vars(holder).update({name: value})
 
     return put_back
+
+
+def noted(holdings: Iterable[Holding]) -> Callable[[], None]:
+    """Take note of what these hold now. Calling the result puts it all back in place."""
+    before = [(each, list(each.values()), dict(each.of) if isinstance(each.of, dict) else {}) for each in holdings]
+
+    def put_back() -> None:
+        for holding, values, items in before:
+            if not same(values, _values_now(holding)):
+                _put_back(holding, values, items)
+
+    return put_back
+
+
+def _values_now(holding: Holding) -> list[Any]:
+    """What is held now; nothing where a variable or attribute was deleted meanwhile."""
+    try:
+        return list(holding.values())
+    except (KeyError, AttributeError, ValueError):
+        return []
 
 
 def same(values: list[Any], others: list[Any]) -> bool:
@@ -137,10 +178,13 @@ def _put_back(holding: Holding, values: list[Any], items: dict[Any, Any]) -> Non
     of = holding.of
     if isinstance(of, MappingProxyType):
         return  # a class's attributes: what a call changed there, it changed for all
-    for name, value, now in zip(holding.names, values, list(holding.values())):
-        if value is not now and isinstance(of, dict):
+    if holding.read is _state:
+        next(put for kind, (_, put) in _STATES.items() if isinstance(of, kind))(of, pickle.loads(values[0]))
+    now = _values_now(holding) or repeat(holding)
+    for name, value, new in zip(holding.names, values, now):
+        if value is not new and isinstance(of, dict):
             of[name] = value
-        elif value is not now:
+        elif value is not new:
             setattr(of, name, value)
     if not holding.names and isinstance(of, (dict, set, list, deque)):
         of.clear()
@@ -183,7 +227,12 @@ def own_names(kind: type) -> list[str]:
 
 
 def _state(generator: Any) -> tuple[bytes]:
-    return (pickle.dumps(next(state(generator) for kind, state in _STATES.items() if isinstance(generator, kind))),)
+    read = next(read for kind, (read, _) in _STATES.items() if isinstance(generator, kind))
+    return (pickle.dumps(read(generator)),)
+
+
+def _array_like(array: numpy.ndarray[Any, Any], content: bytes) -> numpy.ndarray[Any, Any]:
+    return numpy.frombuffer(content, array.dtype).reshape(array.shape)
 
 
 def _in_this_context(variable: ContextVar[Any]) -> tuple[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..torch_private.compilers import uncompiled
-from ..torch_private.tensors import FORWARD_HOOKS, MODULE_HOOKS
+from ..torch_private.tensors import ENTRANCE, FORWARD_HOOKS, MODULE_HOOKS
 from ..torch_private.tracing import real
 from .attached import ATTACHED
 from .holdings import CONTAINERS, PLAIN
@@ -40,6 +40,8 @@ def mirror(model: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
         return copy
     copy = memo[id(model)] = object.__new__(getattr(type(model), MIRRORED_AS, type(model)))
     copy.__dict__.update({key: value for key, value in vars(model).items() if key not in (ATTACHED, STATE)})
+    if getattr(copy.__dict__.get(ENTRANCE), "lorafx", False):
+        del copy.__dict__[ENTRANCE]
     forward = uncompiled(vars(model).get("forward"))
     if STATE in vars(model):  # `model` is adapted, and its `forward` serves calls, whoever has wrapped it
         copy.__dict__.pop("forward", None)

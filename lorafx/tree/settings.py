@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..torch_private.tensors import ENTRANCE
 from .holdings import CONTAINERS, holdings, is_library, is_looked_into, own_names
 
 # Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
-MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached"}
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached", ENTRANCE}
 
 
 def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any, list[str]]]:

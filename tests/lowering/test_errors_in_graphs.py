@@ -31,6 +31,38 @@ def test_an_error_in_a_graph_names_the_model_s_line(capfd):
     lora(x, torch.tensor([0, 1, 2]))
 
 
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x, at):
+        return x + torch.relu(self.lin(x))[at]
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x, at):
+        for layer in self.layers:
+            x = layer(x, at)
+        return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out, title", [((), "2 layers, layers.0 first"), (("outline_blocks",), "whole graph")])
+def test_an_error_in_compiled_code_is_the_operator_s_own_and_says_so(left_out, title):
+    pipeline = lorafx.passes.default.without(*left_out, "checkpoint_blocks")
+    lora = lorafx.compile(Layers(), {"target_modules": ["lin"]}, backend="aot_eager", pipeline=pipeline)
+    x = torch.randn(3, 4)
+    lora(x, torch.tensor([0, 1, 2]))
+    with pytest.raises(IndexError, match="out of bounds") as caught:
+        lora(x, torch.tensor([0, 1, 9]))
+    assert caught.value.__notes__[0].startswith(f"in compiled code ({title}); with backend='eager'")
+
+
 @pytest.mark.slow
 def test_an_error_in_a_block_does():
     lora = lorafx.compile(tiny_llama(), {"r": 2, "target_modules": ["q_proj"]}, capture="graph", backend="eager")

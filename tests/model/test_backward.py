@@ -62,6 +62,24 @@ def test_the_loss_of_a_transformers_model_says_so():
         assert pickle.loads(pickle.dumps(returned)) == returned
 
 
+def test_a_result_of_which_a_loss_is_computed_says_so_once_in_train_mode(x, recwarn):
+    lora = lorafx.compile(Chain(), CONFIG)
+    lora(x).sum().backward()
+    lora.merge_adapter()
+    lora.eval()(x)
+    with torch.no_grad():
+        lora.train()(x)
+    assert recwarn.list == []
+    for _ in range(2):
+        lora(x)
+    (said,) = recwarn.list
+    assert "nothing to train: 'default' merged; call `unmerge_adapter()` first" in str(said.message)
+    lora.unmerge_adapter()
+    with lora.disable_adapter():
+        lora(x)
+    assert len(recwarn) == 1
+
+
 def test_what_has_another_gradient_is_left_alone(x):
     lora = lorafx.compile(Loss(), CONFIG)
     lora.merge_adapter()

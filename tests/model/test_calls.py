@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import lorafx
@@ -100,6 +101,46 @@ def test_a_part_whose_forward_was_replaced_before_and_is_wrapped(capture):
     lora.inner.forward = part
     for model in (lora, lora.inner):
         assert factors(model, lora.inner.lin, (2,), (1, 2)) == [3, 3]
+
+
+class Choosing(nn.Linear):
+    """(…, 4) -> (…, 5): the linear layer times 1, 2 or 3, by a forward that it chooses itself, reading its weight."""
+
+    def forward(self, x):
+        self.forward = self.twice  # from the next call on
+        return F.linear(x, self.weight, self.bias)
+
+    def twice(self, x):
+        return F.linear(x, self.weight, self.bias) * 2
+
+    def train(self, mode=True):
+        if not mode:
+            self.__dict__.pop("forward", None)
+        return super().train(mode)
+
+
+def test_a_layer_that_is_given_another_forward_and_called_alone(capture):
+    base = Ways()
+    base.lin = Choosing(4, 5)
+    lora = lorafx.compile(base, CONFIG, capture="auto" if capture == "graph" else capture)
+    lin = nn.Linear(4, 5).requires_grad_(False)
+    A, B = lora.lin.lora_A.default.weight, lora.lin.lora_B.default.weight
+    lin.weight.copy_(lora.lin.weight + 4 * B @ A)
+    lin.bias.copy_(lora.lin.bias)
+    assert factors(lora.lin, lin, (2,), (2,), (2,)) == [1, 2, 2]
+    lora.eval()  # which takes the forward away that it has chosen
+    assert factors(lora.lin, lin, (2,), (2,)) == [1, 2]
+    lora.lin.forward = lambda x: F.linear(x, lora.lin.weight, lora.lin.bias) * 3
+    assert factors(lora.lin, lin, (2,), (1, 2)) == [3, 3] and factors(lora, lin, (2,)) == [3]
+    lora.lin.forward = negated(lora.lin.forward)
+    lora.add_adapter("other", CONFIG)
+    assert factors(lora.lin, lin, (2,), (1, 2)) == [-3, -3] and factors(lora, lin, (2,)) == [-3]
+
+
+def test_a_root_whose_new_forward_reads_the_weight_itself(capture):
+    lora = lorafx.compile(Ways(), CONFIG, capture=capture)
+    lora.forward = lambda x: F.linear(x, lora.lin.weight, lora.lin.bias) * 2
+    assert factors(lora, lora.lin, (2,), (1, 3)) == [2, 2]
 
 
 def test_what_a_replaced_forward_closes_over_is_watched(capture):

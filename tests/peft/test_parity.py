@@ -83,12 +83,15 @@ def limit_of_loss(ran: Ran, expected: Tensor, exact: Tensor | None) -> float:
 def limit_of_gradient(ran: Ran, expected: Tensor, exact: Tensor | None) -> float:
     """The limit for a gradient that is as large as `expected`.
 
-    λ · u · √n of the largest: n roundings of u = eps / 2 each, independent, λ = 5 deviations; bfloat16 as above.
+    λ · u · √n of the largest: n roundings of u = eps / 2 each, independent, λ = 5 deviations; bfloat16 as above, and at
+    least λ deviations: two results that are off by a root mean square σ each, independently, differ by √2 · σ. The
+    largest of what PEFT is off by is one number, and as small as chance has it.
 
     n is `path_length`, the number of terms summed on the way (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019).
     """
     if exact is not None:
-        return 2 * largest(expected.double() - exact)
+        off = expected.double() - exact
+        return max(2 * largest(off), LAMBDA * math.sqrt(2) * float(off.square().mean().sqrt()))
     length = path_length(ran.base, models.call(ran.case.model))
     return LAMBDA * ran.case.eps / 2 * math.sqrt(length) * largest(expected)
 

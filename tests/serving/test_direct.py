@@ -267,6 +267,74 @@ def test_calls_may_take_any_form(how):
     assert captured(sites) == 0
 
 
+def test_two_adapters_that_know_a_tied_weight_by_two_names_both_act():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    sites, graph = pair(Tied(), RANDOM | {"target_modules": ["table"]})
+    ids, found = torch.randint(0, 11, (2, 5)), []
+    for lora in (sites, graph):
+        lora.add_adapter("second", RANDOM | {"target_modules": ["head"]}, random_state=1)
+        lora.set_adapter(["default", "second"])
+        y = lora(ids)
+        y.square().sum().backward()
+        found.append([y, lora.table(ids), *gradients(lora).values()])
+    assert len(found[0]) == 6
+    torch.testing.assert_close(*found)
+
+
+READS = {
+    "as what is multiplied": lambda w, x: F.linear(w, x[0, :4].contiguous()),
+    "as what is added to": lambda w, x: torch.addmm(w, torch.ones(6, 2), torch.ones(2, 4)),
+    "into another tensor": lambda w, x: F.linear(x, torch.zeros(6, 4).copy_(w)),
+    "added to another in place": lambda w, x: F.linear(x, torch.zeros(6, 4).add_(w)),
+    "into a part of another": lambda w, x: (other := torch.zeros(6, 4), other.__setitem__(slice(None), w))[0],
+    "as Python's numbers": lambda w, x: torch.tensor(w.tolist()),
+    "as one of Python's numbers": lambda w, x: x * float(w.sum()),
+    "as an answer": lambda w, x: x if w.equal(torch.zeros(6, 4)) else -x,
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_weight_is_not_read_in_silence_where_no_adapter_can_act(how, monkeypatch):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.other = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x):
+            return self.other(x).sum() + READS[how](self.linear.weight, x).sum()
+
+    monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", 10)
+    for capture in ("auto", "sites"):
+        lora = lorafx.compile(Reading(), RANDOM, capture=capture)
+        with pytest.raises(lorafx.errors.UncoveredOperatorError, match="weight"):
+            lora(torch.randn(2, 5, 4))
+
+
+def test_copies_of_biases_are_read_by_methods_of_other_tensors():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return F.linear(x, self.linear.weight).add_(self.linear.bias)
+
+    sites, graph = pair(Adding(), RANDOM | {"bias": "lora_only"})
+    for lora in (sites, graph):
+        with torch.no_grad():
+            next(p for name, p in lora.named_parameters() if "bias" in name and p.requires_grad).fill_(2.0)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(sites(x), graph(x))
+
+
 def test_a_form_that_is_another_operator_is_captured_and_refused():
     sites, _ = pair(Functional("addmm"), RANDOM | {"target_modules": ["conv1d"]})
     with pytest.raises(lorafx.errors.UncoveredOperatorError, match=r"conv1d: its weight is read by aten\.addmm"):

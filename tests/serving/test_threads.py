@@ -1,11 +1,16 @@
 """Threads: several call one adapted model at a time."""
 
+import sys
 import threading
 
 import pytest
 import torch
 from graphs import Chain, adapted
 from serving_models import served
+from torch import nn
+
+from lorafx.serving.programs import ProgramCache
+from lorafx.serving.tree_state import TreeGuards
 
 
 @pytest.mark.slow
@@ -43,3 +48,49 @@ def test_first_calls_from_several_threads_make_one_graph():
         thread.join()
     assert len(results) == 4 and all(torch.equal(result, results[0]) for result in results)
     assert served(lora) == ["graph"]
+
+
+@pytest.fixture
+def switching():
+    """Threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(run, threads=4):
+    """Run a function in several threads that start at once; returns what they raised."""
+    raised, start = [], threading.Barrier(threads)
+
+    def turn(number):
+        start.wait()
+        try:
+            run(number)
+        except Exception as error:
+            raised.append(error)
+
+    every = [threading.Thread(target=turn, args=(number,)) for number in range(threads)]
+    for thread in every:
+        thread.start()
+    for thread in every:
+        thread.join()
+    return raised
+
+
+def test_a_tree_is_looked_at_first_by_several_threads(switching):
+    root = nn.Sequential(*(nn.Linear(2, 3) for _ in range(5)))
+    for guards in (TreeGuards() for _ in range(20)):
+        assert together(lambda _, guards=guards: [guards.state(root) for _ in range(3)]) == []
+        assert guards.state(root).layout == 0
+
+
+def test_programs_are_kept_and_looked_up_by_several_threads(switching):
+    cache: ProgramCache[int] = ProgramCache(3)
+
+    def use(number):
+        for turn in range(500):
+            cache.keep((number + turn) % 7, number)
+            assert len(cache.of(turn % 7)) <= 500 and all(each < 4 for each in cache)
+
+    assert together(use) == []

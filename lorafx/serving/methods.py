@@ -1,0 +1,29 @@
+"""Methods: what a function that torch is asked for does to the tensor whose method it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+# They give what is in a tensor as something else than a tensor.
+_VALUES = frozenset(
+    ("tolist", "item", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__dlpack__", "__contains__")
+    + ("__bool__", "__int__", "__index__", "__float__", "__complex__")
+)
+
+
+def is_method(func: Callable[..., Any]) -> bool:
+    """Whether it is a method of tensors, or reads an attribute of one."""
+    return is_getter(func) or getattr(Tensor, getattr(func, "__name__", ""), None) is func
+
+
+def is_getter(func: Callable[..., Any] | None) -> bool:
+    """Whether it reads an attribute, as a shape."""
+    return getattr(func, "__name__", "") == "__get__"
+
+
+def takes_numbers(func: Callable[..., Any]) -> bool:
+    """Whether it is a method that takes the numbers in a tensor out of torch."""
+    return getattr(func, "__name__", "") in _VALUES
