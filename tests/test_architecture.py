@@ -71,14 +71,14 @@ INSIDE = {
         *("equation", "by_row"),
     ],
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
-    "lowering": ["backend", "cuda_graphs", "eager", "errors_in_graphs", "inductor", "pieces", "lower"],
+    "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "errors_in_graphs", "lower"],
     "capture": [
         *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
         *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "programs", "free_counters"),
-        *("early_calls", "site_table", "direct", "concerned", "per_site"),
+        *("before", "early_calls", "site_table", "direct", "concerned", "methods", "per_site"),
         *(
             "settling",
             "misses",
