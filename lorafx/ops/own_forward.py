@@ -2,8 +2,9 @@
 
     y = module(x)        (…, in) -> (…, features), or (…) of row numbers -> (…, features)
 
-Its derivative is that of the module's code. A compiler does not look into it: it is given an operator that runs the
-module again in backward, on x that was kept, as checkpointing does.
+Its derivative is that of the module's code. A compiler does not look into it: it is given an operator whose backward is
+the product with W, made dense for as long as that takes, where the storage knows that it is so (`factor_of`); else it
+runs the module again in backward, on x that was kept, as checkpointing does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.autograd import forward_ad
 from ..errors import AdapterError
 from ..torch_private.tracing import FakeTensor
 from ..tree.own_layers import layer_of, own_forward_of
-from .calls import is_plain
+from .calls import is_plain, rows
+from .cpu import matmul
 from .library import LIBRARY, composite
 
 
@@ -73,6 +75,10 @@ def _gradients(
     dy: Tensor, x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and bias; an empty tensor for one that there is none of."""
+    factor = factor_of(number, x)
+    if factor is not None:
+        d_bias = x.new_empty(0) if bias is None else rows(dy).sum(0).to(bias.dtype)
+        return matmul(dy.to(factor.dtype), factor).to(x.dtype), d_bias
     given = [tensor for tensor in (x, bias) if tensor is not None and tensor.is_floating_point()]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in given]
@@ -80,12 +86,20 @@ def _gradients(
         inner_x = next(mine) if x.is_floating_point() else x
         y = _run(inner_x, next(mine, None), number, features, dtype)
     found = iter(torch.autograd.grad(y, leaves, dy))
-    dx = next(found) if x.is_floating_point() else x.new_empty(0)
+    dx = next(found).contiguous() if x.is_floating_point() else x.new_empty(0)
     return dx, next(found, x.new_empty(0))
 
 
+def factor_of(number: Tensor, x: Tensor) -> Tensor | None:
+    """W (out, in) of an own layer whose gradient by x is dy W, in the dtype of that product; None for any other."""
+    module = layer_of(number)
+    forward = own_forward_of(module)
+    assert forward is not None, "only own layers have numbers"
+    return None if forward.factor is None else forward.factor(module, x.dtype)
+
+
 def _gradient_shapes(dy: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,6 +9,7 @@ quantised again. Adapted layers are kept from that, and where it has happened to
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -71,6 +72,19 @@ class Bitsandbytes4bit(OwnLayer):
             with _UNPACKING:
                 if getattr(_state_of(module), "packing_format_for_cpu", False):
                     _unpack(module.weight)
+
+    def has_factor(self, module: nn.Module) -> bool:
+        return is_of("bitsandbytes.nn", "Linear4bit", module)
+
+    def factor(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """At once in the dtype of the product; bitsandbytes makes it in that of the full weight, and a second of it."""
+        from bitsandbytes import functional
+
+        self.prepare(module)
+        state = copy.copy(_state_of(module))
+        state.dtype = getattr(module, "compute_dtype", None) or dtype
+        packed: Any = module.weight.data
+        return functional.dequantize_4bit(packed, state)
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         """In float32."""
