@@ -111,6 +111,29 @@ def test_one_file_stays_one_file(tmp_path):
     assert_same(tensors_of(tmp_path / "out"), twin.state_dict())
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_in_torchs_own_files_is_merged_into_safetensors(tmp_path, shards):
+    """Embeddings and head are tied, and there twice in such files."""
+    base = base_folder(tmp_path, models.llama(tie_word_embeddings=True), shard="1GB")
+    adapter = adapter_folder(base, transformers.LlamaForCausalLM, **LINEAR)
+    merge(base, adapter, tmp_path / "expected")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (base / "model.safetensors").unlink()
+    names = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    parts = [list(tensors)[place::shards] for place in range(shards)]
+    for name, keys in zip(names, parts):
+        torch.save({key: tensors[key] for key in keys}, base / name)
+    if shards == 2:
+        places = {key: name for name, keys in zip(names, parts) for key in keys}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    merge(base, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    found = [loaded(tmp_path / name, transformers.LlamaForCausalLM).state_dict() for name in ("expected", "out")]
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_what_peft_merges_but_for_rounding(tmp_path, dtype):
     base = base_folder(tmp_path, models.llama(), dtype)

@@ -63,7 +63,7 @@ def is_by_name(module: nn.Module) -> bool:
 
 
 def is_foreign(tensor: Tensor) -> bool:
-    """Whether a tensor is of a class of a library's own that is made of others, as quanto's are; torch's do not count."""
+    """Whether a tensor is of a class of a library's own, and made of others, as quanto's are; torch's do not count."""
     return is_traceable_wrapper_subclass(tensor.data) and type(tensor.data).__module__.partition(".")[0] != "torch"
 
 
@@ -82,7 +82,8 @@ def features_of(module: nn.Module) -> tuple[int, int] | None:
         if all(isinstance(number, int) for number in found):
             return found[0], found[1]  # type: ignore[return-value]
     if is_of("transformers.integrations.eetq", "EetqLinear", module):
-        return tuple(module.weight.shape)  # type: ignore[union-attr, return-value]
+        inputs, outputs = module.get_parameter("weight").shape
+        return inputs, outputs
     return None
 
 
