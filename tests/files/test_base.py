@@ -108,6 +108,8 @@ def test_a_repository_is_fetched_without_weights_of_other_formats(hub, base):
         read_base("somebody/else")
     assert found.entries.keys() == {"a", "b", "c"} and found.others()[0] == [Path("vocab.txt")]
     assert not (found.folder / "pytorch_model.bin").exists()
+    with pytest.raises(CheckpointError, match="no such revision"):
+        read_base("somebody/base", revision="elsewhere")
     with pytest.raises(CheckpointError, match="is no folder here, and no id of a repository on the Hub either"):
         read_base("./nowhere")
 

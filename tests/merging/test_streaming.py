@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafx
-from lorafx.errors import MergeError
+from lorafx.errors import LorafxError, MergeError
 from lorafx.merging import steps
 
 
@@ -109,6 +109,27 @@ def test_one_file_stays_one_file(tmp_path):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in base.iterdir()}
     twin = merged_in_memory(base, transformers.LlamaForCausalLM, [adapter])
     assert_same(tensors_of(tmp_path / "out"), twin.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_model_of_code_of_its_own_is_merged_by_names(tmp_path, dtype):
+    """Linear layers are those with a weight of two dimensions, embeddings those that the adapter has tensors for."""
+    base = base_folder(tmp_path, models.llama())
+    targets = {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    adapter = adapter_folder(base, transformers.LlamaForCausalLM, **targets)
+    merge(base, adapter, tmp_path / "expected", dtype=dtype)
+    config = json.loads((base / "config.json").read_text())
+    own = {"model_type": "of its own", "architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "own.py").write_text("raise SystemExit('code that nobody asked for')")
+    merge(base, adapter, tmp_path / "out", dtype=dtype)
+    assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found["architectures"] == ["Own"] and (tmp_path / "out/own.py").exists()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["input_layernorm"]}))
+    with pytest.raises(LorafxError):
+        merge(base, adapter, tmp_path / "refused")
 
 
 @pytest.mark.parametrize("shards", [1, 2])
