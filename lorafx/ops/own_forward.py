@@ -53,17 +53,40 @@ def _run(x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: t
             f"{type(module).__name__} gave {found} of {x.dtype}, where lorafx expected {features} features in "
             f"{wanted}; give it inputs of the dtype that it computes in, or leave it out"
         )
-    _see_derivatives(module, x, y)
-    return y
+    return _with_its_derivative(module, x, y)
 
 
-def _see_derivatives(module: torch.nn.Module, x: Tensor, y: Tensor) -> None:
+def _with_its_derivative(module: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Say where the module's code gives no derivative: adapters before it do not train, and jvp would be wrong."""
     name = type(module).__name__
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
         warnings.warn(f"{name} gives its input no gradient, so adapters before it do not train through it")
     if forward_ad.unpack_dual(x).tangent is not None and forward_ad.unpack_dual(y).tangent is None:
         raise AdapterError(f"{name} has no forward-mode derivative (jvp); take gradients by backward instead")
+    return _NoDerivative.apply(y.detach(), torch.empty(0, requires_grad=True), name) if _lacks_one(x, y) else y
+
+
+def _lacks_one(x: Tensor, y: Tensor) -> bool:
+    """Whether y is computed of x by way of one operator at last of which torch has no derivative."""
+    node = y.grad_fn
+    while node is not None and node is not x.grad_fn and "NotImplemented" not in node.name():
+        before = [each for each, _ in node.next_functions if each is not None]
+        node = before[0] if len(before) == 1 else None
+    return node is not None and node is not x.grad_fn
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, _: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        raise AdapterError(
+            f"{ctx.name} computes with an operator that has no derivative, so nothing before it can be trained: it is "
+            "for inference. Quantise the base in another way, or adapt what comes after it alone"
+        )
 
 
 def _shape(x: Tensor, bias: Any, number: Any, features: int, dtype: torch.dtype | None) -> Tensor:
