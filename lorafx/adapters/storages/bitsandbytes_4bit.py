@@ -77,14 +77,20 @@ class Bitsandbytes4bit(OwnLayer):
         return is_of("bitsandbytes.nn", "Linear4bit", module)
 
     def factor(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """At once in the dtype of the product; bitsandbytes makes it in that of the full weight, and a second of it."""
+        """W as bitsandbytes has it in backward: rounded to the dtype of the full weight, and in that of the product.
+
+        That would be two dense copies, so the rounding is done in place, some rows at a time.
+        """
         from bitsandbytes import functional
 
         self.prepare(module)
         state = copy.copy(_state_of(module))
-        state.dtype = getattr(module, "compute_dtype", None) or dtype
+        full, state.dtype = state.dtype, getattr(module, "compute_dtype", None) or dtype
         packed: Any = module.weight.data
-        return functional.dequantize_4bit(packed, state)
+        weight = functional.dequantize_4bit(packed, state)
+        for rows in weight.split(_ROWS_ROUNDED) if torch.finfo(full).eps > torch.finfo(weight.dtype).eps else ():
+            rows.copy_(rows.to(full))
+        return weight
 
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         """In float32."""
@@ -133,6 +139,7 @@ def _dynamic_code(device: torch.device) -> Tensor:
     return functional.create_dynamic_map().to(device)
 
 
+_ROWS_ROUNDED = 256  # at a time
 _UNPACKING = threading.Lock()
 _ROWS = 32  # are packed together for the CPU
 
