@@ -15,6 +15,7 @@ from .freeze_base import FreezeBase
 from .fuse_dropout import FuseDropout
 from .fuse_lora import FuseLora
 from .fuse_loss import FuseLoss
+from .fuse_own_layers import FuseOwnLayers
 from .inline_blocks import InlineBlocks
 from .insert_adapters import InsertAdapters
 from .match_targets import MatchTargets
@@ -49,6 +50,7 @@ default = Pipeline(
     ElideCasts(),
     ElideDropout(),
     FuseLora(),
+    FuseOwnLayers(),
     FuseLoss(),
     ShareInput(),
     FuseDropout(),
@@ -71,6 +73,7 @@ __all__ = [
     "FuseDropout",
     "FuseLora",
     "FuseLoss",
+    "FuseOwnLayers",
     "InlineBlocks",
     "InsertAdapters",
     "MatchTargets",

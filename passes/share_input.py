@@ -1,6 +1,7 @@
 """share_input: adapted linears that read one value become one operator, which reads it once for all small products.
 
     lora_linear(x, Wq, …), lora_linear(x, Wk, …), …   ->   lora_linears(x, [Wq, Wk, …], …)
+    own_lora_linear(x, …), own_lora_linear(x, …), …   ->   own_lora_linears(x, …)
 
 They are found by what they read, not by name: queries, keys and values; gate and up; any number. Those with a dropout
 of their own read different values. Adapter tensors stay separate parameters.
@@ -12,6 +13,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,8 +21,17 @@ from torch.fx import GraphModule, Node
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
 from lorafx.graph import Provenance, arguments, describe, fake_mode_of, made_by, marks_of, within_vmap, writes
 from lorafx.pipeline import Context, Pass
+from lorafx.torch_private.graphs import name_of
 
-_one, _several = torch.ops.lorafx.lora_linear.default, torch.ops.lorafx.lora_linears.default
+_own = torch.ops.lorafx
+# What becomes of an operator for one layer, and its arguments after x, by name: those that lists are made of.
+JOINT = {
+    _own.lora_linear.default: (_own.lora_linears.default, ("weight", "bias", "lora_A", "lora_B", "scaling")),
+    _own.own_lora_linear.default: (
+        _own.own_lora_linears.default,
+        ("bias", "number", "features", "z", "lora_A", "lora_B", "scaling"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,14 @@ class ShareInput(Pass):
     def _join(self, gm: GraphModule, group: list[Node]) -> None:
         mode, first = fake_mode_of(gm), group[0]
         each = [arguments(node) for node in group]
-        roles = [[given[role] for given in each] for role in ("weight", "bias", "lora_A", "lora_B", "scaling")]
+        several, names = JOINT[first.target]  # type: ignore[index]
+        roles = [None if role == "z" else [given[role] for given in each] for role in names]
         for read in dict.fromkeys(read for node in group for read in _reads(node) or ()):
             if first < read:
                 first.prepend(read)
         maker = made_by(first) or Provenance(self.name)
         with gm.graph.inserting_before(first):
-            joint = gm.graph.create_node("call_function", _several, (each[0]["x"], *roles), {}, "lora_linears")
+            joint = gm.graph.create_node("call_function", several, (each[0]["x"], *roles), {}, name_of(several))
             describe(joint, first, Provenance(self.name, "", maker.adapter), gm, mode)
             for place, node in enumerate(group):
                 made = made_by(node) or maker
@@ -59,13 +71,13 @@ class ShareInput(Pass):
 
 def _groups(gm: GraphModule) -> Iterator[list[Node]]:
     """Adapted linears that read one value, with nothing written in between."""
-    groups: dict[Node, list[Node]] = defaultdict(list)
+    groups: dict[tuple[Any, Node], list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if writes(node, gm):
             yield from groups.values()
             groups.clear()
-        if node.target is _one and _is_plain(node) and not within_vmap(node) and _reads(node) is not None:
-            groups[arguments(node)["x"]].append(node)
+        if node.target in JOINT and _is_plain(node) and not within_vmap(node) and _reads(node) is not None:
+            groups[node.target, arguments(node)["x"]].append(node)
     yield from groups.values()
 
 

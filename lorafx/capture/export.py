@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from ..adapters.by_row import ROWS, first_tensor
+from ..adapters.storages import keep_own_layers, own_layers, prepare_base
 from ..errors import CaptureError
 from ..graph.blocks import repeated_modules
 from ..graph.modules import rooted, taken_names
@@ -28,7 +29,7 @@ from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import OWN, isolated, mirrored, without_hooks
-from ..tree.own_layers import show_own_layers
+from ..tree.own_layers import own_forward_of, show_own_layers
 from .arguments import argument_names, images
 from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, parts, register_caches
@@ -53,12 +54,23 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
     dynamic that is not 1; it may be on the `meta` device. The graph is called like the model, keeps parameter names,
     and reads parameters and buffers from the model itself, at call time. Where the call fills or returns a container
     that it was given, such as a cache, the graph leaves that alone and gives `(output, {argument: filled container})`.
+    A quantised layer is one operator, which runs the layer's own code.
 
     Raises `CaptureError` with torch's reason and the model's own line when the call cannot be captured, or does
     something that a graph would not do again: print, draw random numbers outside torch, change the model.
     """
     register_caches(model)
-    return printable(trace_part(model, "", args, kwargs))
+    return printable(trace_part(_with_own_layers(model), "", args, kwargs))
+
+
+def _with_own_layers(model: nn.Module) -> nn.Module:
+    """The model; or a mirror in which quantised layers are operators, where they are not, as in one that is adapted."""
+    if all(own_forward_of(module) for module in own_layers(model)):
+        return model
+    prepare_base(model)
+    tree = mirrored(model)
+    keep_own_layers(tree)
+    return tree
 
 
 def trace_part(

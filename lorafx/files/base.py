@@ -1,4 +1,7 @@
-"""A base model's checkpoint in a folder, as transformers writes it: config.json, safetensors files, other files."""
+"""A base model's checkpoint in a folder, as transformers writes it: config.json, safetensors files, other files.
+
+Where there are files of torch's alone (`.bin`), these are read as if they were safetensors, under those names.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from . import pickled
 from .hub import snapshot
+from .pickled import PickledShard, name_as_safetensors
 from .shards import Entry, Shard
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -23,7 +28,10 @@ OTHER_WEIGHTS = (
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """A base model's checkpoint: its config, its safetensors files by name, and their index if there are several."""
+    """A base model's checkpoint: its config, its safetensors files by name, and their index if there are several.
+
+    Files of torch's are here by the names that they have as safetensors, in the index, too.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -44,7 +52,7 @@ class BaseFolder:
 
         What is hidden is in neither.
         """
-        own = {CONFIG, INDEX, *self.shards}
+        own = {CONFIG, INDEX, pickled.INDEX, *(shard.file.name for shard in self.shards.values())}
         files = [file for file in _visible(self.folder) if str(file) not in own]
         weights = [file for file in files if any(file.match(pattern) for pattern in (*OTHER_WEIGHTS, "*.safetensors"))]
         return [file for file in files if file not in weights], weights
@@ -56,13 +64,15 @@ def _visible(folder: Path) -> Iterator[Path]:
         yield from ((Path(place) / name).relative_to(folder) for name in sorted(names) if not name.startswith("."))
 
 
-def read_base(place: str | os.PathLike[str]) -> BaseFolder:
+def read_base(
+    place: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> BaseFolder:
     """Read what there is in a folder, or in a repository on the Hub, but no tensor.
 
-    Raises `CheckpointError` for a folder that is no model's, for a checkpoint that is quantised or not of safetensors,
-    and for files that are missing, damaged or not listed in the index.
+    `revision` and `token` are `huggingface_hub`'s. Raises `CheckpointError` for a folder that is no model's, for a
+    checkpoint that is quantised or of other formats, and for files that are missing, damaged or not in the index.
     """
-    folder = Path(place) if Path(place).is_dir() else snapshot(os.fspath(place), OTHER_WEIGHTS)
+    folder = Path(place) if Path(place).is_dir() else _fetched(os.fspath(place), revision, token)
     if (folder / "adapter_config.json").exists() and not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder} is an adapter's folder; the base model comes first, then its adapters")
     config = _json(folder / CONFIG)
@@ -76,27 +86,46 @@ def read_base(place: str | os.PathLike[str]) -> BaseFolder:
     return BaseFolder(folder, config, *read_shards(folder))
 
 
+def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """A repository's files, without weights in other formats; torch's own where there are no others."""
+    folder = snapshot(repo_id, OTHER_WEIGHTS, revision, token)
+    if (folder / WHOLE).exists() or (folder / INDEX).exists():
+        return folder
+    others = [pattern for pattern in OTHER_WEIGHTS if not pattern.startswith("*.bin")]
+    return snapshot(repo_id, others, revision, token)
+
+
 def read_shards(folder: Path) -> tuple[dict[str, Shard], dict[str, Any] | None]:
-    """The safetensors files of a model in a folder, by name, and the index that lists them if there are several.
+    """The files of a model in a folder, by their names as safetensors, and the index that lists them if there is one.
 
     Raises `CheckpointError` for files that are missing, damaged, of another format or not listed in the index.
     """
     names, index = _names(folder)
-    shards = {name: Shard.read(folder / name) for name in names}
+    shards = {name: _read(folder / name) for name in names}
     _require_one_place(folder, shards, index)
-    return shards, index
+    if not any(isinstance(shard, PickledShard) for shard in shards.values()):
+        return shards, index
+    places = None if index is None else {k: name_as_safetensors(name) for k, name in index["weight_map"].items()}
+    named = {name_as_safetensors(name): shard for name, shard in shards.items()}
+    return named, None if index is None else index | {"weight_map": places}
+
+
+def _read(file: Path) -> Shard:
+    return PickledShard.read(file) if file.suffix == ".bin" else Shard.read(file)
 
 
 def _names(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """The names of the safetensors files, and the index that lists them."""
-    if (folder / WHOLE).exists():
-        return [WHOLE], None
-    if (folder / INDEX).exists():
-        index = _json(folder / INDEX)
-        names = sorted(set(index.get("weight_map", {}).values()))
-        if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise CheckpointError(f"{folder / INDEX} lists {wrong[0]!r}, which is no safetensors file beside it")
-        return names, index
+    """The names of the files, and the index that lists them: safetensors before torch's, one file before several."""
+    for whole, listed in ((WHOLE, INDEX), (pickled.WHOLE, pickled.INDEX)):
+        if (folder / whole).exists():
+            return [whole], None
+        if (folder / listed).exists():
+            index = _json(folder / listed)
+            names = sorted(set(index.get("weight_map", {}).values()))
+            suffix = Path(whole).suffix
+            if wrong := [name for name in names if Path(name).name != name or not name.endswith(suffix)]:
+                raise CheckpointError(f"{folder / listed} lists {wrong[0]!r}, which is no {suffix} file beside it")
+            return names, index
     others = sorted(file.name for pattern in OTHER_WEIGHTS for file in folder.glob(pattern))
     there = f"there is {', '.join(others[:3])}, which" if others else "whatever else"
     raise CheckpointError(
@@ -115,7 +144,7 @@ def _require_one_place(folder: Path, shards: dict[str, Shard], index: dict[str, 
             placed[key] = name
     for key, name in (index or {}).get("weight_map", {}).items():
         if placed.get(key) != name:
-            raise CheckpointError(f"{folder / INDEX} says that {key} is in {name}, and it is not")
+            raise CheckpointError(f"the index of {folder} says that {key} is in {name}, and it is not")
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -115,11 +115,16 @@ class Source:
         return f"{self.place}{at}{f', subfolder {self.subfolder}' if self.subfolder else ''}:"
 
 
-def snapshot(repo_id: str, leave_out: Sequence[str]) -> Path:
+def snapshot(
+    repo_id: str, leave_out: Sequence[str], revision: str | None = None, token: str | bool | None = None
+) -> Path:
     """A repository's files in the cache, downloaded if need be, but for those of these patterns; `CheckpointError`."""
     Source(repo_id).refuse_paths()
     with _explained(f"{repo_id} is no folder here, and cannot be had from the Hub"):
-        return Path(huggingface_hub.snapshot_download(repo_id, ignore_patterns=list(leave_out)))
+        found = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, token=token, ignore_patterns=list(leave_out)
+        )
+        return Path(found)
 
 
 def _stays_inside(subfolder: str) -> bool:

@@ -1,7 +1,8 @@
 """The model of a checkpoint without its numbers, and adapters that fit it: on the meta device, at once and for nothing.
 
 The class is that of the checkpoint's config. An adapter may have been trained on another class of the same
-architecture, as a classifier on a language model's checkpoint: then it is that one.
+architecture, as a classifier on a language model's checkpoint: then it is that one. Of a class that is code of the
+checkpoint's own there is a model by names alone (`by_names.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..files.base import CONFIG, BaseFolder
 from ..files.checkpoint import Checkpoint, fit
 from ..files.shards import same_bytes
 from ..torch_private.loading import Loading
+from .by_names import by_names
 from .changes import Values
 
 # The classes for the tasks that PEFT knows, by config.
@@ -46,12 +48,11 @@ class Fitted:
 def fitted(base: BaseFolder, found: Sequence[Checkpoint], dtype: torch.dtype | None) -> Fitted:
     """The first class of model that all of these adapters fit; parameters are of `dtype`, or of torch's default one.
 
-    Raises `CheckpointError` for a checkpoint of no class that transformers has, and whatever makes the adapters unfit
-    for the class that the checkpoint's config names.
+    Raises `CheckpointError` for a checkpoint of no class that transformers has and no code, and whatever makes the
+    adapters unfit for the class that the checkpoint's config names.
     """
     unfit: Exception | None = None
-    for cls in _classes(base, found[0].config):
-        model = _empty(base, cls, dtype)
+    for model in _models(base, found, dtype):
         loading = Loading(model, base.entries)
         _untie(base, loading)
         names = ["default", *(f"adapter_{number}" for number in range(2, len(found) + 1))]
@@ -62,9 +63,22 @@ def fitted(base: BaseFolder, found: Sequence[Checkpoint], dtype: torch.dtype | N
         else:
             return Fitted(model, loading, [Values(*each) for each in fits])
     raise unfit or CheckpointError(
-        f"{base.folder / CONFIG} names no class of transformers ({base.config.get('architectures')}), and code of a "
-        "checkpoint's own is not run here: load the model yourself, then lorafx.load, merge_and_unload, save_pretrained"
+        f"{base.folder / CONFIG} names no class of transformers ({base.config.get('architectures')}): load the model "
+        "yourself, then lorafx.load, merge_and_unload, save_pretrained"
     )
+
+
+def _models(base: BaseFolder, found: Sequence[Checkpoint], dtype: torch.dtype | None) -> Iterator[PreTrainedModel]:
+    """The models that the checkpoint may be of: the last one of names alone, where it brings code, which is not run."""
+    has_code = bool(base.config.get("auto_map"))
+    try:
+        for cls in _classes(base, found[0].config):
+            yield _empty(base, cls, dtype)
+    except CheckpointError:
+        if not has_code:
+            raise
+    if has_code:
+        yield by_names(base, found, dtype)
 
 
 def _classes(base: BaseFolder, config: AdapterConfig) -> Iterator[type[PreTrainedModel]]:

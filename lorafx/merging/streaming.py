@@ -38,14 +38,17 @@ def merge(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Merge adapters onto a base model's checkpoint on disk, and write the merged checkpoint to the folder `out`.
 
-    `base` is a folder of safetensors, or the id of a repository on the Hub: the original checkpoint, also where the
-    adapter was trained on a quantised one. `adapter` is a folder in PEFT's format or an id, or several, which are
+    `base` is a folder of safetensors or of torch's files (`.bin`), or the id of a repository on the Hub, at `revision`:
+    the original checkpoint, also where the adapter was trained on a quantised one. `token` is for the Hub, also for
+    adapters. `adapter` is a folder in PEFT's format or an id, or several, which are
     merged in this order. Each weight is computed in float32 and rounded once, to the `dtype` that is given ("bfloat16",
-    "float16" or "float32"), or else to the one that it is stored in. The files are the base's, with the same tensors in
-    each; configs and tokenizer are copied.
+    "float16" or "float32"), or else to the one that it is stored in. The files are the base's, as safetensors, with the
+    same tensors in each; configs and tokenizer are copied.
 
     Memory is needed for the adapters and some rows of a weight, not for the model. `out` appears when it is whole; a
     call that was killed goes on where it was when it is made again. Returns `out`, absolute.
@@ -61,7 +64,8 @@ def merge(
         raise ConfigError("there is no adapter to merge: give a folder or an id, or several")
     target = Path(out).resolve()
     require_free(target)
-    source, found = read_base(base), [checkpoint.read(place) for place in places]
+    source = read_base(base, revision, token)
+    found = [checkpoint.read(place, token=token) for place in places]
     fits = fitted(source, found, wide)
     output = Output(source, fits, wide)
     others, left_out = source.others()
@@ -151,8 +155,8 @@ def _index(index: Mapping[str, Any], output: Output) -> dict[str, Any]:
 
 
 def _write_json(stage: Staging, folder: Path, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Write a JSON file as transformers does; where nothing has changed in it, copy it as it is."""
-    if now == before:
+    """Write a JSON file as transformers does; where nothing has changed in one that is there, copy it as it is."""
+    if now == before and (folder / name).exists():
         _copy(stage, folder, name)
     else:
         data = json.dumps(now, indent=2, sort_keys=True) + "\n"

@@ -18,6 +18,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora_by_row import is_of_row, lora_by_row
 from .lora_linear import lora_linear
 from .lora_linears import lora_linears
+from .own_lora_linears import own_lora_linear, own_lora_linears
 from .rms_norm import rms_norm
 from .rotary import rotary
 from .row_norms import row_norms
@@ -35,6 +36,8 @@ __all__ = [
     "lora_by_row",
     "lora_linear",
     "lora_linears",
+    "own_lora_linear",
+    "own_lora_linears",
     "rms_norm",
     "rotary",
     "row_norms",

@@ -2,8 +2,9 @@
 
     y = module(x)        (…, in) -> (…, features), or (…) of row numbers -> (…, features)
 
-Its derivative is that of the module's code. A compiler does not look into it: it is given an operator that runs the
-module again in backward, on x that was kept, as checkpointing does.
+Its derivative is that of the module's code. A compiler does not look into it: it is given an operator whose backward is
+the product with W, made dense for as long as that takes, where the storage knows that it is so (`factor_of`); else it
+runs the module again in backward, on x that was kept, as checkpointing does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.autograd import forward_ad
 from ..errors import AdapterError
 from ..torch_private.tracing import FakeTensor
 from ..tree.own_layers import layer_of, own_forward_of
-from .calls import is_plain
+from .calls import is_plain, rows
+from .cpu import matmul
 from .library import LIBRARY, composite
 
 
@@ -51,17 +53,40 @@ def _run(x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: t
             f"{type(module).__name__} gave {found} of {x.dtype}, where lorafx expected {features} features in "
             f"{wanted}; give it inputs of the dtype that it computes in, or leave it out"
         )
-    _see_derivatives(module, x, y)
-    return y
+    return _with_its_derivative(module, x, y)
 
 
-def _see_derivatives(module: torch.nn.Module, x: Tensor, y: Tensor) -> None:
+def _with_its_derivative(module: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Say where the module's code gives no derivative: adapters before it do not train, and jvp would be wrong."""
     name = type(module).__name__
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
         warnings.warn(f"{name} gives its input no gradient, so adapters before it do not train through it")
     if forward_ad.unpack_dual(x).tangent is not None and forward_ad.unpack_dual(y).tangent is None:
         raise AdapterError(f"{name} has no forward-mode derivative (jvp); take gradients by backward instead")
+    return _NoDerivative.apply(y.detach(), torch.empty(0, requires_grad=True), name) if _lacks_one(x, y) else y
+
+
+def _lacks_one(x: Tensor, y: Tensor) -> bool:
+    """Whether y is computed of x by way of one operator at last of which torch has no derivative."""
+    node = y.grad_fn
+    while node is not None and node is not x.grad_fn and "NotImplemented" not in node.name():
+        before = [each for each, _ in node.next_functions if each is not None]
+        node = before[0] if len(before) == 1 else None
+    return node is not None and node is not x.grad_fn
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, _: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        raise AdapterError(
+            f"{ctx.name} computes with an operator that has no derivative, so nothing before it can be trained: it is "
+            "for inference. Quantise the base in another way, or adapt what comes after it alone"
+        )
 
 
 def _shape(x: Tensor, bias: Any, number: Any, features: int, dtype: torch.dtype | None) -> Tensor:
@@ -73,6 +98,10 @@ def _gradients(
     dy: Tensor, x: Tensor, bias: Tensor | None, number: Tensor, features: int, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and bias; an empty tensor for one that there is none of."""
+    factor = factor_of(number, x)
+    if factor is not None:
+        d_bias = x.new_empty(0) if bias is None else rows(dy).sum(0).to(bias.dtype)
+        return matmul(dy.to(factor.dtype), factor).to(x.dtype), d_bias
     given = [tensor for tensor in (x, bias) if tensor is not None and tensor.is_floating_point()]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in given]
@@ -80,12 +109,20 @@ def _gradients(
         inner_x = next(mine) if x.is_floating_point() else x
         y = _run(inner_x, next(mine, None), number, features, dtype)
     found = iter(torch.autograd.grad(y, leaves, dy))
-    dx = next(found) if x.is_floating_point() else x.new_empty(0)
+    dx = next(found).contiguous() if x.is_floating_point() else x.new_empty(0)
     return dx, next(found, x.new_empty(0))
 
 
+def factor_of(number: Tensor, x: Tensor) -> Tensor | None:
+    """W (out, in) of an own layer whose gradient by x is dy W, in the dtype of that product; None for any other."""
+    module = layer_of(number)
+    forward = own_forward_of(module)
+    assert forward is not None, "only own layers have numbers"
+    return None if forward.factor is None else forward.factor(module, x.dtype)
+
+
 def _gradient_shapes(dy: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -34,8 +34,9 @@ class OwnForward:
 
     `parameter` is what the module calls its weight; its result has `features`, in `dtype`, or in that of the input if
     that is None. `prepare` is run with the module before its own code is; `dense` gives the weight, for kinds that
-    compute with it, of the module and the parameter's name. `replaced` has the `forward` that was an
-    attribute of the module before, if there was one, as of a PartCall.
+    compute with it, of the module and the parameter's name. `factor` is there where a gradient dy goes through the
+    layer as dy W: it gives W in the dtype of that product, of the module and the dtype of x. `replaced` has the
+    `forward` that was an attribute of the module before, if there was one, as of a PartCall.
     """
 
     module: nn.Module = field(repr=False)
@@ -44,6 +45,7 @@ class OwnForward:
     dtype: torch.dtype | None
     prepare: Callable[[nn.Module], None]
     dense: Callable[[nn.Module, str], Tensor]
+    factor: Callable[[nn.Module, torch.dtype], Tensor] | None = None
     replaced: dict[str, Any] = field(default_factory=dict)
 
     lorafx = True
@@ -89,8 +91,12 @@ class OwnForward:
             cast = None if bias is None else bias.to(own)
             twin.__dict__ = {**vars(module), "_parameters": {**module._parameters, "bias": cast}}
             module = twin
-        with enabled_torch_function():
-            return self._own(module)(x)
+        mode, RUNNING.mode = RUNNING.mode, None  # what the code does with its weight is nobody's to see
+        try:
+            with enabled_torch_function():
+                return self._own(module)(x)
+        finally:
+            RUNNING.mode = mode
 
 
 @functools.cache
@@ -114,11 +120,12 @@ def run_by_itself(
     dtype: torch.dtype | None,
     prepare: Callable[[nn.Module], None],
     dense: Callable[[nn.Module, str], Tensor],
+    factor: Callable[[nn.Module, torch.dtype], Tensor] | None = None,
 ) -> None:
     """Make a module of a tree an own layer (see `OwnForward`)."""
     if own_forward_of(module) is None:
         replaced = {name: value for name, value in vars(module).items() if name == "forward"}
-        module.__dict__["forward"] = OwnForward(module, parameter, features, dtype, prepare, dense, replaced)
+        module.__dict__["forward"] = OwnForward(module, parameter, features, dtype, prepare, dense, factor, replaced)
 
 
 def number_of(module: nn.Module) -> Tensor:

@@ -1,8 +1,10 @@
 """Weights of bitsandbytes in 4 bits: adapted, trained, merged and restored, on the CPU."""
 
+import gc
+
 import pytest
 import torch
-from packed_layers import CONFIG, Layers, hold, hold_merged, hold_rows
+from packed_layers import CONFIG, Layers, hold, hold_merged, hold_rows, trained
 from torch import nn
 
 import lorafx
@@ -133,3 +135,33 @@ def test_what_has_no_forward_mode_derivative_says_so():
     lora = lorafx.compile(base, CONFIG, capture="sites")
     with pytest.raises(AdapterError, match="no forward-mode derivative"):
         torch.func.jvp(lora, (x,), (x,))
+
+
+def test_a_graph_of_a_quantised_base_needs_no_adapter():
+    base, x = build(), torch.randn(7, 64, requires_grad=True)
+    graph = lorafx.trace(base, x)
+    gc.collect()
+    assert str(graph.code).count("lorafx.own_forward") == 6
+    torch.testing.assert_close(graph(x), base(x), rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(graph(x).sum(), x), torch.autograd.grad(base(x).sum(), x), rtol=0, atol=0
+    )
+    assert graph(torch.randn(3, 64)).shape == (3, 64)
+    lora = lorafx.compile(base, CONFIG)
+    torch.testing.assert_close(lorafx.trace(lora, x)(x), base(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("full", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_go_through_the_weight_that_bitsandbytes_multiplies_by(full):
+    """It rounds W to the dtype of the full weight for backward, and not for forward."""
+    base, x = build(full, quant_type="nf4"), torch.randn(7, 64, requires_grad=True)
+    for layer in base.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.compute_dtype = torch.float32
+    found = []
+    for passes in (lorafx.passes.default, lorafx.passes.default.without("fuse_own_layers")):
+        lora = lorafx.compile(base, CONFIG, random_state=0, pipeline=passes, capture="graph")
+        found.append(torch.autograd.grad(lora(x).square().sum(), [x, *trained(lora)]))
+    for one, other in zip(*found):
+        size = other.abs().max()
+        torch.testing.assert_close(one / size, other / size, **CLOSE)

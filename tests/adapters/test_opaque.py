@@ -1,5 +1,7 @@
 """Layers whose weight nobody else can read: the adapter acts beside their own forward."""
 
+import warnings
+
 import pytest
 import torch
 from packed_layers import CONFIG, Elsewhere, Layers, Packed, formula, hold, trained
@@ -7,6 +9,9 @@ from torch import nn
 
 import lorafx
 from lorafx.adapters import adapter, kinds
+from lorafx.adapters.readings import LINEAR
+from lorafx.adapters.storages import weights_of
+from lorafx.adapters.storages.opaque import Opaque
 from lorafx.errors import AdapterError, ConfigError, MergeError
 
 CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
@@ -150,3 +155,105 @@ def test_a_packed_weight_of_a_layer_that_is_called_linear(capture):
     base, x = Layers(PackedLinear, depth=2), torch.randn(3, 64)
     lora = lorafx.compile(base, CONFIG, capture=capture)
     torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
+
+
+def test_layers_that_transformers_makes_are_taken_at_first_sight():
+    """With the shape of the dense weight, and adapters in floats that can train."""
+    from transformers.integrations import bitnet, compressed_tensors, eetq, fbgemm_fp8, finegrained_fp8, higgs
+    from transformers.integrations.gguf.utils import GgufLinear
+    from transformers.integrations.metal_quantization import MetalLinear
+
+    for layer in (
+        finegrained_fp8.FP8Linear(256, 128, block_size=(32, 32)),
+        finegrained_fp8.FP8Linear(256, 128, has_bias=True),
+        fbgemm_fp8.FbgemmFp8Linear(256, 128, True),
+        compressed_tensors.CompressedTensorsFP8Linear(256, 128, True),
+        eetq.EetqLinear(256, 128, bias=True),
+        MetalLinear(256, 128),
+        higgs.HiggsLinear(256, 128, 4, dtype=torch.float16, group_size=32),
+        GgufLinear(256, 128, 12, True),
+        bitnet.BitLinear(256, 128, True, dtype=torch.float32, use_rms_norm=True),
+        bitnet.AutoBitLinear(256, 128, use_rms_norm=True),
+    ):
+        ((name, reading, storage),) = weights_of(layer)
+        assert isinstance(storage, Opaque) and reading is LINEAR, type(layer)
+        assert storage.shape(layer, name) == (128, 256)
+        assert storage.dtype(layer, name) in (torch.float16, torch.float32)
+
+
+def bit_linear(inputs, outputs):
+    layer = bitnet().BitLinear(inputs, outputs, True, dtype=torch.float32, use_rms_norm=True)
+    layer.weight.copy_(bitnet().pack_weights(torch.randint(-1, 2, (outputs, inputs), dtype=torch.float32)))
+    layer.weight_scale.fill_(inputs**0.5)
+    return layer
+
+
+def auto_bit_linear(inputs, outputs):
+    return bitnet().AutoBitLinear(inputs, outputs, online_quant=outputs > inputs, use_rms_norm=True)
+
+
+def bitnet():
+    from transformers.integrations import bitnet
+
+    return bitnet
+
+
+@pytest.mark.parametrize("kind", [bit_linear, auto_bit_linear])
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_layers_of_bitnet_get_the_update_beside_what_they_compute(kind, capture):
+    """Not on the rounded input, nor scaled as the output is: so PEFT has it."""
+    base, x = Layers(kind, depth=2).requires_grad_(False), torch.randn(3, 64)
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # BitLinear rounds its input, and gives it no gradient
+        lora = lorafx.compile(base, CONFIG, capture=capture)
+        expected = formula(base, lora, x)
+        torch.testing.assert_close(lora(x), expected, **CLOSE)
+        wanted = torch.autograd.grad(expected.square().sum(), trained(lora))
+        lora(x).square().sum().backward()
+    for parameter, gradient in zip(trained(lora), wanted):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+    with pytest.raises(MergeError, match="only the module itself"):
+        lora.merge_adapter()
+
+
+class Codes(torch.Tensor):
+    """A weight of a library's own class, as quanto's: codes and a scale that look like a tensor of floats."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Codes(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.detach.default:
+            return Codes(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{operator} of codes")
+
+
+class OfCodes(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        codes = torch.randint(-7, 8, (outputs, inputs), dtype=torch.int8)
+        self.weight = nn.Parameter(Codes(codes, torch.tensor(0.02)), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.codes * self.weight.scale, self.bias)
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
+    base, x = Layers(OfCodes, depth=2), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
+    lora(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained(lora))

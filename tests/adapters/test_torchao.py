@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from packed_layers import CONFIG, Layers, hold
+from packed_layers import CONFIG, Layers, formula, hold
 from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError, MergeError
+from lorafx.errors import AdapterError, LorafxError, MergeError
 
 quantization = pytest.importorskip("torchao.quantization")
 CLOSE = {"rtol": 0, "atol": 128 * torch.finfo(torch.float32).eps}
@@ -64,6 +64,28 @@ def test_asymmetric_codes_are_not_merged_into():
     with pytest.raises(MergeError, match=r"layers\.0\.up.*cannot be merged into.*original checkpoint"):
         lora.merge_adapter()
     torch.testing.assert_close(lora(x), expected, rtol=0, atol=0)
+
+
+def test_int4_of_cpus_is_for_inference():
+    """torchao 0.18 packs int4 weights for CPUs in one form, of which there is neither a derivative nor a dense weight.
+
+    Its usual formats (`Int4WeightOnlyConfig`) are made on GPUs.
+    """
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4")
+    base, x = Layers(nn.Linear, depth=2).requires_grad_(False), torch.randn(3, 64)
+    quantization.quantize_(base, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(base, CONFIG, capture=capture)
+        y = lora(x)
+        torch.testing.assert_close(y, formula(base, lora, x), **CLOSE)
+        with pytest.raises(AdapterError, match=r"Linear computes with an operator that has no derivative.*inference"):
+            y.sum().backward()
+        before = base.layers[0].up.weight.qdata.clone()
+        with pytest.raises(MergeError, match=r"Int4OpaqueTensor of torchao cannot be made dense.*original checkpoint"):
+            lora.merge_adapter()
+        assert torch.equal(before, base.layers[0].up.weight.qdata)
+    with pytest.raises(LorafxError, match="Int4OpaqueTensor"):
+        lorafx.compile(base, CONFIG | {"use_dora": True})
 
 
 def test_layers_are_called_by_name_and_in_inference_mode(early):

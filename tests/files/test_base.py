@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lorafx.errors import CheckpointError
 from lorafx.files.base import CONFIG, INDEX, read_base
+from lorafx.files.shards import bytes_of
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -54,7 +55,9 @@ def test_what_is_no_checkpoint_of_safetensors_is_refused(base):
     (base / INDEX).unlink()
     refused(base, r"has no model\.safetensors and no .*index\.json; whatever else transformers can load")
     (base / "pytorch_model.bin").write_bytes(b"")
-    refused(base, r"there is pytorch_model\.bin, which .* has to be converted first.*save_pretrained")
+    refused(base, r"pytorch_model\.bin cannot be read.*save_pretrained")
+    (base / "pytorch_model.bin").rename(base / "model.gguf")
+    refused(base, r"there is model\.gguf, which .* has to be converted first.*save_pretrained")
     (base / CONFIG).unlink()
     refused(base, "is .*base a model's folder")
     (base / "adapter_config.json").write_text("{}")
@@ -78,7 +81,7 @@ def test_an_index_that_does_not_agree_with_the_files_is_refused(base):
     mapped(d=TWO)
     refused(base, f"says that d is in {TWO}, and it is not")
     mapped(d="../other.safetensors")
-    refused(base, "lists '../other.safetensors', which is no safetensors file beside it")
+    refused(base, "lists '../other.safetensors', which is no .safetensors file beside it")
     mapped(d="third.safetensors")
     refused(base, r"third\.safetensors cannot be read")
     mapped()
@@ -105,5 +108,34 @@ def test_a_repository_is_fetched_without_weights_of_other_formats(hub, base):
         read_base("somebody/else")
     assert found.entries.keys() == {"a", "b", "c"} and found.others()[0] == [Path("vocab.txt")]
     assert not (found.folder / "pytorch_model.bin").exists()
+    with pytest.raises(CheckpointError, match="no such revision"):
+        read_base("somebody/base", revision="elsewhere")
     with pytest.raises(CheckpointError, match="is no folder here, and no id of a repository on the Hub either"):
         read_base("./nowhere")
+
+
+def test_torchs_own_files_are_read_where_there_are_no_others(hub, base, tmp_path):
+    """Under the names of safetensors, one tensor's rows at a time, without code that a pickle may hold."""
+    old = tmp_path / "old"
+    old.mkdir()
+    one, two = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    tensors = {"a": torch.randn(5, 3), "b": torch.randn(6, 4).t(), "c": torch.tensor(2.0, dtype=torch.bfloat16)}
+    torch.save({key: tensors[key] for key in "ab"}, old / one)
+    torch.save({"c": tensors["c"]}, old / two)
+    listed = {"metadata": {}, "weight_map": {"a": one, "b": one, "c": two}}
+    (old / "pytorch_model.bin.index.json").write_text(json.dumps(listed))
+    (old / CONFIG).write_text('{"model_type": "llama"}')
+    hub.add("somebody/old", {file.name: file.read_bytes() for file in old.iterdir()} | {"model.onnx": b"x"})
+    for place in (old, "somebody/old"):
+        found = read_base(place)
+        assert list(found.shards) == [ONE, TWO] and found.index["weight_map"] == {"a": ONE, "b": ONE, "c": TWO}
+        assert found.others() == ([], []), "the files that were read are no others"
+        for key, tensor in tensors.items():
+            shard = found.shard_of(key)
+            assert b"".join(map(bytes, shard.chunks(key))) == bytes(bytes_of(tensor))
+            assert torch.equal(shard.tensor(key), tensor)
+        assert torch.equal(found.shard_of("a").tensor("a", 1, 3), tensors["a"][1:3])
+    torch.save({"a": torch.ones(2), "more": {}}, old / two)
+    refused(old, "holds other things than tensors by name")
+    torch.save({"a": Path("x")}, old / two)
+    refused(old, "cannot be read")

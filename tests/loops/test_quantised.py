@@ -90,3 +90,18 @@ def test_unsloths_entry_trains(tmp_path):
     again = lorafx.load(quantised.quantised(tmp_path / "base", "nf4"), tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, lora.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_optimizers_of_8_bits_train_as_they_do_with_peft(tmp_path):
+    """Their states are of 8 bits for tensors of 4096 numbers or more, which no adapter here has, but a head."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]}
+        pair = quantised.twins(tmp_path, "nf4", READY, config, base=ONE_LAYER | {"vocab_size": 128})
+    options = {"max_steps": 4, "optim": "paged_adamw_8bit"}
+    runs = [trainer(model, tmp_path / name, **options) for name, model in zip("ab", pair)]
+    for run in runs:
+        run.train()
+    np.testing.assert_allclose(*map(losses, runs), rtol=1e-4)
+    states = runs[0].optimizer.optimizer.state.values()
+    assert {state["state1"].dtype for state in states} == {torch.uint8, torch.float32}

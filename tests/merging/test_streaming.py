@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafx
-from lorafx.errors import MergeError
+from lorafx.errors import LorafxError, MergeError
 from lorafx.merging import steps
 
 
@@ -109,6 +109,50 @@ def test_one_file_stays_one_file(tmp_path):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in base.iterdir()}
     twin = merged_in_memory(base, transformers.LlamaForCausalLM, [adapter])
     assert_same(tensors_of(tmp_path / "out"), twin.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_model_of_code_of_its_own_is_merged_by_names(tmp_path, dtype):
+    """Linear layers are those with a weight of two dimensions, embeddings those that the adapter has tensors for."""
+    base = base_folder(tmp_path, models.llama())
+    targets = {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    adapter = adapter_folder(base, transformers.LlamaForCausalLM, **targets)
+    merge(base, adapter, tmp_path / "expected", dtype=dtype)
+    config = json.loads((base / "config.json").read_text())
+    own = {"model_type": "of its own", "architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "own.py").write_text("raise SystemExit('code that nobody asked for')")
+    merge(base, adapter, tmp_path / "out", dtype=dtype)
+    assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found["architectures"] == ["Own"] and (tmp_path / "out/own.py").exists()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["input_layernorm"]}))
+    with pytest.raises(LorafxError):
+        merge(base, adapter, tmp_path / "refused")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_in_torchs_own_files_is_merged_into_safetensors(tmp_path, shards):
+    """Embeddings and head are tied, and there twice in such files."""
+    base = base_folder(tmp_path, models.llama(tie_word_embeddings=True), shard="1GB")
+    adapter = adapter_folder(base, transformers.LlamaForCausalLM, **LINEAR)
+    merge(base, adapter, tmp_path / "expected")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (base / "model.safetensors").unlink()
+    names = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    parts = [list(tensors)[place::shards] for place in range(shards)]
+    for name, keys in zip(names, parts):
+        torch.save({key: tensors[key] for key in keys}, base / name)
+    if shards == 2:
+        places = {key: name for name, keys in zip(names, parts) for key in keys}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    merge(base, adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    found = [loaded(tmp_path / name, transformers.LlamaForCausalLM).state_dict() for name in ("expected", "out")]
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

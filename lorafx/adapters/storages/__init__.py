@@ -46,6 +46,13 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Reading, Storage]]:
             return
 
 
+def own_layers(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules below that are sure to keep a weight so that only their own forward reads it."""
+    for module in root.modules():
+        if any(isinstance(storage, OwnLayer) and storage.is_certain(module) for *_, storage in weights_of(module)):
+            yield module
+
+
 def prepare_base(base: nn.Module) -> None:
     """Have the base's own quantised layers leave the weights that they share as they are."""
     for module in base.modules():
@@ -91,6 +98,7 @@ __all__ = [
     "OwnLayer",
     "Storage",
     "keep_own_layers",
+    "own_layers",
     "prepare_base",
     "register",
     "require_not_packed_since",

@@ -9,6 +9,7 @@ quantised again. Adapted layers are kept from that, and where it has happened to
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -72,6 +73,25 @@ class Bitsandbytes4bit(OwnLayer):
                 if getattr(_state_of(module), "packing_format_for_cpu", False):
                     _unpack(module.weight)
 
+    def has_factor(self, module: nn.Module) -> bool:
+        return is_of("bitsandbytes.nn", "Linear4bit", module)
+
+    def factor(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """W as bitsandbytes has it in backward: rounded to the dtype of the full weight, and in that of the product.
+
+        That would be two dense copies, so the rounding is done in place, some rows at a time.
+        """
+        from bitsandbytes import functional
+
+        self.prepare(module)
+        state = copy.copy(_state_of(module))
+        full, state.dtype = state.dtype, getattr(module, "compute_dtype", None) or dtype
+        packed: Any = module.weight.data
+        weight = functional.dequantize_4bit(packed, state)
+        for rows in weight.split(_ROWS_ROUNDED) if torch.finfo(full).eps > torch.finfo(weight.dtype).eps else ():
+            rows.copy_(rows.to(full))
+        return weight
+
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         """In float32."""
         from bitsandbytes import functional
@@ -119,6 +139,7 @@ def _dynamic_code(device: torch.device) -> Tensor:
     return functional.create_dynamic_map().to(device)
 
 
+_ROWS_ROUNDED = 256  # at a time
 _UNPACKING = threading.Lock()
 _ROWS = 32  # are packed together for the CPU
 

@@ -55,6 +55,14 @@ class Bitsandbytes8bit(OwnLayer):
         scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
         return {"weight": weight.data, "scale": scale}
 
+    def has_factor(self, module: nn.Module) -> bool:
+        return is_of("bitsandbytes.nn", "Linear8bitLt", module) and not _keeps_floats(module)
+
+    def factor(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """As bitsandbytes makes it in backward, whatever forward did with the activations."""
+        stored = self.stored(module, "weight")
+        return stored["weight"].to(dtype).mul_((stored["scale"] / _LARGEST).unsqueeze(1))
+
     def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
         if "scale" not in stored:
             return stored["weight"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from ..readings import READINGS, Reading
+from .opaque import is_by_name, is_foreign
 from .storage import Storage
 
 
@@ -35,9 +36,13 @@ class Dense(Storage):
 
 
 def _is_packed(weight: nn.Parameter, module: nn.Module, reading: Reading) -> bool:
-    """Whether a weight is integers that the module reads in a way of its own, as quantised layers do."""
+    """Whether a weight is numbers that the module reads in a way of its own, as quantised layers do.
+
+    These are integers and floats of 8 bits, or tensors of a library's own class.
+    """
     own = type(module).forward not in [cls.forward for cls in reading.modules]
-    return own and not (weight.is_floating_point() or weight.is_complex())
+    wide = weight.is_complex() or (weight.is_floating_point() and weight.element_size() > 1)
+    return (own and not wide) or is_foreign(weight) or is_by_name(module)
 
 
 DENSE = Dense()

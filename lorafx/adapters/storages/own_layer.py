@@ -64,7 +64,8 @@ class OwnLayer(Storage):
         parameter, reading = next(iter(self.weights(module)))
         _, features = reading.features(self.shape(module, parameter), 1)
         dtype = self.dtype(module, parameter) if reading.lookup else None
-        run_by_itself(module, parameter, features, dtype, self.prepare, self.dense_of)
+        factor = self.factor if self.has_factor(module) else None
+        run_by_itself(module, parameter, features, dtype, self.prepare, self.dense_of, factor)
 
     def read(self, shape: tuple[int, ...], given: Mapping[str, Any]) -> Any:
         return _own_weight(given["x"], given["number"], list(shape))
@@ -73,6 +74,14 @@ class OwnLayer(Storage):
         """The dense weight of a module that keeps it so."""
         storage = self.of(module)
         return storage.dense(storage.stored(module, parameter))
+
+    def has_factor(self, module: nn.Module) -> bool:
+        """Whether a layer's gradient by x is dy W, and what it gives a new tensor, which others may write to."""
+        return False
+
+    def factor(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """That W (out, in), in the dtype in which the layer multiplies dy by it where x is of `dtype`."""
+        raise NotImplementedError
 
     def prepare(self, module: nn.Module) -> None:
         """What has to be so before the module's own forward runs."""

@@ -56,7 +56,11 @@ class TorchAO(OwnLayer):
         """In float32."""
         own: Any = vars(self)
         inner = {"qdata" if name == "weight" else name: tensor for name, tensor in stored.items()}
-        return own["kind"].__tensor_unflatten__(inner, own["options"], *own["layout"]).dequantize().float()
+        weight = own["kind"].__tensor_unflatten__(inner, own["options"], *own["layout"])
+        try:
+            return weight.dequantize().float()
+        except NotImplementedError as error:
+            raise MergeError(f"{own['kind'].__name__} of torchao cannot be made dense; {_INSTEAD}") from error
 
     def packed(self, dense: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own: Any = vars(self)
