@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from torch.fx import Node
 
 
@@ -63,3 +66,11 @@ def user_line(node: Node) -> str:
     where = (outside_torch or places)[-1]
     code = lines[where + 1] if where + 1 < len(lines) and where + 1 not in places else ""
     return f"{lines[where]}: {code}".rstrip(": ")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The names most like one that is not there, in words: those that end in it, else those spelt much like it."""
+    names = list(dict.fromkeys(known))
+    ending = [each for each in names if name and each.endswith(f".{name}")]
+    near = ending[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"nearest: {', '.join(near)}" if near else otherwise
