@@ -69,8 +69,11 @@ def user_line(node: Node) -> str:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The names most like one that is not there, in words: those that end in it, else those spelt much like it."""
-    names = list(dict.fromkeys(known))
-    ending = [each for each in names if name and each.endswith(f".{name}")]
-    near = ending[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"nearest: {', '.join(near)}" if near else otherwise
+    """The names most like one that is not there, in words: those that end in it, or that are spelt much like it."""
+    names, last = list(dict.fromkeys(known)), name.rpartition(".")[2]
+    lasts = {each: each.rpartition(".")[2] for each in names}
+    near = [each for each in names if name and each.endswith(f".{name}")]
+    near = near or difflib.get_close_matches(name, names, cutoff=0.7)
+    alike = difflib.get_close_matches(last, {*lasts.values()}, n=1, cutoff=0.7)
+    near = near or [each for each in names if lasts[each] in alike]
+    return f"nearest: {', '.join(near[:3])}" if near else otherwise
