@@ -118,6 +118,15 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_site_has_every_page_and_its_reference_every_public_name():
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in site] == []
+    reference = "".join(file.read_text() for file in (ROOT / "docs/api").glob("*.md"))
+    named = {*re.findall(r"^::: lorafx\.(\w+)$", reference, flags=re.MULTILINE), *kinds.__all__}
+    assert [name for name in lorafx.__all__ if name not in named] == []
+
+
 @pytest.mark.slow
 def test_the_example_of_qlora_runs():
     """It exits with an error if a promise it makes does not hold; of what it learns in three steps nothing is asked."""
