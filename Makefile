@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-fast models bench docs lint clean
+.PHONY: demo test test-fast models bench docs pictures lint clean
 
 demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained encoder
 	$(BIN)/python docs/examples/quickstart.py
@@ -24,6 +24,9 @@ bench: $(READY)  ## what an adapter costs, next to the frozen base and to other 
 
 docs: $(READY)  ## README.md, docs/ and the docstrings as pages: out/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(READY)  ## docs/images, by a browser: needs Chromium
+	$(BIN)/python docs/images/draw.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
