@@ -56,7 +56,7 @@ def compile(
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "max-autotune", …; "reduce-overhead" launches calls on a GPU as CUDA graphs, eager ones, too.
         capture: "auto" gives a kind of call that keeps coming a graph, where that is possible, or at once where a
-            `backend` or `mode` is named; "graph" at once, and makes it an error where it is not; "sites" gives none.
+            compiling `backend` or a `mode` is named; "graph" at once, or it is an error; "sites" gives none.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` before each pass and after the last.
         gradient_checkpointing: keep only the layers' inputs for backward, recompute the rest; "offload": on the host.
