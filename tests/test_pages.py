@@ -49,11 +49,10 @@ def run(line: str) -> str:
     if first == "lorafx":
         assert commands.run(words) == 0, line
         return ""
-    launch = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}[first]
+    assert first == "torchrun", line
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", launch, *words], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
