@@ -23,9 +23,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 def follow(page: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Do what a page says, in the present folder; returns all that was printed.
 
-    Blocks of Python run one after another in one process, but for scripts, which are written to the file that their first line
-    names. Commands of a shell are run; of text, each line has to have been printed, where … stands for anything. Blocks
-    of `py` and `console` are for reading.
+    Blocks of Python run one after another in one process, but for scripts, which are written to the file that their
+    first line names. Commands of a shell are run; of text, each line has to have been printed, where … stands for
+    anything. Blocks of `py` and `console` are for reading.
     """
     namespace: dict = {"__name__": "page"}
     printed = ""
@@ -58,7 +58,8 @@ def run(line: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", ["trl", "classifier", "vision", "custom-model", "training-loop", "multi-gpu", "serving", "debugging"]
+    "page",
+    ["README", "trl", "classifier", "vision", "custom-model", "training-loop", "multi-gpu", "serving", "debugging"],
 )
 def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,9 @@
 """DPO: teach a small language model not to shout, with trl's DPOTrainer; and PEFT's model the same.
 
-Offline, in about a minute on two CPU cores. Base and questions are those of sft.py; the rejected answer is the chosen one
-in capitals. There is no second model: the reference is the adapter as it was. Losses and rewards of each step have to
-be those of PEFT's model, and the first loss log 2. A run that exits with 0 is a test that passed. Needs trl and peft.
+Offline, in about a minute on two CPU cores. Base and questions are those of sft.py; the rejected answer is the chosen
+one in capitals. There is no second model: the reference is the adapter as it was. Losses and rewards of each step have
+to be those of PEFT's model, and the first loss log 2. A run that exits with 0 is a test that passed. Needs trl and
+peft.
 
     python docs/examples/dpo.py
     python docs/examples/dpo.py --model Qwen/Qwen3-0.6B --steps 300 --length 512 --batch 4 --lr 1e-4

@@ -1,8 +1,8 @@
 """FSDP: train an adapter in several processes that share a frozen base, each holding a part; then as one process does.
 
-Offline, in half a minute on two CPU cores. Started plainly it starts itself again by torchrun, once a process. Losses have to be those
-of one process that is given whole batches, and what is saved has to be one whole adapter. A run that exits with 0 is a test
-that passed.
+Offline, in half a minute on two CPU cores. Started plainly it starts itself again by torchrun, once a process. Losses
+have to be those of one process that is given whole batches, and what is saved has to be one whole adapter. A run that
+exits with 0 is a test that passed.
 
     python docs/examples/fsdp.py
     python docs/examples/fsdp.py --way ddp                             # the base whole in each process
