@@ -24,7 +24,7 @@ from .names import Offered, OwnNamesFirst
 from .optimizers_of_peft import LAYERS, shown_to_peft
 from .rows import generating
 from .state import State
-from .trainers import SeenAsPeft, name_self, with_model
+from .trainers import SeenAsPeft, name_self, with_model, with_one_hook
 
 if TYPE_CHECKING:  # for a type checker the model has the whole interface; in truth each name that its base leaves free
     _Interface = Adaptation
@@ -183,4 +183,5 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     if issubclass(base, PreTrainedModel):
         names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
         names["get_compiled_call"] = _call_as_it_is
+        names["enable_input_require_grads"] = with_one_hook(base.enable_input_require_grads)
     return type(base.__name__, (AdaptedModel,) if base is nn.Module else (base, AdaptedModel), names)
