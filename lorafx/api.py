@@ -49,7 +49,7 @@ def compile(
     """Put a new adapter on a model, by rewriting the model's graph.
 
     The selection is resolved and the adapter's parameters exist when this returns. A kind of call is given a graph when
-    it keeps coming, at the first where a `backend` or `mode` is named, or now for `example_inputs` (mapping or tuple).
+    it keeps coming, at the first where a compiler or `mode` is named, or now for `example_inputs` (mapping or tuple).
     The base's parameters are frozen and shared, never copied; PiSSA, OLoRA and LoftQ take start values out of them.
 
     Args:
