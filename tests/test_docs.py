@@ -116,6 +116,15 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_site_has_every_page_and_its_reference_every_public_name():
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in site] == []
+    reference = "".join(file.read_text() for file in (ROOT / "docs/api").glob("*.md"))
+    named = {*re.findall(r"^::: lorafx\.(\w+)$", reference, flags=re.MULTILINE), *kinds.__all__}
+    assert [name for name in lorafx.__all__ if name not in named] == []
+
+
 def test_the_page_of_models_misses_none_and_shows_no_failure():
     page = (ROOT / "docs/models.md").read_text()
     assert [name for name in zoo.ENTRIES if f"| {name} |" not in page] == [] and "failed" not in page

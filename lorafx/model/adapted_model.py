@@ -39,7 +39,7 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
     the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
-    shares the weights. Each kind of call is captured as a graph when it first comes, rewritten by the pipeline, and
+    shares the weights. Each kind of call is captured as a graph when it keeps coming, rewritten by the pipeline, and
     kept; a call that cannot be captured runs by sites (`capture` of `compile`).
 
     Methods and properties are those of `lorafx.of(model)`. A name that the base model uses itself is the base's here.

@@ -195,6 +195,51 @@ def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module
     return base
 
 
+def assert_gradients(lora: AdaptedModel, call: Call, *, seed: int = 0) -> None:
+    """Backward gives what outputs change by, along a random direction of all that trains. Needs no other backward.
+
+    With f a random sum of the outputs, d as large as the parameters p, and h the cube root of eps, where rounding and
+    curvature weigh alike, m(h) = (f(p + h d) - f(p - h d)) / 2 h differs from <∇f, d> by a third of m(h) - m(2 h), and
+    by what rounding moves f by, over h. In 16 bits that leaves much room. The parameters get their bits back.
+    """
+    parameters = [p for p in lora.parameters() if p.requires_grad]
+    assert parameters, "nothing trains"
+    rng, originals = torch.Generator().manual_seed(seed), [p.detach().clone() for p in parameters]
+    step = max(torch.finfo(p.dtype).eps for p in parameters) ** (1 / 3)
+    sizes = [p.detach().double().square().mean().sqrt().item() or 1.0 for p in parameters]
+    along = [
+        size * torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p) for size, p in zip(sizes, parameters)
+    ]
+    weights = [torch.randn(o.shape, generator=rng, dtype=torch.float64) / o.numel() ** 0.5 for o in _floats(call(lora))]
+
+    def total() -> Tensor:
+        outputs = [leaf for leaf in pytree.tree_leaves(call(lora)) if isinstance(leaf, Tensor)]
+        floats = [leaf for leaf in outputs if leaf.is_floating_point()]
+        return torch.stack([(w.to(o.device) * o.double()).sum() for w, o in zip(weights, floats)]).sum()
+
+    def measured(size: float) -> float:
+        values = []
+        for sign in (1, -1):
+            for parameter, original, direction in zip(parameters, originals, along):
+                parameter.copy_(original + sign * size * direction)
+            values.append(total().item())
+        return (values[0] - values[1]) / (2 * size)
+
+    gradients = torch.autograd.grad(total(), parameters, allow_unused=True)
+    slope = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, along) if g is not None)
+    with torch.no_grad():
+        limit = math.hypot(*tolerance(lora, call)) / step
+        try:
+            small, large = measured(step), measured(2 * step)
+        finally:
+            for parameter, original in zip(parameters, originals):
+                parameter.copy_(original)
+    limit += abs(small - large)
+    assert abs(slope - small) <= limit, (
+        f"backward gives {slope:.6g}, outputs change by {small:.6g}; {limit:.3g} is explained"
+    )
+
+
 def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
     """An adapter with its start values (B = 0) changes no bit of a call's output; gradients are not compared."""
     actual, expected = _floats(call(lora)), _floats(call(base))
