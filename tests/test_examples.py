@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_example_runs(name, tmp_path, monkeypatch, capfd):
+def test_the_example_runs(name, tmp_path, monkeypatch, capfd, as_shipped):
     needs, options, promise = CASES[name]
     pytest.importorskip(needs)
     monkeypatch.chdir(tmp_path)

@@ -61,6 +61,6 @@ def run(line: str) -> str:
     "page",
     ["README", "trl", "classifier", "vision", "custom-model", "training-loop", "multi-gpu", "serving", "debugging"],
 )
-def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys, as_shipped):
     monkeypatch.chdir(tmp_path)
     follow(ROOT / f"docs/{page}.md", capsys)
