@@ -195,49 +195,67 @@ def assert_unloaded_equals_unmerged(lora: AdaptedModel, call: Call) -> nn.Module
     return base
 
 
+_STEPS = 7  # of finite differences, each twice the one before
+
+
 def assert_gradients(lora: AdaptedModel, call: Call, *, seed: int = 0) -> None:
     """Backward gives what outputs change by, along a random direction of all that trains. Needs no other backward.
 
-    With f a random sum of the outputs, d as large as the parameters p, and h the cube root of eps, where rounding and
-    curvature weigh alike, m(h) = (f(p + h d) - f(p - h d)) / 2 h differs from <∇f, d> by a third of m(h) - m(2 h), and
-    by what rounding moves f by, over h. In 16 bits that leaves much room. The parameters get their bits back.
+    With d as large as the parameters p, and f the sum of the outputs weighed by how each answers d, the quotient
+    m(h) = (f(p + h d) - f(p - h d)) / 2 h is off <∇f, d> by about a third of m(h) - m(2 h), and by what rounding moves
+    f by, over h. Of steps from the cube root of eps on, that one counts which leaves least unexplained; in 16 bits that
+    is much. The parameters get their bits back.
     """
-    parameters = [p for p in lora.parameters() if p.requires_grad]
-    assert parameters, "nothing trains"
-    rng, originals = torch.Generator().manual_seed(seed), [p.detach().clone() for p in parameters]
-    step = max(torch.finfo(p.dtype).eps for p in parameters) ** (1 / 3)
-    sizes = [p.detach().double().square().mean().sqrt().item() or 1.0 for p in parameters]
-    along = [
-        size * torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p) for size, p in zip(sizes, parameters)
-    ]
-    weights = [torch.randn(o.shape, generator=rng, dtype=torch.float64) / o.numel() ** 0.5 for o in _floats(call(lora))]
-
-    def total() -> Tensor:
-        outputs = [leaf for leaf in pytree.tree_leaves(call(lora)) if isinstance(leaf, Tensor)]
-        floats = [leaf for leaf in outputs if leaf.is_floating_point()]
-        return torch.stack([(w.to(o.device) * o.double()).sum() for w, o in zip(weights, floats)]).sum()
-
-    def measured(size: float) -> float:
-        values = []
-        for sign in (1, -1):
-            for parameter, original, direction in zip(parameters, originals, along):
-                parameter.copy_(original + sign * size * direction)
-            values.append(total().item())
-        return (values[0] - values[1]) / (2 * size)
-
-    gradients = torch.autograd.grad(total(), parameters, allow_unused=True)
-    slope = sum(float((g.double() * d.double()).sum()) for g, d in zip(gradients, along) if g is not None)
+    line = _Line(lora, call, seed)
+    step = max(torch.finfo(p.dtype).eps for p in line.parameters) ** (1 / 3)
     with torch.no_grad():
-        limit = math.hypot(*tolerance(lora, call)) / step
+        rounding = math.hypot(*tolerance(lora, call))
+        weights = [a - b for a, b in zip(line.outputs(4 * step), line.outputs(-4 * step))]
+        norm = math.hypot(*(float(weight.norm()) for weight in weights))
+        assert norm > 0, "moving what trains moves no output"
+        weights = [weight / norm for weight in weights]
+        sizes = [2**k * step for k in range(_STEPS)]
+        slopes = [(line.total(weights, size) - line.total(weights, -size)).item() / (2 * size) for size in sizes]
+    gradients = torch.autograd.grad(line.total(weights, 0), line.parameters, allow_unused=True)
+    pairs = [(g, d) for g, d in zip(gradients, line.along) if g is not None]
+    slope = sum(float((g.double() * d.double()).sum()) for g, d in pairs)
+    limits = [rounding / size + abs(a - b) for size, a, b in zip(sizes, slopes, slopes[1:])]
+    limit, found = min(zip(limits, slopes))
+    message = f"backward gives {slope:.6g}, outputs change by {found:.6g}, and {limit:.3g} is explained"
+    assert abs(slope - found) <= limit, message
+
+
+class _Line:
+    """What an adapted model computes where its trained parameters are moved along a random line, and then put back."""
+
+    def __init__(self, lora: AdaptedModel, call: Call, seed: int) -> None:
+        self.lora, self.call, rng = lora, call, torch.Generator().manual_seed(seed)
+        self.parameters = [p for p in lora.parameters() if p.requires_grad]
+        assert self.parameters, "nothing trains"
+        self.along = []
+        for parameter in self.parameters:
+            size = parameter.detach().double().square().mean().sqrt().item() or 1.0
+            self.along.append((size * torch.randn(parameter.shape, generator=rng, dtype=torch.float64)).to(parameter))
+
+    def outputs(self, size: float) -> list[Tensor]:
+        """The floating-point outputs, in float64, where the parameters are moved by `size` times the direction."""
+        originals = [
+            parameter.detach().clone() for parameter in self.parameters if size
+        ]  # backward wants them untouched
         try:
-            small, large = measured(step), measured(2 * step)
+            with torch.no_grad():
+                for parameter, direction, _ in zip(self.parameters, self.along, originals):
+                    parameter.add_(direction, alpha=size)
+            leaves = pytree.tree_leaves(self.call(self.lora))
+            return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         finally:
-            for parameter, original in zip(parameters, originals):
-                parameter.copy_(original)
-    limit += abs(small - large)
-    assert abs(slope - small) <= limit, (
-        f"backward gives {slope:.6g}, outputs change by {small:.6g}; {limit:.3g} is explained"
-    )
+            with torch.no_grad():
+                for parameter, original in zip(self.parameters, originals):
+                    parameter.copy_(original)
+
+    def total(self, weights: Sequence[Tensor], size: float) -> Tensor:
+        """The weighed sum of these outputs."""
+        return torch.stack([(weight * output).sum() for weight, output in zip(weights, self.outputs(size))]).sum()
 
 
 def assert_inert(lora: AdaptedModel, base: nn.Module, call: Call) -> None:
