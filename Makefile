@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-fast models bench lint clean
+.PHONY: demo test test-fast models bench docs pictures lint clean
 
 demo: $(READY)  ## fine-tune, save, load, merge and unmerge a real pretrained encoder
 	$(BIN)/python docs/examples/quickstart.py
@@ -22,6 +22,12 @@ models: $(READY)  ## docs/models.md, from a run of the zoo
 bench: $(READY)  ## what an adapter costs, next to the frozen base and to other libraries: out/bench/
 	$(BIN)/python -m lorafx bench
 
+docs: $(READY)  ## README.md, docs/ and the docstrings as pages: out/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(READY)  ## docs/images, by a browser: needs Chromium
+	$(BIN)/python docs/images/draw.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	touch $@
 
 clean:

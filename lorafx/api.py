@@ -48,16 +48,15 @@ def compile(
 ) -> AdaptedModel:
     """Put a new adapter on a model, by rewriting the model's graph.
 
-    The selection is resolved and the adapter's parameters exist when this returns. A kind of call is given a graph when
-    it keeps coming, at the first where a `backend` or `mode` is named, or now for `example_inputs` (mapping or tuple).
     The base's parameters are frozen and shared, never copied; PiSSA, OLoRA and LoftQ take start values out of them.
 
     Args:
         config: a `LoraConfig` or another kind's config, a config of `peft`, or a dict of its fields.
+        example_inputs: the arguments of a call, a mapping by name or a tuple, whose graph is made now.
         backend: "eager", a `torch.compile` backend, or "auto": Inductor on CUDA, eager elsewhere.
         mode: of Inductor: "max-autotune", …; "reduce-overhead" launches calls on a GPU as CUDA graphs, eager ones, too.
-        capture: "auto" captures each kind of call that repeats as one graph, where that is possible; "graph" captures
-            at the first call of each kind, and makes it an error where that is impossible; "sites" captures none.
+        capture: "auto" gives a kind of call that keeps coming a graph, where that is possible, or at once where a
+            compiling `backend` or a `mode` is named; "graph" at once, or it is an error; "sites" gives none.
         pipeline: passes to run on each captured graph instead of `lorafx.passes.default`; a pipeline or its text.
         observers: called `(previous pass, graph, next pass)` before each pass and after the last.
         gradient_checkpointing: keep only the layers' inputs for backward, recompute the rest; "offload": on the host.
@@ -68,8 +67,10 @@ def compile(
         random_state: seed of the adapter's start values; None draws from torch's global generator.
 
     Raises:
-        ConfigError: a field that is wrong or not implemented. SelectionError: nothing, or something unfit, matches.
-        PipelineError: passes in a wrong order. CaptureError: `capture="graph"` fails on `example_inputs`.
+        ConfigError: a field that is wrong or not implemented.
+        SelectionError: nothing, or something unfit, matches.
+        PipelineError: passes in a wrong order.
+        CaptureError: `capture="graph"` fails on `example_inputs`.
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
@@ -79,8 +80,7 @@ def compile(
     try:
         rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         of(adapted).set_adapter(adapter_name)
-        _checkpoint_by_sites(adapted, gradient_checkpointing)
-        _capture(adapted, example_inputs)
+        _ready(adapted, gradient_checkpointing, example_inputs)
     except BaseException:
         of(adapted)._leave()
         raise
@@ -130,10 +130,9 @@ def load(
     try:
         rests = of(adapted)._install(fitted, values=values)
         of(adapted).set_adapter(adapter_name)
-        _checkpoint_by_sites(adapted, gradient_checkpointing)
         if not is_trainable:
             adapted.eval()
-        _capture(adapted, example_inputs)
+        _ready(adapted, gradient_checkpointing, example_inputs)
     except BaseException:
         of(adapted)._leave()
         raise
@@ -142,14 +141,12 @@ def load(
     return adapted
 
 
-def _checkpoint_by_sites(adapted: AdaptedModel, wanted: bool | str) -> None:
-    """Switch on the model's own gradient checkpointing, for calls that run by sites."""
-    if wanted and getattr(adapted, "supports_gradient_checkpointing", False):
+def _ready(
+    adapted: AdaptedModel, checkpointing: bool | str, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None
+) -> None:
+    """Switch on the model's own checkpointing, for calls by sites, and make the program of an example, if given."""
+    if checkpointing and getattr(adapted, "supports_gradient_checkpointing", False):
         adapted.gradient_checkpointing_enable()  # type: ignore[operator]
-
-
-def _capture(adapted: AdaptedModel, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> None:
-    """Make the program that serves such a call, if one is given."""
     if example_inputs is None:
         return
     named = isinstance(example_inputs, Mapping)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from torch.fx import Node
 
 
@@ -63,3 +66,14 @@ def user_line(node: Node) -> str:
     where = (outside_torch or places)[-1]
     code = lines[where + 1] if where + 1 < len(lines) and where + 1 not in places else ""
     return f"{lines[where]}: {code}".rstrip(": ")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The names most like one that is not there, in words: those that end in it, or that are spelt much like it."""
+    names, last = list(dict.fromkeys(known)), name.rpartition(".")[2]
+    lasts = {each: each.rpartition(".")[2] for each in names}
+    near = [each for each in names if name and each.endswith(f".{name}")]
+    near = near or difflib.get_close_matches(name, names, cutoff=0.7)
+    alike = difflib.get_close_matches(last, {*lasts.values()}, n=1, cutoff=0.7)
+    near = near or [each for each in names if lasts[each] in alike]
+    return f"nearest: {', '.join(near[:3])}" if near else otherwise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,16 +19,21 @@ class InNotebooks:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
+def width_of_terminal() -> int:
+    """How many columns there are to print in: the terminal's, or any number in a pipe, a file or a notebook."""
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 10_000
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A plain-text table below a title; columns of numbers are aligned to the right."""
+    """A plain-text table below a title, as wide as the terminal at most; numbers are aligned to the right."""
     cells = [[_text(value) for value in row] for row in rows]
     drawn = Table()
     for index, column in enumerate(columns):
-        numeric = all(_is_number(row[index]) for row in cells)
-        drawn.add_column(column, justify="right" if cells and numeric else "left", no_wrap=True)
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        drawn.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in cells:
         drawn.add_row(*row)
-    console = Console(width=10_000, no_color=True)
+    console = Console(width=width_of_terminal(), no_color=True)
     with console.capture() as captured:
         console.print(drawn, markup=False)
     return "\n".join([title, *(line.rstrip() for line in captured.get().splitlines())])

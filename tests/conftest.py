@@ -73,6 +73,12 @@ def early(monkeypatch):
     monkeypatch.setattr(early_calls, "REPEATS", 3)
 
 
+@pytest.fixture
+def as_shipped(monkeypatch):
+    """Calls are served without a graph as often as users have it."""
+    monkeypatch.setattr(early_calls, "REPEATS", 100)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

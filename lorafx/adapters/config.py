@@ -24,6 +24,16 @@ class AdapterConfig:
     A family's own config is a frozen dataclass that inherits from this, gives `peft_type` its default, and lists its
     `checks`: functions that raise `ConfigError` for a field that is wrong. Lists are kept as tuples. `extra` holds
     fields of a file that lorafx does not know; they are written back unchanged.
+
+    Attributes:
+        target_modules: which modules are adapted: endings of their names, a regex for whole names, "all-linear" for all
+            linear layers but the output head, or None for PEFT's choice by the model's type.
+        exclude_modules: which are not: endings of names, or a regex for whole names.
+        layers_to_transform: the numbers of the layers that are adapted; None for all.
+        layers_pattern: what the list of layers is called, as "layers", where it is not one of the usual names.
+        modules_to_save: modules that train as a whole, of which the adapter has copies: endings of their names.
+        task_type: recorded in the file; changes nothing here.
+        inference_mode: whether the adapter is frozen.
     """
 
     # where

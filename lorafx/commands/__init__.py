@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 # In the order in which help lists them. A command's module is imported when it is asked for, or for help.
-NAMES = ("show", "check", "info", "merge", "bench")
+NAMES = ("show", "check", "info", "merge", "convert", "bench")
 
 
 def run(words: Sequence[str]) -> int:

@@ -48,14 +48,17 @@ def example_call(model: Any, batch: int = 2, length: int = _LENGTH) -> dict[str,
 
     Raises `CheckpointError` for a model that takes something else.
     """
-    name, config = model.main_input_name, model.config.get_text_config()
+    name, config = model.main_input_name, model.config
+    ids = torch.randint(getattr(config.get_text_config(), "vocab_size", 1), (batch, length))
+    decoder = {"decoder_input_ids": ids.clone()} if config.is_encoder_decoder else {}
     if name == "input_ids":
-        ids = torch.randint(config.vocab_size, (batch, length))
-        return {name: ids, "decoder_input_ids": ids.clone()} if model.config.is_encoder_decoder else {name: ids}
+        return {name: ids} | decoder
     if name == "pixel_values":
-        size, channels = model.config.image_size, getattr(model.config, "num_channels", 3)
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {name: torch.randn(batch, channels, height, width)}
+        return {name: torch.randn(batch, channels, height, width)} | decoder
+    if name == "input_features" and hasattr(config, "max_source_positions"):  # Whisper takes this length alone
+        return {name: torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions)} | decoder
     raise CheckpointError(
         f"{type(model).__name__} takes `{name}`, of which this command makes no example; "
         "use `lorafx.testing` or `show` of the adapted model in a script"

@@ -6,7 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import testing
-from ..errors import LorafxError
+from ..errors import CaptureError, LorafxError
 from ..model.adaptation import of
 from ..model.adapted_model import AdaptedModel
 from ..tables import table
@@ -33,10 +33,10 @@ def check(
     adapter: Annotated[str, typer.Argument(help="folder or Hub id of an adapter, or a config's JSON file")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> int:
-    """Check a model and an adapter: base against graph, graph against the model's own Python, merging, saving.
+    """Check a model and an adapter: graphs, the model's own Python, the formula, gradients, merging, files.
 
     Exit status 0 if all of it holds, else 1. Inputs are random, tolerances are derived from the dtypes, and a config's
-    adapter has random values. There are three copies of the model in memory.
+    adapter has random values. There are up to four copies of the model in memory, one of them of at least 32 bits.
 
     Example: lorafx check base/ adapter/
     """
@@ -58,6 +58,8 @@ def _verdict(test: Callable[[], object]) -> str:
         test()
     except (AssertionError, LorafxError) as error:
         return str(error).partition("\n")[0] or type(error).__name__
+    except Exception as error:  # what a wrong graph makes torch raise is a verdict, too
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return ""
 
 
@@ -65,18 +67,32 @@ class Subject:
     """A base, the same with the adapter, and calls of both."""
 
     def __init__(self, plain: PreTrainedModel, adapter: str) -> None:
-        self.plain, self.adapter = plain, adapter
-        self.lora = self._adapted(backend="eager")  # named, so that graphs come with the first calls
+        self.plain, self.adapter, self.capture = plain, adapter, "graph"
+        self.lora = self._adapted()
         self.calls = [example_call(plain, *size) for size in _SIZES]
 
-    def _adapted(self, **options: Any) -> AdaptedModel:
-        lora = adapted(copy.deepcopy(self.plain), self.adapter, **options).eval()
+    def _adapted(self, capture: str | None = None) -> AdaptedModel:
+        lora = adapted(copy.deepcopy(self.plain), self.adapter, capture=capture or self.capture).eval()
         if is_config(self.adapter):
             testing.randomize(lora)
         return lora
 
+    @cached_property
+    def wide(self) -> AdaptedModel:
+        """The model with the adapter in float32 if its dtype has fewer bits, and no weights are packed.
+
+        Float64 would not be finer: norms and softmaxes of transformers' models round to float32, whatever goes in.
+        """
+        lora = self._adapted()
+        is_wide = self.plain.dtype.itemsize >= 4 or getattr(self.plain, "is_quantized", False)
+        return lora if is_wide else lora.float()
+
     def _outputs(self, model: nn.Module) -> list[Any]:
         return [model(**call) for call in self.calls]
+
+    def _output(self, model: nn.Module) -> Any:
+        """Of the first call alone, for graphs of further kinds: one for each size would take long."""
+        return model(**self.calls[0])
 
     def tests(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """What is checked, in words, with the function that raises where it does not hold."""
@@ -85,13 +101,22 @@ class Subject:
         yield "by the model's own Python, site by site, outputs are the same", self._is_the_same_by_sites
         yield "merged, outputs are the same", partial(testing.assert_merged_equals_unmerged, self.lora, self._outputs)
         yield "unmerging gives back every bit", partial(testing.assert_merge_is_exact, self.lora)
+        if all(each.kind.derives for each in self.lora._lorafx.adapters.values()):
+            yield "gradients are what outputs change by", self._has_the_gradients_of_its_outputs
         yield "a plain model with W + ΔW for weights gives the same", self._is_the_plain_model_of_the_formula
+        yield "in training, graph and sites draw the same and give the same", self._trains_alike
         yield "saved and loaded, it is the same", self._is_the_same_when_loaded
 
     @torch.no_grad()
     def _have_graphs(self) -> None:
-        for call in self.calls:
-            of(self.lora).graph(**call)
+        """Where they have none, all else is checked by sites."""
+        try:
+            for call in self.calls:
+                of(self.lora).graph(**call)
+        except CaptureError:
+            self.capture = "sites"
+            self.lora = self._adapted()
+            raise
 
     @torch.no_grad()
     def _is_the_base_when_off(self) -> None:
@@ -102,10 +127,24 @@ class Subject:
     @torch.no_grad()
     def _is_the_same_by_sites(self) -> None:
         limits = [2 * each for each in testing.tolerance(self.lora, self._outputs)]
-        testing.assert_close(self._outputs(self.lora), self._outputs(self._adapted(capture="sites")), limits)
+        testing.assert_close(self._outputs(self.lora), self._outputs(self._adapted("sites")), limits)
+
+    def _has_the_gradients_of_its_outputs(self) -> None:
+        of(self.wide).set_requires_grad(of(self.wide).active_adapters)  # a loaded one is frozen
+        testing.assert_gradients(self.wide, self._output)
 
     def _is_the_plain_model_of_the_formula(self) -> None:
-        testing.assert_unloaded_equals_unmerged(self._adapted(backend="eager"), self._outputs)
+        testing.assert_unloaded_equals_unmerged(self.wide, self._output)
+
+    @torch.no_grad()
+    def _trains_alike(self) -> None:
+        def seeded(model: nn.Module) -> Any:
+            torch.manual_seed(0)
+            return self._output(model)
+
+        graph, sites = self._adapted().train(), self._adapted("sites").train()
+        limits = [2 * each for each in testing.tolerance(graph, seeded)]
+        testing.assert_close(seeded(graph), seeded(sites), limits)
 
     def _is_the_same_when_loaded(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Hashable
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import DisableTorchFunction
 from ..torch_private.tracing import FakeTensor
@@ -55,7 +57,7 @@ def attribute_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Ha
 
 
 def held_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashable:
-    """A key by value for plain values and containers, by identity for all else, and by all that is held within.
+    """A key by value for plain values, containers and partials, by identity for all else; and by all held within.
 
     A tensor counts by identity, too: it is a constant of a graph. What counts so is put into `keep`, which has to live
     as long as the key, so that no later object gets the same `id`. What an object holds whose `id` is in `apart` is
@@ -77,8 +79,8 @@ def _describe(
     """What to say of a value itself, and the values that it holds, to be described as well."""
     if isinstance(value, PLAIN):
         return (type(value), repr(value) if isinstance(value, float) else value), []
-    if isinstance(value, weakref.ref):  # no setting: an LSTM, for one, keeps weak references to its weights
-        return (weakref.ref,), []
+    if isinstance(value, (weakref.ref, RemovableHandle)):  # no settings: an LSTM, for one, refers to its weights so
+        return (type(value),), []
     if id(value) in seen:
         return ("again", seen[id(value)]), []
     seen[id(value)] = len(seen)
@@ -88,7 +90,7 @@ def _describe(
     if isinstance(value, (set, frozenset)):
         return (type(value), frozenset((type(item), item) for item in value)), []
     inside = [] if id(value) in apart else holdings(value)
-    by_content = isinstance(value, CONTAINERS) and (inside or not value)
+    by_content = isinstance(value, partial) or (isinstance(value, CONTAINERS) and (inside or not value))
     held = [item for holding in inside for item in holding.values()]
     return (type(value), None if by_content else id(value)), held
 

@@ -9,7 +9,9 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..errors import SelectionError, nearest
 from ..ops.deferral import heads
+from ..tables import InNotebooks
 from .blocks import LAYERS, blocks_of
 from .emit import SITE, made_by
 
@@ -61,6 +63,13 @@ def _at(gm: GraphModule, name: str) -> list[str]:
             if is_within(layer, name):
                 return [*map(_line, _ordered(block, name[len(layer) + 1 :]))]
     return [*map(_line, _ordered(gm, name))]
+
+
+def _names(gm: GraphModule) -> Iterator[str]:
+    """The full names of the modules and sites that have lines in a graph or its blocks."""
+    for each, layers in ((gm, ("",)), *((block, block.meta[LAYERS]) for block in blocks_of(gm))):
+        places = dict.fromkeys(place for node in each.graph.nodes for place in places_of(node) if place)
+        yield from (f"{layer}.{place}".lstrip(".") for layer in layers for place in places)
 
 
 def places_of(node: Node) -> tuple[str, str]:
@@ -126,19 +135,28 @@ def shape_of(node: Node) -> str:
     return f"({', '.join(map(str, shape))})" if shape is not None else ""
 
 
-def diff(a: GraphModule, b: GraphModule, *, site: str | None = None, context: int = 3) -> str:
+class Difference(InNotebooks, str):
+    """What `diff` returns: text, to print."""
+
+    __repr__ = str.__str__
+
+
+def diff(a: GraphModule, b: GraphModule, *, site: str | None = None, context: int = 3) -> Difference:
     """Two graphs side by side as text; `|` marks changed lines, `<` and `>` lines of one side, `…` what is left out.
 
     `site` is the name of a site or a module: only its lines are compared. `context` is the number of equal lines shown
-    around each change.
+    around each change. Raises `SelectionError` for a `site` of which neither graph has a line.
     """
     left, right = (_in_reading_order(gm) if site is None else _at(gm, site) for gm in (a, b))
+    if site is not None and not left and not right:
+        near = nearest(site, [*_names(b), *_names(a)], "print(graph) shows what there is")
+        raise SelectionError(f"neither graph has a line of {site!r}; {near}")
     out: list[str] = []
     for group in difflib.SequenceMatcher(None, left, right, autojunk=False).get_grouped_opcodes(context):
         out.append("…")
         for tag, i1, i2, j1, j2 in group:
             out.extend(_side_by_side(tag, left[i1:i2], right[j1:j2]))
-    return "\n".join(out) if out else "the graphs are equal"
+    return Difference("\n".join(out) if out else "the graphs are equal")
 
 
 def _side_by_side(tag: str, left: list[str], right: list[str]) -> Iterable[str]:

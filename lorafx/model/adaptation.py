@@ -12,6 +12,7 @@ from ..adapters.site import Selection
 from ..errors import AdapterError
 from ..graph.blocks import repeated_modules
 from ..pipeline import Context
+from ..serving.early_calls import EarlyCalls
 from ..serving.programs import Program
 from ..tree.mirror import STATE
 from .graphs import Graphs
@@ -77,7 +78,7 @@ class Adaptation(LikePeft, Weighted, HotSwap, Saving, Trainable, Graphs):
     def explain(self) -> Explanation:
         """What has served each kind of call (a graph, or the model by sites), why and how often; prints as a table."""
         dispatchers = list(self._lorafx.dispatchers)
-        calls = [_explained(program) for program in chain.from_iterable(dispatchers)]
+        calls = [_explained(program, each.early) for each in dispatchers for program in each]
         pieces = chain.from_iterable(each.graphs.lowering.pieces.values() for each in dispatchers)
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
         operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
@@ -89,11 +90,12 @@ class Adaptation(LikePeft, Weighted, HotSwap, Saving, Trainable, Graphs):
         return f"AdaptedModel({type(state.base).__name__}, {len(self.sites)} sites, adapters: {adapters})"
 
 
-def _explained(program: Program) -> Call:
+def _explained(program: Program, calls: EarlyCalls) -> Call:
     how = "sites" if program.gm is None else "graph"
     early = program.hits + 1 if program.waits else program.early
     texts = program.why, program.reason, program.loss, program.launched
-    return Call(program.title, how, program.hits, program.seconds, *texts, early)
+    waits_for = calls.left(program.key) if program.waits else 0
+    return Call(program.title, how, program.hits, program.seconds, *texts, early, waits_for)
 
 
 def of(model: nn.Module) -> Adaptation:

@@ -26,7 +26,7 @@ from .names import Offered, OwnNamesFirst
 from .optimizers_of_peft import LAYERS, shown_to_peft
 from .rows import generating
 from .state import State
-from .trainers import SeenAsPeft, name_self, with_model
+from .trainers import SeenAsPeft, name_self, with_model, with_one_hook
 
 if TYPE_CHECKING:  # for a type checker the model has the whole interface; in truth each name that its base leaves free
     _Interface = Adaptation
@@ -41,7 +41,7 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
 
     Made by `lorafx.compile` and `lorafx.load`. Parameters have the base model's names; an adapter's tensors hang below
     the module they adapt (`…q_proj.lora_A.default.weight`). The base object keeps its own structure and forward and
-    shares the weights. Each kind of call is captured as a graph when it first comes, rewritten by the pipeline, and
+    shares the weights. Each kind of call is captured as a graph when it keeps coming, rewritten by the pipeline, and
     kept; a call that cannot be captured runs by sites (`capture` of `compile`).
 
     Methods and properties are those of `lorafx.of(model)`. A name that the base model uses itself is the base's here.
@@ -182,4 +182,5 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     if issubclass(base, PreTrainedModel):
         names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
         names["get_compiled_call"] = _call_as_it_is
+        names["enable_input_require_grads"] = with_one_hook(base.enable_input_require_grads)
     return type(base.__name__, (AdaptedModel,) if base is nn.Module else (base, AdaptedModel), names)

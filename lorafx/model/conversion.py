@@ -37,7 +37,8 @@ def to_float8(model: nn.Module, modules: str | Sequence[str] | None = None) -> n
     other modules share the weight, or if transformers keeps the model's layers of its name in float32 (T5's `wo`).
 
     Raises:
-        ConfigError: a weight that is trainable, a regex that is none. SelectionError: there is no such layer.
+        ConfigError: a weight that is trainable, a regex that is none.
+        SelectionError: there is no such layer.
         AdapterError: the model is adapted already. The model is as it was in each case.
     """
     if isinstance(model, AdaptedModel):

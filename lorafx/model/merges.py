@@ -29,9 +29,9 @@ class Merges(Part):
         """Write the merged weights (of LoRA, W + ΔW) in the place of the base's; `unmerge_adapter` undoes it exactly.
 
         Merges the active adapters, or those named. ΔW is computed in float32, or in float64 for a weight in float64,
-        and W + ΔW is rounded once. `safe_merge` refuses a result that is not finite. Raises `MergeError`, with every
-        weight as it was, when any site cannot be merged, and `AdapterError` for an unknown name, or one that replaces
-        a tensor which another acting adapter replaces too.
+        and W + ΔW is rounded once. `safe_merge` refuses a result that is not finite; `progressbar` shows one. Raises
+        `MergeError`, with every weight as it was, when any site cannot be merged, and `AdapterError` for an unknown
+        name, or one that replaces a tensor which another acting adapter replaces too.
         """
         state = self._lorafx
         names = state.acting if adapter_names is None else self._listed(adapter_names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..pipeline import Step
 from ..tables import InNotebooks, table
@@ -43,7 +44,8 @@ class Call:
 
     `early` counts the calls that were served by sites before there was a graph, `hits` those that a graph, or what is
     there instead, has served after its first. `why` says in what the call differed from earlier ones, `loss` how the
-    loss is computed, `cuda_graph` how many calls a CUDA graph was launched for, or why none is.
+    loss is computed, `cuda_graph` how many calls a CUDA graph was launched for, or why none is, and `waits_for` how
+    many more such calls go by sites before a graph is made.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Call:
     loss: str = ""
     cuda_graph: str = ""
     early: int = 0
+    waits_for: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,19 @@ class Explanation(InNotebooks):
     compiled: tuple[tuple[str, int, str], ...] = ()
 
     def __str__(self) -> str:
-        columns = ("call", "served by", "early", "hits", "capture s", "captured because of", "loss", "CUDA graph")
-        rows = [
-            (c.title, c.served_by, c.early, c.hits, c.capture_seconds, c.why, c.loss, c.cuda_graph) for c in self.calls
-        ]
-        if not any(call.cuda_graph for call in self.calls):
-            columns, rows = columns[:-1], [row[:-1] for row in rows]  # type: ignore[assignment, misc]
+        columns: dict[str, list[Any]] = {
+            "call": [call.title for call in self.calls],
+            "served by": [call.served_by for call in self.calls],
+            "early": [call.early for call in self.calls],
+            "hits": [call.hits for call in self.calls],
+            "graph in": [f"{call.waits_for} calls" if call.waits_for else "" for call in self.calls],
+            "capture s": [call.capture_seconds for call in self.calls],
+            "a new kind because of": [call.why for call in self.calls],
+            "loss": [call.loss for call in self.calls],
+            "CUDA graph": [call.cuda_graph for call in self.calls],
+        }
+        shown = {name: cells for name, cells in columns.items() if any(cells) or name not in ("graph in", "CUDA graph")}
         reasons = dict.fromkeys(f"by sites: {call.reason}" for call in self.calls if call.reason)
         counts = f"{len(self.calls)} kinds of call, {self.operators} one-site graphs, {self.dropped} programs dropped"
         pieces = [table("compiled pieces", ("piece", "times", "again because"), self.compiled)] if self.compiled else []
-        return "\n".join([table(counts, columns, rows), *reasons, *pieces])
+        return "\n".join([table(counts, tuple(shown), list(zip(*shown.values()))), *reasons, *pieces])

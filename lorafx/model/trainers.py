@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def with_model(base_model: property) -> property:
         return inner if inner is tree else Inner(inner, tree)
 
     return property(inner_of)
+
+
+def with_one_hook(enable: Callable[[Any], None]) -> Callable[[Any], None]:
+    """transformers' `enable_input_require_grads`, which adds a hook each time, changed so that the last one goes.
+
+    trl's DPOTrainer has it called in every step.
+    """
+
+    @functools.wraps(enable)
+    def enable_input_require_grads(tree: Any) -> None:
+        tree.disable_input_require_grads()
+        enable(tree)
+
+    return enable_input_require_grads
 
 
 def name_self(tree: nn.Module) -> None:

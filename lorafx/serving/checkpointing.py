@@ -20,18 +20,23 @@ from .choosing import as_now
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
 
 
-def without_reentrant(modules: Iterable[nn.Module]) -> None:
+def without_reentrant(modules: Iterable[nn.Module]) -> bool:
     """Give those modules that checkpoint re-entrantly torch's other kind of checkpoint, with their other options.
 
-    torch's own default is the re-entrant kind, which PEFT's preparation of quantised models leaves as it is.
+    torch's own default is the re-entrant kind, which PEFT's preparation of quantised models leaves as it is. The result
+    is whether there were any: a trainer may enable checkpoints anew in each step.
     """
+    changed = False
     for module in modules:
         function = vars(module).get(FUNCTION)
-        if isinstance(function, partial) and function.keywords.get("use_reentrant", function.func is checkpoint):
-            options = {**function.keywords, "use_reentrant": False}
-            function = vars(module)[FUNCTION] = partial(function.func, *function.args, **options)
-        if isinstance(function, partial) and function.func is checkpoint:
-            vars(module)[FUNCTION] = partial(checkpoint_by_row, *function.args, **function.keywords)
+        if not isinstance(function, partial):
+            continue
+        is_torchs, options = function.func is checkpoint, function.keywords
+        if is_torchs or options.get("use_reentrant"):
+            made = checkpoint_by_row if is_torchs else function.func
+            vars(module)[FUNCTION] = partial(made, *function.args, **{**options, "use_reentrant": False})
+            changed = True
+    return changed
 
 
 def checkpoint_by_row(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

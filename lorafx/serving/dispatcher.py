@@ -115,10 +115,9 @@ class Dispatcher:
             if call.context.numbers:
                 raise AdapterError("a call with `adapter_names` is not recorded: record one of one adapter")
             return run_traced(call, self.pipeline, self.observers, self.step_into)
-        key = self.key(call)
+        key, kept = self.find(call)
         if self.sites.is_recomputed(path):
             return self._run_by_sites(call, early=True, is_new=False)[0]
-        kept = self.programs.of(key)
         for program in kept:
             if program.waits and self.early.is_due(key):
                 return self.run_first(self.make_graph(program, call), call)
@@ -131,6 +130,15 @@ class Dispatcher:
                     self.early.give_up(path)
                 raise
         return self.run_first(self.make(key, call, len(kept)), call)
+
+    def find(self, call: Call) -> tuple[CallKey, tuple[Program, ...]]:
+        """A call's key, and what is kept for it. Layers that were told anew to checkpoint do so in our way first."""
+        key = self.key(call)
+        kept = self.programs.of(key)
+        if not kept and without_reentrant(self.tree.modules):
+            key = self.key(call)
+            kept = self.programs.of(key)
+        return key, kept
 
     def key(self, call: Call) -> CallKey:
         """What the programs are kept by that may serve a call."""
@@ -222,8 +230,7 @@ class Dispatcher:
     def program(self, tree: nn.Module, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """What serves a call of the whole model, without running it."""
         call = Call.of(tree, context, "", args, kwargs)
-        key = self.key(call)
-        kept = self.programs.of(key)
+        key, kept = self.find(call)
         for program in kept:
             called_alike = program.gm is None or program.positional == len(args)
             if not program.waits and called_alike and (program.gm is None or accepts(program.gm, args, call.kwargs)):
@@ -248,7 +255,6 @@ class Dispatcher:
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
             require_adapted_modules(call, self.fit[self.tree.state(call.tree).layout])
-            without_reentrant(self.tree.modules)
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
                 program = Program(title_of(call), self.key(call), names, len(call.args), waits=True, reason=WAITS)

@@ -43,6 +43,10 @@ class EarlyCalls:
         """How many such calls have been served early."""
         return self._seen[_kind(key)]
 
+    def left(self, key: CallKey) -> int:
+        """How many more such calls are served without a graph."""
+        return REPEATS - self.seen(key)
+
     def forget(self, adapter: str) -> None:
         """Forget the calls in which an adapter acted, which is deleted."""
         for key in [key for key in tuple(self._seen) if key.has(adapter)]:

@@ -55,8 +55,11 @@ class Program:
 
     @property
     def loss(self) -> str:
-        """How the loss is computed, if there is one and a graph."""
-        return describe_loss(self.gm) if self.gm else ""
+        """How the loss is computed, and why it is not fused."""
+        if self.gm is None:
+            return "the model's own"
+        # As trl's trainers call the decoder below the head, and compute a loss of what it gives.
+        return describe_loss(self.gm) or f"none to fuse{': a part is called' if self.key.part else ''}"
 
     @property
     def launched(self) -> str:

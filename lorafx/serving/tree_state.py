@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from itertools import chain, count
 from operator import is_
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class TreeGuards:
     def _layout(self, *now: Any) -> int:
         # The class counts of those that know themselves what operators do to them, as packed weights.
         shapes = tuple((t.shape, type(t) if is_traceable_wrapper_subclass(t) else None) for t in self._tensors)
-        computing = tuple(hook for hook in self._hooks if _computes(hook))
+        computing = tuple(_key_of_hook(hook) for hook in self._hooks if _computes(hook))
         key = (self._walks, computing, self._hooked(), shapes, *map(tuple, now))
         if key not in self._layouts:
             self._layouts[key] = next(self._numbers)
@@ -179,6 +180,12 @@ class TreeGuards:
 def _computes(hook: Any) -> bool:
     """Whether a hook is part of how the model computes."""
     return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
+
+
+def _key_of_hook(hook: Any) -> Any:
+    """A hook itself; its code if that is all there is to it, for a trainer may make and register it in each step."""
+    alone = isinstance(hook, FunctionType) and not (hook.__closure__ or hook.__defaults__ or hook.__kwdefaults__)
+    return (hook.__module__, hook.__code__) if alone else hook
 
 
 def _is_sharded(tensor: Tensor) -> bool:

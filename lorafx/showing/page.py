@@ -42,7 +42,7 @@ def _content(title: str, history: History, heats: Iterable[Heat], name: str) -> 
     return {
         "title": title,
         "fields": [field.name for field in dataclasses.fields(Line)],
-        "lines": lines.rows,
+        "lines": [dataclasses.astuple(line) for line in lines.rows],
         "parts": [dict(zip(("title", "layers", "lines"), row)) for row in parts.rows],
         "stages": stages,
         "heats": [dataclasses.asdict(heat) for heat in heats],
@@ -51,7 +51,7 @@ def _content(title: str, history: History, heats: Iterable[Heat], name: str) -> 
 
 
 def _part(part: Part, lines: _Table) -> tuple[Any, ...]:
-    return part.title, part.layers, tuple(lines.number(dataclasses.astuple(line)) for line in part.lines)
+    return part.title, part.layers, tuple(map(lines.number, part.lines))
 
 
 class _Table:
@@ -60,7 +60,7 @@ class _Table:
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
 
-    def number(self, row: tuple[Any, ...]) -> int:
+    def number(self, row: Hashable) -> int:
         return self._numbers.setdefault(row, len(self._numbers))
 
     @property

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..errors import SelectionError
-from ..tables import InNotebooks, table
+from ..errors import SelectionError, nearest
+from ..tables import InNotebooks, table, width_of_terminal
 from .history import History, Line, Part, Stage, changes, innermost
 
-_WIDTH = 100  # of the column of what is computed; shapes stand next to it
+_CODE = 80  # the width of the column of what is computed, on a terminal that has room for it
+_SHAPES = 34  # what marks, shapes and dtypes take next to it
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +28,7 @@ class View(InNotebooks):
 
 
 def view(history: History, name: str | None = None) -> View:
-    """The text about a module or a site, a layer, a pass, or (None) the whole call.
+    """The text about a module or a site, a layer, a block, a pass, or (None) the whole call.
 
     Raises `SelectionError` for a name of none of these, with the nearest that there are.
     """
@@ -34,9 +36,13 @@ def view(history: History, name: str | None = None) -> View:
         return View(_call(history))
     if any(_of_pass(stage, name) for _, stage in history):
         return View("\n\n".join(_pass(before, after) for before, after in history if _of_pass(after, name)))
+    part = history.last.part(name)
+    if part and part.layers:
+        name = part.layers[0]
     found = innermost(history.last.parts, name) or innermost(history.first.parts, name)
     if found is None:
-        raise SelectionError(f"this call has no pass, module or site called {name!r}; {_nearest(history, name)}")
+        near = nearest(name, _names(history), "show() lists the passes and graphs")
+        raise SelectionError(f"this call has no pass, module or site called {name!r}; {near}")
     return View(_module(history, name, *found))
 
 
@@ -67,11 +73,22 @@ def _pass(before: Stage, after: Stage) -> str:
     texts = [after.name]
     for part in after.parts:
         earlier = before.part(part.title)
-        old, new = (_code(each.lines) if each else [] for each in (earlier, part))
-        marked = list(difflib.unified_diff(old, new, n=1, lineterm=""))[2:]
-        if marked:
-            texts += [f"{part.title}{_run_by(part)}:", *("  …" if line[:2] == "@@" else f"  {line}" for line in marked)]
+        hunks = list(_hunks(earlier.lines if earlier else (), part.lines))
+        if hunks:
+            texts += [f"{part.title}{_run_by(part)}:", *hunks]
     return "\n".join(texts if len(texts) > 1 else [f"{after.name} changed nothing"])
+
+
+def _hunks(old: Sequence[Line], new: Sequence[Line]) -> Iterator[str]:
+    """Each place in which two listings differ, marked, with a line around it."""
+    before, after = ([line.text for line in lines] for lines in (old, new))
+    for hunk in difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(1):
+        marked: list[tuple[str, Line]] = []
+        for tag, i1, i2, j1, j2 in hunk:
+            marked += [("  " if tag == "equal" else "- ", line) for line in old[i1:i2]]
+            marked += [("+ ", line) for line in new[j1:j2] if tag != "equal"]
+        yield "  …"
+        yield from _listing(marked)
 
 
 def _module(history: History, name: str, part: Part, path: str) -> str:
@@ -82,8 +99,7 @@ def _module(history: History, name: str, part: Part, path: str) -> str:
     for before, after in history:
         gone, come = changes(_own(before, name), _own(after, name))
         if gone or come:
-            texts += ["", after.name]
-            texts += [f"  - {line}" for line in _code(gone)] + [f"  + {line}" for line in _code(come)]
+            texts += ["", after.name, *_listing([*(("- ", line) for line in gone), *(("+ ", line) for line in come)])]
     return "\n".join([*texts, "", "now", *_outline(history.last, name)])
 
 
@@ -103,15 +119,25 @@ def _outline(stage: Stage, name: str) -> list[str]:
     around = [line for line in part.lines if line in own or line.name in read or names & {*line.inputs}]
     makers = [line.made_by or "the model" for line in around]
     width = max(map(len, makers), default=0)
-    marks = [" " if line in own else "·" for line in around]
-    return [f"  {mark} {maker:<{width}}  {code}" for mark, maker, code in zip(marks, makers, _code(around))]
+    marks = [f"{' ' if line in own else '·'} {maker:<{width}}  " for line, maker in zip(around, makers)]
+    return list(_listing(list(zip(marks, around))))
 
 
-def _code(lines: Sequence[Line]) -> list[str]:
-    """Lines as text: what is computed, then its shape and dtype in columns of their own."""
-    codes = [f"return {line.code}" if line.name == "return" else f"{line.name} = {line.code}" for line in lines]
-    width = min(max(map(len, codes), default=0), _WIDTH)
-    return [f"{code:<{width}}  {line.shape} {line.dtype}".rstrip() for code, line in zip(codes, lines)]
+def _listing(marked: Sequence[tuple[str, Line]]) -> Iterator[str]:
+    """Lines after their marks: what is computed, folded where it is long, then its shape and dtype in a column."""
+    room = max(min(_CODE, width_of_terminal() - _SHAPES), _CODE // 2)
+    codes = [
+        _folded(f"return {line.code}" if line.name == "return" else f"{line.name} = {line.code}", room)
+        for _, line in marked
+    ]
+    width = max((len(code) for folds in codes for code in folds), default=0)
+    for (mark, line), (code, *folds) in zip(marked, codes):
+        yield f"  {mark}{code:<{width}}  {line.shape} {line.dtype}".rstrip()
+        yield from (f"  {'':<{len(mark)}}{fold}" for fold in folds)
+
+
+def _folded(code: str, room: int) -> list[str]:
+    return textwrap.wrap(code, room, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _run_by(part: Part) -> str:
@@ -123,19 +149,9 @@ def _layers(part: Part) -> str:
     return f"{first} … {others[-1]} ({len(part.layers)} layers)" if len(others) > 1 else ", ".join([first, *others])
 
 
-def _nearest(history: History, name: str) -> str:
-    known = {each.rpartition(".")[2]: each for each in reversed([*_names(history)])}
-    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=3, cutoff=0.5) or [*known][:3]
-    return f"nearest: {', '.join(known[each] for each in near)}"
-
-
 def _names(history: History) -> Iterator[str]:
     yield from (stage.name.partition("{")[0] for stage in history.stages[1:])
     for part in history.last.parts:
-        yield from (layer for layer in part.layers if layer)
-        yield from _modules(part)
-
-
-def _modules(part: Part) -> Iterable[str]:
-    prefix = f"{part.layers[0]}." if part.layers and part.layers[0] else ""
-    return (f"{prefix}{line.module}" for line in part.lines if line.module)
+        places = dict.fromkeys(place for line in part.lines for place in (line.module, line.site) if place)
+        for layer in part.layers:
+            yield from filter(None, (layer, *(f"{layer}.{place}".lstrip(".") for place in places)))

@@ -1,32 +1,82 @@
 """`lorafx check`: a verdict for a base and an adapter."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
 from lorafx.__main__ import main
+from lorafx.commands.adapted import base_of
+from lorafx.commands.check import Subject
+from lorafx.passes import ElideDropout, FuseLora
+
+# As for users, who get no graph for a first call unless they ask for one.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("early")]
+aten = torch.ops.aten
 
 
-@pytest.mark.slow
-def test_check_holds_for_a_sound_pair_and_says_what_does_not(on_disk, capsys, monkeypatch):
+@pytest.fixture
+def config(tmp_path):
+    """A config's file, for an adapter that is not there yet."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"r": 2, "target_modules": ["down_proj"], "lora_dropout": 0.5}))
+    return str(file)
+
+
+def test_check_holds_for_a_sound_pair(on_disk, capsys):
     folder, _ = on_disk
-    words = ["check", str(folder / "base"), str(folder / "adapter"), "--json"]
-    assert main(words) == 0
+    assert main(["check", str(folder / "base"), str(folder / "adapter"), "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert len(results) == 7 and all(each["holds"] for each in results)
-    monkeypatch.setattr(
-        "lorafx.adapters.kinds.lora.Lora.delta", lambda self, name, at: at.product(at.lora_A, at.lora_B)
-    )
-    assert main(words) == 1
-    wrong = [each["check"] for each in json.loads(capsys.readouterr().out) if not each["holds"]]
-    assert wrong == ["merged, outputs are the same", "a plain model with W + ΔW for weights gives the same"]
+    assert len(results) == 9 and all(each["holds"] for each in results)
 
 
-@pytest.mark.slow
-def test_check_takes_a_config_alone(on_disk, capsys, tmp_path):
-    folder, _ = on_disk
-    (tmp_path / "config.json").write_text(json.dumps({"r": 2, "target_modules": ["down_proj"]}))
-    torch.manual_seed(5)
-    assert main(["check", str(folder / "base"), str(tmp_path / "config.json")]) == 0
-    assert "holds" in capsys.readouterr().out
+def test_what_does_not_hold_is_said_with_a_status(on_disk, config, capsys, monkeypatch):
+    def fails():
+        raise RuntimeError("a wrong graph\nand more")
+
+    monkeypatch.setattr(Subject, "tests", lambda self: iter([("this", lambda: None), ("that", fails)]))
+    assert main(["check", str(on_disk[0] / "base"), config]) == 1
+    printed = capsys.readouterr().out
+    assert "│ this  │ holds " in printed and "│ that  │ RuntimeError: a wrong graph │" in printed
+
+
+def _doubled(gm):
+    """The scaling of each adapted linear, twice."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.lorafx.lora_linear.default):
+        node.args = (*node.args[:6], 2 * node.args[6], *node.args[7:])
+
+
+def _without_dropout(gm):
+    for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default):
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+
+@pytest.mark.parametrize(
+    ("check", "broken", "fault"),
+    [
+        ("a plain model with W + ΔW for weights gives the same", FuseLora, _doubled),
+        ("in training, graph and sites draw the same and give the same", ElideDropout, _without_dropout),
+    ],
+)
+def test_a_pass_that_is_wrong_is_seen(on_disk, config, monkeypatch, check, broken, fault):
+    sound = broken.rewrite
+    monkeypatch.setattr(broken, "rewrite", lambda self, gm, context: sound(self, gm, context) + (fault(gm) or 0))
+    with pytest.raises(AssertionError, match="rounding explains"):
+        dict(Subject(base_of(str(on_disk[0] / "base")).eval(), config).tests())[check]()
+
+
+def test_a_gradient_that_is_wrong_is_seen(on_disk, config, monkeypatch):
+    operator = importlib.import_module("lorafx.ops.lora_linear")
+    sound = operator._gradients
+
+    def wrong(*given):
+        found = sound(*given)
+        return found._replace(lora_B=None if found.lora_B is None else 1.5 * found.lora_B)
+
+    monkeypatch.setattr(operator, "_gradients", wrong)
+    with pytest.raises(AssertionError, match="backward gives"):
+        dict(Subject(base_of(str(on_disk[0] / "base")).eval(), config).tests())[
+            "gradients are what outputs change by"
+        ]()

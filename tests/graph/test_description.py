@@ -65,7 +65,18 @@ def test_attributes_that_a_graph_would_see_are_told_apart(value, other):
     assert attribute_key(value, kept) == attribute_key(value, kept) != attribute_key(other, kept)
 
 
-@pytest.mark.parametrize("make", [lambda: [1, {"a": (2.5, "b")}], lambda: {1, 2}, lambda: torch.randn(2), set, dict])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [1, {"a": (2.5, "b")}],
+        lambda: {1, 2},
+        lambda: torch.randn(2),
+        set,
+        dict,
+        lambda: functools.partial(sum, [1], start=2),
+        lambda: [nn.Linear(1, 1).register_forward_hook(print)],
+    ],
+)
 def test_equal_attributes_are_described_equally(make):
     assert attribute_key(make(), []) == attribute_key(make(), [])
     hash(attribute_key(make(), []))

@@ -1,10 +1,12 @@
 """Printing: a graph as text, with its blocks, and two graphs side by side."""
 
+import pytest
 import torch
 from graphs import Chain, adapted
 from modules import Layer, Stack
 
 import lorafx
+from lorafx.errors import SelectionError
 from lorafx.graph.printing import COLUMN, diff, graph_lines
 
 
@@ -86,3 +88,6 @@ def test_a_diff_of_one_site_has_its_lines_alone():
     whole, ours = (diff(lorafx.trace(model, x), lora.graph(x), site=site) for site in (None, "layers.1.up"))
     assert "down" in whole and "down" not in ours
     assert "lora_linear" in ours and "layers.1.up.weight" in ours and "layers.2" not in ours
+    assert ours._repr_html_().startswith("<pre>…") and repr(ours) == str(ours)
+    with pytest.raises(SelectionError, match=r"'layers\.9\.up'; nearest: layers\.\d\.up"):
+        diff(lora.graph(x), lora.graph(x), site="layers.9.up")

@@ -26,6 +26,14 @@ def test_numbers_are_set_to_the_right():
     assert any("12,345 │" in line for line in lines) and any("     5 │" in line for line in lines)
 
 
+def test_tables_fit_the_terminal(monkeypatch):
+    monkeypatch.setattr("lorafx.tables.width_of_terminal", lambda: 40)
+    lines = table(
+        "t", ("name", "why"), [("model.layers.0.self_attn.q_proj", "one thing and another thing")]
+    ).splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) > 6
+
+
 def test_sites_and_reports_are_shown_in_notebooks_as_they_print():
     lora = adapted(Chain(), target_modules=["second"])
     lora(torch.randn(5, 4))

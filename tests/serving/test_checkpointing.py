@@ -32,3 +32,15 @@ def test_inputs_without_gradients_train_with_reentrant_checkpoints(order, kwargs
         function = base.model.layers[0]._gradient_checkpointing_func
         assert function.keywords == kwargs and base.model.layers[0].gradient_checkpointing
     assert lora.explain().calls[-1].served_by == "graph"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpoints_that_are_enabled_in_each_step_are_one_kind_of_call():
+    """trl's DPOTrainer turns them off for the reference, and on again."""
+    lora = lorafx.compile(tiny_llama(num_hidden_layers=1), {"r": 2, "target_modules": ["q_proj"]}).train()
+    for _ in range(3):
+        lora.gradient_checkpointing_enable()
+        assert len(lora.get_input_embeddings()._forward_hooks) == 1
+        lora(input_ids=ids(2, 7), labels=ids(2, 7)).loss.backward()
+        lora.gradient_checkpointing_disable()
+    assert [call.hits for call in lora.explain().calls] == [2]

@@ -117,9 +117,12 @@ def test_explain_says_what_was_served_early():
     lora, x = compiled(Chain()), torch.randn(5, 4)
     lora(x)
     assert "a graph is made when such calls have come more often" in str(lora.explain())
+    assert "2 calls" in str(lora.explain()) and lora.explain().calls[0].loss == "the model's own"
     for _ in range(3):
         lora(x)
-    assert "more often" not in str(lora.explain()) and lora.explain().calls[0].early == 3
+    (call,) = lora.explain().calls
+    assert "more often" not in str(lora.explain()) and "graph in" not in str(lora.explain())
+    assert (call.early, call.waits_for, call.loss) == (3, 0, "none to fuse")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -24,7 +24,7 @@ def test_it_says_in_what_a_call_differed():
         "grad: True → False",
         "the model's modes (train or eval), dtypes, devices, hooks or modules",
     ]
-    assert "captured because of" in str(lora.explain())
+    assert "a new kind because of" in str(lora.explain())
 
 
 @pytest.mark.slow

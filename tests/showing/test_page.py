@@ -94,6 +94,10 @@ def test_it_opens_steps_folds_searches_and_draws(browser, page_of_a_stack):
     assert page.locator("svg g.node.added, svg g.node.fused").count() >= 1
     page.click("[data-tab=heat]")
     assert page.locator("td.hot").count() == 4
+    page.click("#tree .module:has-text('the call') >> nth=0")
+    page.click("td.hot >> nth=1")
+    assert page.inner_text("#place") == "block_0 / up" and page.locator(".pair .removed, .pair .added").count()
+    assert page.inner_text(".pair.heads").splitlines() == ["as captured", "after checkpoint_blocks, the last pass"]
     page.fill("#search", "UP.LORA_A")
     assert page.locator("#view .found").count() >= 1
     page.click("#view .found > div")

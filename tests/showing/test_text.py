@@ -30,7 +30,9 @@ def test_a_site_is_shown_as_captured_then_pass_by_pass_then_as_it_is(shown):
 
 def test_a_pass_is_shown_by_what_it_changed(shown):
     text = str(shown("fuse_lora"))
-    assert text.startswith("fuse_lora\nthe call:") and "+lora_linear = lorafx.lora_linear(" in text
+    assert text.startswith("fuse_lora\nthe call:") and "  + lora_linear = lorafx.lora_linear(" in text
+    inserted = [line[2:4] for line in str(shown("insert_adapters")).splitlines()[2:]]
+    assert inserted.count("- ") == 1 and inserted.count("+ ") == 8  # `return` alone reads another value
     assert str(shown("share_input")) == "share_input changed nothing"
     assert len(str(shown("elide_casts")).split("elide_casts")) == 3  # it stands in the pipeline twice
 
@@ -45,11 +47,24 @@ def test_a_layer_is_shown_with_those_that_run_the_same_block():
     lora = adapted(Stack(), target_modules=["up"])
     text = str(lora.show("layers.2.up", torch.randn(5, 4)))
     assert text.startswith("layers.2.up, in block_0, run by layers.0 … layers.3 (4 layers)")
+    assert str(lora.show("block_0")).startswith("layers.0, in block_0, run by layers.0")
+    with pytest.raises(SelectionError, match=r"'up'; nearest: layers\.0\.up, layers\.1\.up, "):
+        lora.show("up")
 
 
 def test_a_name_that_is_not_there_is_refused_with_the_nearest(shown):
     with pytest.raises(SelectionError, match="no pass, module or site called 'secnd'; nearest: second"):
         shown("secnd")
+    with pytest.raises(SelectionError, match="called 'x'; show\\(\\) lists the passes and graphs"):
+        shown("x")
+
+
+def test_on_a_terminal_long_lines_are_folded_below_their_marks(monkeypatch):
+    monkeypatch.setattr("lorafx.showing.text.width_of_terminal", lambda: 80)
+    lora = adapted(Chain(), target_modules=["second"], r=2).eval()
+    fused = str(lora.show("second", torch.randn(5, 4))).split("\nfuse_lora\n")[1].split("\n\n")[0].splitlines()
+    folds = [line for line in fused if line.startswith("        ")]
+    assert len(folds) >= 2 and max(map(len, fused)) <= 80 and " ".join(map(str.strip, folds)).endswith("3.0)")
 
 
 def test_without_a_graph_it_asks_for_a_call():

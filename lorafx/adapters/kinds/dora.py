@@ -33,6 +33,7 @@ class Dora(Lora):
 
     additive = False
     reads_weight = True
+    derives = False  # the norms of W + s B A are constants for backward
     # What LoRA can do because its change of the weight does not depend on the weight:
     fused = Kind.fused
     approach = Kind.approach

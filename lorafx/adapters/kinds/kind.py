@@ -131,6 +131,7 @@ class Kind:
     `config` is its config class, which also says its PEFT type. `additive` says that the kind adds a ΔW to the weight
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
+    `derives` says that backward gives the equation's derivative, and holds nothing in it fixed that moves.
     `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too. A kind with a name for
     `whole` has no equation: it trains copies of whole modules, which files have under that name.
     """
@@ -139,6 +140,7 @@ class Kind:
     additive: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
+    derives: ClassVar[bool] = True
     saves_embeddings: ClassVar[bool] = True
     whole: ClassVar[str] = ""
 

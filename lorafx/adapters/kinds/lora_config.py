@@ -112,6 +112,21 @@ class LoraConfig(AdapterConfig):
     they are written back unchanged.
 
     Raises `ConfigError` for a value of the wrong type or range, naming the field.
+
+    Attributes:
+        r: the rank: A is (r, in), B (out, r).
+        lora_alpha: α; what B A x gives is multiplied by α / r.
+        lora_dropout: the probability with which an entry of what A multiplies is dropped in training.
+        use_rslora: multiply by α / √r instead.
+        bias: which of the base's biases train: "none", "all", or "lora_only", those of the adapted layers.
+        lora_bias: whether B has a bias, too.
+        init_lora_weights: the start values. True: A at random, B zero. False: both at random, so that the adapter acts
+            at once. "gaussian": A normal. "pissa", "pissa_niter_4", "olora", "loftq": taken out of the base's weight.
+        rank_pattern: other ranks, by a regex that a module's name ends in.
+        alpha_pattern: other α, so too.
+        use_dora: train the norms of the weight's rows as well.
+        loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
+        trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
     """
 
     peft_type: str = "LORA"

@@ -163,16 +163,21 @@ function chosenLines(stage) {
 function drawLines() {
   const groups = compared(chosenLines(state.before), chosenLines(state.after));
   const rows = groups.reduce((all, group) => all + group.rows.length, 0);
-  return groups.map((group) => {
+  const boxes = groups.map((group) => {
     const count = group.rows.filter(changed).length;
-    const title = `${group.module || "(the graph itself)"}  ·  ${group.rows.length} lines${count ? `, ${count} changed` : ""}`;
+    const title = `${group.module || "(the graph itself)"}  ·  ${counted(group.rows.length, "line")}${count ? `, ${count} changed` : ""}`;
     const box = element("details", { class: `group ${count ? "changed" : ""}` }, element("summary", {}, title));
     const fill = () => { if (box.open && box.children.length === 1) box.append(...group.rows.map(pair)); };
     box.addEventListener("toggle", fill);
     if (rows <= OPEN || (count && groups.length <= OPEN)) { box.open = true; fill(); }
     return box;
   });
+  return [element("div", { class: "pair heads" }, ...stageNames().map((name) => element("div", {}, name))), ...boxes];
 }
+
+const counted = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+const stageNames = () => [state.before, state.after].map((stage) =>
+  stage ? `after ${data.stages[stage].name}${stage === last ? ", the last pass" : ""}` : "as captured");
 
 function pair(row) {
   return element("div", { class: "pair" }, cell(row.a, row.left), cell(row.b, row.right));
@@ -193,7 +198,9 @@ function drawGraphs() {
     if (row.left) marks.set(row.a, row.left);
     if (row.right) marks.set(row.b, row.right);
   }
-  return [element("div", { class: "graphs" }, ...stages.map((stage) => element("div", {}, picture(stage.own, stage.all, marks))))];
+  const names = stageNames();
+  return [element("div", { class: "graphs" }, ...stages.map((stage, i) =>
+    element("div", {}, element("h2", {}, names[i]), picture(stage.own, stage.all, marks))))];
 }
 
 function picture(own, all, marks) {
@@ -202,7 +209,7 @@ function picture(own, all, marks) {
   const inside = new Set(own), names = new Set(own.map((line) => line.name)), read = new Set(own.flatMap((line) => line.inputs));
   const around = all.filter((line) => !inside.has(line) && (read.has(line.name) || line.inputs.some((name) => names.has(name))));
   const graph = new dagre.graphlib.Graph().setGraph({ nodesep: 14, ranksep: 26 }).setDefaultEdgeLabel(() => ({}));
-  const shown = [...own, ...around.slice(0, DRAWN)];
+  const shown = [...own, ...around.slice(0, DRAWN)].filter((line) => !isSize(line));
   for (const line of shown) {
     const label = line.code.split("(")[0];
     graph.setNode(line.name, { line, label, width: 7 * Math.max(label.length, line.shape.length, 6) + 18, height: 36 });
@@ -211,6 +218,9 @@ function picture(own, all, marks) {
   dagre.layout(graph);
   return drawn(graph, inside, marks);
 }
+
+/** Numbers that say how large something is: edges from these to all that is reshaped would cross everything else. */
+const isSize = (line) => !line.shape && /^(input$|sym_size|.*_guards_fn\()/.test(line.code);
 
 function svg(tag, attributes = {}, text = "") {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -221,7 +231,9 @@ function svg(tag, attributes = {}, text = "") {
 
 function drawn(graph, inside, marks) {
   const { width, height } = graph.graph();
-  const root = svg("svg", { width: width + 20, height: height + 20, viewBox: `-10 -10 ${width + 20} ${height + 20}` });
+  const scale = Math.min(1, Math.max(0.5, ($("view").clientWidth / 2 - 40) / (width + 20))); // smaller could not be read
+  const root = svg("svg", { width: scale * (width + 20), height: scale * (height + 20),
+                            viewBox: `-10 -10 ${width + 20} ${height + 20}` });
   const arrow = svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" });
   arrow.append(svg("path", { d: "M0 0 L8 4 L0 8 z", class: "arrow" }));
   root.append(arrow);
@@ -260,11 +272,20 @@ function drawHeat() {
 function heatCell(heat, most) {
   if (!heat) return element("td");
   const share = Math.sqrt((heat.change ?? 0) / most);
-  const colour = heat.change === null ? "" : `background: hsl(14 85% ${96 - 36 * share}%)`;
+  const colour = heat.change === null ? "" : `background: hsl(14 ${share ? 85 : 0}% ${96 - 36 * share}%)`;
   const text = [`${heat.adapter}, ${heat.kind} at ${heat.site}`, heat.scaling === null ? "" : `scaling ${heat.scaling}`,
     ...Object.keys(heat.norms).map((name) => `${name}  (${heat.shapes[name].join(", ")})  norm ${heat.norms[name]?.toPrecision(4)}`)];
-  return hinted(element("td", { class: heat.change === null ? "" : "hot", style: colour }, heat.change?.toPrecision(3) ?? "–"),
-                text.filter(Boolean).join("\n"));
+  const shown = heat.change === null ? "–" : heat.change ? heat.change.toPrecision(3) : "0";
+  const cell = element("td", { class: heat.change === null ? "" : "hot", style: colour, onclick: () => show(placeOf(heat.site)) }, shown);
+  return hinted(cell, text.filter(Boolean).join("\n"));
+}
+
+/** Where the lines of a site are: in the part whose layer holds it, by the longest such path. */
+function placeOf(site) {
+  const held = partsOf(last).flatMap((part) => part.layers.map((layer) => ({ part, layer })))
+    .filter(({ layer }) => !layer || isWithin(layer, site)).sort((a, b) => b.layer.length - a.layer.length)[0];
+  const inside = held.layer ? site.slice(held.layer.length + 1) : site;
+  return { part: held.part.title, module: inside, tab: "lines" };
 }
 
 function drawFound() {
@@ -277,12 +298,11 @@ function drawFound() {
   }
   const shown = found.slice(0, DRAWN).map(({ part, line }) => {
     const row = cell(line, undefined);
-    row.style.cursor = "pointer";
     row.prepend(element("span", { class: "shape" }, `${part.title}  `));
     row.addEventListener("click", () => show({ part: part.title, module: line.module, search: "", tab: "lines" }));
     return element("div", { class: "pair found" }, row);
   });
-  return [element("h2", {}, `${found.length} lines`), ...shown];
+  return [element("h2", {}, counted(found.length, "line")), ...shown];
 }
 
 // --- hovering ------------------------------------------------------------------------------------------------------

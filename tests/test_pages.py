@@ -1,0 +1,66 @@
+"""The pages about tasks run from top to bottom, as a reader follows them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorafx import commands
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# ([\w-]+\.py)\n")  # the first line of a block that is a script to be started
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def follow(page: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Do what a page says, in the present folder; returns all that was printed.
+
+    Blocks of Python run one after another in one process, but for scripts, which are written to the file that their
+    first line names. Commands of a shell are run; of text, each line has to have been printed, where … stands for
+    anything. Blocks of `py` and `console` are for reading.
+    """
+    namespace: dict = {"__name__": "page"}
+    printed = ""
+    for kind, block in BLOCK.findall(page.read_text()):
+        if kind == "python" and (file := FILE.match(block)):
+            Path(file[1]).write_text(block)
+        elif kind == "python":
+            exec(compile(block, page.name, "exec"), namespace)
+        elif kind == "sh":
+            printed += "".join(map(run, block.splitlines()))
+        printed += capsys.readouterr().out
+        for line in block.splitlines() if kind == "text" else ():
+            pattern = ".*".join(map(re.escape, line.strip().split("…")))
+            assert re.search(pattern, printed), f"{page.name}: not printed: {line}\n{printed}"
+    return printed
+
+
+def run(line: str) -> str:
+    """Run a line of a shell; what it prints, if a process of its own does."""
+    first, *words = shlex.split(line, comments=True)
+    if first == "lorafx":
+        assert commands.run(words) == 0, line
+        return ""
+    assert first == "torchrun", line
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README", "trl", "classifier", "vision", "custom-model", "training-loop", "multi-gpu", "serving", "debugging"],
+)
+def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys, as_shipped):
+    monkeypatch.chdir(tmp_path)
+    follow(ROOT / f"docs/{page}.md", capsys)
