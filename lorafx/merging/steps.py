@@ -95,7 +95,6 @@ def _delta(source: Source, role: str, like: Tensor) -> LowRank | Tensor:
     return delta if isinstance(delta, LowRank) else delta.expand(like.shape)
 
 
-def _require_shape(source: Source, role: str, found: torch.Size, shape: torch.Size) -> None:
-    if found != shape:
-        path = source.site.weight if role == "weight" else source.site.bias
-        raise MergeError(f"{path}: adapter {source.adapter.name!r} would make {tuple(found)} of it")
+def _require_shape(source: Source, role: str, new: torch.Size, shape: torch.Size) -> None:
+    if new != shape:
+        raise MergeError(f"{getattr(source.site, role)}: adapter {source.adapter.name!r} would make {tuple(new)} of it")
