@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..model.adapted_model import AdaptedModel
 
 _LENGTH = 9  # of a sequence, and less than any model's
+_IMAGE = 64  # of a model that takes any size, as convolutional ones do
 
 
 def base_of(source: str) -> PreTrainedModel:
@@ -54,7 +55,7 @@ def example_call(model: Any, batch: int = 2, length: int = _LENGTH) -> dict[str,
     if name == "input_ids":
         return {name: ids} | decoder
     if name == "pixel_values":
-        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        size, channels = getattr(config, "image_size", _IMAGE), getattr(config, "num_channels", 3)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {name: torch.randn(batch, channels, height, width)} | decoder
     if name == "input_features" and hasattr(config, "max_source_positions"):  # Whisper takes this length alone
