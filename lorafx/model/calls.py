@@ -16,7 +16,8 @@ from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
 from .backward import prepare
-from .rows import NAMES, as_chosen, chosen, means_rows
+from .penalties import add_penalties
+from .rows import NAMES, as_chosen, chosen, means_rows, named
 from .state import State
 
 # What Dynamo says where somebody wants a graph of more than the adapted model.
@@ -45,10 +46,13 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
     context, choice = state.context, chosen_for(state)
+    names = state.acting
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, kwargs)
+        names = () if state.disabled else tuple(named(choice))
     result = dispatcher.serve(tree, context, path, args, kwargs)
     if not path:
+        add_penalties(tree, [state.adapters[name] for name in names if name not in context.merged], result)
         prepare(state, tree, result)
     return result
 

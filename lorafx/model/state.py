@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
+from ..adapters.kinds.adalora_allocator import Allocator
 from ..lowering.backend import Backend
 from ..merging.ledger import Ledger
 from ..pipeline import Context
@@ -22,7 +23,8 @@ class State:
 
     `base_requires_grad` has the base's flags by path, as they were before lorafx froze it. While the adapters are
     `disabled`, none acts, and `active` says which will when that is over. `compiled` has a dispatcher for each
-    torch.compile that somebody put around the model, with what that compiles with; a copy makes its own.
+    torch.compile that somebody put around the model, with what that compiles with; a copy makes its own. `allocators`
+    remember the training of adapters whose ranks are shared out, by name.
     """
 
     base: nn.Module
@@ -35,6 +37,7 @@ class State:
     said_no_dropout: bool = False  # that it was trained in evaluation mode
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
+    allocators: dict[str, Allocator] = field(default_factory=dict)
     configs: Configs = field(init=False)
     compiled: list[tuple[Callable[..., Any], Dispatcher]] = field(default_factory=list)
 

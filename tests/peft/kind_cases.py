@@ -228,8 +228,12 @@ def step(model: nn.Module, inputs: models.Call) -> tuple[Tensor, dict[str, Tenso
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a model of either library trains, by names that both share."""
-    return {_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """What a model of either library trains, by names that both share.
+
+    PEFT trains a number that it divides by, `ranknum`, and does not save it.
+    """
+    named = {_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: parameter for name, parameter in named.items() if ".ranknum." not in name}
 
 
 def _name(name: str) -> str:

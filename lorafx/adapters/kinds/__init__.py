@@ -12,6 +12,8 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .adalora import AdaLora
+from .adalora_config import AdaLoraConfig
 from .boft import Boft, BOFTConfig
 from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
@@ -84,7 +86,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
     *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens),
 ):
     register(_kind)
@@ -92,6 +94,7 @@ for _kind in (
 __all__ = [
     "KINDS",
     "SCALING",
+    "AdaLoraConfig",
     "BOFTConfig",
     "C3AConfig",
     "DeloraConfig",

@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ from ..low_rank import LowRank
 from ..readings import CONV1D, LINEAR, Operator
 from ..readings.reading import names_of
 from ..site import Selection, Site
+from .adalora_allocator import Allocator
 
 aten = torch.ops.aten
 SCALING = "scaling"  # the number that multiplies an update; a tensor once it was changed, see `adapter.scaled`
@@ -132,7 +133,8 @@ class Kind:
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
     `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too. A kind with a name for
-    `whole` has no equation: it trains copies of whole modules, which files have under that name.
+    `whole` has no equation: it trains copies of whole modules, which files have under that name. `about_values` are
+    fields of a config that only say something of the values, as which of them are zeros.
     """
 
     config: ClassVar[type[AdapterConfig]]
@@ -141,6 +143,7 @@ class Kind:
     starts_from_weight: ClassVar[bool] = False
     saves_embeddings: ClassVar[bool] = True
     whole: ClassVar[str] = ""
+    about_values: ClassVar[tuple[str, ...]] = ()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -206,6 +209,27 @@ class Kind:
         `tensors` are the adapter's, `start` those it began with, by the keys of a file. Returns the config and tensors.
         """
         raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
+
+    def filed(self, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The config and tensors that a file has of an adapter, where it leaves something out; tensors are by key."""
+        return config, dict(tensors)
+
+    def unfiled(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors of what a file has, by key; what does not fit stays as it is."""
+        return dict(tensors)
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def penalty(self, config: Any, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
+        """What is added to the loss that a call of the model gives while the adapter trains: one number, or None.
+
+        `sites` are the tensors at each site, by name.
+        """
+        return None
+
+    def allocator(self, config: Any) -> Allocator | None:
+        """What decides, step by step, which of the adapter's numbers are left; None for a kind that keeps all."""
+        return None
 
     # --- adapters made of others -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import ConfigError
 from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
@@ -148,8 +148,10 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    checks = _check_numbers, _check_flags, check_patterns, _check_not_implemented, _check_loftq
-    null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
+    # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
+    common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
+    checks = (*common_checks, check_patterns, _check_loftq)
+    null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
     def loftq(self) -> dict[str, int]:
