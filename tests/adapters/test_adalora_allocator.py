@@ -43,6 +43,7 @@ def test_importance_is_that_of_two_moving_averages():
             mean = 0.6 * mean + 0.4 * now
             spread = 0.7 * spread + 0.3 * (now - mean).abs()
         score = score + (mean * spread).mean(across)
+    torch.testing.assert_close(allocator._importance("one"), score, rtol=1e-12, atol=1e-12)
     kept = score > score.min()  # int((3 - 2) · (1 - 2/4)³ + 2) = 2
     assert left == {"one.lora_E": kept.tolist()}
     torch.testing.assert_close(at["lora_E"], start * kept[:, None], rtol=0, atol=0)
