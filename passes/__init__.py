@@ -28,6 +28,7 @@ from .restore_norm import RestoreNorm
 from .restore_rotary import RestoreRotary
 from .share_input import ShareInput
 from .split_reads import SplitReads
+from .sum_weights import SumWeights
 
 default = Pipeline(
     Canonicalize(),
@@ -52,6 +53,7 @@ default = Pipeline(
     FuseLoss(),
     ShareInput(),
     FuseDropout(),
+    SumWeights(),
     FoldScaling(),
     ChooseKernels(),
     CheckpointBlocks(),
@@ -84,5 +86,6 @@ __all__ = [
     "RestoreRotary",
     "ShareInput",
     "SplitReads",
+    "SumWeights",
     "default",
 ]

@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...ops import linear as _operator  # noqa: F401, defines it
+from ...ops.modes import autocast_dtype
 from ..combining import Combination
 from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
@@ -321,6 +323,20 @@ class Kind:
     def _delta(self, name: str, like: Tensor, at: Operands) -> Tensor:
         delta = self.delta(name, at)
         return (delta.dense() if isinstance(delta, LowRank) else delta).to(like.dtype)
+
+
+def summed(x: Tensor, at: Operands, update: Callable[[Operands], Tensor]) -> Tensor | None:
+    """x (W + ΔW)ᵀ + b by one product, for kinds that make their ΔW (out, in); in graphs the pass is `sum_weights`.
+
+    On tensors, for `Kind.fused`. None where the operator is another one, or where the sum would round too much.
+    """
+    weight, dtypes = at.bound.get("weight"), {x.dtype, *(tensor.dtype for tensor in at.tensors.values())}
+    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if at.operator is not LINEAR.operators[0] or floats not in ({torch.float32}, {torch.float64}):
+        return None
+    if weight is None or weight.dtype != x.dtype or autocast_dtype(x.device.type):
+        return None
+    return torch.ops.lorafx.linear.default(x, weight + update(at), at.bound["bias"])
 
 
 def require_linear(site: Site, config: AdapterConfig) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ..config import AdapterConfig, is_count, require, require_dropout
 from ..site import Selection, Site
-from .kind import Kind, Operands, Spec, require_linear
+from .kind import Kind, Operands, Spec, require_linear, summed
 
 aten = torch.ops.aten
 
@@ -104,6 +104,9 @@ class Bat(Miss):
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         weight = aten.type_as.default(at.matrix(at.weight), at.block)
         return aten.add.Tensor(y, at.full(x, _through(weight, at)))
+
+    def fused(self, x: Tensor, at: Operands) -> Tensor | None:
+        return summed(x, at, lambda at: _through(at.weight, at))
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
         return base + at.like_weight(_through(at.matrix(base), at))

@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ..config import AdapterConfig, is_count, require
 from ..default_targets import SHIRA_TARGETS
 from ..site import Site
-from .kind import Kind, Operands, Spec, require_linear
+from .kind import Kind, Operands, Spec, require_linear, summed
 
 aten = torch.ops.aten
 
@@ -59,6 +59,9 @@ class Shira(Kind):
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         return aten.add.Tensor(y, at.full(x, _sparse(at)))
+
+    def fused(self, x: Tensor, at: Operands) -> Tensor | None:
+        return summed(x, at, _sparse)
 
     def delta(self, name: str, at: Operands) -> Tensor:
         return at.like_weight(_sparse(at))
