@@ -16,6 +16,7 @@ from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
 from .backward import prepare
+from .bounds import keep_within_bounds
 from .penalties import add_penalties
 from .rows import NAMES, as_chosen, chosen, means_rows, named
 from .state import State
@@ -50,9 +51,11 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, kwargs)
         names = () if state.disabled else tuple(named(choice))
+    acting = [state.adapters[name] for name in names if name not in context.merged]
+    keep_within_bounds(tree, acting)
     result = dispatcher.serve(tree, context, path, args, kwargs)
     if not path:
-        add_penalties(tree, [state.adapters[name] for name in names if name not in context.merged], result)
+        add_penalties(tree, acting, result)
         prepare(state, tree, result)
     return result
 

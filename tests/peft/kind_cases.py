@@ -70,6 +70,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1))),
         (2, 4, 5, 6),
     ),
+    "square": (
+        lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 1, bias=False))),
+        (2, 4, 5, 6),
+    ),
     "conv3d": (
         lambda: Repeated(
             lambda: Pair(nn.Conv3d(4, 6, (1, 3, 1), padding=(0, 1, 0)), nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)))
@@ -171,6 +175,8 @@ CASES = {
         "linear", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2, "init_weights": False}, False
     ),
     "boft pointwise": KindCase("pointwise", "BOFTConfig", {"boft_block_size": 2}),
+    "boft square": KindCase("square", "BOFTConfig", {"boft_block_size": 2}),
+    "hra square": KindCase("square", "HRAConfig", {"r": 2}),
     "hra linear": KindCase("linear", "HRAConfig", {"r": 4}),
     "hra odd": KindCase("linear", "HRAConfig", {"r": 3}, starts_at_zero=False),
     "hra orthogonal": KindCase("linear", "HRAConfig", {"r": 3, "apply_GS": True}, starts_at_zero=False),

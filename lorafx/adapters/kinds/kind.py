@@ -183,6 +183,10 @@ class Kind:
         """The numbers of its equation; one called "scaling" can be changed while the adapter runs."""
         return {}
 
+    def needs_weight(self, site: Site) -> bool:
+        """Whether its equation at a site needs the dense weight: a kind may need it at some sites only."""
+        return self.reads_weight
+
     def takes_from_base(self, site: Site, config: Any) -> bool:
         """Whether the start values at a site are taken out of the base weight, which is left with the rest."""
         return False
@@ -228,6 +232,10 @@ class Kind:
         `sites` are the tensors at each site, by name.
         """
         return None
+
+    def bounded(self, config: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What tensors at a site are set to before a call and before merging, by name: those that are out of bounds."""
+        return {}
 
     def allocator(self, config: Any) -> Allocator | None:
         """What decides, step by step, which of the adapter's numbers are left; None for a kind that keeps all."""

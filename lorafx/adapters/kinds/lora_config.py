@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
+from ..config import AdapterConfig, defaults_of, is_count, is_number, require, require_regexes
 from .lora_start import is_taken
 
 # Fields that hold a config of their own.
@@ -17,13 +17,8 @@ _CONFIGS = (
 )
 
 
-def is_rank(value: Any) -> bool:
-    """Whether a field's value is a positive int."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _check_numbers(config: LoraConfig) -> None:
-    require(is_rank(config.r), "r", config.r, "a positive int")
+    require(is_count(config.r), "r", config.r, "a positive int")
     require(is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "a number")
     dropout = config.lora_dropout
     require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
@@ -42,7 +37,7 @@ def _check_flags(config: LoraConfig) -> None:
 def check_patterns(config: Any) -> None:
     """Raise `ConfigError` for a `rank_pattern` or `alpha_pattern` that is none."""
     for name, valid, expected in (
-        ("rank_pattern", is_rank, "a dict of module names to positive ints"),
+        ("rank_pattern", is_count, "a dict of module names to positive ints"),
         ("alpha_pattern", is_number, "a dict of module names to numbers"),
     ):
         value = getattr(config, name)
@@ -65,7 +60,7 @@ def _check_not_implemented(config: LoraConfig) -> None:
             value = getattr(config, name)
             # In PEFT's files an empty list, too, means that a field is not set.
             require(value is None or value in ([], ()) or fits(value), name, value, expected)
-    require(is_rank(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
+    require(is_count(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
     tied = config.ensure_weight_tying
     require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
 
@@ -79,7 +74,7 @@ def _check_loftq(config: LoraConfig) -> None:
     known = given.keys() <= {"loftq_bits", "loftq_iter"}
     require(known, "loftq_config", given, 'a dict of "loftq_bits" and "loftq_iter"')
     require(given.get("loftq_bits", 4) in (4, 8), "loftq_bits", given.get("loftq_bits"), "4 or 8, as in PEFT 0.21")
-    require(is_rank(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
+    require(is_count(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_number, require
+from ..config import AdapterConfig, is_count, is_number, require
 from ..low_rank import LowRank
 from ..site import Site
 from .kind import Kind, Operands
 from .lora import pattern_value, rank
-from .lora_config import check_patterns, is_rank
+from .lora_config import check_patterns
 
 aten = torch.ops.aten
 
 
 def _check(config: LycorisConfig) -> None:
-    require(is_rank(config.r), "r", config.r, "a positive int")
+    require(is_count(config.r), "r", config.r, "a positive int")
     require(is_number(config.alpha), "alpha", config.alpha, "a number")
     for name in ("rank_dropout", "module_dropout"):
         share = getattr(config, name)
