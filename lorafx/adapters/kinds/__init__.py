@@ -28,7 +28,7 @@ from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
-from .lora_with_tokens import LoraWithTokens
+from .lora_with_tokens import DoraWithTokens, LoraWithTokens
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
@@ -87,7 +87,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 for _kind in (
     *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens, DoraWithTokens),
 ):
     register(_kind)
 
