@@ -64,9 +64,8 @@ class LoraWithTokens(Kind):
             )
 
     def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
-        yield from self.beside.remarks(
-            Selection(tuple(s for s in selection if self._of(s, config)[0] is not TOKENS)), config
-        )
+        beside = Selection(tuple(site for site in selection if self._of(site, config)[0] is not TOKENS))
+        yield from self.beside.remarks(beside, config)
 
     def tensors(self, site: Site, config: LoraConfig) -> dict[str, Spec]:
         kind, own = self._of(site, config)
@@ -117,9 +116,7 @@ class DoraWithTokens(LoraWithTokens):
     def check(self, site: Site, config: LoraConfig) -> None:
         super().check(site, config)
         if site.tied and self._of(site, config)[0] is self.beside:
-            raise ConfigError(
-                f"{site.name} is tied to {site.tied[0]}, for which `use_dora` has no equation; exclude it"
-            )
+            raise ConfigError(f"{site.name} is tied to {site.tied[0]}, and `use_dora` is for one of both; exclude it")
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:
