@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...errors import ConfigError
-from ..config import is_count, is_number, require
+from ..config import is_number, require, require_counts, require_naturals
 from ..default_targets import ADALORA_TARGETS
 from .lora_config import LoraConfig
 
 
 def _check_schedule(config: AdaLoraConfig) -> None:
-    for name in ("init_r", "target_r", "deltaT", "total_step"):
-        require(is_count(getattr(config, name)), name, getattr(config, name), "a positive int")
-    for name in ("tinit", "tfinal"):
-        value = getattr(config, name)
-        require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, name, value, "an int from 0 on")
+    require_counts(config, "init_r", "target_r", "deltaT", "total_step")
+    require_naturals(config, "tinit", "tfinal")
     if config.tinit >= config.last_allocation:
         raise ConfigError(
             f"`tinit`={config.tinit} steps before and `tfinal`={config.tfinal} after leave none of `total_step`="

@@ -20,26 +20,22 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, is_count, is_number, require
+from ..config import AdapterConfig, require_bias, require_counts, require_dropouts, require_flags, require_naturals
 from ..site import Site
 from .kind import Operands, Spec
-from .oft import is_natural
 from .turning import Turning, columns, require_turnable
 
 aten = torch.ops.aten
 
 
 def _check(config: BOFTConfig) -> None:
-    for name in ("boft_block_size", "boft_block_num"):
-        require(is_natural(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+    require_naturals(config, "boft_block_size", "boft_block_num")
     if (config.boft_block_size == 0) == (config.boft_block_num == 0):
         raise ConfigError("one of `boft_block_size` and `boft_block_num` must be 0: the other says both")
-    factors, share = config.boft_n_butterfly_factor, config.boft_dropout
-    require(is_count(factors), "boft_n_butterfly_factor", factors, "a positive int")
-    require(is_number(share) and 0 <= share < 1, "boft_dropout", share, "a number in [0, 1)")
-    for name in ("fan_in_fan_out", "init_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    require(config.bias in ("none", "all", "boft_only"), "bias", config.bias, '"none", "all" or "boft_only"')
+    require_counts(config, "boft_n_butterfly_factor")
+    require_dropouts(config, "boft_dropout")
+    require_flags(config, "fan_in_fan_out", "init_weights")
+    require_bias(config, "boft_only")
 
 
 @dataclass(frozen=True, kw_only=True)

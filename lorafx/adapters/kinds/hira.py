@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require, require_dropout, require_patterns
+from ..config import AdapterConfig, is_count, require, require_counts, require_dropouts, require_patterns
 from ..readings import IN_PROJ
 from ..site import Site
 from .kind import Kind, Operands, Spec, summed
@@ -27,8 +27,8 @@ aten = torch.ops.aten
 
 
 def _check(config: HiraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    require_dropout("hira_dropout", config.hira_dropout)
+    require_counts(config, "r")
+    require_dropouts(config, "hira_dropout")
     fits = isinstance(config.init_weights, bool) or config.init_weights == "gaussian"
     require(fits, "init_weights", config.init_weights, 'True, False or "gaussian"')
     require_patterns(config, "rank_pattern", is_count, "positive ints")

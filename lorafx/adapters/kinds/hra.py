@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, is_count, require
+from ..config import AdapterConfig, require_bias, require_counts, require_flags
 from ..site import Selection, Site
 from .kind import Operands, Spec
 from .lycoris import kaiming
@@ -28,10 +28,9 @@ aten = torch.ops.aten
 
 
 def _check(config: HRAConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    for name in ("apply_GS", "init_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    require(config.bias in ("none", "all", "hra_only"), "bias", config.bias, '"none", "all" or "hra_only"')
+    require_counts(config, "r")
+    require_flags(config, "apply_GS", "init_weights")
+    require_bias(config, "hra_only")
 
 
 @dataclass(frozen=True, kw_only=True)

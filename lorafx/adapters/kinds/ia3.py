@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..combining import Combination
-from ..config import AdapterConfig, Names, is_strings, require, require_regexes
+from ..config import AdapterConfig, Names, is_strings, require, require_flags, require_regexes
 from ..default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
@@ -35,8 +35,7 @@ def _check(config: IA3Config) -> None:
         require_regexes(config, "feedforward_modules")
     elif isinstance(targets, tuple) and (others := sorted({*(feedforward or ())}.difference(targets))):
         raise ConfigError(f"`feedforward_modules` has {', '.join(others)}, which `target_modules` has not")
-    for name in ("fan_in_fan_out", "init_ia3_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require_flags(config, "fan_in_fan_out", "init_ia3_weights")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, defaults_of, is_count, is_number, require, require_regexes
+from ..config import (
+    AdapterConfig,
+    defaults_of,
+    is_count,
+    is_number,
+    require,
+    require_bias,
+    require_counts,
+    require_dropouts,
+    require_flags,
+    require_regexes,
+)
 from .lora_start import is_taken
 
 # Fields that hold a config of their own.
@@ -18,20 +29,18 @@ _CONFIGS = (
 
 
 def _check_numbers(config: LoraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     require(is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "a number")
-    dropout = config.lora_dropout
-    require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
+    require_dropouts(config, "lora_dropout")
 
 
 def _check_flags(config: LoraConfig) -> None:
-    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require_flags(config, "use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora")
     init = config.init_lora_weights
     require(isinstance(init, (bool, str)), "init_lora_weights", init, "True, False or a name")
     if config.lora_bias and not isinstance(init, bool):
         raise ConfigError(f"`lora_bias` needs `init_lora_weights` True or False, not {init!r}, as in PEFT")
-    require(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
+    require_bias(config, "lora_only")
 
 
 def check_patterns(config: Any) -> None:
@@ -60,9 +69,8 @@ def _check_not_implemented(config: LoraConfig) -> None:
             value = getattr(config, name)
             # In PEFT's files an empty list, too, means that a field is not set.
             require(value is None or value in ([], ()) or fits(value), name, value, expected)
-    require(is_count(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
-    tied = config.ensure_weight_tying
-    require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
+    require_counts(config, "qalora_group_size")
+    require_flags(config, "ensure_weight_tying")
 
 
 def _check_loftq(config: LoraConfig) -> None:

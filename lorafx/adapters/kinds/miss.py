@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require, require_dropout
+from ..config import AdapterConfig, require, require_bias, require_counts, require_dropouts
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec, require_linear, summed
 
@@ -29,12 +29,11 @@ aten = torch.ops.aten
 
 
 def _check(config: MissConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    require(is_count(config.mini_r), "mini_r", config.mini_r, "a positive int")
-    require_dropout("miss_dropout", config.miss_dropout)
+    require_counts(config, "r", "mini_r")
+    require_dropouts(config, "miss_dropout")
     fits = isinstance(config.init_weights, bool) or config.init_weights in ("bat", "mini")
     require(fits, "init_weights", config.init_weights, 'True, False, "bat" or "mini"')
-    require(config.bias in ("none", "all", "MiSS_only"), "bias", config.bias, '"none", "all" or "MiSS_only"')
+    require_bias(config, "MiSS_only")
 
 
 @dataclass(frozen=True, kw_only=True)

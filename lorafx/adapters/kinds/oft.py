@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, is_count, is_number, require
+from ..config import (
+    AdapterConfig,
+    is_number,
+    require,
+    require_bias,
+    require_counts,
+    require_dropouts,
+    require_flags,
+    require_naturals,
+)
 from ..site import Selection, Site
 from .kind import Operands, Spec
 from .turning import Turning, columns, require_turnable
@@ -27,25 +36,17 @@ from .turning import Turning, columns, require_turnable
 aten = torch.ops.aten
 
 
-def is_natural(value: Any) -> bool:
-    """Whether a field's value is an int that is not negative."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _check(config: OFTConfig) -> None:
-    for name in ("r", "oft_block_size"):
-        require(is_natural(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+    require_naturals(config, "r", "oft_block_size")
     if (config.r == 0) == (config.oft_block_size == 0):
         raise ConfigError(
             "one of `r` and `oft_block_size` must be 0: the other, the number or size of blocks, says both"
         )
-    for name in ("fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    share, terms = config.module_dropout, config.num_cayley_neumann_terms
-    require(is_number(share) and 0 <= share < 1, "module_dropout", share, "a number in [0, 1)")
-    require(is_number(config.eps), "eps", config.eps, "a number")
-    require(is_count(terms), "num_cayley_neumann_terms", terms, "a positive int")
-    require(config.bias in ("none", "all", "oft_only"), "bias", config.bias, '"none", "all" or "oft_only"')
+    require_flags(config, "fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann")
+    require_dropouts(config, "module_dropout")
+    require(is_number(config.eps) and config.eps > 0, "eps", config.eps, "a number above 0")
+    require_counts(config, "num_cayley_neumann_terms")
+    require_bias(config, "oft_only")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require
+from ..config import AdapterConfig, require, require_counts
 from ..default_targets import SHIRA_TARGETS
 from ..site import Site
 from .kind import Kind, Operands, Spec, require_linear, summed
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def _check(config: ShiraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     seed = config.random_seed
     require(seed is None or (isinstance(seed, int) and not isinstance(seed, bool)), "random_seed", seed, "an int")
     require(isinstance(config.mask_type, str), "mask_type", config.mask_type, "a string")
