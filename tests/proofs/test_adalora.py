@@ -72,6 +72,7 @@ def test_a_loss_has_the_penalty_while_the_adapter_acts_and_trains(capture: str):
     randomize(lora)
     found = lora(x)
     torch.testing.assert_close(found.loss, found.logits.square().mean() + 0.5 * distance(lora), **CLOSE)
+    assert found["loss"] is found.loss  # as trainers read it
     given = torch.autograd.grad(found.logits.square().mean() + 0.5 * distance(lora), lora.net.up.lora_B.default)
     lora(x).loss.backward()
     torch.testing.assert_close(lora.net.up.lora_B.default.grad, given[0], **CLOSE)
@@ -95,6 +96,7 @@ def test_rows_add_the_penalties_of_the_adapters_that_they_choose():
     lora.add_adapter("lora", lorafx.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
     found = lora(x, adapter_names=["default", "lora", "__base__"])
     torch.testing.assert_close(found.loss, found.logits.square().mean() + 0.5 * distance(lora), **CLOSE)
+    torch.testing.assert_close(found.logits[:1], lora(x[:1]).logits, **CLOSE)
     plain = lora(x, adapter_names=["lora", "lora", "__base__"])
     assert torch.equal(plain.loss, plain.logits.square().mean())
 
