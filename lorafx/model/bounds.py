@@ -12,7 +12,6 @@ from ..adapters.kinds import Kind
 from .penalties import tensors_by_name
 
 
-@torch.no_grad()
 def keep_within_bounds(tree: nn.Module, adapters: Iterable[Adapter]) -> None:
     """Write to tensors of these adapters what their kinds bring them back to, in place; most kinds have no bounds.
 
@@ -20,7 +19,12 @@ def keep_within_bounds(tree: nn.Module, adapters: Iterable[Adapter]) -> None:
     """
     for adapter in adapters:
         if type(adapter.kind).bounded is not Kind.bounded:
-            for site in adapter.tensors:
-                tensors = tensors_by_name(tree, adapter, site)
-                for name, value in adapter.kind.bounded(adapter.config, tensors).items():
-                    tensors[name].copy_(value)
+            _bring_back(tree, adapter)
+
+
+@torch.no_grad()
+def _bring_back(tree: nn.Module, adapter: Adapter) -> None:
+    for site in adapter.tensors:
+        tensors = tensors_by_name(tree, adapter, site)
+        for name, value in adapter.kind.bounded(adapter.config, tensors).items():
+            tensors[name].copy_(value)

@@ -43,9 +43,8 @@ def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dispatcher = state.dispatcher_within(compiler_in_charge())
     if (interpreter := SiteInterpreter.running(tree)) is not None:
-        return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
+        return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
     context, choice = state.context, chosen_for(state)
     names = state.acting
     if choice is not None:
@@ -53,7 +52,7 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
         names = () if state.disabled else tuple(named(choice))
     acting = [state.adapters[name] for name in names if name not in context.merged]
     keep_within_bounds(tree, acting)
-    result = dispatcher.serve(tree, context, path, args, kwargs)
+    result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
     if not path:
         add_penalties(tree, acting, result)
         prepare(state, tree, result)
@@ -70,16 +69,14 @@ class PartCall:
     lorafx = True
 
     def __init__(self, tree: nn.Module, path: str):
-        self.tree, self.path = tree, path
-        self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+        self.tree, self.path, self.module = tree, path, innermost(module_at(tree, path))
+        self.replaced = {k: v for k, v in vars(self.module).items() if k == "forward"}
         show_own_forward(self.module, self.replaced.get("forward"))
 
-    @property
-    def module(self) -> nn.Module:
-        """The part."""
-        return innermost(module_at(self.tree, self.path))
-
+    @not_traced(WITHIN_DYNAMO)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if NAMES not in kwargs and (interpreter := SiteInterpreter.running(self.tree)) is not None:
+            return interpreter.step_into(interpreter, self.path, self.module, args, kwargs)
         show_own_forward(self.module, self.replaced.get("forward"))
         return serve(self.tree, self.path, args, kwargs)
 

@@ -16,7 +16,6 @@ from ..torch_private.tensors import in_backward
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
-from ..tree.wrappers import innermost
 from .adapter_hooks import call_with_hooks, hooked_copy
 from .call_key import CallKey
 from .per_site import SiteInterpreter
@@ -105,28 +104,31 @@ class SitePolicy:
     # --- parts of a call that goes by sites --------------------------------------------------------------------------
 
     def step_into(
-        self, interpreter: SiteInterpreter, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], serve: Serve
+        self,
+        interpreter: SiteInterpreter,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        serve: Serve,
     ) -> Any:
         """Run the own Python of a part that the running model calls.
 
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
-        tree = interpreter.tree
         if interpreter.early:
             self._early.add(path)
         else:
             self._interpreted.add((path, interpreter.state.layout))
         if (result := interpreter.run_site(path, args, kwargs)) is not NotImplemented:
             return result
-        if has_copies_among_children(module_at(tree, path)):
+        if has_copies_among_children(module):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             try:
-                hooked = interpreter.state.hooked_adapters
-                copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
-                forward = own_forward(innermost(module_at(tree, path)))
-                if copy:
-                    forward = partial(call_with_hooks, module_at(tree, copy), forward)
+                forward = own_forward(module)
+                if hooked := interpreter.state.hooked_adapters:
+                    forward = self._with_hooks(interpreter, path, forward, hooked)
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
                 inside = {*self._early, *(other for other, _ in self._interpreted)}
@@ -136,5 +138,13 @@ class SitePolicy:
         if interpreter.rows is not None:
             raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made
+        interpreter.see_all()
         with interpreter.suspended():
-            return serve(tree, interpreter.context, path, args, kwargs)
+            return serve(interpreter.tree, interpreter.context, path, args, kwargs)
+
+    def _with_hooks(
+        self, interpreter: SiteInterpreter, path: str, forward: Callable[..., Any], hooked: tuple[str, ...]
+    ) -> Callable[..., Any]:
+        """A part's forward with the hooks of the adapters' own copy of the part, if somebody hooks that."""
+        copy = hooked_copy(interpreter.context.adapters, hooked, path)
+        return partial(call_with_hooks, module_at(interpreter.tree, copy), forward) if copy else forward

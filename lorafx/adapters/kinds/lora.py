@@ -46,7 +46,7 @@ class Lora(Kind):
     def fused(self, x: Any, at: Operands) -> Any | None:
         if at.operator is not LINEAR.operators[0] or "lora_bias" in at.tensors:
             return None
-        weight, a, b, s = at.bound["weight"], at.lora_A, at.lora_B, at.scaling
+        weight, a, b, s = at.bound["weight"], at.tensors["lora_A"], at.tensors["lora_B"], at.numbers["scaling"]
         if not x.dtype == weight.dtype == a.dtype == b.dtype or autocast_dtype(x.device.type) not in (None, x.dtype):
             return None
         if isinstance(s, Tensor):
