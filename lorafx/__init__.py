@@ -1,6 +1,7 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
 from . import errors, passes  # type: ignore[attr-defined]
+from .adapters.kinds.adalora_config import AdaLoraConfig
 from .adapters.kinds.boft import BOFTConfig
 from .adapters.kinds.c3a import C3AConfig
 from .adapters.kinds.delora import DeloraConfig
@@ -59,6 +60,7 @@ from .pipeline import Context, Pass, Pipeline
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoraConfig",
     "Adaptation",
     "AdaptedModel",
     "BOFTConfig",

@@ -29,6 +29,7 @@ from .restore_norm import RestoreNorm
 from .restore_rotary import RestoreRotary
 from .share_input import ShareInput
 from .split_reads import SplitReads
+from .sum_weights import SumWeights
 
 default = Pipeline(
     Canonicalize(),
@@ -54,6 +55,7 @@ default = Pipeline(
     FuseLoss(),
     ShareInput(),
     FuseDropout(),
+    SumWeights(),
     FoldScaling(),
     ChooseKernels(),
     CheckpointBlocks(),
@@ -87,5 +89,6 @@ __all__ = [
     "RestoreRotary",
     "ShareInput",
     "SplitReads",
+    "SumWeights",
     "default",
 ]

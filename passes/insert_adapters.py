@@ -105,7 +105,7 @@ class InsertAdapters(Pass):
 def _require_own_weight(base: Node, site: Site, adapter: Adapter, merged: frozenset[str]) -> None:
     """Raise `ConfigError` for a kind that needs the weight where another adapter has changed what that is."""
     inside = [name for name in base.meta.get(ADAPTED_BY, ()) if name not in merged]
-    if adapter.kind.reads_weight and inside and adapter.name not in merged:
+    if adapter.kind.needs_weight(site) and inside and adapter.name not in merged:
         raise ConfigError(
             f"site {site.name}: {adapter.name!r} needs the weight, and {', '.join(inside)} inside of it "
             "changes what that is; activate it first"

@@ -52,6 +52,10 @@ def test_the_table_of_kinds_has_a_row_for_each():
     assert all(hasattr(lorafx, name) for name, _ in known)
 
 
+def test_the_page_of_kinds_trains_one_with_its_allocation():
+    exec(compile("\n".join(blocks(ROOT / "docs/kinds.md")), "kinds.md", "exec"), {"__name__": "page"})
+
+
 @pytest.mark.slow
 def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

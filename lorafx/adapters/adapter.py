@@ -265,8 +265,8 @@ def _require_numbers(root: nn.Module, selection: Selection) -> None:
 
 def _require_weights(kind: Kind, selection: Selection, config: AdapterConfig) -> None:
     """Raise `ConfigError` for a kind that needs the base's weight where nobody but the module can read it."""
-    needed = kind.reads_weight or kind.starts_from_weight
-    hidden = [site for site in selection if needed and not site.storage.readable]
+    needed = [site for site in selection if kind.needs_weight(site) or kind.starts_from_weight]
+    hidden = [site for site in needed if not site.storage.readable]
     if hidden:
         raise ConfigError(
             f"{config.peft_type} computes with the base's weight, and that of {hidden[0].name} (stored as "

@@ -174,6 +174,31 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def require_counts(config: AdapterConfig, *names: str) -> None:
+    """Raise `ConfigError` unless each field is a positive int."""
+    for name in names:
+        require(is_count(getattr(config, name)), name, getattr(config, name), "a positive int")
+
+
+def require_naturals(config: AdapterConfig, *names: str) -> None:
+    """Raise `ConfigError` unless each field is an int that is not negative."""
+    for name in names:
+        value = getattr(config, name)
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        require(fits, name, value, "an int that is not negative")
+
+
+def require_flags(config: AdapterConfig, *names: str) -> None:
+    """Raise `ConfigError` unless each field is True or False."""
+    for name in names:
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+
+
+def require_bias(config: Any, adapted: str) -> None:
+    """Raise `ConfigError` unless `bias` says which biases train; `adapted` is PEFT's word for adapted modules'."""
+    require(config.bias in ("none", "all", adapted), "bias", config.bias, f'"none", "all" or "{adapted}"')
+
+
 def require_patterns(config: AdapterConfig, name: str, fits: Callable[[Any], bool], expected: str) -> None:
     """Raise `ConfigError` unless a field maps regexes of module names to values that fit."""
     value = getattr(config, name)
@@ -182,9 +207,11 @@ def require_patterns(config: AdapterConfig, name: str, fits: Callable[[Any], boo
     require_regexes(config, name)
 
 
-def require_dropout(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless a field holds a probability of dropping something."""
-    require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
+def require_dropouts(config: AdapterConfig, *names: str) -> None:
+    """Raise `ConfigError` unless each field is a probability of dropping something."""
+    for name in names:
+        value = getattr(config, name)
+        require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
 
 
 def is_strings(value: Any) -> bool:

@@ -57,6 +57,16 @@ IA3_FEEDFORWARD = {
     model_type: tuple(name for name in targets if name in _FEEDFORWARD) for model_type, targets in IA3_TARGETS.items()
 }
 
+_AS_LORA = "gpt2 gpt_bigcode bloom gpt_neox gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3 bert deberta"
+ADALORA_TARGETS = {name: DEFAULT_TARGETS[name] for name in (*_AS_LORA.split(), "gemma4", "nemotron_h")} | _by_type(
+    {
+        "t5": ("q", "k", "v", "o", "wi", "wo"),
+        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+        "bart opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        "roberta": ("query", "key", "value", "dense"),
+        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+    }
+)
 VERA_TARGETS = DEFAULT_TARGETS | {"phi": ("q_proj", "v_proj")}
 SHIRA_TARGETS = VERA_TARGETS
 FOURIERFT_TARGETS = DEFAULT_TARGETS | _by_type({"gpt2 gpt_bigcode": ("mlp.c_proj",)})

@@ -185,7 +185,7 @@ class Equation:
         numbers: dict[str, Any] = self.numbers
         if scaling is not None:  # a copy, so that the scale may change between forward and backward
             numbers = numbers | {SCALING: aten.clone.default(scaling)}
-        weight = site.storage.read(site.weight_shape, bound) if kind.reads_weight else None
+        weight = site.storage.read(site.weight_shape, bound) if kind.needs_weight(site) else None
         return Operands(site, self.adapter.config, tensors, numbers, self.operator, bound, training, weight)
 
     @functools.cached_property

@@ -52,7 +52,8 @@ def put(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -> None
 
 def differences(known: Adapter, found: Adapter, sizes: bool = True) -> list[str]:
     """The fields of their configs, but for sites and tensors, in which two adapters differ; with those about sizes."""
-    ignored = _ORIGIN | _START | _NAMES | (set() if sizes else set(known.kind.sized(known.config)))
+    about_sizes = set() if sizes else set(known.kind.sized(known.config))
+    ignored = _ORIGIN | _START | _NAMES | {*known.kind.about_values} | about_sizes
     old, new = (a.config.to_dict() for a in (known, found))
     return [key for key in old if key not in ignored and old[key] != new.get(key)]
 

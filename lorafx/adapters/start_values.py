@@ -36,7 +36,7 @@ def start_values(
     takes = kind.takes_from_base(site, config)
     where = torch.device("meta" if device == "meta" else "cpu")  # the same random numbers, whatever the device
     weight, stored, dtype = None, {}, torch.float32
-    if from_weight and (takes or kind.reads_weight or kind.starts_from_weight):
+    if from_weight and (takes or kind.needs_weight(site) or kind.starts_from_weight):
         stored = site.storage.stored(root.get_submodule(site.module), site.parameter)
         weight = site.storage.dense(stored).detach()
         if weight.is_meta and (takes or where.type != "meta"):

@@ -150,7 +150,8 @@ def _require_like(what: str, found: Tensor, shape: tuple[int, ...], floating: bo
 
 def _rank_hint(config: AdapterConfig, shape: tuple[int, ...], found: Tensor) -> str:
     """What to say of a shape that is another where the config's rank stands."""
-    ranks = {getattr(config, "r", None), *getattr(config, "rank_pattern", {}).values()}
+    of_modules = (getattr(config, "rank_pattern", None) or {}).values()
+    ranks = {getattr(config, "r", None), *(rank for rank in of_modules if isinstance(rank, int))}
     differing = [(wanted, size) for wanted, size in zip(shape, found.shape) if wanted != size]
     if len(shape) != found.dim() or not differing or any(wanted not in ranks for wanted, _ in differing):
         return ""
@@ -182,7 +183,8 @@ def fit(
         for site in adapter.selection
         for spec in adapter.specs(site).values()
     }
-    found = replace(found, tensors=_without_repeats(adapter, found.tensors))
+    whole = adapter.kind.unfiled(adapter.config, _without_repeats(adapter, found.tensors))
+    found = replace(found, tensors=whole)
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()

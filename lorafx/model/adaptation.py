@@ -15,6 +15,7 @@ from ..pipeline import Context
 from ..serving.early_calls import EarlyCalls
 from ..serving.programs import Program
 from ..tree.mirror import STATE
+from .allocation import Allocation
 from .graphs import Graphs
 from .hotswap import HotSwap
 from .like_peft import LikePeft
@@ -24,7 +25,7 @@ from .trainers import Trainable
 from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Weighted, HotSwap, Saving, Trainable, Graphs):
+class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

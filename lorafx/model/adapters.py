@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +90,19 @@ class Adapters(Scales):
             known = used(self._require_unmerged(adapter_name, "loading other values into it"))
             require_same(known, adapter)
             put(self.tree, known, values)
+            self._take_config(adapter)
         else:
             self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
         copy_into(self.tree, embeddings)
         if not is_trainable and any(module.training for module in own_modules(self.tree)):
             self.tree.eval()  # which visits the modules of all adapters
         return LoadResult([], [])
+
+    def _take_config(self, found: Adapter) -> None:
+        """Have the adapter of this name say of its values what one says whose values it has taken."""
+        known = self._lorafx.adapters[found.name]
+        said = {name: getattr(found.config, name) for name in known.kind.about_values}
+        self._lorafx.adapters[found.name] = replace(known, config=known.config.replace(**said))
 
     def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> Rests:
         """Put an adapter on the model; returns what is to be left of the base's weights, see `build`."""
@@ -177,6 +185,7 @@ class Adapters(Scales):
         for adapter in adapters:
             remove(self.tree, adapter)
             del state.adapters[adapter.name]
+            state.allocators.pop(adapter.name, None)
             state.first.pop(adapter.name, None)
             for dispatcher in state.dispatchers:
                 dispatcher.forget(adapter.name)

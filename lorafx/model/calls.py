@@ -18,7 +18,9 @@ from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
 from .backward import prepare
-from .rows import NAMES, as_chosen, chosen, means_rows
+from .bounds import keep_within_bounds
+from .penalties import add_penalties
+from .rows import NAMES, as_chosen, chosen, means_rows, named
 from .state import State
 
 # What Dynamo says where somebody wants a graph of more than the adapted model.
@@ -49,10 +51,15 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
     context, choice = state.context, chosen_for(state)
+    names = state.acting
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, kwargs)
+        names = () if state.disabled else tuple(named(choice))
+    acting = [state.adapters[name] for name in names if name not in context.merged]
+    keep_within_bounds(tree, acting)
     result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
     if not path:
+        add_penalties(tree, acting, result)
         prepare(state, tree, result)
     return result
 

@@ -17,6 +17,7 @@ from ..merging.ledger import Ledger
 from ..progress import announced
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
+from .bounds import keep_within_bounds
 from .part import Part
 
 
@@ -47,6 +48,7 @@ class Merges(Part):
         for adapter in adapters:
             adapter.require_in_place(self.tree)
             require_not_packed_since(self.tree, adapter.selection)
+        keep_within_bounds(self.tree, adapters)
         acting = (*self._lorafx.context.adapters, *adapters)
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         with contextlib.nullcontext() if how.get("progressbar") else announced("merging"):

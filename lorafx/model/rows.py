@@ -32,7 +32,7 @@ def chosen(state: State, names: Any, repeats: bool = False) -> Choice:
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
         raise AdapterError(f"{NAMES} is a list with the name of an adapter for each row of the batch, not {names!r}")
     choice = Choice(state, tuple(None if name == BASE else name for name in names), repeats)
-    wanted = _wanted(choice)
+    wanted = named(choice)
     if missing := [name for name in wanted if name not in state.adapters]:
         known = ", ".join(map(repr, (*state.adapters, BASE)))
         raise AdapterError(f"{NAMES}: there is no adapter {', '.join(map(repr, missing))}; rows can choose {known}")
@@ -51,7 +51,7 @@ def chosen(state: State, names: Any, repeats: bool = False) -> Choice:
     return choice
 
 
-def _wanted(choice: Choice) -> list[str]:
+def named(choice: Choice) -> list[str]:
     return list(dict.fromkeys(name for name in choice.names if name is not None))
 
 
@@ -62,7 +62,7 @@ def as_chosen(
     state: State = choice.state
     first = first_tensor((*args, *kwargs.values()))
     repeats = _repeats(choice, first)
-    wanted = _wanted(choice)
+    wanted = named(choice)
     if state.disabled or not state.adapters:
         return state.context, kwargs
     if any(state.adapters[name].replaced for name in wanted):  # then all rows have the same

@@ -94,7 +94,10 @@ class Saving(Merges):
         """What to write of an adapter: one for the base as it was if there is the adapter's `start`."""
         embeddings = self._embeddings_to_save(adapter, save_embedding_layers, given)
         tensors = checkpoint.gather(self.tree, adapter, embeddings, values)
-        return (adapter, tensors) if start is None else _since(adapter, tensors, start, self.tree)
+        if start is not None:
+            return _since(adapter, tensors, start, self.tree)
+        config, left = adapter.kind.filed(adapter.config, tensors)
+        return replace(adapter, config=config), left
 
     def adapter_state_dict(
         self, adapter_name: str = "default", state_dict: Mapping[str, Tensor] | None = None
@@ -123,6 +126,7 @@ class Saving(Merges):
         adapter = used(self._require_unmerged(adapter_name, "loading other values into it"))
         paths, own = checkpoint.keys(adapter), self.adapter_state_dict(adapter_name)
         expected = {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}
+        values = adapter.kind.unfiled(adapter.config, values)
         given = checkpoint.Checkpoint(Path("state_dict"), adapter.config, values)
         embeddings = checkpoint.check(given, expected, self.tree)
         put(self.tree, adapter, {path: values[key] for key, path in paths.items()})

@@ -20,10 +20,9 @@ from ..serving.dispatcher import Dispatcher
 class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
-    `base_requires_grad` has the base's flags by path, as they were before lorafx froze it. While the adapters are
-    `disabled`, none acts, and `active` says which will when that is over. `trained` are those that lorafx has let train
-    and not frozen since: of thousands, few have to be looked at when others become active. `compiled` has a dispatcher
-    for each torch.compile that somebody put around the model, with what that compiles with; a copy makes its own.
+    `base_requires_grad` has the base's flags by path, before lorafx froze it. While the adapters are `disabled`, none
+    acts, and `active` says which will when that is over. `trained` are those that lorafx has let train and not frozen
+    since. `compiled` has a dispatcher for each torch.compile around the model; a copy makes its own.
     """
 
     base: nn.Module
@@ -39,6 +38,7 @@ class State:
     said_nothing_trains: bool = False  # that it was called in train mode with adapters that do not
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
+    allocators: dict[str, Any] = field(default_factory=dict)  # of adapters whose ranks training shares out
     configs: Configs = field(init=False)
     compiled: list[tuple[Callable[..., Any], Dispatcher]] = field(default_factory=list)
 

@@ -70,7 +70,10 @@ class Trainable(Part):
 
 
 class Inner:
-    """A model's inner model, with `model` as one more attribute: in PEFT `base_model.model` is the whole base model."""
+    """A model's inner model, with `model` as one more attribute: in PEFT `base_model.model` is the whole base model.
+
+    What the inner model lacks is the model's, as `base_model.update_and_allocate` and `base_model.set_adapter`.
+    """
 
     def __init__(self, inner: nn.Module, model: nn.Module):
         vars(self).update(inner=inner, model=model)
@@ -80,7 +83,8 @@ class Inner:
         return type(self.inner)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["inner"], name)
+        inner, model = vars(self)["inner"], vars(self)["model"]
+        return getattr(inner if hasattr(inner, name) else model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.inner, name, value)

@@ -167,7 +167,7 @@ class Direct:
             equations = [Equation(*each, operator, names) for each in around]
             # A kind that needs the weight must be innermost: a graph says so.
             several = len(equations) > 1 and self.rows is None
-            unclear = several and any(each.adapter.kind.reads_weight for each in equations)
+            unclear = several and any(each.adapter.kind.needs_weight(each.site) for each in equations)
             if not unclear and not any(each.is_impossible for each in equations):
                 evaluations = tuple(Evaluation.of(self.tree, each) for each in equations)
                 yield Read(operator, arguments, names, evaluations, any(each.asks_whose for each in equations))

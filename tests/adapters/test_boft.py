@@ -70,7 +70,7 @@ def test_a_wrong_field_is_refused(changes, message):
         (nn.Linear(10, 3), {}, "0 has 10 inputs, which are no whole number of blocks"),
         (nn.Linear(12, 3), {"boft_n_butterfly_factor": 2}, "0 has 12 inputs"),
         (nn.Embedding(8, 3), {}, "0 is an embedding"),
-        (nn.Conv2d(8, 3, 3), {}, "0 is a convolution with a kernel"),
+        (nn.Conv2d(8, 4, 3, groups=2), {}, "0 is a convolution of 2 groups"),
     ],
 )
 def test_what_it_cannot_act_on_is_refused(layer, changes, message):

@@ -25,7 +25,7 @@ def test_what_changes_the_model_from_the_start_is_said_and_finite(changes):
 @pytest.mark.parametrize(
     ("layer", "changes", "message"),
     [
-        (nn.Conv2d(4, 6, 3), {}, "0 is a convolution with a kernel or groups"),
+        (nn.Conv2d(4, 6, 3, groups=2), {}, "0 is a convolution of 2 groups"),
         (nn.Embedding(4, 6), {}, "0 is an embedding, for which there is no HRA"),
         (nn.Linear(4, 6), {"apply_GS": True}, "0 has 4 inputs"),
     ],

@@ -1,5 +1,8 @@
 """(IA)³ where PEFT has no answer, or another; the rest is held to PEFT's in tests/peft/test_kinds.py."""
 
+import copy
+
+import peft
 import pytest
 import torch
 from torch import nn
@@ -89,3 +92,25 @@ def test_a_wrong_field_is_refused(changes, message):
 def test_what_it_cannot_act_on_is_refused(layer, changes, message):
     with pytest.raises(ConfigError, match=message):
         lorafx.compile(nn.Sequential(layer), lorafx.IA3Config(target_modules=["0"], **changes))
+
+
+def test_several_are_combined_as_in_peft():
+    fields = {"target_modules": ["0", "1"], "feedforward_modules": ["1"], "init_ia3_weights": False}
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).double(), torch.randn(4, 5, dtype=torch.float64)
+    lora = lorafx.compile(model, lorafx.IA3Config(**fields), adapter_name="a", capture="sites")
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.IA3Config(**fields), "a")
+    lora.add_adapter("b", lorafx.IA3Config(**fields))
+    theirs.add_adapter("b", peft.IA3Config(**fields))
+    values = {name: tensor for name, tensor in lora.state_dict().items() if "ia3_l" in name}
+    theirs.base_model.model.load_state_dict(values, strict=False)
+    theirs.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum")
+    theirs.set_adapter("sum")
+    for how in ("linear", "svd"):  # the latter is what LoRA's is by default
+        lora.add_weighted_adapter(["a", "b"], [0.7, -0.4], how, how)
+        lora.set_adapter(how)
+        torch.testing.assert_close(lora(x), theirs(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ConfigError, match="by \"linear\", not 'cat'"):
+        lora.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
+    lora.add_adapter("other", lorafx.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    with pytest.raises(ConfigError, match="adapt the same modules"):
+        lora.add_weighted_adapter(["a", "other"], [1.0, 1.0], "c")

@@ -1,5 +1,8 @@
 """OFT where PEFT has no answer, or another; the rest is held to PEFT's in tests/peft/test_kinds.py."""
 
+import copy
+
+import peft
 import pytest
 import torch
 from peft.tuners.oft.layer import OFTLayer
@@ -46,13 +49,44 @@ def test_a_wrong_field_is_refused(changes, message):
         lorafx.OFTConfig(**changes)
 
 
-@pytest.mark.parametrize(
-    ("layer", "config", "message"),
-    [
-        (nn.Conv2d(4, 6, 3), lorafx.OFTConfig(target_modules=["0"]), "0 is a convolution with a kernel or groups"),
-        (nn.Linear(4, 6), lorafx.OFTConfig(target_modules=["0"], coft=True), "coft=True"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(layer, config, message):
-    with pytest.raises(ConfigError, match=message):
-        lorafx.compile(nn.Sequential(layer), config)
+def test_groups_are_refused():
+    with pytest.raises(ConfigError, match="0 is a convolution of 2 groups, for which there is no OFT"):
+        lorafx.compile(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), lorafx.OFTConfig(target_modules=["0"]))
+
+
+def both(layer, folder, **fields):
+    """PEFT's model and lorafx's with the same adapter, both to train."""
+    base = nn.Sequential(layer).double()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.OFTConfig(target_modules=["0"], **fields))
+    with torch.no_grad():
+        theirs.base_model.model[0].oft_R.default.weight.normal_(std=0.1)
+    theirs.save_pretrained(folder)
+    return theirs, lorafx.load(base, folder, is_trainable=True, capture="sites")
+
+
+def test_a_convolution_is_what_it_is_merged_to_in_peft(tmp_path):
+    theirs, lora = both(nn.Conv2d(4, 6, 3, padding=1, stride=2), tmp_path, oft_block_size=4)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    expected = theirs.merge_and_unload()(x)
+    torch.testing.assert_close(lora(x), expected, rtol=1e-10, atol=1e-10)
+    assert (lora(x) - lora._lorafx.base(x)).abs().max() > 1e-3
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_constrained_turns_train_as_pefts(share, tmp_path):
+    close = {"rtol": 1e-6, "atol": 1e-7}  # PEFT has the bound in float32
+    fields = {"oft_block_size": 4, "coft": True, "eps": 0.2, "block_share": share}
+    theirs, lora = both(nn.Linear(12, 5), tmp_path, **fields)
+    x, models = torch.randn(7, 12, dtype=torch.float64), (lora, theirs)
+    optimizers = [torch.optim.SGD((p for p in m.parameters() if p.requires_grad), 0.05) for m in models]
+    for _ in range(4):
+        losses = [model(x).square().mean() for model in models]
+        torch.testing.assert_close(*losses, **close)
+        for loss, optimizer in zip(losses, optimizers):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lora.merge_adapter()
+    torch.testing.assert_close(lora(x), theirs.merge_and_unload()(x), **close)

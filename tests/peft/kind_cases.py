@@ -70,6 +70,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1))),
         (2, 4, 5, 6),
     ),
+    "square": (
+        lambda: Repeated(lambda: Pair(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 1, bias=False))),
+        (2, 4, 5, 6),
+    ),
     "conv3d": (
         lambda: Repeated(
             lambda: Pair(nn.Conv3d(4, 6, (1, 3, 1), padding=(0, 1, 0)), nn.Conv3d(6, 4, (3, 1, 1), padding=(1, 0, 0)))
@@ -171,6 +175,8 @@ CASES = {
         "linear", "BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2, "init_weights": False}, False
     ),
     "boft pointwise": KindCase("pointwise", "BOFTConfig", {"boft_block_size": 2}),
+    "boft square": KindCase("square", "BOFTConfig", {"boft_block_size": 2}),
+    "hra square": KindCase("square", "HRAConfig", {"r": 2}),
     "hra linear": KindCase("linear", "HRAConfig", {"r": 4}),
     "hra odd": KindCase("linear", "HRAConfig", {"r": 3}, starts_at_zero=False),
     "hra orthogonal": KindCase("linear", "HRAConfig", {"r": 3, "apply_GS": True}, starts_at_zero=False),
@@ -228,8 +234,12 @@ def step(model: nn.Module, inputs: models.Call) -> tuple[Tensor, dict[str, Tenso
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a model of either library trains, by names that both share."""
-    return {_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """What a model of either library trains, by names that both share.
+
+    PEFT trains a number that it divides by, `ranknum`, and does not save it.
+    """
+    named = {_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: parameter for name, parameter in named.items() if ".ranknum." not in name}
 
 
 def _name(name: str) -> str:

@@ -32,7 +32,7 @@ def test_a_pipeline_prints_and_parses_to_itself():
         "canonicalize, elide_casts, elide_slices, elide_empty, outline_blocks, restore_causal, restore_gqa, "
         "restore_norm, restore_rotary, split_reads, restore_linear, match_targets, insert_adapters, "
         "merge_adapters, freeze_base, elide_packed, elide_casts, elide_dropout, fuse_lora, fuse_own_layers, "
-        "fuse_loss, share_input, fuse_dropout, fold_scaling, choose_kernels, checkpoint_blocks"
+        "fuse_loss, share_input, fuse_dropout, sum_weights, fold_scaling, choose_kernels, checkpoint_blocks"
     )
     assert str(default) == text
     assert Pipeline.parse(text) == default

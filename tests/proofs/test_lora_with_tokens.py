@@ -17,10 +17,11 @@ TOKENS = [7, 1, 3]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*one site")
 @pytest.mark.parametrize("tokens", [TOKENS, {"embed_tokens": TOKENS}], ids=["list", "dict"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_lora_has_them_beside_it_as_in_peft(tokens, tied, tmp_path):
+@pytest.mark.parametrize(("tied", "dora"), [(True, False), (False, False), (True, True)])
+def test_lora_has_them_beside_it_as_in_peft(tokens, tied, dora, tmp_path):
     peft = pytest.importorskip("peft")
-    fields = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": tokens, "init_lora_weights": False}
+    fields = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": tokens, "use_dora": dora}
+    fields |= {"init_lora_weights": False}
     base, call = models.llama(tie_word_embeddings=tied), models.call("llama", labels=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,6 +12,8 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .adalora import AdaLora
+from .adalora_config import AdaLoraConfig
 from .boft import Boft, BOFTConfig
 from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
@@ -26,7 +28,7 @@ from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
-from .lora_with_tokens import LoraWithTokens
+from .lora_with_tokens import DoraWithTokens, LoraWithTokens
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
@@ -84,14 +86,15 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens),
+    *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens, DoraWithTokens),
 ):
     register(_kind)
 
 __all__ = [
     "KINDS",
     "SCALING",
+    "AdaLoraConfig",
     "BOFTConfig",
     "C3AConfig",
     "DeloraConfig",

@@ -20,26 +20,22 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, is_number, require
+from ..config import AdapterConfig, require_bias, require_counts, require_dropouts, require_flags, require_naturals
 from ..site import Site
-from .kind import Kind, Operands, Spec
-from .lora_config import is_rank
-from .oft import back, is_count, last, require_pointwise
+from .kind import Operands, Spec
+from .turning import Turning, columns, require_turnable
 
 aten = torch.ops.aten
 
 
 def _check(config: BOFTConfig) -> None:
-    for name in ("boft_block_size", "boft_block_num"):
-        require(is_count(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+    require_naturals(config, "boft_block_size", "boft_block_num")
     if (config.boft_block_size == 0) == (config.boft_block_num == 0):
         raise ConfigError("one of `boft_block_size` and `boft_block_num` must be 0: the other says both")
-    factors, share = config.boft_n_butterfly_factor, config.boft_dropout
-    require(is_rank(factors), "boft_n_butterfly_factor", factors, "a positive int")
-    require(is_number(share) and 0 <= share < 1, "boft_dropout", share, "a number in [0, 1)")
-    for name in ("fan_in_fan_out", "init_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    require(config.bias in ("none", "all", "boft_only"), "bias", config.bias, '"none", "all" or "boft_only"')
+    require_counts(config, "boft_n_butterfly_factor")
+    require_dropouts(config, "boft_dropout")
+    require_flags(config, "fan_in_fan_out", "init_weights")
+    require_bias(config, "boft_only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +54,21 @@ class BOFTConfig(AdapterConfig):
     checks = (_check,)
 
 
-class Boft(Kind):
+class Boft(Turning):
     """The BOFT kind; see the module's docstring for its equation."""
 
     config = BOFTConfig
 
-    def before(self, x: Any, at: Operands) -> Any:
+    def turned(self, x: Any, at: Operands, transposed: bool = False) -> Any:
         turns = _dropped(_turns(at), at) if at.training and at.config.boft_dropout else _turns(at)
-        x = last(x, at.site)
-        for i in reversed(range(at.config.boft_n_butterfly_factor)):
-            x = _turned(x, turns[i], i, at)
-        return back(x, at.site)
+        turns = aten.transpose.int(turns, -1, -2) if transposed else turns
+        factors = range(at.config.boft_n_butterfly_factor)
+        for i in factors if transposed else reversed(factors):
+            x = _turned(x, aten.select.int(turns, 0, i), i, at)
+        return x
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
+        y = super().after(y, x, at)
         gain, bias = at.outputs(aten.view.default(at.s, [-1])), at.bound.get("bias")
         if bias is None:
             return aten.mul.Tensor(y, gain)
@@ -78,16 +76,10 @@ class Boft(Kind):
         return aten.add.Tensor(y, change)
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        turns, matrix = _turns(at).mT, at.matrix(base)
-        for i in range(at.config.boft_n_butterfly_factor):
-            matrix = _turned(matrix, turns[i], i, at)
-        return at.like_weight(matrix * at.s.view(-1, 1))
+        return at.like_weight(self.turned(at.matrix(base), at, transposed=True) * at.s.view(-1, 1))
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
-        turns, matrix = _turns(at), at.matrix(merged) / at.s.view(-1, 1)
-        for i in reversed(range(at.config.boft_n_butterfly_factor)):
-            matrix = _turned(matrix, turns[i], i, at)
-        return at.like_weight(matrix)
+        return at.like_weight(self.turned(at.matrix(merged) / at.s.view(-1, 1), at))
 
     def tensors(self, site: Site, config: BOFTConfig) -> dict[str, Spec]:
         count, size = _blocks(site, config)
@@ -113,14 +105,12 @@ class Boft(Kind):
             tensors["s"].normal_(1, 0.1, generator=rng)
 
     def check(self, site: Site, config: BOFTConfig) -> None:
-        if site.reading.lookup:
-            raise ConfigError(f"{site.name} is an embedding, for which there is no BOFT; exclude it")
-        require_pointwise(site, "BOFT")
+        require_turnable(site, "BOFT")
         count, size = _blocks(site, config)
         together = 2 ** (config.boft_n_butterfly_factor - 1)
-        if not count or count * size != site.in_features or count % together or (together > 1 and size % 2):
+        if not count or count * size != columns(site) or count % together or (together > 1 and size % 2):
             raise ConfigError(
-                f"{site.name} has {site.in_features} inputs, which are no whole number of blocks, or of even ones in "
+                f"{site.name} has {columns(site)} inputs, which are no whole number of blocks, or of even ones in "
                 f"groups of {together}: choose another `boft_block_size`, `boft_block_num` or `boft_n_butterfly_factor`"
             )
 
@@ -128,8 +118,8 @@ class Boft(Kind):
 def _blocks(site: Site, config: BOFTConfig) -> tuple[int, int]:
     """How many blocks there are at a site, and their size."""
     if config.boft_block_num:
-        return config.boft_block_num, site.in_features // config.boft_block_num
-    return site.in_features // config.boft_block_size, config.boft_block_size
+        return config.boft_block_num, columns(site) // config.boft_block_num
+    return columns(site) // config.boft_block_size, config.boft_block_size
 
 
 def _turns(at: Operands) -> Any:

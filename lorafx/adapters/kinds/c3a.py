@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...ops.circulant_linear import circulant_weight
-from ..config import AdapterConfig, is_count, require, require_patterns
+from ..config import AdapterConfig, is_count, require, require_bias, require_counts, require_patterns
 from ..default_targets import C3A_TARGETS
 from ..site import Site
 from .kind import Kind, Operands, Spec, require_linear
@@ -28,8 +28,8 @@ _STARTS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 
 
 def _check(config: C3AConfig) -> None:
-    require(is_count(config.block_size), "block_size", config.block_size, "a positive int")
-    require(config.bias in ("none", "all", "c3a_only"), "bias", config.bias, '"none", "all" or "c3a_only"')
+    require_counts(config, "block_size")
+    require_bias(config, "c3a_only")
     require(config.init_weights in _STARTS, "init_weights", config.init_weights, f"one of {_STARTS}")
     require_patterns(config, "block_size_pattern", is_count, "positive ints")
 

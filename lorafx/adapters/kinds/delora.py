@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig, is_count, is_number, require, require_dropout, require_patterns
+from ..config import (
+    AdapterConfig,
+    is_count,
+    is_number,
+    require,
+    require_bias,
+    require_counts,
+    require_dropouts,
+    require_patterns,
+)
 from ..low_rank import LowRank
 from ..site import Site
 from .kind import Kind, Operands, Spec, require_linear
@@ -27,10 +36,10 @@ _SMALLEST = 1e-4  # a norm below it counts as it: B is 0 at first
 
 
 def _check(config: DeloraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     require(is_number(config.delora_lambda), "delora_lambda", config.delora_lambda, "a number")
-    require_dropout("module_dropout", config.module_dropout)
-    require(config.bias in ("none", "all", "delora_only"), "bias", config.bias, '"none", "all" or "delora_only"')
+    require_dropouts(config, "module_dropout")
+    require_bias(config, "delora_only")
     require_patterns(config, "rank_pattern", is_count, "positive ints")
     require_patterns(config, "lambda_pattern", is_number, "numbers")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...ops.fourier_linear import fourier_weight
-from ..config import AdapterConfig, is_count, is_number, require, require_patterns
+from ..config import AdapterConfig, is_count, is_number, require, require_bias, require_counts, require_patterns
 from ..default_targets import FOURIERFT_TARGETS
 from ..site import Site
 from .kind import Kind, Operands, Spec, require_linear
@@ -28,10 +28,10 @@ aten = torch.ops.aten
 
 def _check(config: FourierFTConfig) -> None:
     seed = config.random_loc_seed
-    require(is_count(config.n_frequency), "n_frequency", config.n_frequency, "a positive int")
+    require_counts(config, "n_frequency")
     require(is_number(config.scaling), "scaling", config.scaling, "a number")
     require(isinstance(seed, int) and not isinstance(seed, bool), "random_loc_seed", seed, "an int")
-    require(config.bias in ("none", "all", "fourier_only"), "bias", config.bias, '"none", "all" or "fourier_only"')
+    require_bias(config, "fourier_only")
     require_patterns(config, "n_frequency_pattern", is_count, "positive ints")
 
 

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require, require_dropout, require_patterns
+from ..config import AdapterConfig, is_count, require, require_counts, require_dropouts, require_patterns
 from ..readings import IN_PROJ
 from ..site import Site
-from .kind import Kind, Operands, Spec
+from .kind import Kind, Operands, Spec, summed
 from .lora import pattern_value
 
 aten = torch.ops.aten
 
 
 def _check(config: HiraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    require_dropout("hira_dropout", config.hira_dropout)
+    require_counts(config, "r")
+    require_dropouts(config, "hira_dropout")
     fits = isinstance(config.init_weights, bool) or config.init_weights == "gaussian"
     require(fits, "init_weights", config.init_weights, 'True, False or "gaussian"')
     require_patterns(config, "rank_pattern", is_count, "positive ints")
@@ -66,6 +66,10 @@ class Hira(Kind):
         if not at.site.reading.matrix:
             weight = aten.view.default(weight, at.site.weight_shape)
         return aten.add.Tensor(y, at.full(at.dropout(x, at.config.hira_dropout), weight))
+
+    def fused(self, x: Tensor, at: Operands) -> Tensor | None:
+        dropped = at.training and at.config.hira_dropout
+        return None if dropped else summed(x, at, lambda at: at.weight * _product(at))
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
         return base + base * at.like_weight(_product(at))

@@ -18,21 +18,19 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, require
+from ..config import AdapterConfig, require_bias, require_counts, require_flags
 from ..site import Selection, Site
-from .kind import Kind, Operands, Spec
-from .lora_config import is_rank
+from .kind import Operands, Spec
 from .lycoris import kaiming
-from .oft import back, last, require_pointwise
+from .turning import Turning, columns, require_turnable
 
 aten = torch.ops.aten
 
 
 def _check(config: HRAConfig) -> None:
-    require(is_rank(config.r), "r", config.r, "a positive int")
-    for name in ("apply_GS", "init_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    require(config.bias in ("none", "all", "hra_only"), "bias", config.bias, '"none", "all" or "hra_only"')
+    require_counts(config, "r")
+    require_flags(config, "apply_GS", "init_weights")
+    require_bias(config, "hra_only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +46,24 @@ class HRAConfig(AdapterConfig):
     checks = (_check,)
 
 
-class Hra(Kind):
+class Hra(Turning):
     """The HRA kind; see the module's docstring for its equation."""
 
     config = HRAConfig
 
-    def before(self, x: Any, at: Operands) -> Any:
-        u, ut = _factors(at)
-        x = last(x, at.site)
+    def turned(self, x: Any, at: Operands, transposed: bool = False) -> Any:
+        u, ut = reversed(_factors(at)) if transposed else _factors(at)
         hidden = aten.matmul.default(x, aten.type_as.default(u, x))
-        return back(aten.sub.Tensor(x, aten.linear.default(hidden, aten.type_as.default(ut, x))), at.site)
+        return aten.sub.Tensor(x, aten.linear.default(hidden, aten.type_as.default(ut, x)))
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        u, ut = _factors(at)
-        matrix = at.matrix(base)
-        return at.like_weight(matrix - (matrix @ ut) @ u.mT)
+        return at.like_weight(self.turned(at.matrix(base), at, transposed=True))
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
-        u, ut = _factors(at)  # the inverse of an orthogonal matrix is its transpose
-        matrix = at.matrix(merged)
-        return at.like_weight(matrix - (matrix @ u) @ ut.mT)
+        return at.like_weight(self.turned(at.matrix(merged), at))  # an orthogonal matrix's inverse is its transpose
 
     def tensors(self, site: Site, config: HRAConfig) -> dict[str, Spec]:
-        return {"u": Spec("hra_u", (site.in_features, config.r), as_kept=True)}
+        return {"u": Spec("hra_u", (columns(site), config.r), as_kept=True)}
 
     def init(
         self,
@@ -88,11 +81,9 @@ class Hra(Kind):
             u.copy_(half.repeat_interleave(2, dim=1))
 
     def check(self, site: Site, config: HRAConfig) -> None:
-        if site.reading.lookup:
-            raise ConfigError(f"{site.name} is an embedding, for which there is no HRA; exclude it")
-        require_pointwise(site, "HRA")
-        if config.apply_GS and config.r > site.in_features:
-            raise ConfigError(f"{site.name} has {site.in_features} inputs, and so many orthogonal vectors at most")
+        require_turnable(site, "HRA")
+        if config.apply_GS and config.r > columns(site):
+            raise ConfigError(f"{site.name} has {columns(site)} inputs, and so many orthogonal vectors at most")
 
     def remarks(self, selection: Selection, config: HRAConfig) -> Iterator[str]:
         if config.init_weights and not _starts_in_pairs(config):

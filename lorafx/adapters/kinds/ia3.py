@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, Names, is_strings, require, require_regexes
+from ..combining import Combination
+from ..config import AdapterConfig, Names, is_strings, require, require_flags, require_regexes
 from ..default_targets import IA3_FEEDFORWARD, IA3_TARGETS
-from ..site import Site
+from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
 
 aten = torch.ops.aten
@@ -34,8 +35,7 @@ def _check(config: IA3Config) -> None:
         require_regexes(config, "feedforward_modules")
     elif isinstance(targets, tuple) and (others := sorted({*(feedforward or ())}.difference(targets))):
         raise ConfigError(f"`feedforward_modules` has {', '.join(others)}, which `target_modules` has not")
-    for name in ("fan_in_fan_out", "init_ia3_weights"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require_flags(config, "fan_in_fan_out", "init_ia3_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,30 @@ class Ia3(Kind):
     def check(self, site: Site, config: IA3Config) -> None:
         if site.reading.lookup:
             raise ConfigError(f"{site.name} is an embedding, for which there is no (IA)³; exclude it")
+
+    def combined_config(
+        self, configs: Sequence[IA3Config], selections: Sequence[Selection], how: Combination
+    ) -> IA3Config:
+        if how.prunes or how.combination_type == "cat":
+            raise ConfigError(f'(IA)³ adapters are combined by "linear", not {how.combination_type!r}, as in PEFT')
+        acts = [{site.name: _of_inputs(site, config) for site in sites} for config, sites in zip(configs, selections)]
+        if any(each != acts[0] for each in acts):
+            raise ConfigError(
+                "(IA)³ adapters can be combined that adapt the same modules, and multiply the inputs of the same ones: "
+                "what one leaves as it is has no l to be added to the other's"
+            )
+        return configs[0].replace(init_ia3_weights=True)
+
+    def combined(
+        self,
+        site: Site,
+        config: IA3Config,
+        parts: Sequence[tuple[float, Operands]],
+        how: Combination,
+        rng: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Σ wᵢ lᵢ"""
+        return {"l": how.combined([at.l for _, at in parts], [weight for weight, _ in parts], rng)}
 
 
 def _of_inputs(site: Site, config: IA3Config) -> bool:

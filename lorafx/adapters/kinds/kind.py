@@ -10,7 +10,7 @@ the graph. What else they need is in their last argument, `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...ops import linear as _operator  # noqa: F401, defines it
+from ...ops.modes import autocast_dtype
 from ..combining import Combination
 from ..config import AdapterConfig, defaults_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, LINEAR, Operator
 from ..readings.reading import names_of
 from ..site import Selection, Site
+from .adalora_allocator import Allocator
 
 aten = torch.ops.aten
 SCALING = "scaling"  # the number that multiplies an update; a tensor once it was changed, see `adapter.scaled`
@@ -133,7 +136,8 @@ class Kind:
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
     `derives` says that backward gives the equation's derivative, and holds nothing in it fixed that moves.
     `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too. A kind with a name for
-    `whole` has no equation: it trains copies of whole modules, which files have under that name.
+    `whole` has no equation: it trains copies of whole modules, which files have under that name. `about_values` are
+    fields of a config that only say something of the values, as which of them are zeros.
     """
 
     config: ClassVar[type[AdapterConfig]]
@@ -143,6 +147,7 @@ class Kind:
     derives: ClassVar[bool] = True
     saves_embeddings: ClassVar[bool] = True
     whole: ClassVar[str] = ""
+    about_values: ClassVar[tuple[str, ...]] = ()
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -180,6 +185,10 @@ class Kind:
         """The numbers of its equation; one called "scaling" can be changed while the adapter runs."""
         return {}
 
+    def needs_weight(self, site: Site) -> bool:
+        """Whether its equation at a site needs the dense weight: a kind may need it at some sites only."""
+        return self.reads_weight
+
     def takes_from_base(self, site: Site, config: Any) -> bool:
         """Whether the start values at a site are taken out of the base weight, which is left with the rest."""
         return False
@@ -208,6 +217,31 @@ class Kind:
         `tensors` are the adapter's, `start` those it began with, by the keys of a file. Returns the config and tensors.
         """
         raise ConfigError(f"adapters of kind {self.config.__name__} have no start values to be converted from")
+
+    def filed(self, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The config and tensors that a file has of an adapter, where it leaves something out; tensors are by key."""
+        return config, dict(tensors)
+
+    def unfiled(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors of what a file has, by key; what does not fit stays as it is."""
+        return dict(tensors)
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def penalty(self, config: Any, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
+        """What is added to the loss that a call of the model gives while the adapter trains: one number, or None.
+
+        `sites` are the tensors at each site, by name.
+        """
+        return None
+
+    def bounded(self, config: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What tensors at a site are set to before a call and before merging, by name: those that are out of bounds."""
+        return {}
+
+    def allocator(self, config: Any) -> Allocator | None:
+        """What decides, step by step, which of the adapter's numbers are left; None for a kind that keeps all."""
+        return None
 
     # --- adapters made of others -------------------------------------------------------------------------------------
 
@@ -299,6 +333,20 @@ class Kind:
     def _delta(self, name: str, like: Tensor, at: Operands) -> Tensor:
         delta = self.delta(name, at)
         return (delta.dense() if isinstance(delta, LowRank) else delta).to(like.dtype)
+
+
+def summed(x: Tensor, at: Operands, update: Callable[[Operands], Tensor]) -> Tensor | None:
+    """x (W + ΔW)ᵀ + b by one product, for kinds that make their ΔW (out, in); in graphs the pass is `sum_weights`.
+
+    On tensors, for `Kind.fused`. None where the operator is another one, or where the sum would round too much.
+    """
+    weight, dtypes = at.bound.get("weight"), {x.dtype, *(tensor.dtype for tensor in at.tensors.values())}
+    floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if at.operator is not LINEAR.operators[0] or floats not in ({torch.float32}, {torch.float64}):
+        return None
+    if weight is None or weight.dtype != x.dtype or autocast_dtype(x.device.type):
+        return None
+    return torch.ops.lorafx.linear.default(x, weight + update(at), at.bound["bias"])
 
 
 def require_linear(site: Site, config: AdapterConfig) -> None:

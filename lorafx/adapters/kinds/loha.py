@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import require
+from ..config import require_flags
 from ..low_rank import LowRank
 from ..site import Site
 from .kind import Operands, Spec
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def _check(config: LoHaConfig) -> None:
-    require(isinstance(config.init_weights, bool), "init_weights", config.init_weights, "True or False")
+    require_flags(config, "init_weights")
 
 
 @dataclass(frozen=True, kw_only=True)

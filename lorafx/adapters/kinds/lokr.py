@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import require
+from ..config import require, require_flags
 from ..readings import CONV1D, LINEAR
 from ..site import Site
 from .kind import Operands, Spec
@@ -30,8 +30,7 @@ aten = torch.ops.aten
 def _check(config: LoKrConfig) -> None:
     fits = isinstance(config.init_weights, bool) or config.init_weights == "lycoris"
     require(fits, "init_weights", config.init_weights, 'True, False or "lycoris"')
-    for name in ("decompose_both", "rank_dropout_scale"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require_flags(config, "decompose_both", "rank_dropout_scale")
     factor = config.decompose_factor
     fits = isinstance(factor, int) and not isinstance(factor, bool) and (factor == -1 or factor > 0)
     require(fits, "decompose_factor", factor, "a positive int, or -1")

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, defaults_of, is_number, require, require_regexes
+from ..config import (
+    AdapterConfig,
+    defaults_of,
+    is_count,
+    is_number,
+    require,
+    require_bias,
+    require_counts,
+    require_dropouts,
+    require_flags,
+    require_regexes,
+)
 from .lora_start import is_taken
 
 # Fields that hold a config of their own.
@@ -17,32 +28,25 @@ _CONFIGS = (
 )
 
 
-def is_rank(value: Any) -> bool:
-    """Whether a field's value is a positive int."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _check_numbers(config: LoraConfig) -> None:
-    require(is_rank(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     require(is_number(config.lora_alpha), "lora_alpha", config.lora_alpha, "a number")
-    dropout = config.lora_dropout
-    require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
+    require_dropouts(config, "lora_dropout")
 
 
 def _check_flags(config: LoraConfig) -> None:
-    for name in ("use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
+    require_flags(config, "use_rslora", "lora_bias", "fan_in_fan_out", "use_dora", "use_qalora")
     init = config.init_lora_weights
     require(isinstance(init, (bool, str)), "init_lora_weights", init, "True, False or a name")
     if config.lora_bias and not isinstance(init, bool):
         raise ConfigError(f"`lora_bias` needs `init_lora_weights` True or False, not {init!r}, as in PEFT")
-    require(config.bias in ("none", "all", "lora_only"), "bias", config.bias, '"none", "all" or "lora_only"')
+    require_bias(config, "lora_only")
 
 
 def check_patterns(config: Any) -> None:
     """Raise `ConfigError` for a `rank_pattern` or `alpha_pattern` that is none."""
     for name, valid, expected in (
-        ("rank_pattern", is_rank, "a dict of module names to positive ints"),
+        ("rank_pattern", is_count, "a dict of module names to positive ints"),
         ("alpha_pattern", is_number, "a dict of module names to numbers"),
     ):
         value = getattr(config, name)
@@ -65,9 +69,8 @@ def _check_not_implemented(config: LoraConfig) -> None:
             value = getattr(config, name)
             # In PEFT's files an empty list, too, means that a field is not set.
             require(value is None or value in ([], ()) or fits(value), name, value, expected)
-    require(is_rank(config.qalora_group_size), "qalora_group_size", config.qalora_group_size, "a positive int")
-    tied = config.ensure_weight_tying
-    require(isinstance(tied, bool), "ensure_weight_tying", tied, "True or False")
+    require_counts(config, "qalora_group_size")
+    require_flags(config, "ensure_weight_tying")
 
 
 def _check_loftq(config: LoraConfig) -> None:
@@ -79,7 +82,7 @@ def _check_loftq(config: LoraConfig) -> None:
     known = given.keys() <= {"loftq_bits", "loftq_iter"}
     require(known, "loftq_config", given, 'a dict of "loftq_bits" and "loftq_iter"')
     require(given.get("loftq_bits", 4) in (4, 8), "loftq_bits", given.get("loftq_bits"), "4 or 8, as in PEFT 0.21")
-    require(is_rank(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
+    require(is_count(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -163,8 +166,10 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
-    checks = _check_numbers, _check_flags, check_patterns, _check_not_implemented, _check_loftq
-    null_is_default = "rank_pattern", "alpha_pattern", "loftq_config"
+    # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
+    common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
+    checks = (*common_checks, check_patterns, _check_loftq)
+    null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
     def loftq(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""LoRA with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
+"""LoRA, or DoRA, with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
 
 Each site has the equation of one of the two kinds (`lora.py`, `trainable_tokens.py`). `trainable_token_indices` is a
 list of the tokens of the model's input embedding, or one list for each module by the ending of its name.
@@ -7,7 +7,7 @@ list of the tokens of the model's input embedding, or one list for each module b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..config import is_named
 from ..site import Selection, Site
+from .dora import Dora
 from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
-LORA, TOKENS = Lora(), TrainableTokens()
+TOKENS = TrainableTokens()
 BELOW = "token_adapter."  # where PEFT's files have tokens' rows, beside LoRA
 
 
@@ -30,53 +31,53 @@ class LoraWithTokens(Kind):
     config = LoraConfig
     starts_from_weight = True
     saves_embeddings = False
+    beside: ClassVar[Lora] = Lora()  # the kind at the other sites
 
     def serves(self, config: LoraConfig) -> bool:
-        return bool(config.trainable_token_indices)
+        return bool(config.trainable_token_indices) and self.beside.serves(config)
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        return _kind(at).after(y, x, at)
+        return self._kind(at).after(y, x, at)
 
     def fused(self, x: Any, at: Operands) -> Any | None:
-        return _kind(at).fused(x, at)
+        return self._kind(at).fused(x, at)
 
     def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        return (TOKENS if "rows" in tensors else LORA).transposed(tensors)
+        return (TOKENS if "rows" in tensors else self.beside).transposed(tensors)
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        return _kind(at).merged(name, base, at)
+        return self._kind(at).merged(name, base, at)
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor | None:
-        return _kind(at).unmerged(name, merged, at)
+        return self._kind(at).unmerged(name, merged, at)
 
     def changes(self, site: Site, config: LoraConfig) -> tuple[str, ...]:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         return kind.changes(site, own)
 
     def check(self, site: Site, config: LoraConfig) -> None:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         kind.check(site, own)
-        if config.use_dora:
-            raise ConfigError("`trainable_token_indices` has no `use_dora` beside it yet; leave one of them out")
         if kind is TOKENS and _is_target(site, config):
             raise ConfigError(
                 f"{site.name} is in `target_modules` and in `trainable_token_indices`; leave it out of one of them"
             )
 
     def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
-        yield from LORA.remarks(Selection(tuple(s for s in selection if _of(s, config)[0] is LORA)), config)
+        beside = Selection(tuple(site for site in selection if self._of(site, config)[0] is not TOKENS))
+        yield from self.beside.remarks(beside, config)
 
     def tensors(self, site: Site, config: LoraConfig) -> dict[str, Spec]:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         below = BELOW if kind is TOKENS else ""
         return {name: spec._replace(suffix=f"{below}{spec.suffix}") for name, spec in kind.tensors(site, own).items()}
 
     def numbers(self, site: Site, config: LoraConfig) -> dict[str, float]:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         return kind.numbers(site, own)
 
     def takes_from_base(self, site: Site, config: LoraConfig) -> bool:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         return kind.takes_from_base(site, own)
 
     def init(
@@ -87,23 +88,35 @@ class LoraWithTokens(Kind):
         rng: torch.Generator | None,
         weight: Tensor | None,
     ) -> Tensor | None:
-        kind, own = _of(site, config)
+        kind, own = self._of(site, config)
         return kind.init(site, own, tensors, rng, weight)
 
+    def _kind(self, at: Operands) -> Kind:
+        return TOKENS if "rows" in at.tensors else self.beside
 
-def _kind(at: Operands) -> Kind:
-    return TOKENS if "rows" in at.tensors else LORA
+    def _of(self, site: Site, config: LoraConfig) -> tuple[Kind, Any]:
+        """The kind at a site, and its config."""
+        given = config.trainable_token_indices
+        if isinstance(given, Mapping):
+            names = site.named, *site.tied
+            tokens = next((given[key] for key in given if any(is_named((key,), name) for name in names)), None)
+        else:  # of the model's input embedding, which is a site for this alone
+            tokens = given if site.reading.lookup and not _is_target(site, config) else None
+        if tokens is None:
+            return self.beside, config
+        return TOKENS, TrainableTokensConfig(token_indices=tuple(tokens))
 
 
-def _of(site: Site, config: LoraConfig) -> tuple[Kind, Any]:
-    """The kind at a site, and its config."""
-    given = config.trainable_token_indices
-    if isinstance(given, Mapping):
-        names = site.named, *site.tied
-        tokens = next((given[key] for key in given if any(is_named((key,), name) for name in names)), None)
-    else:  # of the model's input embedding, which is a site for this alone
-        tokens = given if site.reading.lookup and not _is_target(site, config) else None
-    return (LORA, config) if tokens is None else (TOKENS, TrainableTokensConfig(token_indices=tuple(tokens)))
+class DoraWithTokens(LoraWithTokens):
+    """The same with `use_dora`, whose equation needs the weight."""
+
+    reads_weight = True
+    beside = Dora()
+
+    def check(self, site: Site, config: LoraConfig) -> None:
+        super().check(site, config)
+        if site.tied and self._of(site, config)[0] is self.beside:
+            raise ConfigError(f"{site.name} is tied to {site.tied[0]}, and `use_dora` is for one of both; exclude it")
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:

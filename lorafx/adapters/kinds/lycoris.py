@@ -17,24 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_number, require
+from ..config import AdapterConfig, is_number, require, require_counts, require_dropouts, require_flags
 from ..low_rank import LowRank
 from ..site import Site
 from .kind import Kind, Operands
 from .lora import pattern_value, rank
-from .lora_config import check_patterns, is_rank
+from .lora_config import check_patterns
 
 aten = torch.ops.aten
 
 
 def _check(config: LycorisConfig) -> None:
-    require(is_rank(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     require(is_number(config.alpha), "alpha", config.alpha, "a number")
-    for name in ("rank_dropout", "module_dropout"):
-        share = getattr(config, name)
-        require(is_number(share) and 0 <= share < 1, name, share, "a number in [0, 1)")
-    effective = config.use_effective_conv2d
-    require(isinstance(effective, bool), "use_effective_conv2d", effective, "True or False")
+    require_dropouts(config, "rank_dropout", "module_dropout")
+    require_flags(config, "use_effective_conv2d")
 
 
 @dataclass(frozen=True, kw_only=True)

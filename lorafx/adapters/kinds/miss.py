@@ -21,20 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require, require_dropout
+from ..config import AdapterConfig, require, require_bias, require_counts, require_dropouts
 from ..site import Selection, Site
-from .kind import Kind, Operands, Spec, require_linear
+from .kind import Kind, Operands, Spec, require_linear, summed
 
 aten = torch.ops.aten
 
 
 def _check(config: MissConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    require(is_count(config.mini_r), "mini_r", config.mini_r, "a positive int")
-    require_dropout("miss_dropout", config.miss_dropout)
+    require_counts(config, "r", "mini_r")
+    require_dropouts(config, "miss_dropout")
     fits = isinstance(config.init_weights, bool) or config.init_weights in ("bat", "mini")
     require(fits, "init_weights", config.init_weights, 'True, False, "bat" or "mini"')
-    require(config.bias in ("none", "all", "MiSS_only"), "bias", config.bias, '"none", "all" or "MiSS_only"')
+    require_bias(config, "MiSS_only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +103,9 @@ class Bat(Miss):
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         weight = aten.type_as.default(at.matrix(at.weight), at.block)
         return aten.add.Tensor(y, at.full(x, _through(weight, at)))
+
+    def fused(self, x: Tensor, at: Operands) -> Tensor | None:
+        return summed(x, at, lambda at: _through(at.weight, at))
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
         return base + at.like_weight(_through(at.matrix(base), at))

@@ -19,39 +19,41 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops import orthogonal as _operators  # noqa: F401, defines them
-from ..config import AdapterConfig, is_number, require
+from ..config import (
+    AdapterConfig,
+    is_number,
+    require,
+    require_bias,
+    require_counts,
+    require_dropouts,
+    require_flags,
+    require_naturals,
+)
 from ..site import Selection, Site
-from .kind import Kind, Operands, Spec
+from .kind import Operands, Spec
+from .turning import Turning, columns, require_turnable
 
 aten = torch.ops.aten
 
 
-def is_count(value: Any) -> bool:
-    """Whether a field's value is an int that is not negative."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _check(config: OFTConfig) -> None:
-    for name in ("r", "oft_block_size"):
-        require(is_count(getattr(config, name)), name, getattr(config, name), "an int that is not negative")
+    require_naturals(config, "r", "oft_block_size")
     if (config.r == 0) == (config.oft_block_size == 0):
         raise ConfigError(
             "one of `r` and `oft_block_size` must be 0: the other, the number or size of blocks, says both"
         )
-    for name in ("fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann"):
-        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
-    share, terms = config.module_dropout, config.num_cayley_neumann_terms
-    require(is_number(share) and 0 <= share < 1, "module_dropout", share, "a number in [0, 1)")
-    require(is_number(config.eps), "eps", config.eps, "a number")
-    require(is_count(terms) and terms > 0, "num_cayley_neumann_terms", terms, "a positive int")
-    require(config.bias in ("none", "all", "oft_only"), "bias", config.bias, '"none", "all" or "oft_only"')
+    require_flags(config, "fan_in_fan_out", "init_weights", "coft", "block_share", "use_cayley_neumann")
+    require_dropouts(config, "module_dropout")
+    require(is_number(config.eps) and config.eps > 0, "eps", config.eps, "a number above 0")
+    require_counts(config, "num_cayley_neumann_terms")
+    require_bias(config, "oft_only")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OFTConfig(AdapterConfig):
     """What to adapt and how: the fields of `peft.OFTConfig`, with its names and defaults.
 
-    `coft`, which writes to the parameters in each call, is refused by `compile`.
+    With `coft` no block of Q is longer than `eps` / √blocks: before each call, parameters are brought back to that.
     """
 
     peft_type: str = "OFT"
@@ -69,31 +71,38 @@ class OFTConfig(AdapterConfig):
 
     checks = (_check,)
 
-    @property
-    def unsupported(self) -> dict[str, Any]:
-        return {"coft": True} if self.coft else {}
 
-
-class Oft(Kind):
+class Oft(Turning):
     """The OFT kind; see the module's docstring for its equation."""
 
     config = OFTConfig
 
+    def turned(self, x: Any, at: Operands, transposed: bool = False) -> Any:
+        turn = _turn(at)
+        return _turned(x, aten.transpose.int(turn, -1, -2) if transposed else turn, at)
+
     def before(self, x: Any, at: Operands) -> Any:
-        return x if at.site.reading.lookup else back(_turned(last(x, at.site), _turn(at), at), at.site)
+        return x if at.site.reading.lookup else super().before(x, at)
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        return _turned(y, _turn(at), at) if at.site.reading.lookup else y
+        return self.turned(y, at) if at.site.reading.lookup else super().after(y, x, at)
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
-        turn = _turn(at)
-        return _on_weight(base, at, turn if at.site.reading.lookup else turn.mT)
+        return _on_weight(base, at, _turn(at))
 
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
         turn = _turn(at)
         identity = torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
-        inverse = torch.linalg.inv(identity + turn) - identity
-        return _on_weight(merged, at, inverse if at.site.reading.lookup else inverse.mT)
+        return _on_weight(merged, at, torch.linalg.inv(identity + turn) - identity)
+
+    def bounded(self, config: OFTConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Section 4.2 of the paper: R stays near the identity."""
+        q, limit = tensors["q"], config.eps / math.sqrt(len(tensors["q"]))
+        if not config.coft:
+            return {}
+        lengths = math.sqrt(2) * torch.linalg.vector_norm(q, dim=1, keepdim=True)  # each number is in Q twice
+        beyond = lengths > limit * (1 + 8 * torch.finfo(q.dtype).eps)  # what was brought back stays as it is
+        return {"q": torch.where(beyond, q * (limit / lengths), q)} if beyond.any() else {}
 
     def tensors(self, site: Site, config: OFTConfig) -> dict[str, Spec]:
         count, size = _blocks(site, config)
@@ -114,7 +123,7 @@ class Oft(Kind):
             tensors["q"].normal_(std=0.1, generator=rng)
 
     def check(self, site: Site, config: OFTConfig) -> None:
-        require_pointwise(site, "OFT")
+        require_turnable(site, "OFT", lookups=True)
 
     def remarks(self, selection: Selection, config: OFTConfig) -> Iterator[str]:
         field, wanted = ("r", config.r) if config.r else ("oft_block_size", config.oft_block_size)
@@ -125,30 +134,9 @@ class Oft(Kind):
             yield "`module_dropout` of OFT has no effect, as in PEFT 0.21"
 
 
-def require_pointwise(site: Site, kind: str) -> None:
-    """Raise `ConfigError` for a convolution that reads several places at once, or not all channels."""
-    if math.prod(site.weight_shape[2:]) > 1 or site.groups > 1:
-        raise ConfigError(
-            f"{site.name} is a convolution with a kernel or groups, on whose weight {kind} acts in a way that its "
-            "inputs cannot show; exclude it"
-        )
-
-
-def last(x: Any, site: Site) -> Any:
-    """x with its features, which a convolution has in another dimension, as the last one."""
-    spatial = len(site.weight_shape) - 2
-    return aten.movedim.int(x, -1 - spatial, -1) if spatial else x
-
-
-def back(x: Any, site: Site) -> Any:
-    """The inverse of `last`."""
-    spatial = len(site.weight_shape) - 2
-    return aten.movedim.int(x, -1, -1 - spatial) if spatial else x
-
-
 def _blocks(site: Site, config: OFTConfig) -> tuple[int, int]:
     """How many blocks there are at a site, and their size: the nearest to what the config says that divides."""
-    features = site.out_features if site.reading.lookup else site.in_features
+    features = site.out_features if site.reading.lookup else columns(site)
     if config.r:
         count = _nearest_divisor(features, config.r)
         return count, features // count
@@ -178,7 +166,7 @@ def _turned(x: Any, turn: Any, at: Operands) -> Any:
 
 
 def _on_weight(weight: Tensor, at: Operands, turn: Tensor) -> Tensor:
-    """Each row of the dense weight turned, of an embedding too."""
+    """W Rᵀ of the dense weight, or W R of an embedding's."""
     if at.site.reading.lookup:
         return _turned(weight, turn, at)
-    return at.like_weight(_turned(at.matrix(weight), turn, at))
+    return at.like_weight(_turned(at.matrix(weight), turn.mT, at))

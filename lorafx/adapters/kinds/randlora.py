@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig, is_count, is_number, require, require_dropout
+from ..config import AdapterConfig, is_number, require, require_bias, require_counts, require_dropouts
 from ..low_rank import LowRank
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec, require_linear
@@ -29,10 +29,10 @@ aten = torch.ops.aten
 
 
 def _check(config: RandLoraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     require(is_number(config.randlora_alpha), "randlora_alpha", config.randlora_alpha, "a number")
-    require_dropout("randlora_dropout", config.randlora_dropout)
-    require(config.bias in ("none", "all", "randlora_only"), "bias", config.bias, '"none", "all" or "randlora_only"')
+    require_dropouts(config, "randlora_dropout")
+    require_bias(config, "randlora_only")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..config import AdapterConfig, is_count, require
+from ..config import AdapterConfig, require, require_counts
 from ..default_targets import SHIRA_TARGETS
 from ..site import Site
-from .kind import Kind, Operands, Spec, require_linear
+from .kind import Kind, Operands, Spec, require_linear, summed
 
 aten = torch.ops.aten
 
 
 def _check(config: ShiraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
+    require_counts(config, "r")
     seed = config.random_seed
     require(seed is None or (isinstance(seed, int) and not isinstance(seed, bool)), "random_seed", seed, "an int")
     require(isinstance(config.mask_type, str), "mask_type", config.mask_type, "a string")
@@ -59,6 +59,9 @@ class Shira(Kind):
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         return aten.add.Tensor(y, at.full(x, _sparse(at)))
+
+    def fused(self, x: Tensor, at: Operands) -> Tensor | None:
+        return summed(x, at, _sparse)
 
     def delta(self, name: str, at: Operands) -> Tensor:
         return at.like_weight(_sparse(at))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig, is_count, require, require_dropout
+from ..config import AdapterConfig, require_bias, require_counts, require_dropouts
 from ..default_targets import VERA_TARGETS
 from ..low_rank import LowRank
 from ..site import Selection, Site
@@ -26,9 +26,9 @@ aten = torch.ops.aten
 
 
 def _check(config: VeraConfig) -> None:
-    require(is_count(config.r), "r", config.r, "a positive int")
-    require_dropout("vera_dropout", config.vera_dropout)
-    require(config.bias in ("none", "all", "vera_only"), "bias", config.bias, '"none", "all" or "vera_only"')
+    require_counts(config, "r")
+    require_dropouts(config, "vera_dropout")
+    require_bias(config, "vera_only")
 
 
 @dataclass(frozen=True, kw_only=True)
