@@ -58,6 +58,7 @@ class Weighted(Adapters):
             *(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
         )
         self._require_free(adapter_name)
+        require(not isinstance(adapters, str), "adapters", adapters, "a list of names")
         sources = [used(self._adapter(name)) for name in adapters]
         _require_weights(weights, len(sources))
         self._require_combinable(sources)
