@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.by_row import ROWS, first_tensor
+from ..adapters.naming import BASE
 from ..errors import AdapterError
 from ..pipeline import Context
 from ..serving.call_key import in_one_order
@@ -24,7 +25,6 @@ from ..tree.mirror import STATE
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
-BASE = "__base__"  # PEFT's name for no adapter
 _FEW = 16  # so many adapters are in every graph with rows, also more if there are as many rows
 
 

@@ -122,7 +122,7 @@ class Dispatcher:
                 return self.run(program, call)
             except GuardFailed:  # it is a graph for other sizes
                 continue
-            except UncoveredOperatorError:  # the next such call is given a graph, which may do what equations cannot
+            except CaptureError:  # the next such call is given a graph, which may do what equations cannot
                 if program.waits:
                     self.early.give_up(key)
                 raise
@@ -147,7 +147,7 @@ class Dispatcher:
         before = Before.of(call) if program.waits else None
         try:
             return self._run(program, call)
-        except (UncoveredOperatorError, torch.OutOfMemoryError):
+        except (CaptureError, torch.OutOfMemoryError):
             if before is None:
                 raise
             before.put_back()  # there may be a graph, and it keeps less
@@ -185,10 +185,9 @@ class Dispatcher:
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-        rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
-        direct = (
-            Direct(call.tree, table, dtype, rows, has_one_token(call), turned=first) if self.runs_equations else None
-        )
+        direct, rows, dtype = None, call.kwargs.get(ROWS), equation_dtype(self.pipeline)
+        if self.runs_equations:
+            direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned=first)
         return interpret(SiteInterpreter(call, state, table, run_operator, direct, early), call)
 
     @property
