@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .dtypes import at_least_float32
 from .library import composite
+from .modes import without_autocast
 
 
 def skew_symmetric(q: Tensor, size: int) -> Tensor:
@@ -31,7 +32,7 @@ def cayley(skew: Tensor, terms: int) -> Tensor:
     float32, or float64 if Q is: half precision cannot be solved in. Differentiable.
     """
     skew = at_least_float32(skew)
-    with torch.autocast(skew.device.type, enabled=False):  # it would round the powers
+    with without_autocast(skew.device.type):  # it would round the powers
         if terms:
             return _series(skew, terms)
         identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
@@ -58,7 +59,7 @@ def reflections(u: Tensor, together: bool) -> tuple[Tensor, Tensor]:
     reflections by orthogonal columns of the same span do. Dtypes are those of `cayley`; differentiable.
     """
     u = at_least_float32(u)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device.type):
         normed = u / u.norm(dim=0)
         gram = normed.mT @ normed
         inverse = gram / 2 if together else gram.triu(1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
