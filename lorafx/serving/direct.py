@@ -39,11 +39,14 @@ def equation_dtype(pipeline: Pipeline) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One adapter's equation where an operator reads its site's weight, which module has the site, and its tensors."""
+    """One adapter's equation where an operator reads its site's weight, which module has the site, and its tensors.
+
+    Of each of these it says whether it is cast to the dtype that the equation computes in.
+    """
 
     equation: Equation
     owner: nn.Module
-    places: tuple[tuple[str, Place], ...]
+    places: tuple[tuple[str, Place, bool], ...]
     scale: Place | None
 
     @classmethod
@@ -51,17 +54,18 @@ class Evaluation:
         """The equation with the places of its tensors in a tree."""
         adapter, name = equation.adapter, equation.site.name
         paths, scale = adapter.tensors[name], adapter.scales.get(name)
-        places = tuple((each, Place.of(tree, paths[suffix])) for each, suffix in equation.suffixes.items())
+        places = tuple(
+            (each, Place.of(tree, paths[suffix]), equation.casts(each)) for each, suffix in equation.suffixes.items()
+        )
         owner = module_at(tree, equation.site.module)
         return cls(equation, owner, places, None if scale is None else Place.of(tree, scale))
 
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
-        tensors = {name: place.tensor for name, place in self.places}
-        for name, tensor in tensors.items():
-            wanted = self.equation.dtype_of(name, dtype)
-            if wanted not in (None, tensor.dtype):
-                tensors[name] = tensor.to(wanted)
+        tensors = {}
+        for name, place, is_cast in self.places:
+            tensor = place.tensor
+            tensors[name] = tensor.to(dtype) if is_cast and dtype not in (None, tensor.dtype) else tensor
         scale = None if self.scale is None else self.scale.tensor
         return self.equation.operands(tensors, bound, self.owner.training, scale)
 

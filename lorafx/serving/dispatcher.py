@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,6 +73,7 @@ class Dispatcher:
     misses: Misses = field(init=False)
     early: EarlyCalls = field(init=False)
     acting: Acting = field(init=False)
+    fit: defaultdict[int, set[str]] = field(init=False)  # paths of modules that adapters can act on, by layout
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
@@ -94,6 +96,7 @@ class Dispatcher:
         self.tables = SiteTables()
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
         self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
+        self.fit = defaultdict(set)
 
     def forget(self, adapter: str) -> None:
         """Forget what was made for calls in which an adapter acts, which is deleted. What others have stays."""
@@ -110,10 +113,10 @@ class Dispatcher:
         if is_traced():
             if call.context.numbers:
                 raise AdapterError("a call with `adapter_names` is not recorded: record one of one adapter")
-            return run_traced(call, self.pipeline, self.observers)
+            return run_traced(call, self.pipeline, self.observers, self.step_into)
         key = self.key(call)
         if self.sites.is_recomputed(path):
-            return self._run_by_sites(call, early=True)[0]
+            return self._run_by_sites(call, early=True, is_new=False)[0]
         kept = self.programs.of(key)
         for program in kept:
             if program.waits and self.early.is_due(key):
@@ -166,8 +169,8 @@ class Dispatcher:
     def _run(self, program: Program, call: Call) -> Any:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            first = program.waits and not self.early.seen(program.key)
-            result, acts = self._run_by_sites(call, program.waits, first)
+            turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
+            result, acts = self._run_by_sites(call, program.waits, is_new, turned)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -180,15 +183,21 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool, first: bool = False) -> tuple[Any, bool]:
-        """What the model's own Python gives, and whether it ran a site. The first such call shows where rows are."""
+    def _run_by_sites(self, call: Call, early: bool, is_new: bool, turned: bool = False) -> tuple[Any, bool]:
+        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen."""
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         direct, rows, dtype = None, call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         if self.runs_equations:
-            direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned=first)
-        return interpret(SiteInterpreter(call, state, table, run_operator, direct, early), call)
+            direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned)
+        ran = self.sites.ran(state.layout, early)
+        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
+
+    @property
+    def step_into(self) -> Callable[..., Any]:
+        """What a part does that the model's own Python calls."""
+        return partial(self.sites.step_into, serve=self.serve)
 
     @property
     def runs_equations(self) -> bool:
@@ -234,7 +243,7 @@ class Dispatcher:
             kept = self.programs.of(key)
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
-            require_adapted_modules(call)
+            require_adapted_modules(call, self.fit[self.tree.state(call.tree).layout])
             without_reentrant(self.tree.modules)
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
@@ -303,17 +312,22 @@ def title_of(call: Call) -> str:
     return f"{call.path}({title})" if call.path else title
 
 
-def require_adapted_modules(call: Call) -> None:
-    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since."""
+def require_adapted_modules(call: Call, fit: set[str]) -> None:
+    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since.
+
+    `fit` are the paths of those whose weights were looked at before, in a tree of the same layout.
+    """
     for adapter in call.context.adapters:
         adapter.require_in_place(call.tree)
-        computed = [site.name for site in adapter.selection if _is_computed(call.tree, site)]
+        sites = [site for site in adapter.selection if site.module not in fit]
+        computed = [site.name for site in sites if _is_computed(call.tree, site)]
         if computed:
             raise AdapterError(
                 f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
                 " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
-        require_not_packed_since(call.tree, adapter.selection)
+        require_not_packed_since(call.tree, sites)
+        fit.update(site.module for site in sites)
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:
