@@ -31,8 +31,9 @@ DtypeOf = Callable[[Equation, Node], torch.dtype | None]
 
 # Operators that leave the rows of what they are given first where they are, besides those that torch calls pointwise.
 _KEEPS_ROWS = {
-    *(aten.linear.default, aten.dropout.default, aten.layer_norm.default, aten.contiguous.default, aten.clone.default),
-    *(torch.ops.lorafx.lora_by_row.default, torch.ops.lorafx.own_forward.default),
+    *(aten.linear.default, aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.to.dtype),
+    *(aten.layer_norm.default, aten.rms_norm.default, torch.ops.lorafx.rms_norm.default),
+    *(torch.ops.lorafx.lora_by_row.default, torch.ops.lorafx.is_of_row.default, torch.ops.lorafx.own_forward.default),
 }
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
 

@@ -15,7 +15,7 @@ from ..tree.wrappers import loading_device
 from .adapter import Adapter, placed
 from .kinds import SCALING, Spec
 from .site import Site
-from .start_values import Rests, drawn, start_values
+from .start_values import Rests, drawn, start_values, unsaved
 
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -52,21 +52,34 @@ def build(
             where = _device_of(root, site.weight).type if whole else "meta"
             tensors, rest = start_values(root, adapter.kind, adapter.config, site, rng, where)
             rests |= {site: rest} if rest else {}
+            if where == "meta" and not all(spec.saved for spec in specs.values()):
+                tensors |= unsaved(root, adapter, site)
         for spec in specs.values():
             value = values[paths[spec.suffix]] if values else tensors[spec.suffix]
             to_meta = on_meta and spec.saved and not takes
-            made[paths[spec.suffix]] = _made(root, site, spec, value, autocast_adapter_dtype, to_meta)
+            device = torch.device("meta") if to_meta else _device_of(root, site.weight)
+            device = device if spec.saved else _with_values(value, device)
+            made[paths[spec.suffix]] = _made(root, site, spec, value, autocast_adapter_dtype, device)
     made |= dict(_shared(root, adapter, values, autocast_adapter_dtype))
-    _hang(root, made | dict(_copies(root, adapter, values)), set(_in_no_state_dict(adapter)))
+    transient = set(_in_no_state_dict(adapter))
+    _hang(root, made | dict(_copies(root, adapter, values)), transient)
+    for site in [site for site in adapter.selection if _device_of(root, site.weight).type == "meta"]:
+        for path in transient.intersection(adapter.tensors[site.name].values()):
+            root.get_submodule(path.rpartition(".")[0]).to("meta")  # which keeps the values for when it leaves meta
     return rests
 
 
-def _made(root: nn.Module, site: Site, spec: Spec, value: Tensor, widened: bool, to_meta: bool = False) -> Tensor:
+def _made(root: nn.Module, site: Site, spec: Spec, value: Tensor, widened: bool, device: torch.device) -> Tensor:
     """A tensor of a site as it is in the tree: a parameter, or a buffer if nothing trains it."""
     dtype = site.storage.dtype(root.get_submodule(site.module), site.parameter)
     dtype = spec.dtype or (torch.float32 if widened and dtype in _WIDENED else dtype)
-    made = value.detach().to("meta" if to_meta else _device_of(root, site.weight), dtype, copy=True)
+    made = value.detach().to(device, dtype, copy=True)
     return made if spec.fixed else nn.Parameter(made)
+
+
+def _with_values(value: Tensor, device: torch.device) -> torch.device:
+    """Where to make what no state dict brings: on its weight's device, but not without values on the meta device."""
+    return value.device if device.type == "meta" else device
 
 
 def _shared(
@@ -81,7 +94,8 @@ def _shared(
             path = adapter.tensors[site.name][spec.suffix]
             key = spec.suffix, _device_of(root, site.weight), dtype
             if key not in made:
-                made[key] = _made(root, site, spec, values[path] if values else start[spec.suffix], widened)
+                value = values[path] if values else start[spec.suffix]
+                made[key] = _made(root, site, spec, value, widened, _with_values(value, key[1]))
             yield path, made[key]
 
 

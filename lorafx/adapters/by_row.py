@@ -125,13 +125,16 @@ def first_tensor(values: Iterable[Any]) -> Tensor | None:
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
-def follows(x: Tensor, rows: Tensor, one_token: bool) -> bool:
+def follows(x: Tensor, rows: Tensor, one_token: bool, turned: bool = False) -> bool:
     """Whether a tensor that an operator is given has the rows of the batch first, in order, as far as can be told.
 
     A matrix may be the tokens of some rows, as an expert's. It is the rows if each has `one_token`, or if it is seen to
-    be another tensor with the rows first, flattened: each row's numbers lie together in memory.
+    be another tensor with the rows first, flattened: each row's numbers lie together in memory. If rows may be
+    `turned`, to come second, they are known to come first only where the other sizes are not as large.
     """
     count, base = rows.shape[0], base_of(x)
+    if turned and count > 1 and count in x.shape[1 : x.ndim - x.is_floating_point()]:
+        return False
     if count == 1 or (x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())):
         return True
     if base is None or base.ndim < 3 or base.shape[0] != count or base.numel() != x.numel():

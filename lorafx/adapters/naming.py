@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import AdapterError
 
+BASE = "__base__"  # PEFT's name for no adapter, where rows name theirs
 LONGEST = 200  # bytes: file systems take 255, and a folder that is being written has a longer name for a moment
 
 
@@ -32,6 +33,8 @@ def _objection(name: str) -> str | None:
         return f"Python reads it as {unicodedata.normalize('NFKC', name)!r}; use that"
     if len(os.fsencode(name)) > LONGEST:
         return f"it is longer than {LONGEST} bytes, too long for a folder"
+    if name == BASE:
+        return "it is what rows of a batch say that have none"
     if hasattr(nn.Module(), name):
         return "it is the name of a module's method or attribute"
     return None

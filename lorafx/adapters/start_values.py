@@ -45,8 +45,8 @@ def start_values(
         dtype = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(where, dtype)
     specs = kind.tensors(site, config)
-    tensors = {name: torch.empty(spec.shape, device=where, dtype=spec.dtype or dtype) for name, spec in specs.items()}
-    with torch.no_grad():
+    with where, torch.no_grad():  # whatever device somebody has made the default
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype or dtype) for name, spec in specs.items()}
         rest = kind.init(site, config, tensors, None if where.type == "meta" else rng, weight)
         kept = {} if rest is None else site.storage.packed(rest.double(), stored)
     return {spec.suffix: tensors[name] for name, spec in specs.items()}, kept
@@ -54,8 +54,9 @@ def start_values(
 
 def drawn(kind: Kind, config: AdapterConfig, shared: Mapping[str, Spec]) -> dict[str, Tensor]:
     """What sites share, by suffix, in float32 on the CPU: the same, whatever the base's dtype and device."""
-    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype or torch.float32) for name, spec in shared.items()}
-    kind.draw(config, tensors)
+    with torch.device("cpu"):  # whatever device somebody has made the default
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype or torch.float32) for name, spec in shared.items()}
+        kind.draw(config, tensors)
     return {spec.suffix: tensors[name] for name, spec in shared.items()}
 
 
@@ -67,9 +68,16 @@ def completed(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -
         places = [adapter.tensors[site.name][spec.suffix] for site in adapter.selection]
         found |= dict.fromkeys(places, found[places[0]] if spec.saved else made[spec.suffix])
     for site in adapter.selection:
-        lacking = [spec for spec in adapter.kind.tensors(site, adapter.config).values() if not spec.saved]
-        if lacking:
-            rng, config = torch.Generator(), adapter.config
-            start, _ = start_values(root, adapter.kind, config, site, rng, "cpu", from_weight=False)
-            found |= {adapter.tensors[site.name][spec.suffix]: start[spec.suffix] for spec in lacking}
+        paths = adapter.tensors[site.name]
+        found |= {paths[suffix]: value for suffix, value in unsaved(root, adapter, site).items()}
     return found
+
+
+def unsaved(root: nn.Module, adapter: Adapter, site: Site) -> dict[str, Tensor]:
+    """What no file has of a site's tensors, by suffix, with its values on the CPU: the config says them."""
+    lacking = [spec.suffix for spec in adapter.kind.tensors(site, adapter.config).values() if not spec.saved]
+    if not lacking:
+        return {}
+    rng, kind = torch.Generator(), adapter.kind
+    start, _ = start_values(root, kind, adapter.config, site, rng, "cpu", from_weight=False)
+    return {suffix: start[suffix] for suffix in lacking}

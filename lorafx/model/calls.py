@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..serving.call_key import in_one_order
 from ..serving.choosing import choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
@@ -53,7 +54,7 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
     context, choice = state.context, chosen_for(state)
     names = state.acting
     if choice is not None:
-        context, kwargs = as_chosen(tree, choice, args, kwargs)
+        context, kwargs = as_chosen(tree, choice, args, in_one_order(type(module_at(tree, path)), kwargs))
         names = () if state.disabled else tuple(named(choice))
     acting = [state.adapters[name] for name in names if name not in context.merged]
     keep_within_bounds(tree, acting)

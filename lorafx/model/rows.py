@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.by_row import ROWS, first_tensor
+from ..adapters.naming import BASE
 from ..errors import AdapterError
 from ..pipeline import Context
+from ..serving.call_key import in_one_order
 from ..serving.choosing import Choice, choosing
 from ..tree.mirror import STATE
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
-BASE = "__base__"  # PEFT's name for no adapter
 _FEW = 16  # so many adapters are in every graph with rows, also more if there are as many rows
 
 
 def chosen(state: State, names: Any, repeats: bool = False) -> Choice:
     """What rows choose by these names. Raises `AdapterError` for a name that is not there, or cannot be chosen so."""
-    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
+    if not isinstance(names, (list, tuple)) or not all(name is None or isinstance(name, str) for name in names):
         raise AdapterError(f"{NAMES} is a list with the name of an adapter for each row of the batch, not {names!r}")
     choice = Choice(state, tuple(None if name == BASE else name for name in names), repeats)
     wanted = named(choice)
@@ -100,7 +101,8 @@ def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
         names = kwargs.pop(NAMES)
         if names is None:
             return generate(self, *args, **kwargs)
-        choice, prompts = chosen(vars(self)[STATE], names, repeats=True), first_tensor((*args, *kwargs.values()))
+        choice, named = chosen(vars(self)[STATE], names, repeats=True), in_one_order(type(self), kwargs)
+        prompts = first_tensor((*args, *named.values()))
         if prompts is not None:  # before beams make several rows of each
             _repeats(replace(choice, repeats=False), prompts)
         with choosing(choice):

@@ -58,6 +58,7 @@ class Weighted(Adapters):
             *(combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
         )
         self._require_free(adapter_name)
+        require(not isinstance(adapters, str), "adapters", adapters, "a list of names")
         sources = [used(self._adapter(name)) for name in adapters]
         _require_weights(weights, len(sources))
         self._require_combinable(sources)
@@ -127,10 +128,8 @@ class Weighted(Adapters):
 
     def _taken_over(self, adapter: Adapter, sources: Sequence[Adapter]) -> dict[str, Tensor]:
         """The values of the adapter's own copies of base tensors, by path: those of the one that has them."""
-        copies, ledger = (
-            {base: path for source in sources for base, path in source.replaced.items()},
-            self._lorafx.ledger,
-        )
+        copies = {base: path for source in sources for base, path in source.replaced.items()}
+        ledger = self._lorafx.ledger
         return {
             path: ledger.original(self.tree, own) if own in ledger.entries else tensor_at(self.tree, own)
             for base, path in adapter.replaced.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -17,6 +18,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)  # each site asks in each call
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast switched off inside, where this kind of device has one: the meta device has none."""
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else contextlib.nullcontext()
 
 
 def is_recorded() -> bool:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dtypes import at_least_float32
 from .library import composite
+from .modes import without_autocast
 
 
 def skew_symmetric(q: Tensor, size: int) -> Tensor:
@@ -24,12 +26,13 @@ def skew_symmetric(q: Tensor, size: int) -> Tensor:
 
 
 def cayley(skew: Tensor, terms: int) -> Tensor:
-    """R - I of each Q, (…, size, size).
+    """R - I of each Q, (…, size, size), of any floating dtype.
 
-    `terms` is how many terms of Neumann's series to use, as in PEFT's OFT; 0 solves. Of float32 or float64, and
-    differentiable.
+    `terms` is how many terms of Neumann's series to use, as in PEFT's OFT; 0 solves. It is computed and given in
+    float32, or float64 if Q is: half precision cannot be solved in. Differentiable.
     """
-    with torch.autocast(skew.device.type, enabled=False):  # it would round the powers
+    skew = at_least_float32(skew)
+    with without_autocast(skew.device.type):  # it would round the powers
         if terms:
             return _series(skew, terms)
         identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
@@ -53,9 +56,10 @@ def reflections(u: Tensor, together: bool) -> tuple[Tensor, Tensor]:
     """U and U T, (in, r) both: x - (x U) (U T)ᵀ is x after all reflections, the last column's first.
 
     `u` is (in, r), whose columns are normed here; with `together`, all that their span has is reflected, which is what
-    reflections by orthogonal columns of the same span do. float32 or float64; differentiable.
+    reflections by orthogonal columns of the same span do. Dtypes are those of `cayley`; differentiable.
     """
-    with torch.autocast(u.device.type, enabled=False):
+    u = at_least_float32(u)
+    with without_autocast(u.device.type):
         normed = u / u.norm(dim=0)
         gram = normed.mT @ normed
         inverse = gram / 2 if together else gram.triu(1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .library import composite
+from .modes import without_autocast
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     weight, a, b = weight.detach(), a.detach(), b.detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):  # it would round what is added up
+    with without_autocast(weight.device.type):  # it would round what is added up
         products = F.linear(weight, a.to(weight.dtype)).to(dtype)
         a, b = a.to(dtype), b.to(dtype)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()

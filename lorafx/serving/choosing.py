@@ -70,9 +70,3 @@ def has_one_token(call: Call) -> bool:
     if first is None or first.ndim > 2:
         return False
     return first.ndim < 2 or first.is_floating_point() or first.shape[1] == 1
-
-
-def may_be_turned(call: Call) -> bool:
-    """Whether rows come second perhaps, for as many come first. A graph tells them apart."""
-    first = first_tensor(call.named.values())
-    return first is None or (first.ndim > 1 and first.shape[0] == first.shape[1] > 1)

@@ -87,7 +87,7 @@ class Direct:
     """Runs torch functions that read adapted weights, in a tree of certain modules.
 
     `dtype` is that of updates, None where it is that of the activations. Where rows choose their adapters, `rows` has
-    their numbers, and `one_token` says whether the call has one token a row.
+    their numbers, `one_token` says whether the call has one token a row, and `turned` whether rows may come second.
     """
 
     def __init__(
@@ -97,8 +97,10 @@ class Direct:
         dtype: torch.dtype | None,
         rows: Tensor | None = None,
         one_token: bool = False,
+        turned: bool = False,
     ):
-        self.tree, self.table, self.dtype, self.rows, self.one_token = tree, table, dtype, rows, one_token
+        self.tree, self.table, self.dtype = tree, table, dtype
+        self.rows, self.one_token, self.turned = rows, one_token, turned
 
     def run(
         self,
@@ -140,7 +142,7 @@ class Direct:
         """The operator with each row's own adapter. Raises `UncoveredOperatorError` if rows cannot be told apart."""
         x, rows = bound["x"], self.rows
         assert rows is not None
-        if not follows(x, rows, self.one_token):
+        if not follows(x, rows, self.one_token, self.turned):
             raise UncoveredOperatorError(
                 f"{weight} is read with a tensor {tuple(x.shape)}, of which nobody can tell which rows of the batch "
                 "these are; give each adapter's rows a call of their own, or leave the module out (`exclude_modules`)"

@@ -33,7 +33,7 @@ from .acting import Acting, acts_in
 from .before import Before, RunAgain
 from .call_key import Call, CallKey
 from .checkpointing import without_reentrant
-from .choosing import has_one_token, may_be_turned
+from .choosing import has_one_token
 from .direct import Direct, equation_dtype
 from .early_calls import EarlyCalls
 from .free_counters import FreeCounters
@@ -125,9 +125,9 @@ class Dispatcher:
                 return self.run(program, call)
             except GuardFailed:  # it is a graph for other sizes
                 continue
-            except UncoveredOperatorError:  # the next such call is given a graph, which may do what equations cannot
+            except CaptureError:  # the next such call is given a graph, which may do what equations cannot
                 if program.waits:
-                    self.early.give_up(path)
+                    self.early.give_up(key)
                 raise
         return self.run_first(self.make(key, call, len(kept)), call)
 
@@ -164,11 +164,11 @@ class Dispatcher:
                 raise
             before.put_back()
             return self.run_first(program, call)
-        except (UncoveredOperatorError, torch.OutOfMemoryError):
+        except (CaptureError, torch.OutOfMemoryError):
             if before is None or not program.waits:
                 raise
             before.put_back()  # there may be a graph, and it keeps less
-            self.early.give_up(call.path)
+            self.early.give_up(program.key)
             return self.run_first(self.make_graph(program, call), call)
         except GuardFailed as error:
             reason = f"the graph captured from this very call does not accept it: {error}"
@@ -183,7 +183,8 @@ class Dispatcher:
     def _run(self, program: Program, call: Call) -> Any:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            result, acts = self._run_by_sites(call, program.waits, is_new)
+            turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
+            result, acts = self._run_by_sites(call, program.waits, is_new, turned)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -196,13 +197,14 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool, is_new: bool) -> tuple[Any, bool]:
-        """What the model's own Python gives, and whether it ran a site."""
+    def _run_by_sites(self, call: Call, early: bool, is_new: bool, turned: bool = False) -> tuple[Any, bool]:
+        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen."""
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
-        rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
-        direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
+        direct, rows, dtype = None, call.kwargs.get(ROWS), equation_dtype(self.pipeline)
+        if self.runs_equations:
+            direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned)
         ran = self.sites.ran(state.layout, early)
         return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
 
@@ -271,11 +273,11 @@ class Dispatcher:
         state = self.tree.state(call.tree)
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
-        if self.graphs.like(key, call) or (call.context.numbers and may_be_turned(call)):
+        if self.graphs.like(key, call):
             return False
         if any(map(has_copies_among_children, self.tree.modules)):  # the model's Python may take these for layers
             return False
-        return self.early.may_wait(key) and self.tables.of(call.tree, call.context, state.modules).is_plain
+        return not self.early.is_due(key) and self.tables.of(call.tree, call.context, state.modules).is_plain
 
     def make_now(self, key: CallKey, call: Call, names: tuple[str, ...]) -> Program:
         """What serves a kind of call from now on."""

@@ -21,15 +21,11 @@ REPEATS = 100
 
 
 class EarlyCalls:
-    """Which kinds of call have come how often, and which parts of the model are graphs from the first call on."""
+    """Which kinds of call have come how often, and which are graphs from the next call on."""
 
     def __init__(self) -> None:
         self._seen: Counter[CallKey] = Counter()
-        self._at_once: set[str] = set()
-
-    def may_wait(self, key: CallKey) -> bool:
-        """Whether a graph for such a call may wait, as far as is known of calls like it."""
-        return not self.is_due(key)
+        self._at_once: set[CallKey] = set()
 
     def count(self, key: CallKey) -> None:
         """Note that such a call was served."""
@@ -37,7 +33,8 @@ class EarlyCalls:
 
     def is_due(self, key: CallKey) -> bool:
         """Whether such calls have come often enough for a graph, or must have one."""
-        return key.part in self._at_once or self.seen(key) >= REPEATS
+        kind = _kind(key)
+        return kind in self._at_once or self._seen[kind] >= REPEATS
 
     def seen(self, key: CallKey) -> int:
         """How many such calls have been served early."""
@@ -51,10 +48,11 @@ class EarlyCalls:
         """Forget the calls in which an adapter acted, which is deleted."""
         for key in [key for key in tuple(self._seen) if key.has(adapter)]:
             del self._seen[key]
+        self._at_once = {key for key in self._at_once if not key.has(adapter)}
 
-    def give_up(self, part: str) -> None:
-        """Give calls of a part their graph at once: its own Python reads a weight where no equation can be run."""
-        self._at_once.add(part)
+    def give_up(self, key: CallKey) -> None:
+        """Give such calls their graph at once: the model's own Python reads a weight where no equation can be run."""
+        self._at_once.add(_kind(key))
 
 
 def _kind(key: CallKey) -> CallKey:

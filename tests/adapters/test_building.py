@@ -37,6 +37,26 @@ def test_on_the_meta_device_nothing_is_lost_that_no_state_dict_has():
     assert torch.equal(lorafx.compile(base, VERA, low_cpu_mem_usage=True)[0].vera_A.default.shared, drawn)
 
 
+UNSAVED = {
+    "shared": VERA,
+    "its own": lorafx.FourierFTConfig(n_frequency=4, target_modules=["0", "1"], init_weights=False),
+    "normed": {"r": 2, "target_modules": ["0", "1"], "use_dora": True, "init_lora_weights": False},
+}
+
+
+@pytest.mark.parametrize("config", UNSAVED.values(), ids=UNSAVED)
+def test_a_base_on_the_meta_device_gets_all_that_a_state_dict_does_not_bring(config):
+    def base():
+        return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+    lora, x = lorafx.compile(base(), config), torch.randn(4, 5)
+    with torch.device("meta"):
+        bare = lorafx.compile(base(), config)
+    assert all(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
+    bare.load_state_dict(lora.state_dict(), assign=True)
+    assert torch.equal(bare(x), lora(x))
+
+
 def test_what_cannot_be_hung_leaves_nothing_behind():
     base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adapter = plan(base, "default", lorafx.VeraConfig(r=3, target_modules=["0", "1"]))

@@ -26,6 +26,7 @@ REFUSED += [
     "training",
     "_modules",
     "T_destination",
+    "__base__",
     3,
 ]
 # Equal to what modules and tensors are called, the beginning of another's, and what is merely odd.

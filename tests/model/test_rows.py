@@ -197,15 +197,41 @@ def test_experts_whose_tokens_are_of_any_rows_are_refused_by_name(repeats, monke
 
 @pytest.mark.parametrize("repeats", [0, 3])
 def test_rows_that_come_second_are_refused_however_many_they_are(repeats, monkeypatch):
-    class SequenceFirst(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+    class PatchesFirst(nn.Sequential):
+        """As open_clip has it: as many patches as images, and nobody sees it in what the model is given."""
+
+        def forward(self, image):
+            patches = nn.functional.unfold(image, 2, stride=2)  # (rows, 12, patches)
+            return super().forward(patches.permute(2, 0, 1)).transpose(0, 1)
 
     monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
     config = {"target_modules": ["0"]}
-    lora = with_adapters(SequenceFirst(nn.Linear(6, 4)), {"a": config, "b": config})
+    lora = with_adapters(PatchesFirst(nn.Linear(12, 5)), {"a": config, "b": config})
     with pytest.raises(UncoveredOperatorError, match="which rows of the batch"):
-        lora(numbers(4, 4, 6), adapter_names=["a", "b", "a", BASE])
+        lora(numbers(4, 3, 4, 4), adapter_names=["a", "b", "a", BASE])
+
+
+@pytest.mark.usefixtures("early")
+def test_as_many_tokens_as_rows_are_served_early_if_others_were_before():
+    lora = made("mlp of sequences")
+    lora(numbers(4, 4, 6), adapter_names=["a", "b", "a", BASE])  # a graph tells rows and tokens apart
+    lora = made("mlp of sequences")
+    for tokens in (3, 4):
+        lora(numbers(4, tokens, 6), adapter_names=["a", "b", "a", BASE])
+    assert [each.served_by for each in lora.explain().calls] == ["sites"]
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_the_rows_are_those_of_what_the_forward_has_first(repeats, monkeypatch):
+    class Shifted(nn.Sequential):
+        def forward(self, x, shift):
+            return super().forward(x) + shift
+
+    monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
+    config = {"target_modules": ["0"]}
+    lora = with_adapters(Shifted(nn.Linear(6, 4)), {"a": config, "b": config})
+    x, shift, names = numbers(3, 5, 6), torch.ones(1, 5, 4), ["a", "b", BASE]
+    assert torch.equal(lora(shift=shift, x=x, adapter_names=names), lora(x, shift, adapter_names=names))
 
 
 WRONG = {
@@ -214,6 +240,7 @@ WRONG = {
     "has 6 names": ["a"] * 6,
     "has 0 names": [],
     "a list with the name": "aaaaa",
+    r"a list with the name .* not \[3": [3, "a", "a", "a", "a"],
 }
 
 

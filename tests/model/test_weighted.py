@@ -140,6 +140,7 @@ def test_random_numbers_follow_the_seed():
         ((["a", "b"], [1, 1], "b"), AdapterError, "an adapter 'b' already"),
         ((["a", "b"], [1], "new"), ConfigError, "1 weights for 2 adapters"),
         (([], [], "new"), ConfigError, "0 weights for 0 adapters"),
+        (("ab", [1, 1], "new"), ConfigError, "`adapters` must be a list of names"),
         ((["a", "b"], [1, float("nan")], "new"), ConfigError, "`weights` must be a list of finite numbers"),
         ((["a", "b"], [1, 1], "new.name"), AdapterError, "no dots"),
         ((["a", "b"], [1, 1], "new", "linear"), AdapterError, r"first: 'linear' combines .* ranks there are \[2, 3\]"),

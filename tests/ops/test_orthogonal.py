@@ -48,6 +48,14 @@ def test_reflections_one_after_another(r):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_half_precision_are_computed_with_in_float32(dtype):
+    skew, u = skew_symmetric(torch.randn(3, 10), 5).to(dtype), torch.randn(7, 3).to(dtype)
+    assert torch.equal(cayley(skew, 0), cayley(skew.float(), 0)) and cayley(skew, 5).dtype is torch.float32
+    for found, expected in zip(reflections(u, False), reflections(u.float(), False)):
+        assert torch.equal(found, expected)
+
+
 def test_equal_pairs_cancel():
     first, second = reflections(torch.randn(7, 2).repeat_interleave(2, dim=1), False)
     assert (second @ first.T).abs().max() < 16 * torch.finfo(torch.float32).eps

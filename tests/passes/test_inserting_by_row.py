@@ -6,6 +6,7 @@ from models import llama
 from rows import BASE, with_adapters
 from torch import nn
 
+import lorafx
 from lorafx.errors import UncoveredOperatorError
 from lorafx.graph.blocks import LAYERS, block_calls, blocks_of
 from lorafx.model.rows import as_chosen, chosen
@@ -84,6 +85,20 @@ def test_rows_that_are_flattened_or_pooled_are_known(way):
     for row, name in enumerate(names):
         own = lora(x[row : row + 1], adapter_names=[name])
         torch.testing.assert_close(found.view(4, -1, 4)[row], own.view(-1, 4))
+
+
+def test_rows_are_known_behind_other_sites_of_flattened_tokens():
+    """As in OPT, and in experts that all tokens go to; what adapters and their choice add keeps the rows first."""
+    layers = nn.Sequential(nn.Flatten(0, 1), nn.RMSNorm(6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    config = lorafx.LoraConfig(r=2, target_modules=["2", "4"], init_lora_weights=False)
+    lora = lorafx.compile(layers, config, adapter_name="a")
+    lora.add_adapter(
+        "b", lorafx.IA3Config(target_modules=["2", "4"], feedforward_modules=["4"], init_ia3_weights=False)
+    )
+    x, names = torch.randn(4, 3, 6), ["a", "b", "a", BASE]
+    found = lora(x, adapter_names=names).view(4, 3, 4)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], lora(x[row : row + 1], adapter_names=[name]))
 
 
 def test_beams_have_the_adapters_of_their_rows():

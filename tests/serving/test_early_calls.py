@@ -147,21 +147,26 @@ def test_losses_do_not_depend_on_when_the_graph_takes_over(dropout, monkeypatch)
 class ByHand(nn.Module):
     """Reads a weight in a way that a graph alone understands, after it has drawn a number and filled its argument."""
 
-    def __init__(self):
+    def __init__(self, read):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.first, self.second, self.read = nn.Linear(4, 6), nn.Linear(6, 3), read
 
     def forward(self, x, seen):
         hidden = self.first(x) * torch.rand(())
         seen.append(hidden.detach())
-        return torch.relu(hidden) @ self.second.weight.T
+        return self.read(torch.relu(hidden), self.second.weight)
 
 
-def test_what_no_equation_can_be_run_in_is_a_graph_at_once_as_though_nothing_had_run():
+# Of the second, what reads the weight gives the weight itself.
+READS = {"turned": lambda x, weight: x @ weight.T, "all of it": lambda x, weight: nn.functional.linear(x, weight[:])}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_no_equation_can_be_run_in_is_a_graph_at_once_as_though_nothing_had_run(read):
     found = []
     for how in ("auto", "graph"):
         torch.manual_seed(3)
-        lora, seen = compiled(ByHand(), capture=how), []
+        lora, seen = compiled(ByHand(read), capture=how), []
         found.append((lora(torch.ones(5, 4), seen), seen))
         assert served(lora) == ["graph"] and len(seen) == 1
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
