@@ -138,11 +138,12 @@ class Equation:
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which the equation is given a tensor where it computes in `dtype`; None is the tensor's own."""
-        return dtype if self.is_cast(name) else None
+        return dtype if self.casts(name) else None
 
-    def is_cast(self, name: str) -> bool:
-        """Whether the equation is given a tensor in the dtype that it computes in."""
-        return not self._specs[name].as_kept and self._specs[name].dtype is None
+    def casts(self, name: str) -> bool:
+        """Whether a tensor is cast to the dtype that the equation computes in."""
+        spec = self._specs[name]
+        return not spec.as_kept and spec.dtype is None
 
     def _template(self, equation: Callable[..., Any], *first: str) -> Graph:
         names = *first, *self.inputs, *(f"{BOUND}{name}" for name in self.bound), "dtype", "result_dtype"
@@ -178,14 +179,14 @@ class Equation:
 
         `training` says whether the site's module trains; `scaling` is given where that is a tensor.
         """
-        kind, config, storage = self.adapter.kind, self.adapter.config, self.site.storage
-        if self.operator.transposed != self.site.reading.transposed:
+        kind, site = self.adapter.kind, self.site
+        if self.is_turned:
             tensors = kind.transposed(tensors)
         numbers: dict[str, Any] = self.numbers
         if scaling is not None:  # a copy, so that the scale may change between forward and backward
             numbers = numbers | {SCALING: aten.clone.default(scaling)}
-        weight = storage.read(self.site.weight_shape, bound) if kind.reads_weight else None
-        return Operands(self.site, config, tensors, numbers, self.operator, bound, training, weight)
+        weight = site.storage.read(site.weight_shape, bound) if kind.reads_weight else None
+        return Operands(site, self.adapter.config, tensors, numbers, self.operator, bound, training, weight)
 
     @functools.cached_property
     def numbers(self) -> dict[str, float]:
@@ -196,11 +197,15 @@ class Equation:
         """x in the dtype that updates are computed in; row numbers of a lookup stay what they are."""
         return x if self.operator.lookup else aten.to.dtype(x, dtype)
 
+    @functools.cached_property
+    def is_turned(self) -> bool:
+        """Whether the operator reads the weight the other way round than it is stored."""
+        return self.operator.transposed != self.site.reading.transposed
+
     @property
     def is_impossible(self) -> bool:
         """Whether the operator reads the weight transposed, and the kind does not define `transposed`."""
-        turned = self.operator.transposed != self.site.reading.transposed
-        return turned and type(self.adapter.kind).transposed is Kind.transposed
+        return self.is_turned and type(self.adapter.kind).transposed is Kind.transposed
 
 
 def _reads_own_bias(root: nn.Module, found: Match, site: Site) -> bool:

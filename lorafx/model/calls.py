@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -30,7 +30,8 @@ WITHIN_DYNAMO = (
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`. With `adapter_names`, each row has its own adapter (`rows.py`)."""
     state: State = vars(tree)[STATE]
-    if NAMES in kwargs and means_rows(_parameters(tree, path), kwargs):
+    function = type(innermost(tree.get_submodule(path))).forward
+    if NAMES in kwargs and means_rows(inspect.signature(function).parameters, kwargs):
         names = kwargs[NAMES]
         kwargs = {name: value for name, value in kwargs.items() if name != NAMES}
         if names is not None:
@@ -39,18 +40,13 @@ def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, A
     return _serve(tree, state, path, args, kwargs)
 
 
-def _parameters(tree: nn.Module, path: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(innermost(module_at(tree, path))).forward).parameters
-
-
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dispatcher = state.dispatcher_within(compiler_in_charge())
     if (interpreter := SiteInterpreter.running(tree)) is not None:
-        return dispatcher.sites.step_into(interpreter, path, args, kwargs, dispatcher.serve)
+        return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
     context, choice = state.context, chosen_for(state)
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, kwargs)
-    result = dispatcher.serve(tree, context, path, args, kwargs)
+    result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
     if not path:
         prepare(state, tree, result)
     return result
@@ -66,19 +62,14 @@ class PartCall:
     lorafx = True
 
     def __init__(self, tree: nn.Module, path: str):
-        self.tree, self.path = tree, path
-        self.replaced = {k: v for k, v in vars(tree.get_submodule(path)).items() if k == "forward"}
+        self.tree, self.path, self.module = tree, path, innermost(module_at(tree, path))
+        self.replaced = {k: v for k, v in vars(self.module).items() if k == "forward"}
         show_own_forward(self.module, self.replaced.get("forward"))
 
-    @property
-    def module(self) -> nn.Module:
-        """The part."""
-        return innermost(module_at(self.tree, self.path))
-
+    @not_traced(WITHIN_DYNAMO)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = SiteInterpreter.running(self.tree)
-        if running is not None and (result := running.run_site(self.path, args, kwargs)) is not NotImplemented:
-            return result
+        if NAMES not in kwargs and (interpreter := SiteInterpreter.running(self.tree)) is not None:
+            return interpreter.step_into(interpreter, self.path, self.module, args, kwargs)
         show_own_forward(self.module, self.replaced.get("forward"))
         return serve(self.tree, self.path, args, kwargs)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..torch_private.tensors import is_within_transform
+from ..tree.watched import PLAIN_TENSORS
 
 
 def by_reference() -> bool:
@@ -22,7 +23,7 @@ def needs_backward(*tensors: Tensor | None) -> bool:
 
 def is_plain(tensor: object) -> bool:
     """Whether a value is an ordinary tensor or parameter: no subclass, and no fake or functional one of a compiler."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in PLAIN_TENSORS
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ Defaults = tuple[torch.dtype, torch.device, bool]
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast runs matrix products in on this device now; None where it is off or unknown."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # each site asks in each call
 
 
 def is_recorded() -> bool:

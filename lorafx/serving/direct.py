@@ -41,7 +41,7 @@ def equation_dtype(pipeline: Pipeline) -> torch.dtype | None:
 class Evaluation:
     """One adapter's equation where an operator reads its site's weight, which module has the site, and its tensors.
 
-    `places` has these by the kind's names, each with whether it takes the dtype that the equation computes in.
+    Of each of these it says whether it is cast to the dtype that the equation computes in.
     """
 
     equation: Equation
@@ -55,18 +55,17 @@ class Evaluation:
         adapter, name = equation.adapter, equation.site.name
         paths, scale = adapter.tensors[name], adapter.scales.get(name)
         places = tuple(
-            (each, Place.of(tree, paths[suffix]), equation.is_cast(each)) for each, suffix in equation.suffixes.items()
+            (each, Place.of(tree, paths[suffix]), equation.casts(each)) for each, suffix in equation.suffixes.items()
         )
         owner = module_at(tree, equation.site.module)
         return cls(equation, owner, places, None if scale is None else Place.of(tree, scale))
 
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
-        tensors = {name: place.tensor for name, place, _ in self.places}
-        if dtype is not None:
-            for name, _, is_cast in self.places:
-                if is_cast and tensors[name].dtype != dtype:
-                    tensors[name] = tensors[name].to(dtype)
+        tensors = {}
+        for name, place, is_cast in self.places:
+            tensor = place.tensor
+            tensors[name] = tensor.to(dtype) if is_cast and dtype not in (None, tensor.dtype) else tensor
         scale = None if self.scale is None else self.scale.tensor
         return self.equation.operands(tensors, bound, self.owner.training, scale)
 

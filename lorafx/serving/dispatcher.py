@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -113,10 +113,10 @@ class Dispatcher:
         if is_traced():
             if call.context.numbers:
                 raise AdapterError("a call with `adapter_names` is not recorded: record one of one adapter")
-            return run_traced(call, self.pipeline, self.observers)
+            return run_traced(call, self.pipeline, self.observers, self.step_into)
         key = self.key(call)
         if self.sites.is_recomputed(path):
-            return self._run_by_sites(call, early=True)[0]
+            return self._run_by_sites(call, early=True, is_new=False)[0]
         kept = self.programs.of(key)
         for program in kept:
             if program.waits and self.early.is_due(key):
@@ -169,7 +169,7 @@ class Dispatcher:
     def _run(self, program: Program, call: Call) -> Any:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            result, acts = self._run_by_sites(call, program.waits)
+            result, acts = self._run_by_sites(call, program.waits, is_new)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -182,15 +182,19 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool) -> tuple[Any, bool]:
+    def _run_by_sites(self, call: Call, early: bool, is_new: bool) -> tuple[Any, bool]:
         """What the model's own Python gives, and whether it ran a site."""
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
-        ran = self.sites.ran(state.layout, early)
-        return interpret(SiteInterpreter(call, state, table, run_operator, direct, ran), call)
+        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, early, is_new), call)
+
+    @property
+    def step_into(self) -> Callable[..., Any]:
+        """What a part does that the model's own Python calls."""
+        return partial(self.sites.step_into, serve=self.serve)
 
     @property
     def runs_equations(self) -> bool:

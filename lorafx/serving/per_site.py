@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -29,15 +28,25 @@ from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..pipeline import Context
-from ..torch_private.tensors import is_innermost_mode, is_wrapped, pop_function_mode, push_function_mode
+from ..torch_private.tensors import (
+    DisableTorchFunctionSubclass,
+    function_modes,
+    is_innermost_mode,
+    is_within_transform,
+    pop_function_mode,
+    push_function_mode,
+    put_function_mode,
+)
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at, tensor_at
+from ..tree.memory import storage_of, whole_storage_of
 from ..tree.mirror import own_forward
 from ..tree.originals import other_mode
+from ..tree.watched import can_be_watched, watched
 from ..tree.wrappers import innermost
 from .call_key import Call, OperatorKey
 from .direct import Direct
-from .site_table import SiteTable
+from .site_table import OwnRead, SiteTable
 from .tree_state import TreeState
 
 Run = Callable[..., Any]
@@ -48,7 +57,9 @@ class SiteInterpreter(TorchFunctionMode):
 
     `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
     runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
-    concern it. `hooked` are modules of these to be called. `ran` is told the paths of the parts that run.
+    concern it. `hooked` are modules of these to be called. `step_into(self, part, module, args, kwargs)` is what a
+    part does that the model calls. `early` says that such calls may get a graph later on. `is_new` says that none of
+    their kind has run yet: then each function is looked at, and else only those that are given a tensor of the table's.
     """
 
     def __init__(
@@ -57,16 +68,20 @@ class SiteInterpreter(TorchFunctionMode):
         state: TreeState,
         table: SiteTable,
         run_operator: Run,
+        step_into: Run,
         direct: Direct | None = None,
-        ran: set[str] | None = None,
+        early: bool = False,
+        is_new: bool = True,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
-        self.table, self.run_operator, self.direct = table, run_operator, direct
-        self.parts, self.paused, self.ran = [call.path], False, set() if ran is None else ran
+        self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
+        self.parts, self.paused, self.early, self.is_new = [call.path], False, early, is_new
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
+        self.watch, self.depth = contextlib.ExitStack(), function_modes()
+        self.sees_all = is_new or direct is None or is_within_transform() or not can_be_watched(self.kept)
         self.weights = {id(place.tensor): place.path for place in table.weights}
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
@@ -81,10 +96,22 @@ class SiteInterpreter(TorchFunctionMode):
         """Run the tree's own Python inside."""
         outer, RUNNING.mode = RUNNING.mode, self
         try:
-            with plain_operators(), self:
+            with plain_operators(), self.watch:
+                if self.sees_all:
+                    self.watch.enter_context(self)
+                else:
+                    self.watch.enter_context(watched(self.kept))
                 yield self
         finally:
             RUNNING.mode = outer
+
+    def see_all(self) -> None:
+        """Look at each function from here on: a graph is to run, which takes tensors for what they are."""
+        if not self.sees_all:
+            self.sees_all = True
+            self.watch.close()
+            put_function_mode(self, self.depth)
+            self.watch.callback(pop_function_mode)
 
     def run_inside(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module's forward, and see which tensors it has meanwhile: FSDP and offloading put theirs in place.
@@ -92,12 +119,19 @@ class SiteInterpreter(TorchFunctionMode):
         These are gone afterwards, and another tensor may have their ids.
         """
         self.parts.append(part)
+        if part not in self.table.owned:
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.parts.pop()
         there: list[tuple[dict[int, str], int]] = []
-        for known, places in zip((self.weights, self.replaced), self.table.owned.get(part, ())):
+        for known, places in zip((self.weights, self.replaced), self.table.owned[part]):
             for place in places:
                 if (number := id(place.tensor)) not in known:
                     known[number] = place.path
                     there.append((known, number))
+        if there:
+            self.see_all()
         try:
             return forward(*args, **kwargs)
         finally:
@@ -116,34 +150,50 @@ class SiteInterpreter(TorchFunctionMode):
 
     def run_site(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module gives whose own forward is one call that reads its weight; NotImplemented for any other."""
-        read = self.table.own_reads.get(part) if self.runs_sites and len(args) == 1 and not kwargs else None
-        if read is None or type(args[0]) is not Tensor or type(read.module).forward is not read.forward:
+        read = self.own_reads.get(part)
+        if read is None or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
             return NotImplemented
-        if not is_innermost_mode(self):
+        others = not is_innermost_mode(self) if self.sees_all else function_modes() != self.depth
+        if others or type(read.module).forward is not read.forward:
             return NotImplemented
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
-        pop_function_mode()
-        try:
+        with _Off(self) if self.sees_all else DisableTorchFunctionSubclass():
             if self._acts_on(args):
                 return NotImplemented
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
-        finally:
-            push_function_mode(self)
-        if result is not NotImplemented:
-            self.acted = True
-            self.ran.add(part)
+        self.acted = self.acted or result is not NotImplemented
         return result
 
     @functools.cached_property
-    def runs_sites(self) -> bool:
-        """Whether equations may take the place of whole modules: nobody watches, and no copy is for one of several."""
-        return self.direct is not None and not self.state.hooked_adapters and not (self.replaced and self.shared)
+    def own_reads(self) -> dict[str, OwnRead]:
+        """The modules whose forward an equation takes the place of, by path: none where somebody watches, or where an
+        adapter's copy of a tensor is for one of several modules that have it."""
+        if self.direct is None or self.state.hooked_adapters or (self.replaced and self.shared):
+            return {}
+        return self.table.own_reads
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Each function that the model calls may come here, so what nearly all do is done in a few steps.
         if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        result = self._without_a_graph(func, args, kwargs)
+        return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
+
+    def told(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function gives that gets a watched tensor."""
+        with DisableTorchFunctionSubclass():
+            if self.paused or not self._acts_on((*args, *kwargs.values()), func):
+                return func(*args, **kwargs)
+            result = self._without_a_graph(func, args, kwargs)
+        if result is NotImplemented:
+            self.see_all()
+            return self._through_a_graph(func, args, kwargs)
+        return result
+
+    def _without_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function that reads an adapted tensor gives, if no graph has to be made for that; NotImplemented."""
         if _is_method(func):  # of a weight: its shape, its dtype …; of a counter: `add_`, or its value
             first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
@@ -152,32 +202,27 @@ class SiteInterpreter(TorchFunctionMode):
             if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
                 return result
         self.acted = True
-        result = self._directly(func, args, kwargs) if self.direct else NotImplemented
-        return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
+        return self._directly(func, args, kwargs) if self.direct else NotImplemented
 
     def _acts_on(self, values: Iterable[Any], func: Callable[..., Any] | None = None) -> bool:
         """Whether an adapted tensor, or one that an adapter has a copy of, is among a function's arguments.
 
         Raises `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call;
-        to read its shape is no harm. Each function that the model calls comes here, so there is one loop for all.
+        to read its shape is no harm.
         """
         weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
-            kind, number = type(value), id(value)
+            number = id(value)
             if number in weights or number in replaced:
                 return True
-            if kind is Tensor:
-                try:
-                    start = value.untyped_storage().data_ptr()
-                except RuntimeError:  # sparse, say
-                    continue
-                if (path := memory.get(start)) and not _is_getter(func):
-                    raise UncoveredOperatorError(
-                        f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
-                        f"{place_of(traceback.extract_stack())}"
-                    )
-            elif (kind is tuple or kind is list) and self._acts_on(value, func):
+            kind = type(value)
+            if (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
+            if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not _is_getter(func):
+                raise UncoveredOperatorError(
+                    f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
+                    f"{place_of(traceback.extract_stack())}"
+                )
         return False
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,8 +263,10 @@ class SiteInterpreter(TorchFunctionMode):
 
     @functools.cached_property
     def memory(self) -> dict[int, str]:
-        """The paths of the weights by where their memory begins."""
-        return {storage: place.path for place in self.table.weights if (storage := _whole_storage(place.tensor))}
+        """The paths of the weights by where their memory begins; none in calls of a kind that came before."""
+        if not self.is_new:
+            return {}
+        return {storage: place.path for place in self.table.weights if (storage := whole_storage_of(place.tensor))}
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
@@ -297,14 +344,17 @@ class SiteInterpreter(TorchFunctionMode):
         return not elsewhere or self.parts[-1] == owner
 
 
-def _whole_storage(tensor: Tensor) -> int:
-    """Where a parameter's memory begins, if that is all its own, and no flat buffer of many."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
-        return 0
-    if is_wrapped(tensor):  # by a transform of torch.func's
-        return 0
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() if storage.nbytes() == tensor.nbytes else 0
+class _Off:
+    """A context outside an interpreter that is the innermost torch function mode."""
+
+    def __init__(self, mode: SiteInterpreter) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        pop_function_mode()
+
+    def __exit__(self, *_: object) -> None:
+        push_function_mode(self.mode)
 
 
 def _is_method(func: Callable[..., Any]) -> bool:

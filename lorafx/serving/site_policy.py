@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from ..torch_private.tensors import in_backward
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
-from ..tree.wrappers import innermost
 from .adapter_hooks import call_with_hooks, hooked_copy
 from .call_key import CallKey
 from .per_site import SiteInterpreter
@@ -36,7 +34,7 @@ class SitePolicy:
         self.capture = capture
         self._settling = Settling()
         self._calls: set[CallKey] = set()  # kinds of call that go by sites, whatever the model's attributes are
-        self._interpreted: defaultdict[int, set[str]] = defaultdict(set)  # by layout, modules that ran by sites
+        self._interpreted: set[tuple[str, int]] = set()  # (path, layout of the tree) of modules that ran by sites
         self._early: set[str] = set()  # paths of modules that ran by sites within calls that have no graph yet
         self._graphs: set[str] = set()  # paths of modules that are graphs of their own within calls by sites
         self._warned = False
@@ -58,14 +56,10 @@ class SitePolicy:
             return "somebody's hooks on inner modules expect to be called"
         if state.sharded:
             return "its parameters are sharded, and whole only while a module's own forward runs"
-        if key.part in self._interpreted[key.layout] and key.part not in self._graphs:
+        if (key.part, key.layout) in self._interpreted and key.part not in self._graphs:
             return "it is part of a call that is served by sites"
         many = kept >= SIZES and self.capture != "graph"
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
-
-    def ran(self, layout: int, early: bool) -> set[str]:
-        """Where to note the paths of the modules that run by sites, `early` in a call that has no graph yet."""
-        return self._early if early else self._interpreted[layout]
 
     def is_recomputed(self, path: str) -> bool:
         """Whether a module is called in backward that has run by sites: gradient checkpointing calls it again.
@@ -110,31 +104,47 @@ class SitePolicy:
     # --- parts of a call that goes by sites --------------------------------------------------------------------------
 
     def step_into(
-        self, interpreter: SiteInterpreter, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], serve: Serve
+        self,
+        interpreter: SiteInterpreter,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        serve: Serve,
     ) -> Any:
         """Run the own Python of a part that the running model calls.
 
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
-        tree = interpreter.tree
-        interpreter.ran.add(path)
-        if has_copies_among_children(module_at(tree, path)):
+        if interpreter.early:
+            self._early.add(path)
+        else:
+            self._interpreted.add((path, interpreter.state.layout))
+        if (result := interpreter.run_site(path, args, kwargs)) is not NotImplemented:
+            return result
+        if has_copies_among_children(module):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             try:
-                hooked = interpreter.state.hooked_adapters
-                copy = hooked_copy(interpreter.context.adapters, hooked, path) if hooked else None
-                forward = own_forward(innermost(module_at(tree, path)))
-                if copy:
-                    forward = partial(call_with_hooks, module_at(tree, copy), forward)
+                forward = own_forward(module)
+                if hooked := interpreter.state.hooked_adapters:
+                    forward = self._with_hooks(interpreter, path, forward, hooked)
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
-                inside = self._early.union(*self._interpreted.values())
+                inside = {*self._early, *(other for other, _ in self._interpreted)}
                 if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)
         if interpreter.rows is not None:
             raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made
+        interpreter.see_all()
         with interpreter.suspended():
-            return serve(tree, interpreter.context, path, args, kwargs)
+            return serve(interpreter.tree, interpreter.context, path, args, kwargs)
+
+    def _with_hooks(
+        self, interpreter: SiteInterpreter, path: str, forward: Callable[..., Any], hooked: tuple[str, ...]
+    ) -> Callable[..., Any]:
+        """A part's forward with the hooks of the adapters' own copy of the part, if somebody hooks that."""
+        copy = hooked_copy(interpreter.context.adapters, hooked, path)
+        return partial(call_with_hooks, module_at(interpreter.tree, copy), forward) if copy else forward

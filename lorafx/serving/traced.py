@@ -28,7 +28,7 @@ from ..tree.attached import branch, has_copies_among_children, trained_paths
 from ..tree.lookup import tensor_at
 from .call_key import Call
 from .graph_builder import CAPTURING
-from .per_site import SiteInterpreter, interpret
+from .per_site import Run, SiteInterpreter, interpret
 from .site_table import SiteTable
 from .tree_state import TreeGuards
 
@@ -44,8 +44,8 @@ def is_traced() -> bool:
         return get_proxy_mode() is not None
 
 
-def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...]) -> Any:
-    """Run a call for whoever records it."""
+def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...], step_into: Run) -> Any:
+    """Run a call for whoever records it. `step_into` is the interpreter's."""
     plain = pipeline.through("lean", "frozen")  # later passes write operators of lorafx
 
     def rewritten(capture: Callable[[], tuple[GraphModule, Context]]) -> GraphModule:
@@ -59,7 +59,7 @@ def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...]) 
     if not has_copies_among_children(call.tree.get_submodule(call.path)):
         table = SiteTable.of(call.tree, call.context)
         state = aside(partial(TreeGuards().state, call.tree))
-        return interpret(SiteInterpreter(call, state, table, run_operator), call)[0]
+        return interpret(SiteInterpreter(call, state, table, run_operator, step_into), call)[0]
     gm = aside(partial(rewritten, partial(_captured, call)))
     return gm.forward(*call.args, **call.kwargs)
 

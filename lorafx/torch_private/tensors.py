@@ -62,10 +62,23 @@ MODULE_HOOKS = (
 )
 
 
+def function_modes() -> int:
+    """How many torch function modes are on in this thread. Without it, a mode could not tell whether others are on."""
+    return torch._C._len_torch_function_stack()
+
+
 def is_innermost_mode(mode: TorchFunctionMode) -> bool:
     """Whether this is the torch function mode that sees functions first. Without it, another one would be taken off."""
-    depth = torch._C._len_torch_function_stack()
+    depth = function_modes()
     return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
+
+
+def put_function_mode(mode: TorchFunctionMode, depth: int) -> None:
+    """Put a torch function mode on, beneath all but the outermost `depth`. Without it, modes would be taken off in
+    another order than they were put on."""
+    above = [pop_function_mode() for _ in range(function_modes() - depth)]
+    for each in (mode, *reversed(above)):
+        push_function_mode(each)
 
 
 def in_backward() -> bool:

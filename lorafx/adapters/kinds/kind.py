@@ -46,7 +46,7 @@ class Spec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operands:
     """What a kind's functions are given besides x and y, at one site.
 

@@ -25,6 +25,9 @@ def called_linear(input, weight, bias=None):
 def forward_of_linear(module, x):
     if F.linear is not _CALLED:  # somebody has put another function there, which the module's forward calls
         return None
+    own = module._parameters  # a short way to them, for sites are many
+    if "weight" in own and "bias" in own:
+        return x, own["weight"], own["bias"]
     return x, module.weight, module.bias
 
 
