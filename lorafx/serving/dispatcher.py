@@ -189,7 +189,8 @@ class Dispatcher:
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
-        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, early, is_new), call)
+        ran = self.sites.ran(state.layout, early)
+        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
 
     @property
     def step_into(self) -> Callable[..., Any]:
