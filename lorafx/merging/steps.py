@@ -90,8 +90,7 @@ class _OneByOne:
 
 def _delta(source: Source, role: str, like: Tensor) -> LowRank | Tensor:
     delta = source.delta(role, like)
-    if delta.shape != like.shape:
-        _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
+    _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
     return delta if isinstance(delta, LowRank) else delta.expand(like.shape)
 
 
