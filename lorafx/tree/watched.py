@@ -1,9 +1,9 @@
 """Watched tensors: a thread that runs a model's own Python is told of each torch function that is given one of some.
 
 A torch function mode would be told of all functions, which costs about as much as the functions of a small model. So
-the class of just these tensors is another one for that time, whose `__torch_function__` asks `RUNNING.mode` (unless that
-sees all functions); whatever road a model has to such a tensor, it is the same object. In other threads, and for everybody who asks what it is, it
-is the tensor that it was.
+the class of just these tensors is another one for that time, whose `__torch_function__` asks `RUNNING.mode`, unless
+that sees all functions; whatever road a model has to such a tensor, it is the same object. In other threads, and for
+everybody who asks what it is, it is the tensor that it was.
 """
 
 from __future__ import annotations

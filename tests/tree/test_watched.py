@@ -20,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("early")
 class Told:
     """Writes down what it is told."""
 
+    sees_all = False
+
     def __init__(self):
         self.names = []
-
-    sees_all = False
 
     def told(self, func, args, kwargs):
         self.names.append(func.__name__)
