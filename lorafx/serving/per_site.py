@@ -40,7 +40,7 @@ from ..torch_private.tensors import (
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at, tensor_at
 from ..tree.memory import storage_of, whole_storage_of
-from ..tree.mirror import own_forward
+from ..tree.mirror import OWN, own_forward
 from ..tree.originals import other_mode
 from ..tree.watched import can_be_watched, watched
 from ..tree.wrappers import innermost
@@ -59,8 +59,8 @@ class SiteInterpreter(TorchFunctionMode):
     `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
     runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
     concern it. `hooked` are modules of these to be called. `step_into(self, part, module, args, kwargs)` is what a
-    part does that the model calls. `early` says that such calls may get a graph later on. `is_new` says that none of
-    their kind has run yet: then each function is looked at, and else only those that are given a tensor of the table's.
+    part does that the model calls; `ran` is told the paths of those that run. `is_new` says that the call is one of the
+    first of its kind: then each function is looked at, and else only those that are given a tensor of the table's.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class SiteInterpreter(TorchFunctionMode):
         run_operator: Run,
         step_into: Run,
         direct: Direct | None = None,
-        early: bool = False,
+        ran: set[str] | None = None,
         is_new: bool = True,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
-        self.parts, self.paused, self.early, self.is_new = [call.path], False, early, is_new
+        self.parts, self.paused, self.is_new, self.ran = [call.path], False, is_new, set() if ran is None else ran
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
@@ -157,7 +157,7 @@ class SiteInterpreter(TorchFunctionMode):
         if read is None or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
             return NotImplemented
         others = not is_innermost_mode(self) if self.sees_all else function_modes() != self.depth
-        if others or type(read.module).forward is not read.forward:
+        if others or type(read.module).forward is not read.forward or OWN in vars(read.module):
             return NotImplemented
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
@@ -165,13 +165,15 @@ class SiteInterpreter(TorchFunctionMode):
             if self._acts_on(args):
                 return NotImplemented
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
-        self.acted = self.acted or result is not NotImplemented
+        if result is not NotImplemented:
+            self.acted = True
+            self.ran.add(part)
         return result
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
-        """The modules whose forward an equation takes the place of, by path: none where somebody watches, or where an
-        adapter's copy of a tensor is for one of several modules that have it."""
+        """By path, the modules whose forward an equation takes the place of: none where somebody watches, or a copy is
+        for one of several modules."""
         if self.direct is None or self.state.hooked_adapters or (self.replaced and self.shared):
             return {}
         return self.table.own_reads
@@ -217,10 +219,9 @@ class SiteInterpreter(TorchFunctionMode):
         """
         weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
-            number = id(value)
+            number, kind = id(value), type(value)
             if number in weights or number in replaced:
                 return True
-            kind = type(value)
             if (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
             if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not is_getter(func):
@@ -232,9 +233,9 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _require_no_values(self, func: Callable[..., Any], tensor: Tensor) -> None:
         """Raise `UncoveredOperatorError` if a method takes the numbers of an adapted weight out of torch."""
-        if id(tensor) in self.weights and takes_numbers(func):
+        if takes_numbers(func) and id(tensor) in self.weights:
             read = f"the weight {self.weights[id(tensor)]} is read by `{func.__name__}`, where no adapter can act"
-            raise UncoveredOperatorError(f"{read}{place_of(traceback.extract_stack())}")
+            raise UncoveredOperatorError(read + place_of(traceback.extract_stack()))
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
