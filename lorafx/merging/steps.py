@@ -1,7 +1,7 @@
 """Steps: what adapters do to a parameter, a block of rows after another.
 
-Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor
-from first to last. Where another kind takes part, the whole parameter is one step.
+Additive kinds add to each row what does not depend on others, so a step is a block that stays near the processor.
+Where another kind takes part, the whole parameter is one step.
 """
 
 from __future__ import annotations
