@@ -38,8 +38,7 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
     """The rows of a parameter in the blocks in which these can be merged into it."""
     if not tensor.ndim or not all(source.adapter.kind.additive for source in sources):
         return [...]
-    size = _ON_CPU if tensor.is_cpu else _ELSEWHERE
-    count = max(1, size // max(1, math.prod(tensor.shape[1:])))
+    count = max(1, (_ON_CPU if tensor.is_cpu else _ELSEWHERE) // max(1, math.prod(tensor.shape[1:])))
     return [slice(start, start + count) for start in range(0, tensor.shape[0], count)]
 
 
