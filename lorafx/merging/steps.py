@@ -1,7 +1,7 @@
 """Steps: what adapters do to a parameter, a block of rows after another.
 
-Additive kinds add to each row what does not depend on the others, so a step is a block that stays near the processor
-from first to last. Where another kind takes part, the whole parameter is one step.
+Additive kinds add to each row what does not depend on others, so a step is a block that stays near the processor.
+Where another kind takes part, the whole parameter is one step.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
     """The rows of a parameter in the blocks in which these can be merged into it."""
     if not tensor.ndim or not all(source.adapter.kind.additive for source in sources):
         return [...]
-    size = _ON_CPU if tensor.is_cpu else _ELSEWHERE
-    count = max(1, size // max(1, math.prod(tensor.shape[1:])))
+    count = max(1, (_ON_CPU if tensor.is_cpu else _ELSEWHERE) // max(1, math.prod(tensor.shape[1:])))
     return [slice(start, start + count) for start in range(0, tensor.shape[0], count)]
 
 

@@ -40,7 +40,7 @@ def prepare(state: State, tree: nn.Module, result: Any) -> None:
             tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
         elif state.acting or state.ledger.names:  # who disables adapters does it for a call
             _say_nothing_trains(state, reason)
-    if tensor.requires_grad and not state.said_no_dropout and _keeps_all(state, tree):
+    if tensor.requires_grad and "no dropout" not in state.said and _keeps_all(state, tree):
         tensor.register_hook(lambda _: _say_no_dropout(state))
 
 
@@ -72,8 +72,8 @@ def _keeps_all(state: State, tree: nn.Module) -> bool:
 
 
 def _say_nothing_trains(state: State, reason: str) -> None:
-    if not state.said_nothing_trains:
-        state.said_nothing_trains = True
+    if "nothing trains" not in state.said:
+        state.said.add("nothing trains")
         warnings.warn(
             f"a call in train mode, and there is nothing to train: {reason}. Use `eval()` or `torch.no_grad()` if that "
             "is meant"
@@ -81,6 +81,6 @@ def _say_nothing_trains(state: State, reason: str) -> None:
 
 
 def _say_no_dropout(state: State) -> None:
-    if not state.said_no_dropout:
-        state.said_no_dropout = True
+    if "no dropout" not in state.said:
+        state.said.add("no dropout")
         warnings.warn("trained in evaluation mode, without the adapters' dropout; call `train()` on the model first")

@@ -34,8 +34,7 @@ class State:
     disabled: bool = False
     trained: set[str] = field(default_factory=set)
     first: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parameters of each adapter's first module
-    said_no_dropout: bool = False  # that it was trained in evaluation mode
-    said_nothing_trains: bool = False  # that it was called in train mode with adapters that do not
+    said: set[str] = field(default_factory=set)  # what `backward.py` says once
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
     allocators: dict[str, Any] = field(default_factory=dict)  # of adapters whose ranks training shares out

@@ -39,7 +39,7 @@ from ..torch_private.tensors import (
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.memory import storage_of, whole_storage_of
-from ..tree.mirror import own_forward
+from ..tree.mirror import OWN, own_forward
 from ..tree.originals import other_mode
 from ..tree.watched import can_be_watched, watched
 from ..tree.wrappers import innermost
@@ -157,7 +157,7 @@ class SiteInterpreter(TorchFunctionMode):
         if read is None or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
             return NotImplemented
         others = not is_innermost_mode(self) if self.sees_all else function_modes() != self.depth
-        if others or type(read.module).forward is not read.forward:
+        if others or type(read.module).forward is not read.forward or OWN in vars(read.module):
             return NotImplemented
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
@@ -172,8 +172,8 @@ class SiteInterpreter(TorchFunctionMode):
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
-        """The modules whose forward an equation takes the place of, by path: none where somebody watches, or where an
-        adapter's copy of a tensor is for one of several modules that have it."""
+        """By path, the modules whose forward an equation takes the place of: none where somebody watches, or a copy is
+        for one of several modules."""
         if self.direct is None or self.state.hooked_adapters or (self.replaced and self.shared):
             return {}
         return self.table.own_reads
@@ -219,10 +219,9 @@ class SiteInterpreter(TorchFunctionMode):
         """
         weights, replaced, memory = self.weights, self.replaced, self.memory
         for value in values:
-            number = id(value)
+            number, kind = id(value), type(value)
             if number in weights or number in replaced:
                 return True
-            kind = type(value)
             if (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
             if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not is_getter(func):
@@ -234,9 +233,9 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _require_no_values(self, func: Callable[..., Any], tensor: Tensor) -> None:
         """Raise `UncoveredOperatorError` if a method takes the numbers of an adapted weight out of torch."""
-        if id(tensor) in self.weights and takes_numbers(func):
+        if takes_numbers(func) and id(tensor) in self.weights:
             read = f"the weight {self.weights[id(tensor)]} is read by `{func.__name__}`, where no adapter can act"
-            raise UncoveredOperatorError(f"{read}{place_of(traceback.extract_stack())}")
+            raise UncoveredOperatorError(read + place_of(traceback.extract_stack()))
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""

@@ -1,9 +1,9 @@
 """Watched tensors: a thread that runs a model's own Python is told of each torch function that is given one of some.
 
 A torch function mode would be told of all functions, which costs about as much as the functions of a small model. So
-the class of just these tensors is another one for that time, whose `__torch_function__` asks `RUNNING.mode`; whatever
-road a model has to such a tensor, it is the same object. In other threads, and for everybody who asks what it is, it
-is the tensor that it was.
+the class of just these tensors is another one for that time, whose `__torch_function__` asks `RUNNING.mode`, unless
+that sees all functions; whatever road a model has to such a tensor, it is the same object. In other threads, and for
+everybody who asks what it is, it is the tensor that it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .hooks import RUNNING
 
 
 def _told(cls: type, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    if (mode := RUNNING.mode) is not None:
+    if (mode := RUNNING.mode) is not None and not mode.sees_all:  # which is told already
         return mode.told(func, args, kwargs or {})
     with DisableTorchFunctionSubclass():
         return func(*args, **(kwargs or {}))

@@ -137,6 +137,15 @@ def test_a_layer_that_is_given_another_forward_and_called_alone(capture):
     assert factors(lora.lin, lin, (2,), (1, 2)) == [-3, -3] and factors(lora, lin, (2,)) == [-3]
 
 
+def test_a_linear_layer_that_is_given_another_forward_when_it_has_run(capture):
+    lora = lorafx.compile(Ways(), CONFIG, capture=capture)
+    as_it_was = copy.deepcopy(lora)
+    for chosen in (2, 3):
+        lora(torch.randn(2, 4))
+        lora.lin.forward = lambda x, by=chosen: F.linear(x, lora.lin.weight, lora.lin.bias) * by
+        assert factors(lora.lin, as_it_was, (2,), (3, 1)) == factors(lora, as_it_was, (2,), (3, 1)) == [chosen] * 2
+
+
 def test_a_root_whose_new_forward_reads_the_weight_itself(capture):
     lora = lorafx.compile(Ways(), CONFIG, capture=capture)
     lora.forward = lambda x: F.linear(x, lora.lin.weight, lora.lin.bias) * 2

@@ -1,5 +1,6 @@
 """Threads: several call one adapted model at a time."""
 
+import copy
 import sys
 import threading
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from lorafx.serving.programs import ProgramCache
 from lorafx.serving.tree_state import TreeGuards
+from lorafx.tree.watched import watched
 
 
 @pytest.mark.slow
@@ -94,3 +96,12 @@ def test_programs_are_kept_and_looked_up_by_several_threads(switching):
             assert len(cache.of(turn % 7)) <= 500 and all(each < 4 for each in cache)
 
     assert together(use) == []
+
+
+@pytest.mark.usefixtures("early")
+def test_a_first_call_while_another_thread_watches_the_same_weights():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    expected = copy.deepcopy(lora)(x)
+    with watched([module.weight for module in (lora.first, lora.second)]):  # as in a later call of another thread
+        torch.testing.assert_close(lora(x), expected)
+    assert served(lora) == ["sites"]

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.usefixtures("early")
 class Told:
     """Writes down what it is told."""
 
+    sees_all = False
+
     def __init__(self):
         self.names = []
 
