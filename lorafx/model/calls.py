@@ -12,6 +12,7 @@ from ..adapters.adapter import Adapter
 from ..serving.choosing import choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
+from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
@@ -43,6 +44,10 @@ def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, A
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
+    if (outer := RUNNING.mode) is not None:  # of another model, perhaps of the same base
+        outer.see_all()
+        with outer.suspended():
+            return _serve(tree, state, path, args, kwargs)
     context, choice = state.context, chosen_for(state)
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, kwargs)

@@ -22,13 +22,16 @@ from .hooks import RUNNING
 
 def _told(cls: type, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
     if (mode := RUNNING.mode) is not None:
-        return mode.told(func, args, kwargs or {})
+        return mode.told(func, types, args, kwargs or {})
     with DisableTorchFunctionSubclass():
         return func(*args, **(kwargs or {}))
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter while somebody watches it."""
+    """A parameter while somebody watches it; who makes another one of its class, as a copy, gets a plain one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Parameter(*args, **kwargs)
 
     __torch_function__: Any = classmethod(_told)
 
@@ -54,7 +57,10 @@ def can_be_watched(tensors: Sequence[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def watched(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Have `RUNNING.mode` told, by its `told(func, args, kwargs)`, of torch functions that get one of the tensors."""
+    """Have `RUNNING.mode` told of torch functions that get one of the tensors, by `told(func, types, args, kwargs)`.
+
+    It is not told where another class answers first, or while somebody has switched off what classes say.
+    """
     with _LOCK:
         for each in tensors:
             _WATCHERS[id(each)] += 1
