@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, SelectionError
 from ..graph.modules import taken_names
 from ..tree.attached import detach
-from ..tree.lookup import find_tensors, module_at, tensor_at
+from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -56,6 +57,11 @@ class Adapter:
             yield from by_suffix.values()
         yield from self.replaced.values()
         yield from self.scales.values()
+
+    @functools.cached_property
+    def ways(self) -> Ways:
+        """The ways to all tensors of the adapter, as `paths` has them."""
+        return Ways(self.paths)
 
     @property
     def takes_from_base(self) -> bool:
@@ -114,9 +120,11 @@ class Adapter:
 
     def require_in_place(self, root: nn.Module) -> None:
         """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
-        sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
-        owners = sites | {copy: base for base, copy in self.replaced.items()}
-        if lost := dict.fromkeys(o for o, tensor in zip(owners.values(), find_tensors(root, owners)) if tensor is None):
+        if gone := [path for path, tensor in zip(self.ways.paths, self.ways.tensors(root)) if tensor is None]:
+            sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
+            owners = sites | {copy: base for base, copy in self.replaced.items()}
+            owners |= {path: site for site, path in self.scales.items()}
+            lost = dict.fromkeys(owners[path] for path in gone)
             raise AdapterError(
                 f"{', '.join(lost)}: replaced or taken away since the adapter {self.name!r} was put there, and its "
                 "tensors with them; delete the adapter, or change the model before adapting it"
@@ -316,8 +324,3 @@ def _trained_biases(root: nn.Module, config: AdapterConfig, selection: Selection
 def remove(root: nn.Module, adapter: Adapter) -> None:
     """Take the adapter's tensors out of the tree."""
     detach(root, adapter.paths)
-
-
-def trainable_paths(adapters: Iterable[Adapter]) -> list[str]:
-    """Paths of what these adapters train, if it is a parameter: all they have, but for adapters in inference mode."""
-    return [path for adapter in adapters if not adapter.config.inference_mode for path in adapter.paths]

@@ -90,7 +90,8 @@ class _OneByOne:
 
 def _delta(source: Source, role: str, like: Tensor) -> LowRank | Tensor:
     delta = source.delta(role, like)
-    _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
+    if delta.shape != like.shape:
+        _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
     return delta if isinstance(delta, LowRank) else delta.expand(like.shape)
 
 

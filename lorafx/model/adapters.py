@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove, trainable_paths
+from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove
 from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
@@ -20,8 +20,8 @@ from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError
 from ..files import checkpoint
 from ..merging.ledger import Target
-from ..tree.attached import set_trainable
-from ..tree.lookup import copy_into, find_tensors
+from ..tree.attached import own_modules, set_trainable
+from ..tree.lookup import copy_into, module_at
 from ..tree.mirror import mirrored
 from .calls import serve_parts
 from .scales import Scales, number
@@ -92,8 +92,8 @@ class Adapters(Scales):
         else:
             self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
         copy_into(self.tree, embeddings)
-        if not is_trainable:
-            self.tree.eval()
+        if not is_trainable and any(module.training for module in own_modules(self.tree)):
+            self.tree.eval()  # which visits the modules of all adapters
         return LoadResult([], [])
 
     def _install(self, adapter: Adapter, autocast_adapter_dtype: bool | None = None, **how: Any) -> Rests:
@@ -162,7 +162,8 @@ class Adapters(Scales):
             self._freeze(names)
 
     def _freeze(self, names: Sequence[str]) -> None:
-        set_trainable(self.tree, [path for name in names for path in self._adapter(name).paths], ())
+        for name in names:
+            set_trainable(self._adapter(name).ways.tensors(self.tree), False)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove an adapter, or several, with their tensors.
@@ -176,6 +177,7 @@ class Adapters(Scales):
         for adapter in adapters:
             remove(self.tree, adapter)
             del state.adapters[adapter.name]
+            state.first.pop(adapter.name, None)
             for dispatcher in state.dispatchers:
                 dispatcher.forget(adapter.name)
         if {*names} & {*state.active}:
@@ -191,7 +193,9 @@ class Adapters(Scales):
         """
         state = self._lorafx
         active, merged, disabled = state.active, state.ledger.names, state.disabled
-        trained = [each for each in find_tensors(self.tree, self._owned) if each is not None and each.requires_grad]
+        names = self._trained()
+        tensors = (tensor for name in names for tensor in self._adapter(name).ways.tensors(self.tree))
+        trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         self.disable_adapter_layers()
         try:
             yield
@@ -200,8 +204,8 @@ class Adapters(Scales):
             if state.active == active:
                 gone = set(merged) - set(state.adapters)
                 self._merge([state.adapters[n] for n in merged if n not in gone and n not in state.ledger.names])
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+                set_trainable(trained, True)
+                state.trained = names
             else:
                 self._set_trainable()
 
@@ -220,9 +224,21 @@ class Adapters(Scales):
     def _set_trainable(self) -> None:
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
-        set_trainable(self.tree, self._owned, trainable_paths(state.adapters[name] for name in state.acting))
+        for name in self._trained().union(state.acting):
+            adapter = state.adapters[name]
+            trains = name in state.acting and not adapter.config.inference_mode
+            set_trainable(adapter.ways.tensors(self.tree), trains)
+        state.trained = set(state.acting)
 
-    @property
-    def _owned(self) -> list[str]:
-        """Paths of the tensors of all adapters."""
-        return [path for adapter in self._lorafx.adapters.values() for path in adapter.paths]
+    def _trained(self) -> set[str]:
+        """The adapters of which something trains: those that lorafx let train, and those that somebody else did.
+
+        The latter are told by the module that has their first tensor, for there may be a million of tensors.
+        """
+        state = self._lorafx
+        for name in state.adapters.keys() - state.first.keys():
+            owner = next(state.adapters[name].paths, "").rpartition(".")[0]
+            state.first[name] = module_at(self.tree, owner)._parameters
+        own = ((name, tensor) for name, tensors in state.first.items() for tensor in tensors.values())
+        by_others = {name for name, tensor in own if tensor is not None and tensor.requires_grad}
+        return (state.trained | by_others) & state.adapters.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,14 +31,17 @@ WITHIN_DYNAMO = (
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`. With `adapter_names`, each row has its own adapter (`rows.py`)."""
     state: State = vars(tree)[STATE]
-    function = type(innermost(tree.get_submodule(path))).forward
-    if NAMES in kwargs and means_rows(inspect.signature(function).parameters, kwargs):
+    if NAMES in kwargs and means_rows(_parameters(tree, path), kwargs):
         names = kwargs[NAMES]
         kwargs = {name: value for name, value in kwargs.items() if name != NAMES}
         if names is not None:
             with choosing(chosen(state, names)):
                 return _serve(tree, state, path, args, kwargs)
     return _serve(tree, state, path, args, kwargs)
+
+
+def _parameters(tree: nn.Module, path: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(innermost(module_at(tree, path))).forward).parameters
 
 
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,8 +76,11 @@ class PartCall:
 
     @not_traced(WITHIN_DYNAMO)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if NAMES not in kwargs and (interpreter := SiteInterpreter.running(self.tree)) is not None:
-            return interpreter.step_into(interpreter, self.path, self.module, args, kwargs)
+        running = SiteInterpreter.running(self.tree)
+        if running is not None and NAMES not in kwargs:
+            if (result := running.run_site(self.path, args, kwargs)) is not NotImplemented:
+                return result
+            return running.step_into(running, self.path, self.module, args, kwargs)
         show_own_forward(self.module, self.replaced.get("forward"))
         return serve(self.tree, self.path, args, kwargs)
 

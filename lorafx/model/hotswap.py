@@ -102,6 +102,7 @@ class HotSwap(Adapters):
                 self._lorafx.adapters[adapter.name] = self._scaled_as_before(adapter)
                 keep_own_layers(self.tree, [site.module for site in adapter.selection])
                 serve_parts(self.tree, adapter)
+        self._lorafx.trained.update(slot.name for slot in slots)  # new parameters train
         self._set_trainable()
         self._lorafx.forget_programs()
 

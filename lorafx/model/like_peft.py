@@ -17,6 +17,7 @@ from ..adapters.config import AdapterConfig
 from ..adapters.peft_itself import refuse_peft_itself
 from ..adapters.storages import DENSE, weights_of
 from ..errors import AdapterError
+from ..tree.attached import set_trainable
 from ..tree.lookup import tensor_at
 from .adapters import Adapters
 from .trainers import Inner
@@ -127,9 +128,8 @@ class LikePeft(Adapters):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
         for adapter in [self._adapter(name) for name in self._listed(adapter_names)]:
-            for path in adapter.paths:
-                if isinstance(tensor := tensor_at(self.tree, path), nn.Parameter):
-                    tensor.requires_grad_(requires_grad)
+            set_trainable(adapter.ways.tensors(self.tree), requires_grad)
+            self._lorafx.trained.add(adapter.name)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Of each adapted module: which adapters it has, which of them act, train and are merged, and where."""

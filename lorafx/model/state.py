@@ -21,8 +21,9 @@ class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
     `base_requires_grad` has the base's flags by path, as they were before lorafx froze it. While the adapters are
-    `disabled`, none acts, and `active` says which will when that is over. `compiled` has a dispatcher for each
-    torch.compile that somebody put around the model, with what that compiles with; a copy makes its own.
+    `disabled`, none acts, and `active` says which will when that is over. `trained` are those that lorafx has let train
+    and not frozen since: of thousands, few have to be looked at when others become active. `compiled` has a dispatcher
+    for each torch.compile that somebody put around the model, with what that compiles with; a copy makes its own.
     """
 
     base: nn.Module
@@ -32,6 +33,8 @@ class State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
+    trained: set[str] = field(default_factory=set)
+    first: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parameters of each adapter's first module
     said_no_dropout: bool = False  # that it was trained in evaluation mode
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
@@ -42,7 +45,7 @@ class State:
         self.configs = Configs(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": []}
+        return {**vars(self), "compiled": [], "first": {}}
 
     @property
     def acting(self) -> tuple[str, ...]:

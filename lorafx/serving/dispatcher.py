@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,6 +73,7 @@ class Dispatcher:
     misses: Misses = field(init=False)
     early: EarlyCalls = field(init=False)
     acting: Acting = field(init=False)
+    fit: defaultdict[int, set[str]] = field(init=False)  # paths of modules that adapters can act on, by layout
 
     def __post_init__(self) -> None:
         if self.capture not in CAPTURES:
@@ -94,6 +96,7 @@ class Dispatcher:
         self.tables = SiteTables()
         self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
         self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
+        self.fit = defaultdict(set)
 
     def forget(self, adapter: str) -> None:
         """Forget what was made for calls in which an adapter acts, which is deleted. What others have stays."""
@@ -186,7 +189,8 @@ class Dispatcher:
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
         rows, dtype = call.kwargs.get(ROWS), equation_dtype(self.pipeline)
         direct = Direct(call.tree, table, dtype, rows, has_one_token(call)) if self.runs_equations else None
-        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, early, is_new), call)
+        ran = self.sites.ran(state.layout, early)
+        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
 
     @property
     def step_into(self) -> Callable[..., Any]:
@@ -237,7 +241,7 @@ class Dispatcher:
             kept = self.programs.of(key)
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
-            require_adapted_modules(call)
+            require_adapted_modules(call, self.fit[self.tree.state(call.tree).layout])
             without_reentrant(self.tree.modules)
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
@@ -306,17 +310,22 @@ def title_of(call: Call) -> str:
     return f"{call.path}({title})" if call.path else title
 
 
-def require_adapted_modules(call: Call) -> None:
-    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since."""
+def require_adapted_modules(call: Call, fit: set[str]) -> None:
+    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since.
+
+    `fit` are the paths of those whose weights were looked at before, in a tree of the same layout.
+    """
     for adapter in call.context.adapters:
         adapter.require_in_place(call.tree)
-        computed = [site.name for site in adapter.selection if _is_computed(call.tree, site)]
+        sites = [site for site in adapter.selection if site.module not in fit]
+        computed = [site.name for site in sites if _is_computed(call.tree, site)]
         if computed:
             raise AdapterError(
                 f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
                 " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
             )
-        require_not_packed_since(call.tree, adapter.selection)
+        require_not_packed_since(call.tree, sites)
+        fit.update(site.module for site in sites)
 
 
 def _is_computed(tree: nn.Module, site: Site) -> bool:

@@ -59,8 +59,8 @@ class SiteInterpreter(TorchFunctionMode):
     `direct` runs those that it knows at once, if there is one. For others, `run_operator(key, inputs, capture, hooked)`
     runs the graph that is kept for a key; where there is none, `capture()` gives one to rewrite, and the adapters that
     concern it. `hooked` are modules of these to be called. `step_into(self, part, module, args, kwargs)` is what a
-    part does that the model calls. `early` says that such calls may get a graph later on. `is_new` says that none of
-    their kind has run yet: then each function is looked at, and else only those that are given a tensor of the table's.
+    part does that the model calls; `ran` is told the paths of those that run. `is_new` says that the call is one of the
+    first of its kind: then each function is looked at, and else only those that are given a tensor of the table's.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class SiteInterpreter(TorchFunctionMode):
         run_operator: Run,
         step_into: Run,
         direct: Direct | None = None,
-        early: bool = False,
+        ran: set[str] | None = None,
         is_new: bool = True,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
-        self.parts, self.early, self.is_new = [call.path], early, is_new
+        self.parts, self.is_new, self.ran = [call.path], is_new, set() if ran is None else ran
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
@@ -165,7 +165,9 @@ class SiteInterpreter(TorchFunctionMode):
             if self._acts_on(args):
                 return NotImplemented
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
-        self.acted = self.acted or result is not NotImplemented
+        if result is not NotImplemented:
+            self.acted = True
+            self.ran.add(part)
         return result
 
     @functools.cached_property

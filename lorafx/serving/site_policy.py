@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ class SitePolicy:
         self.capture = capture
         self._settling = Settling()
         self._calls: set[CallKey] = set()  # kinds of call that go by sites, whatever the model's attributes are
-        self._interpreted: set[tuple[str, int]] = set()  # (path, layout of the tree) of modules that ran by sites
+        self._interpreted: defaultdict[int, set[str]] = defaultdict(set)  # by layout, modules that ran by sites
         self._early: set[str] = set()  # paths of modules that ran by sites within calls that have no graph yet
         self._graphs: set[str] = set()  # paths of modules that are graphs of their own within calls by sites
         self._warned = False
@@ -56,10 +57,14 @@ class SitePolicy:
             return "somebody's hooks on inner modules expect to be called"
         if state.sharded:
             return "its parameters are sharded, and whole only while a module's own forward runs"
-        if (key.part, key.layout) in self._interpreted and key.part not in self._graphs:
+        if key.part in self._interpreted[key.layout] and key.part not in self._graphs:
             return "it is part of a call that is served by sites"
         many = kept >= SIZES and self.capture != "graph"
         return f"its graphs fit few sizes: {SIZES} were captured and none fits this call" if many else ""
+
+    def ran(self, layout: int, early: bool) -> set[str]:
+        """Where to note the paths of the modules that run by sites, `early` in a call that has no graph yet."""
+        return self._early if early else self._interpreted[layout]
 
     def is_recomputed(self, path: str) -> bool:
         """Whether a module is called in backward that has run by sites: gradient checkpointing calls it again.
@@ -116,12 +121,7 @@ class SitePolicy:
 
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
-        if interpreter.early:
-            self._early.add(path)
-        else:
-            self._interpreted.add((path, interpreter.state.layout))
-        if (result := interpreter.run_site(path, args, kwargs)) is not NotImplemented:
-            return result
+        interpreter.ran.add(path)
         if has_copies_among_children(module):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
@@ -131,7 +131,7 @@ class SitePolicy:
                     forward = self._with_hooks(interpreter, path, forward, hooked)
                 return interpreter.run_inside(path, forward, args, kwargs)
             except UncoveredOperatorError:
-                inside = {*self._early, *(other for other, _ in self._interpreted)}
+                inside = self._early.union(*self._interpreted.values())
                 if interpreter.rows is not None or any(other.startswith(f"{path}.") for other in inside):
                     raise
                 self._graphs.add(path)

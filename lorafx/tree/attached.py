@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
-from .lookup import find_tensors
 from .wrappers import innermost
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
@@ -119,6 +118,22 @@ def own_modules(root: nn.Module) -> Iterator[nn.Module]:
             pending.extend(own_children(module))
 
 
+def named_own_modules(root: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The same as `named_modules` has them, by their first path and in its order.
+
+    There may be thousands of adapters, each with modules of its own at every site.
+    """
+    seen = set() if seen is None else seen
+    if id(root) in seen:
+        return
+    seen.add(id(root))
+    yield path, root
+    attached = vars(root).get(ATTACHED, ())
+    for name, child in root._modules.items():
+        if child is not None and name not in attached:
+            yield from named_own_modules(child, f"{path}.{name}" if path else name, seen)
+
+
 def has_copies_among_children(module: nn.Module) -> bool:
     """Whether `attach` made children of a module that has its own too: a container in `modules_to_save`, say."""
     return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
@@ -156,10 +171,8 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
     )
 
 
-def set_trainable(root: nn.Module, paths: Iterable[str], trainable: Iterable[str]) -> None:
-    """Set `requires_grad` on those parameters among `paths` that are in `trainable`, and clear it on the others."""
-    paths, wanted = tuple(paths), set(trainable)
-    for path, tensor in zip(paths, find_tensors(root, paths)):
-        trains = path in wanted
+def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:
+    """Set or clear `requires_grad` on the parameters among these; buffers never train."""
+    for tensor in tensors:
         if tensor is not None and tensor.requires_grad != trains:  # to ask for the class takes longer than all else
             tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter))

@@ -26,36 +26,49 @@ def find_tensor(root: nn.Module, path: str) -> Tensor | None:
 
 def find_tensors(root: nn.Module, paths: Iterable[str]) -> list[Tensor | None]:
     """`find_tensor` of each of these paths. Each module on their ways is looked up once."""
-    children, tensors = _ways(tuple(paths))
-    modules: list[Any] = [root]
-    for parent, atom in children:
-        module = modules[parent]
-        child = module._modules.get(atom) if isinstance(module, nn.Module) else None
-        modules.append(getattr(module, atom, None) if child is None else child)
-    found = []
-    for owner, name in tensors:
-        module = modules[owner]
-        tensor: Any = module._parameters.get(name) if isinstance(module, nn.Module) else None
-        if tensor is None and not isinstance(tensor := getattr(module, name, None), Tensor):
-            tensor = None
-        found.append(tensor)
-    return found
+    return _ways(tuple(paths)).tensors(root)
 
 
-@functools.lru_cache(maxsize=64)  # a model asks for the same paths again and again
-def _ways(paths: tuple[str, ...]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """The modules on the ways of paths, each by the number of its parent, the root's being 0; and the paths' ends."""
-    numbers, children = {"": 0}, list[tuple[int, str]]()
+class Ways:
+    """The ways to several tensors, worked out once for whoever asks for the same paths again and again.
 
-    def number(path: str) -> int:
-        if path not in numbers:
-            parent, _, atom = path.rpartition(".")
-            children.append((number(parent), atom))
-            numbers[path] = len(children)
-        return numbers[path]
+    `children` are the modules on the ways, each by the number of its parent, the root's being 0; `ends` are the paths'
+    ends, each with the number of its module.
+    """
 
-    owners = (path.rpartition(".") for path in paths)
-    return children, [(number(owner), name) for owner, _, name in owners]
+    def __init__(self, paths: Iterable[str]):
+        self.paths = tuple(paths)
+        self.children: list[tuple[int, str]] = []
+        numbers = {"": 0}
+
+        def number(path: str) -> int:
+            if path not in numbers:
+                parent, _, atom = path.rpartition(".")
+                self.children.append((number(parent), atom))
+                numbers[path] = len(self.children)
+            return numbers[path]
+
+        owners = (path.rpartition(".") for path in self.paths)
+        self.ends = [(number(owner), name) for owner, _, name in owners]
+
+    def tensors(self, root: nn.Module) -> list[Tensor | None]:
+        """The tensors that are there now, or None."""
+        modules: list[Any] = [root]
+        for parent, atom in self.children:
+            module = modules[parent]
+            child = module._modules.get(atom) if isinstance(module, nn.Module) else None
+            modules.append(getattr(module, atom, None) if child is None else child)
+        found = []
+        for owner, name in self.ends:
+            module = modules[owner]
+            tensor: Any = module._parameters.get(name) if isinstance(module, nn.Module) else None
+            if tensor is None and not isinstance(tensor := getattr(module, name, None), Tensor):
+                tensor = None
+            found.append(tensor)
+        return found
+
+
+_ways = functools.lru_cache(maxsize=64)(Ways)
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor:

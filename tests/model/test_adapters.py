@@ -5,6 +5,7 @@ import torch
 from graphs import Chain, adapted
 
 from lorafx.errors import AdapterError, ConfigError
+from lorafx.tree.lookup import Ways
 
 
 def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
@@ -133,6 +134,32 @@ def test_who_trains_is_who_is_active_until_somebody_says_otherwise():
     assert flags(lora) == {"b": False, "c": True}, "nor does deleting one that does not act"
     lora.set_adapter("b")
     assert flags(lora) == {"b": True, "c": False}
+
+
+def test_what_somebody_lets_train_himself_is_frozen_when_others_become_active():
+    lora = adapted(Chain())
+    for name in "bcd":
+        lora.add_adapter(name, {"target_modules": ["second"]})
+    lora.set_requires_grad("b")
+    for name, parameter in lora.named_parameters():
+        if ".c." in name:
+            parameter.requires_grad_(True)
+    with lora.disable_adapter():
+        assert not any(flags(lora).values())
+    assert flags(lora) == {"default": True, "b": True, "c": True, "d": False}
+    lora.set_adapter("d")
+    assert flags(lora) == {"default": False, "b": False, "c": False, "d": True}
+    lora.set_adapter("b")
+    assert flags(lora) == {"default": False, "b": True, "c": False, "d": False}
+
+
+def test_switching_looks_at_the_tensors_of_no_third_adapter(monkeypatch):
+    looked, lora = [], adapted(Chain())
+    for name in "abcdef":
+        lora.add_adapter(name, {"target_modules": ["first", "second"]})
+    monkeypatch.setattr(Ways, "tensors", lambda self, root: looked.extend(self.paths) or [])
+    lora.set_adapter("e")
+    assert looked and not [path for path in looked if ".default." not in path and ".e." not in path]
 
 
 def test_several_are_deleted_at_once_or_none():

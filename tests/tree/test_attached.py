@@ -9,12 +9,13 @@ from lorafx.tree.attached import (
     branch,
     detach,
     has_copies_among_children,
+    named_own_modules,
     own_children,
     own_modules,
     set_trainable,
     trained_paths,
 )
-from lorafx.tree.lookup import find_tensor, first_name
+from lorafx.tree.lookup import find_tensor, find_tensors, first_name
 
 PATH = "layers.1.up.lora_A.default.weight"
 
@@ -68,7 +69,9 @@ def test_what_is_hung_in_is_none_of_the_models_own():
 def test_a_module_with_two_names_is_one_of_the_models_own():
     model = Stack(depth=2)
     model.again = model.layers[0]
-    assert len(list(own_modules(model))) == len(list(model.modules()))
+    every = list(model.named_modules())
+    attach(model, PATH, nn.Parameter(torch.ones(2, 4)))
+    assert len(list(own_modules(model))) == len(every) and list(named_own_modules(model)) == every
 
 
 def test_what_is_taken_out_leaves_no_empty_module():
@@ -112,9 +115,9 @@ def test_a_branch_has_the_live_modules_and_no_others():
 def test_what_trains_is_what_was_said():
     model = hung(PATH).requires_grad_(False)
     model.head.weight.requires_grad_(True)
-    set_trainable(model, [PATH, "head.bias", "nowhere.weight"], [PATH, "head.bias", "nowhere.weight"])
+    set_trainable(find_tensors(model, [PATH, "head.bias", "nowhere.weight"]), True)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {PATH, "head.bias", "head.weight"}
-    set_trainable(model, [PATH, "head.weight"], [PATH])
+    set_trainable(find_tensors(model, ["head.weight"]), False)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {PATH, "head.bias"}
     assert trained_paths(model) == {"head.bias"}, "an adapter's own are not the base's"
     model.scale = nn.Parameter(torch.ones(1))

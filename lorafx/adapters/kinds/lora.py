@@ -44,14 +44,15 @@ class Lora(Kind):
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
 
     def fused(self, x: Any, at: Operands) -> Any | None:
-        if at.operator is not LINEAR.operators[0] or "lora_bias" in at.tensors:
+        tensors, bound = at.tensors, at.bound  # each call of each site comes here
+        if at.operator is not LINEAR.operators[0] or "lora_bias" in tensors:
             return None
-        weight, a, b, s = at.bound["weight"], at.tensors["lora_A"], at.tensors["lora_B"], at.numbers["scaling"]
+        weight, a, b, s = bound["weight"], tensors["lora_A"], tensors["lora_B"], at.numbers["scaling"]
         if not x.dtype == weight.dtype == a.dtype == b.dtype or autocast_dtype(x.device.type) not in (None, x.dtype):
             return None
         if isinstance(s, Tensor):
             b, s = b * s, 1.0
-        return lora_linear(x, weight, at.bound["bias"], None, a, b, s, at.config.lora_dropout if at.training else 0.0)
+        return lora_linear(x, weight, bound["bias"], None, a, b, s, at.config.lora_dropout if at.training else 0.0)
 
     def by_row(self, y: Any, x: Any, rows: Any, numbers: tuple[int, ...], ats: tuple[Operands, ...]) -> Any | None:
         if not all(_is_linear(at) for at in ats):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ...errors import AdapterError
+from ...tree.attached import named_own_modules
 from ...tree.wrappers import innermost
 from ..readings import Reading
 from .bitsandbytes_4bit import Bitsandbytes4bit
@@ -59,7 +60,7 @@ def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
     Raises `SelectionError` as `Storage.of` does.
     """
     chosen = set(adapted)
-    for path, module in root.named_modules():
+    for path, module in named_own_modules(root):
         for _, _, storage in weights_of(module):
             if isinstance(storage, OwnLayer) and (path in chosen or storage.is_certain(module)):
                 storage.of(module, path).install(module)  # type: ignore[attr-defined]
