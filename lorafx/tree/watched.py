@@ -9,6 +9,7 @@ is the tensor that it was.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +38,23 @@ class WatchedParameter(nn.Parameter):
 
 
 class WatchedTensor(Tensor):
-    """A plain tensor while somebody watches it."""
+    """A plain tensor while somebody watches it; copies and files of it are plain."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return Tensor(*args, **kwargs)
 
     __torch_function__: Any = classmethod(_told)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+    def _plain(self) -> Tensor:
+        plain = self.detach().requires_grad_(self.requires_grad)
+        vars(plain).update(vars(self))
+        return plain
 
 
 _WATCHED: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 import threading
 from types import SimpleNamespace
 
@@ -76,10 +77,15 @@ def test_it_is_watched_until_the_last_one_is_done(mode):
     assert type(weight) is nn.Parameter
 
 
-def test_copies_of_one_are_plain(mode):
-    weight = nn.Parameter(torch.randn(3))
+@pytest.mark.parametrize("plain", [torch.Tensor, nn.Parameter])
+def test_copies_of_one_are_plain(plain):
+    """In another thread, which may save or copy the model meanwhile."""
+    weight = plain(torch.randn(3))
+    weight.mark = "kept"
     with watched([weight]):
-        assert type(copy.deepcopy(weight)) is nn.Parameter and type(type(weight)(torch.ones(2))) is nn.Parameter
+        copies = copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), type(weight)(torch.ones(3))
+    assert {type(each) for each in copies} == {plain}
+    assert torch.equal(copies[0], weight) and torch.equal(copies[1], weight) and copies[1].mark == "kept"
 
 
 def test_only_ordinary_tensors_can_be_watched():
