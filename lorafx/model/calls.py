@@ -15,6 +15,7 @@ from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
 from ..torch_private.tensors import ENTRANCE
 from ..tree.holdings import leads_to
+from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
@@ -51,6 +52,10 @@ def _parameters(tree: nn.Module, path: str) -> Mapping[str, inspect.Parameter]:
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
+    if (outer := RUNNING.mode) is not None:  # of another model, perhaps of the same base
+        outer.see_all()
+        with outer.suspended():
+            return _serve(tree, state, path, args, kwargs)
     context, choice = state.context, chosen_for(state)
     names = state.acting
     if choice is not None:

@@ -29,25 +29,26 @@ from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
 from ..torch_private.tensors import (
     DisableTorchFunctionSubclass,
+    WithoutMode,
     function_modes,
     is_innermost_mode,
+    is_torch_function_enabled,
     is_within_transform,
-    pop_function_mode,
-    push_function_mode,
     put_function_mode,
+    take_function_mode,
 )
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.memory import storage_of, whole_storage_of
 from ..tree.mirror import OWN, own_forward
 from ..tree.originals import other_mode
-from ..tree.watched import can_be_watched, watched
+from ..tree.watched import PLAIN_TENSORS, can_be_watched, watched
 from ..tree.wrappers import innermost
 from .call_key import Call, OperatorKey
 from .concerned import Concerned
 from .direct import Direct
 from .methods import is_getter, is_method, takes_numbers
-from .site_table import OwnRead, SiteTable
+from .site_table import OwnRead, Place, SiteTable
 from .tree_state import TreeState
 
 Run = Callable[..., Any]
@@ -77,14 +78,15 @@ class SiteInterpreter(TorchFunctionMode):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
-        self.parts, self.paused, self.is_new, self.ran = [call.path], False, is_new, set() if ran is None else ran
+        self.parts, self.is_new, self.ran = [call.path], is_new, set() if ran is None else ran
         self.acted = False  # whether a site was read
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
-        self.watch, self.depth = contextlib.ExitStack(), function_modes()
         if len(set(map(id, self.kept[: len(table.weights)]))) < len(table.weights):
             self.direct = None  # adapters know a tied weight by several names: graphs see all
+        self.watch = contextlib.ExitStack()
         self.sees_all = is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
+        self.sees_all = self.sees_all or bool(table.hidden)
         self.weights = {id(place.tensor): place.path for place in table.weights}
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
 
@@ -100,6 +102,7 @@ class SiteInterpreter(TorchFunctionMode):
         outer, RUNNING.mode = RUNNING.mode, self
         try:
             with plain_operators(), self.watch:
+                self.sees_all = self.sees_all or function_modes() > 0  # another mode, which is to be told second
                 if self.sees_all:
                     self.watch.enter_context(self)
                 else:
@@ -113,8 +116,8 @@ class SiteInterpreter(TorchFunctionMode):
         if not self.sees_all:
             self.sees_all = True
             self.watch.close()
-            put_function_mode(self, self.depth)
-            self.watch.callback(pop_function_mode)
+            put_function_mode(self)
+            self.watch.callback(take_function_mode, self)
 
     def run_inside(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module's forward, and see which tensors it has meanwhile: FSDP and offloading put theirs in place.
@@ -145,23 +148,23 @@ class SiteInterpreter(TorchFunctionMode):
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Run something as though the interpreter were not active: another part's graph, or a module's hooks."""
-        RUNNING.mode, self.paused = None, True
+        RUNNING.mode = None
         try:
             yield
         finally:
-            RUNNING.mode, self.paused = self, False
+            RUNNING.mode = self
 
     def run_site(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module gives whose own forward is one call that reads its weight; NotImplemented for any other."""
         read = self.own_reads.get(part)
         if read is None or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
             return NotImplemented
-        others = not is_innermost_mode(self) if self.sees_all else function_modes() != self.depth
+        others = not is_innermost_mode(self) if self.sees_all else function_modes() > 0
         if others or type(read.module).forward is not read.forward or OWN in vars(read.module):
             return NotImplemented
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
-        with _Off(self) if self.sees_all else DisableTorchFunctionSubclass():
+        with WithoutMode(self) if self.sees_all else DisableTorchFunctionSubclass():
             if self._acts_on(args):
                 return NotImplemented
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
@@ -180,21 +183,28 @@ class SiteInterpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Each function that the model calls may come here, so what nearly all do is done in a few steps.
-        if self.paused or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
+        if RUNNING.mode is not self or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if not (is_torch_function_enabled() and PLAIN_TENSORS.issuperset(types)):
+            self.table.hidden.add(func)
         result = self._without_a_graph(func, args, kwargs)
         return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
 
-    def told(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function gives that gets a watched tensor."""
-        with DisableTorchFunctionSubclass():
-            if self.paused or not self._acts_on((*args, *kwargs.values()), func):
+    def told(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function gives that gets a watched tensor, of this thread's or of another's."""
+        if self.sees_all:  # it has been looked at
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-            result = self._without_a_graph(func, args, kwargs)
-        if result is NotImplemented:
+        result = NotImplemented
+        if PLAIN_TENSORS.issuperset(types):
+            with DisableTorchFunctionSubclass():
+                if not self._acts_on((*args, *kwargs.values()), func):
+                    return func(*args, **kwargs)
+                result = self._without_a_graph(func, args, kwargs)
+        if result is NotImplemented:  # a graph is needed, or another class has a say
             self.see_all()
-            return self._through_a_graph(func, args, kwargs)
+            return func(*args, **kwargs)
         return result
 
     def _without_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,9 +234,11 @@ class SiteInterpreter(TorchFunctionMode):
                 return True
             if (kind is tuple or kind is list) and self._acts_on(value, func):
                 return True
-            if memory and kind is Tensor and (path := memory.get(storage_of(value))) and not is_getter(func):
+            if memory and kind is Tensor and (place := memory.get(storage_of(value))) and not is_getter(func):
+                if storage_of(place.tensor) != storage_of(value):  # a hook has given the weight other memory since
+                    continue
                 raise UncoveredOperatorError(
-                    f"the weight {path} is read by a tensor that shares its memory, which no adapter acts on"
+                    f"the weight {place.path} is read by a tensor that shares its memory, which no adapter acts on"
                     f"{place_of(traceback.extract_stack())}"
                 )
         return False
@@ -274,11 +286,11 @@ class SiteInterpreter(TorchFunctionMode):
         return copy if copy.dtype == value.dtype else copy.to(value.dtype)
 
     @functools.cached_property
-    def memory(self) -> dict[int, str]:
-        """The paths of the weights by where their memory begins; none in calls of a kind that came before."""
+    def memory(self) -> dict[int, Place]:
+        """The weights' places by where their memory begins; none in calls of a kind that came before."""
         if not self.is_new:
             return {}
-        return {storage: place.path for place in self.table.weights if (storage := whole_storage_of(place.tensor))}
+        return {storage: place for place in self.table.weights if (storage := whole_storage_of(place.tensor))}
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
@@ -320,19 +332,6 @@ class SiteInterpreter(TorchFunctionMode):
         tensors = (*module._parameters.items(), *module._buffers.items())
         own = {id(tensor): f"{part}.{name}".lstrip(".") for name, tensor in tensors if tensor is not None}
         return [own.get(id(x)) or self.weights.get(id(x)) or self.replaced.get(id(x)) for x in leaves]
-
-
-class _Off:
-    """A context outside an interpreter that is the innermost torch function mode."""
-
-    def __init__(self, mode: SiteInterpreter) -> None:
-        self.mode = mode
-
-    def __enter__(self) -> None:
-        pop_function_mode()
-
-    def __exit__(self, *_: object) -> None:
-        push_function_mode(self.mode)
 
 
 def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:

@@ -59,7 +59,8 @@ class SiteTable:
 
     `acting` are the adapters, with their sites, by the path of the weight; `copies` are the adapters' own by the path
     of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers` are
-    those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight.
+    those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
+    `per_site` in `hidden` functions that have read one and did not ask its class.
     """
 
     weights: tuple[Place, ...]
@@ -70,6 +71,7 @@ class SiteTable:
     merged: frozenset[str] = frozenset()
     numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
+    hidden: set[Any] = field(default_factory=set)
 
     @classmethod
     def of(cls, tree: nn.Module, context: Context) -> SiteTable:

@@ -25,14 +25,12 @@ __all__ = [
 DisableTorchFunction = torch._C.DisableTorchFunction
 DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 
-# Take off the innermost torch function mode of this thread, and put one on. Without them, a module's equation would be
-# looked at operator by operator by the mode that has called it.
-pop_function_mode = torch._C._pop_torch_function_stack
-push_function_mode = torch._C._push_on_torch_function_stack
-
 # A context in which subclasses' `__torch_function__` is called again. Without it, an operator that was given one of
 # torchao's tensors could not run code that is given another.
 enabled_torch_function = torch._C._EnableTorchFunction
+
+# Whether these are off. Without it, nobody could tell that a function hides from the classes of what it is given.
+is_torch_function_enabled = torch._C._is_torch_function_enabled
 
 # Makes a tensor of a Python class without memory. Without it, logits could not be computed when they are asked for.
 make_wrapper_subclass = Tensor._make_wrapper_subclass
@@ -77,12 +75,40 @@ def is_innermost_mode(mode: TorchFunctionMode) -> bool:
     return depth > 0 and torch._C._get_function_stack_at(depth - 1) is mode
 
 
-def put_function_mode(mode: TorchFunctionMode, depth: int) -> None:
-    """Put a torch function mode on, beneath all but the outermost `depth`. Without it, modes would be taken off in
-    another order than they were put on."""
-    above = [pop_function_mode() for _ in range(function_modes() - depth)]
-    for each in (mode, *reversed(above)):
-        push_function_mode(each)
+class WithoutMode:
+    """A context without a torch function mode that is the innermost. Without it, a module's equation would be looked at
+    operator by operator by the mode that has called it."""
+
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._push_on_torch_function_stack(self.mode)
+
+
+def put_function_mode(mode: TorchFunctionMode) -> None:
+    """Put a torch function mode on, beneath all others. Without it, modes would be taken off in another order than
+    they were put on."""
+    _set_function_modes([*_function_modes(), mode])
+
+
+def take_function_mode(mode: TorchFunctionMode) -> None:
+    """Take a torch function mode off, wherever it is. Without it, a default device that a model sets would be."""
+    _set_function_modes([each for each in _function_modes() if each is not mode])
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    return [torch._C._get_function_stack_at(number) for number in reversed(range(function_modes()))]
+
+
+def _set_function_modes(modes: list[TorchFunctionMode]) -> None:
+    for _ in range(function_modes()):
+        torch._C._pop_torch_function_stack()
+    for each in reversed(modes):
+        torch._C._push_on_torch_function_stack(each)
 
 
 def in_backward() -> bool:

@@ -9,6 +9,7 @@ everybody who asks what it is, it is the tensor that it was.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,22 +22,39 @@ from .hooks import RUNNING
 
 
 def _told(cls: type, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    if (mode := RUNNING.mode) is not None and not mode.sees_all:  # which is told already
-        return mode.told(func, args, kwargs or {})
+    if (mode := RUNNING.mode) is not None:
+        return mode.told(func, types, args, kwargs or {})
     with DisableTorchFunctionSubclass():
         return func(*args, **(kwargs or {}))
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter while somebody watches it."""
+    """A parameter while somebody watches it; who makes another one of its class, as a copy, gets a plain one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Parameter(*args, **kwargs)
 
     __torch_function__: Any = classmethod(_told)
 
 
 class WatchedTensor(Tensor):
-    """A plain tensor while somebody watches it."""
+    """A plain tensor while somebody watches it; copies and files of it are plain."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return Tensor(*args, **kwargs)
 
     __torch_function__: Any = classmethod(_told)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+    def _plain(self) -> Tensor:
+        plain = self.detach().requires_grad_(self.requires_grad)
+        vars(plain).update(vars(self))
+        return plain
 
 
 _WATCHED: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
@@ -54,7 +72,10 @@ def can_be_watched(tensors: Sequence[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def watched(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Have `RUNNING.mode` told, by its `told(func, args, kwargs)`, of torch functions that get one of the tensors."""
+    """Have `RUNNING.mode` told of torch functions that get one of the tensors, by `told(func, types, args, kwargs)`.
+
+    It is not told where another class answers first, or while somebody has switched off what classes say.
+    """
     with _LOCK:
         for each in tensors:
             _WATCHERS[id(each)] += 1

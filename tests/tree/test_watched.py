@@ -1,6 +1,8 @@
 """Watched tensors: the thread that runs a model is told of functions that are given one, by whatever road."""
 
+import contextlib
 import copy
+import pickle
 import threading
 from types import SimpleNamespace
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import lorafx
 from lorafx.serving.per_site import SiteInterpreter
+from lorafx.torch_private.tensors import function_modes
 from lorafx.tree.hooks import RUNNING
 from lorafx.tree.watched import can_be_watched, watched
 
@@ -25,7 +29,7 @@ class Told:
     def __init__(self):
         self.names = []
 
-    def told(self, func, args, kwargs):
+    def told(self, func, types, args, kwargs):
         self.names.append(func.__name__)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -75,6 +79,17 @@ def test_it_is_watched_until_the_last_one_is_done(mode):
     assert type(weight) is nn.Parameter
 
 
+@pytest.mark.parametrize("plain", [torch.Tensor, nn.Parameter])
+def test_copies_of_one_are_plain(plain):
+    """In another thread, which may save or copy the model meanwhile."""
+    weight = plain(torch.randn(3))
+    weight.mark = "kept"
+    with watched([weight]):
+        copies = copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), type(weight)(torch.ones(3))
+    assert {type(each) for each in copies} == {plain}
+    assert torch.equal(copies[0], weight) and torch.equal(copies[1], weight) and copies[1].mark == "kept"
+
+
 def test_only_ordinary_tensors_can_be_watched():
     class Own(torch.Tensor):
         pass
@@ -87,6 +102,10 @@ def test_only_ordinary_tensors_can_be_watched():
 
 
 # --- what an adapted model does with it ------------------------------------------------------------------------------
+
+
+def adapted(model):
+    return lorafx.compile(model, {"target_modules": ["layer"], "r": 2, "init_lora_weights": False}, capture="sites")
 
 
 class Roads(nn.Module):
@@ -118,9 +137,7 @@ def by_the_base(layer):
 @pytest.mark.parametrize("elsewhere", [by_attribute, by_parameters, by_the_base])
 def test_a_road_that_no_call_before_has_gone_is_seen(elsewhere):
     """Which road it is depends on the data alone, so nothing that is known of a call before it says so."""
-    lora = lorafx.compile(
-        Roads(elsewhere), {"target_modules": ["layer"], "r": 2, "init_lora_weights": False}, capture="sites"
-    )
+    lora = adapted(Roads(elsewhere))
     x = torch.randn(5, 4)
     x[0, 0] = -1
     expected = lora(x)
@@ -131,6 +148,125 @@ def test_a_road_that_no_call_before_has_gone_is_seen(elsewhere):
         x[0, 0] = number
         torch.testing.assert_close(lora(x), F.linear(x, weight, lora.layer.bias), rtol=1e-5, atol=1e-5)
     assert type(lora.layer.weight) is nn.Parameter
+
+
+class Own(torch.Tensor):
+    """A user's tensor whose functions give such tensors."""
+
+
+class Careless(torch.Tensor):
+    """A user's tensor that asks no other class."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class Doubling(TorchFunctionMode):
+    """A user's mode that changes what a function gives."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return y * 2 if func is F.linear else y
+
+
+def by_own(layer):
+    return lambda x: F.linear(x.as_subclass(Own), layer.weight)
+
+
+def by_careless(layer):
+    return lambda x: F.linear(x.as_subclass(Careless), layer.weight)
+
+
+def by_no_class(layer):
+    def read(x):
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(x, layer.weight)
+
+    return read
+
+
+def by_doubling(layer):
+    def read(x):
+        with Doubling():
+            return F.linear(x, layer.weight)
+
+    return read
+
+
+@pytest.mark.parametrize("outside", [contextlib.nullcontext, Doubling])
+@pytest.mark.parametrize("elsewhere", [by_own, by_careless, by_no_class, by_doubling])
+def test_every_call_gives_what_the_first_gives(elsewhere, outside):
+    lora = adapted(Roads(elsewhere))
+    x = torch.ones(5, 4)
+    with outside():
+        results = [lora(x) for _ in range(4)]
+    torch.testing.assert_close(results, results[:1] * 4, rtol=0, atol=0)
+    assert {type(result) for result in results} == {Own if elsewhere is by_own else torch.Tensor}
+    assert all(result.requires_grad for result in results)
+
+
+def test_a_class_that_nobody_has_seen_before_keeps_its_say():
+    lora = adapted(Roads(by_own))
+    x = torch.full((5, 4), -1.0)
+    for _ in range(3):
+        lora(x)
+    x[0, 0] = 1
+    assert type(lora(x)) is Own and torch.equal(lora(x), lora(x))
+
+
+@pytest.mark.parametrize("elsewhere", [by_attribute, None])
+def test_what_another_thread_watches_gets_its_adapter_once(elsewhere):
+    lora = adapted(Roads(elsewhere or by_attribute))
+    x = torch.full((1, 4), 1.0 if elsewhere else -1.0)
+    with watched(list(lora.parameters())):  # as another thread does
+        results = [lora(x) for _ in range(4)]
+    torch.testing.assert_close(results, [lora(x)] * 4, rtol=0, atol=0)
+
+
+def test_a_model_within_another_of_the_same_base_has_its_own_adapter():
+    class Both(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.layer, self.others = inner.layer, lambda x: inner(x)
+
+        def forward(self, x):
+            return self.layer(x) - self.others(x)
+
+    base = Roads(by_attribute)
+    inner = adapted(base)
+    both = Both(inner)
+    both.layer = base.layer
+    lora, x = adapted(both), torch.ones(1, 4)
+    a, b = lora.layer, inner.layer
+    update = a.lora_B.default.weight @ a.lora_A.default.weight - b.lora_B.default.weight @ b.lora_A.default.weight
+    for _ in range(4):
+        torch.testing.assert_close(lora(x), x @ update.T * 4, rtol=1e-5, atol=1e-5)
+
+
+def test_a_default_device_that_a_model_sets_stays():
+    def read(layer):
+        def forward(x):
+            torch.set_default_device("cpu")
+            return F.linear(x.as_subclass(Own), layer.weight)
+
+        return forward
+
+    lora = adapted(Roads(read))
+    x = torch.full((5, 4), -1.0)
+    for _ in range(3):
+        lora(x)
+    x[0, 0] = 1
+    before = function_modes()
+    try:
+        lora(x)
+        assert function_modes() == before + 1 and not isinstance(
+            torch.overrides._get_current_function_mode(), SiteInterpreter
+        )
+    finally:
+        torch.set_default_device(None)
+    assert function_modes() == before
 
 
 @pytest.fixture
