@@ -123,8 +123,8 @@ class Direct:
             if values is None:
                 continue
             bound = dict(zip(read.names, values))
-            x = bound["x"]
-            if tensor is not None and bound["weight"] is not tensor:
+            x, named = bound["x"], bound["weight"]
+            if tensor is not None and named is not None and named is not tensor:
                 return NotImplemented
             if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
                 return NotImplemented

@@ -41,7 +41,7 @@ def _is_packed(weight: nn.Parameter, module: nn.Module, reading: Reading) -> boo
     These are integers and floats of 8 bits, or tensors of a library's own class.
     """
     own = type(module).forward not in [cls.forward for cls in reading.modules]
-    wide = weight.is_complex() or (weight.is_floating_point() and weight.element_size() > 1)
+    wide = weight.is_complex() or (weight.is_floating_point() and weight.dtype.itemsize > 1)
     return (own and not wide) or is_foreign(weight) or is_by_name(module)
 
 
