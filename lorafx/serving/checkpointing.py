@@ -1,4 +1,8 @@
-"""Checkpointing: transformers' layers are asked for checkpoints that autograd can see through.
+"""Checkpointing: what runs again in backward is served as it was in forward.
+
+Where no graph is run, a checkpoint of whatever kind is part of a model's own Python, and so is what it runs again.
+
+transformers' layers are asked for checkpoints that autograd can see through.
 
 A re-entrant checkpoint runs its layer without gradients, and again in backward if an input wants one. A frozen base's
 input wants none, unless its embeddings are made to; given `inputs_embeds` nothing would train. It is no part of a graph
@@ -8,6 +12,7 @@ same ones when it runs again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -15,6 +20,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..tree.hooks import RUNNING
 from .choosing import as_now
 
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
@@ -42,3 +48,20 @@ def without_reentrant(modules: Iterable[nn.Module]) -> bool:
 def checkpoint_by_row(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """torch's checkpoint, of a function that runs again with what rows have chosen now."""
     return checkpoint(as_now(function), *args, **options)
+
+
+def as_served_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that a model checkpoints, which acts, when it runs again in backward, as in the call of the model."""
+    mode = RUNNING.mode
+    if mode is None:
+        return function
+    interpreter = mode.from_here()
+
+    @functools.wraps(function)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if RUNNING.mode is mode:  # the model asks for gradients within its forward
+            return function(*args, **kwargs)
+        with interpreter().active():
+            return function(*args, **kwargs)
+
+    return again
