@@ -40,7 +40,7 @@ from ..torch_private.tensors import (
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.memory import storage_of, whole_storage_of
-from ..tree.mirror import OWN
+from ..tree.mirror import OWN, STATE
 from ..tree.originals import other_mode
 from ..tree.watched import PLAIN_TENSORS, can_be_watched, watched
 from .call_key import Call, OperatorKey
@@ -162,12 +162,25 @@ class SiteInterpreter(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run something as though the interpreter were not active: another part's graph, or a module's hooks."""
+        """Run something as though the interpreter were not active: another part's graph, or a module's hooks.
+
+        Raises `AdapterError` if that leaves the model with others acting than it had.
+        """
+        before = self._acting()
         RUNNING.mode = None
         try:
             yield
         finally:
             RUNNING.mode = self
+        if self._acting() != before:
+            raise AdapterError(
+                f"a hook below {self.parts[-1] or 'the model'} changed which adapters act, or how, while a call runs, "
+                "which goes on with those that it began with: change them before or after a call"
+            )
+
+    def _acting(self) -> Any:
+        state = vars(self.tree).get(STATE)
+        return None if state is None else state.context
 
     def run_site(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module gives whose own forward is one call that reads its weight; NotImplemented for any other."""
