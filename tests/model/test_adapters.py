@@ -84,6 +84,12 @@ def test_pefts_keywords_of_adding_and_loading(tmp_path):
     dtypes = [lora.get_parameter(f"first.lora_A.{name}.weight").dtype for name in ("default", "other", "third")]
     assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
     assert lora.get_parameter("first.lora_A.third.weight").is_meta
+    lora.set_adapter("third")
+    with pytest.raises(AdapterError, match=r"first\.lora_A\.third\.weight is on the meta device"):
+        lora(torch.ones(2, 4, dtype=torch.bfloat16))
+    lora.load_adapter(tmp_path, "third", is_trainable=True)
+    values = [lora.get_parameter(f"first.lora_A.{name}.weight") for name in ("third", "default")]
+    assert torch.equal(*values) and values[0].requires_grad
     for refused in ({"ephemeral_gpu_offload": True}, {"key_mapping": {"a": "b"}}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(ConfigError, match=next(iter(refused))):
             lora.load_adapter(tmp_path, "fourth", **refused)
