@@ -129,7 +129,11 @@ def scripts_replaced(run: Callable[..., Any]) -> None:
 
 def _replace_call(kind: Any, run: Callable[..., Any]) -> None:
     plain = kind.__call__
-    kind.__call__ = lambda script, *args, **kwargs: run(plain, script, args, kwargs)
+
+    def call(script: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return run(plain, script, args, kwargs)
+
+    kind.__call__ = call
 
 
 # The forward that torch has for `nn.TransformerEncoder`, which reads four attributes of what it is called with.

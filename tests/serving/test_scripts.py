@@ -13,6 +13,10 @@ def product(x, weight):
     return F.linear(x, weight)
 
 
+def negated(script):
+    return -script
+
+
 class Product(nn.Module):
     def forward(self, x, weight):
         return F.linear(x, weight)
@@ -71,3 +75,4 @@ def test_a_script_that_can_be_no_graph_is_named():
 def test_scripts_elsewhere_run_as_they_are():
     script = torch.jit.trace(F.linear, EXAMPLE)
     torch.testing.assert_close(script(*EXAMPLE), F.linear(*EXAMPLE))
+    assert torch.jit.script(negated)(script=EXAMPLE[0]).sum() == -18
