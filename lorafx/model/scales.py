@@ -47,6 +47,7 @@ class Scales(Merges):
         if name in self._lorafx.ledger.names:
             raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
 
+    @between_calls
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
         """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does.

@@ -201,6 +201,7 @@ CHANGES = {
     "set_adapter": lambda adaptation: adaptation.set_adapter("default"),
     "merge_adapter": lambda adaptation: adaptation.merge_adapter(),
     "set_scale": lambda adaptation: adaptation.set_scale("default", 2.0),
+    "rescale": lambda adaptation: adaptation.rescale(2.0),
 }
 
 
