@@ -77,8 +77,9 @@ INSIDE = {
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "programs", "free_counters"),
-        *("before", "early_calls", "site_table", "direct", "concerned", "methods", "per_site"),
+        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "scripts", "programs"),
+        "free_counters",
+        *("before", "early_calls", "site_table", "direct", "concerned", "methods", "per_site", "interpret"),
         *(
             "settling",
             "misses",

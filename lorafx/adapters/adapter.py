@@ -59,6 +59,15 @@ class Adapter:
         yield from self.scales.values()
 
     @functools.cached_property
+    def bases(self) -> dict[str, str]:
+        """The path of the base tensor that each tensor of the adapter is for."""
+        found = {copy: base for base, copy in self.replaced.items()}
+        for site in self.selection:
+            found |= dict.fromkeys(self.tensors[site.name].values(), site.weight)
+            found |= {self.scales[site.name]: site.weight} if site.name in self.scales else {}
+        return found
+
+    @functools.cached_property
     def ways(self) -> Ways:
         """The ways to all tensors of the adapter, as `paths` has them."""
         return Ways(self.paths)
@@ -137,6 +146,13 @@ class Adapter:
                 f"{', '.join(resized)}: of another size than when the adapter {self.name!r} was put there, as after "
                 "`resize_token_embeddings`; delete the adapter, or resize the model before adapting it"
             )
+        own, bases = find_tensors(root, self.bases), find_tensors(root, self.bases.values())
+        both = ((path, tensor, base) for path, tensor, base in zip(self.bases, own, bases) if tensor is not None)
+        if bare := next((path for path, tensor, base in both if tensor.is_meta and not _is_meta(base)), None):
+            raise AdapterError(
+                f"{bare} is on the meta device, which holds no values: give the adapter {self.name!r} its values by "
+                "`load_adapter`, or those of the model by `load_state_dict(…, assign=True)`"
+            )
 
     def signature(self, root: nn.Module) -> Hashable:
         """A key that is equal for adapters with the same equations and shapes, whatever the tensors' values."""
@@ -184,6 +200,10 @@ class Adapter:
         among = [f".{name}." for name in (SAVED, TRAINED_BIAS, self.kind.whole) if name]
         copies = {path.rpartition(name)[0] for path in self.replaced.values() for name in among if name in path}
         return {site.module for site in self.selection} | copies
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.is_meta
 
 
 def _is_resized(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:

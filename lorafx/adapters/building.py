@@ -49,7 +49,7 @@ def build(
         takes, tensors = adapter.kind.takes_from_base(site, adapter.config), dict[str, Tensor]()
         if takes or not values:
             whole = takes or not on_meta or not all(spec.saved for spec in specs.values())
-            where = _device_of(root, site.weight).type if whole else "meta"
+            where = device_of(root, site.weight).type if whole else "meta"
             tensors, rest = start_values(root, adapter.kind, adapter.config, site, rng, where)
             rests |= {site: rest} if rest else {}
             if where == "meta" and not all(spec.saved for spec in specs.values()):
@@ -57,13 +57,13 @@ def build(
         for spec in specs.values():
             value = values[paths[spec.suffix]] if values else tensors[spec.suffix]
             to_meta = on_meta and spec.saved and not takes
-            device = torch.device("meta") if to_meta else _device_of(root, site.weight)
+            device = torch.device("meta") if to_meta else device_of(root, site.weight)
             device = device if spec.saved else _with_values(value, device)
             made[paths[spec.suffix]] = _made(root, site, spec, value, autocast_adapter_dtype, device)
     made |= dict(_shared(root, adapter, values, autocast_adapter_dtype))
     transient = set(_in_no_state_dict(adapter))
     _hang(root, made | dict(_copies(root, adapter, values)), transient)
-    for site in [site for site in adapter.selection if _device_of(root, site.weight).type == "meta"]:
+    for site in [site for site in adapter.selection if device_of(root, site.weight).type == "meta"]:
         for path in transient.intersection(adapter.tensors[site.name].values()):
             root.get_submodule(path.rpartition(".")[0]).to("meta")  # which keeps the values for when it leaves meta
     return rests
@@ -92,7 +92,7 @@ def _shared(
         dtype = site.storage.dtype(root.get_submodule(site.module), site.parameter)
         for spec in adapter.shared.values():
             path = adapter.tensors[site.name][spec.suffix]
-            key = spec.suffix, _device_of(root, site.weight), dtype
+            key = spec.suffix, device_of(root, site.weight), dtype
             if key not in made:
                 value = values[path] if values else start[spec.suffix]
                 made[key] = _made(root, site, spec, value, widened, _with_values(value, key[1]))
@@ -113,7 +113,7 @@ def _copies(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor] | No
         tensor = tensor_at(root, base)
         start = (values[path] if values else tensor).detach().to(tensor.device, tensor.dtype, copy=True)
         yield path, nn.Parameter(start) if isinstance(tensor, nn.Parameter) and start.is_floating_point() else start
-        if tensor.is_meta and _device_of(root, base) != tensor.device:
+        if tensor.is_meta and device_of(root, base) != tensor.device:
             raise AdapterError(
                 f"{base} is offloaded by accelerate, and cannot be trained as a whole: leave it out of "
                 "`modules_to_save` and `bias`, or load the base without offloading"
@@ -136,7 +136,7 @@ def _hang(root: nn.Module, made: Mapping[str, Tensor], transient: Collection[str
         raise
 
 
-def _device_of(root: nn.Module, path: str) -> torch.device:
+def device_of(root: nn.Module, path: str) -> torch.device:
     """Where a tensor of the tree is while its module's forward runs."""
     loaded = loading_device(root.get_submodule(path.rpartition(".")[0]))
     return tensor_at(root, path).device if loaded is None else torch.device(loaded)
@@ -156,7 +156,7 @@ def scaled(root: nn.Module, adapter: Adapter, factor: float) -> Adapter:
             dense = site.storage.dtype(root.get_submodule(site.module), site.parameter)
             dtype = torch.promote_types(dense, torch.float32) if dense.is_floating_point else torch.float32
             path = placed(site, "adapter_scaling", adapter.name)
-            attach(root, path, torch.zeros((), dtype=dtype, device=_device_of(root, site.weight)))
+            attach(root, path, torch.zeros((), dtype=dtype, device=device_of(root, site.weight)))
             scales[site.name] = path
         tensor_at(root, scales[site.name]).fill_(values[site.name] * factor)  # type: ignore[operator]
     return replace(adapter, scales=scales)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..tree.lookup import tensor_at
+from ..tree.lookup import module_at, tensor_at
 from .adapter import Adapter
-from .building import build
+from .building import build, device_of
 from .kinds import Spec
 from .room import fill, has_room, held
 from .site import Site
@@ -43,11 +43,29 @@ def without_room(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def put(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -> None:
-    """Write values into tensors of an adapter, in place, by path; what room there is beyond them becomes zeros."""
+    """Write values into tensors of an adapter, in place, by path; what room there is beyond them becomes zeros.
+
+    Tensors on the meta device are made anew, where the base's are. Raises `AdapterError` if these are on it, too.
+    """
     groups = {path: site.groups for site, _, path in _places(adapter)}
     with torch.inference_mode(False):
+        for path, base in adapter.bases.items():
+            if path in values and tensor_at(root, path).is_meta:
+                _give_memory(root, path, device_of(root, base))
         for path, value in values.items():
             fill(tensor_at(root, path), value, groups.get(path, 1))
+
+
+def _give_memory(root: nn.Module, path: str, device: torch.device) -> None:
+    if device.type == "meta":
+        raise AdapterError(f"{path} is on the meta device, as the base is: load the base's values first")
+    outer, _, name = path.rpartition(".")
+    owner, tensor = module_at(root, outer), tensor_at(root, path)
+    made = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[name] = nn.Parameter(made, tensor.requires_grad)
+    else:
+        owner._buffers[name] = made
 
 
 def differences(known: Adapter, found: Adapter, sizes: bool = True) -> list[str]:

@@ -25,6 +25,7 @@ from ..tree.attached import own_modules, set_trainable
 from ..tree.lookup import copy_into, module_at
 from ..tree.mirror import mirrored
 from .calls import serve_parts
+from .part import between_calls
 from .scales import Scales, number
 from .trainers import require_same
 
@@ -142,6 +143,7 @@ class Adapters(Scales):
                     "active together, and PEFT does not load both"
                 )
 
+    @between_calls
     def set_adapter(
         self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
     ) -> None:
@@ -173,6 +175,7 @@ class Adapters(Scales):
         for name in names:
             set_trainable(self._adapter(name).ways.tensors(self.tree), False)
 
+    @between_calls
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove an adapter, or several, with their tensors.
 
@@ -218,12 +221,14 @@ class Adapters(Scales):
             else:
                 self._set_trainable()
 
+    @between_calls
     def disable_adapter_layers(self) -> None:
         """Run as the base model from now on: merged adapters are unmerged, and none acts or trains."""
         self._lorafx.ledger.unmerge(self.tree)
         self._lorafx.disabled = True
         self._set_trainable()
 
+    @between_calls
     def enable_adapter_layers(self) -> None:
         """Have the active adapters act again."""
         with self._unmerged():  # what was merged since belongs into their copies of base tensors

@@ -18,12 +18,13 @@ from ..progress import announced
 from ..tree.lookup import find_tensor, tensor_at
 from ..tree.wrappers import side_by_side
 from .bounds import keep_within_bounds
-from .part import Part
+from .part import Part, between_calls
 
 
 class Merges(Part):
     """The part of an adapted model that merges and unmerges."""
 
+    @between_calls
     def merge_adapter(
         self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False, progressbar: bool = False
     ) -> None:
@@ -128,12 +129,14 @@ class Merges(Part):
                     )
         return adapters
 
+    @between_calls
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
         if not self._lorafx.ledger.names:
             warnings.warn("no adapter is merged; there is nothing to unmerge")
         self._lorafx.ledger.unmerge(self.tree)
 
+    @between_calls
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -179,6 +182,7 @@ class Merges(Part):
         kept = [[site.weight for site in adapter.selection if not site.storage.whole] for adapter in adapters]
         return [adapter.restricted_to(sites, adapter.replaced) for adapter, sites in zip(adapters, kept)]
 
+    @between_calls
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does.
 

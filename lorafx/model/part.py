@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
+from ..tree.hooks import RUNNING
 from ..tree.mirror import STATE
 from .state import State
 
 if TYPE_CHECKING:
     from .adapted_model import AdaptedModel
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def between_calls(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method that changes what acts: `AdapterError` within a call, which goes on with what it began with."""
+
+    @functools.wraps(method)
+    def checked(self: Part, *args: P.args, **kwargs: P.kwargs) -> R:
+        if RUNNING.runs(self.tree):
+            raise AdapterError(
+                f"{method.__name__}() within a call of the model that it changes, which goes on with the adapters that "
+                "it began with: call it before or after"
+            )
+        return method(self, *args, **kwargs)
+
+    return checked
 
 
 class Part:

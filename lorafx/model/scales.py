@@ -15,11 +15,13 @@ from ..adapters.kinds import SCALING
 from ..errors import AdapterError
 from ..tree.lookup import copy_into, find_tensor, tensor_at
 from .merges import Merges
+from .part import between_calls
 
 
 class Scales(Merges):
     """The part of an adapted model that changes the scales of its adapters."""
 
+    @between_calls
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply what an adapter adds to its layers by `scale`, on top of α / r; 1 is as it was trained.
 
@@ -45,6 +47,7 @@ class Scales(Merges):
         if name in self._lorafx.ledger.names:
             raise AdapterError(f"{name!r} is merged; unmerge it before changing its scale")
 
+    @between_calls
     @contextlib.contextmanager
     def rescale(self, multiplier: float) -> Iterator[None]:
         """Multiply the scales of the active adapters within a `with` block, as PEFT's `rescale_adapter_scale` does.

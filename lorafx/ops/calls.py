@@ -21,6 +21,12 @@ def needs_backward(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def require_values(lora_A: Tensor, x: Tensor) -> None:
+    """RuntimeError for an update without values: torch adds such a one in place, and leaves memory as it finds it."""
+    if lora_A.is_meta and not x.is_meta:
+        raise RuntimeError("the adapter is on the meta device, which holds no values, and its input is not: load it")
+
+
 def is_plain(tensor: object) -> bool:
     """Whether a value is an ordinary tensor or parameter: no subclass, and no fake or functional one of a compiler."""
     return type(tensor) in PLAIN_TENSORS

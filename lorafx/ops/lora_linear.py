@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .calls import by_reference, is_plain, needs_backward, rows
+from .calls import by_reference, is_plain, needs_backward, require_values, rows
 from .cpu import accumulated, linear, matmul, over_rows, product_with_update, widened_where_slow
 from .dropout import Redraw, can_draw, draw
 from .library import composite
@@ -158,6 +158,7 @@ def lora_linear(
     All derivatives can be taken, also second ones; vmap and forward-mode derivatives go by the equation's own
     operators. Sizes or dtypes that do not fit are torch's RuntimeError.
     """
+    require_values(lora_A, x)
     mask = redraw = None
     if dropout and (by_reference() or not can_draw(x, dropout)):
         z = F.dropout(x, dropout)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import by_reference, needs_backward, rows
+from .calls import by_reference, needs_backward, require_values, rows
 from .cpu import accumulated, linear, matmul, over_rows, product_with_update, widened_where_slow
 from .library import composite
 from .lora_linear import inferred, matrix_or_row
@@ -136,6 +136,7 @@ def lora_linears(
     """
     if by_reference():
         return reference(x, weights, biases, lora_As, lora_Bs, scalings)
+    require_values(lora_As[0], x)
     tensors = *weights, *biases, *lora_As, *lora_Bs
     if needs_backward(x, *tensors):
         outputs = _LoraLinears.apply(rows(x), tuple(scalings), *tensors)[:-1]

@@ -25,6 +25,7 @@ from ..tree.settings import settings_of
 
 _IMMUTABLE = (tuple, frozenset, MethodType, partial)  # they hold the same for as long as they live
 MODE = "training"  # which is apart from all other attributes: it changes all the time, and each state comes again
+_ENVIRONMENT = "os.environ["
 _STATES = 256  # so many states are remembered, the oldest making room
 
 
@@ -40,10 +41,12 @@ class AttributeState:
     alive: tuple[Any, ...]
 
     def differences(self, other: AttributeState) -> Iterator[str]:
-        """The names of the attributes in which two states differ."""
+        """The names of the attributes in which two states differ, and of environment variables that both know of."""
         yield from (name for name in {**self.values, **other.values} if self._differs(other, name))
 
     def _differs(self, other: AttributeState, name: str) -> bool:
+        if name.startswith(_ENVIRONMENT) and not (name in self.values and name in other.values):
+            return False  # it is watched since a graph was captured that reads it
         return self.values.get(name) != other.values.get(name)
 
 
@@ -84,7 +87,7 @@ class AttributeGuards:
         if names := list(environment):
             self._holders.append(os.environ)
             self._readers.append(lambda variables: tuple(map(variables.get, names)))
-            self._names += [f"os.environ[{name!r}]" for name in names]
+            self._names += [f"{_ENVIRONMENT}{name!r}]" for name in names]
         self._lengths, self._now = list(map(len, self._holders)), None
 
     def state(self) -> tuple[AttributeState, tuple[bool, ...]] | None:

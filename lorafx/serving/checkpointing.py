@@ -1,9 +1,12 @@
-"""Checkpointing: transformers' layers are asked for checkpoints that autograd can see through.
+"""Checkpointing: what runs again in backward is served as it was in forward.
 
-A re-entrant checkpoint runs its layer without gradients, and again in backward if an input wants one. A frozen base's
-input wants none, unless its embeddings are made to; given `inputs_embeds` nothing would train. It is no part of a graph
-either. The other kind gives the same gradients, for any input. A layer whose rows have adapters of their own has the
-same ones when it runs again.
+Where no graph is run, a checkpoint of whatever kind is part of a model's own Python. What it runs again in backward
+runs by sites once more, with the adapters that its rows had.
+
+transformers' layers are asked for checkpoints that autograd can see through. A re-entrant checkpoint runs its layer
+without gradients, and again in backward if an input wants one. A frozen base's input wants none, unless its
+embeddings are made to; given `inputs_embeds` nothing would train. It is no part of a graph either. The other kind
+gives the same gradients, for any input.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .choosing import as_now
+from ..tree.hooks import RUNNING
 
 FUNCTION = "_gradient_checkpointing_func"  # what transformers calls a module's checkpoint, with its options
 
@@ -31,14 +34,25 @@ def without_reentrant(modules: Iterable[nn.Module]) -> bool:
         function = vars(module).get(FUNCTION)
         if not isinstance(function, partial):
             continue
-        is_torchs, options = function.func is checkpoint, function.keywords
-        if is_torchs or options.get("use_reentrant"):
-            made = checkpoint_by_row if is_torchs else function.func
-            vars(module)[FUNCTION] = partial(made, *function.args, **{**options, "use_reentrant": False})
+        asked = function.keywords.get("use_reentrant", function.func is checkpoint)
+        if asked or asked is None:
+            options = {**function.keywords, "use_reentrant": False}
+            vars(module)[FUNCTION] = partial(function.func, *function.args, **options)
             changed = True
     return changed
 
 
-def checkpoint_by_row(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """torch's checkpoint, of a function that runs again with what rows have chosen now."""
-    return checkpoint(as_now(function), *args, **options)
+def as_served_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that a model checkpoints, which acts, when it runs again in backward, as in the call of the model."""
+    mode = RUNNING.mode
+    if mode is None:
+        return function
+    interpreter = mode.from_here()
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if RUNNING.mode is mode:  # the model asks for gradients within its forward
+            return function(*args, **kwargs)
+        with interpreter().active():
+            return function(*args, **kwargs)
+
+    return again

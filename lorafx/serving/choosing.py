@@ -1,14 +1,14 @@
 """Choosing: each row of a call has its own adapter, and so has all that runs within the call.
 
 Names are chosen for a call, or for all calls that `generate` makes. Which numbers they are is decided where a call is
-served. What runs again later, as a checkpointed layer in backward, runs with what was chosen when it ran first.
+served.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +49,6 @@ def choosing(choice: Choice) -> Iterator[None]:
         yield
     finally:
         _NOW.choice = outer
-
-
-def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs with what is chosen now, whenever it runs."""
-    choice = _NOW.choice
-    if choice is None:
-        return function
-
-    def again(*args: Any, **kwargs: Any) -> Any:
-        with choosing(choice):
-            return function(*args, **kwargs)
-
-    return again
 
 
 def has_one_token(call: Call) -> bool:

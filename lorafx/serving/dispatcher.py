@@ -25,6 +25,7 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
+from ..torch_private.replacing import checkpoints_replaced, scripts_replaced
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
@@ -32,15 +33,17 @@ from . import early_calls
 from .acting import Acting, acts_in
 from .before import Before, RunAgain
 from .call_key import Call, CallKey
-from .checkpointing import without_reentrant
+from .checkpointing import as_served_now, without_reentrant
 from .choosing import has_one_token
 from .direct import Direct, equation_dtype
 from .early_calls import EarlyCalls
 from .free_counters import FreeCounters
 from .graph_builder import CAPTURING, GraphBuilder
+from .interpret import interpret
 from .misses import Misses, leaf_names
-from .per_site import SiteInterpreter, interpret
+from .per_site import SiteInterpreter
 from .programs import GuardFailed, Program, ProgramCache, guarded
+from .scripts import run_script
 from .site_graphs import SiteGraphs
 from .site_policy import SitePolicy
 from .site_table import SiteTables
@@ -352,3 +355,7 @@ def _is_computed(tree: nn.Module, site: Site) -> bool:
     owner = innermost(module_at(tree, site.module))
     missing = owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
     return missing and not any(map(is_fsdp1, tree.modules()))
+
+
+checkpoints_replaced(as_served_now)
+scripts_replaced(run_script)

@@ -17,6 +17,7 @@ from ..lowering.lower import Lowering
 from ..pipeline import Observer, Pipeline
 from ..progress import announced
 from ..tree.attached import trained_paths
+from ..tree.hooks import RUNNING
 from .call_key import Call, CallKey
 from .programs import Program, ProgramCache
 from .rebinding import Rewritten, rebound
@@ -82,7 +83,11 @@ class GraphBuilder:
         for gm in self.captures.of(key):
             if accepts(gm, call.args, call.kwargs):
                 return gm
-        gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, unroll, blocks)
+        outer, RUNNING.captured = RUNNING.captured, call.tree
+        try:
+            gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, unroll, blocks)
+        finally:
+            RUNNING.captured = outer
         self.captures.keep(key, gm)
         return gm
 

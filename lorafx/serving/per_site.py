@@ -9,11 +9,11 @@ an error here as it is in a graph of the whole.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,10 +40,9 @@ from ..torch_private.tensors import (
 from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.memory import storage_of, whole_storage_of
-from ..tree.mirror import OWN, own_forward
+from ..tree.mirror import OWN, STATE
 from ..tree.originals import other_mode
 from ..tree.watched import PLAIN_TENSORS, can_be_watched, watched
-from ..tree.wrappers import innermost
 from .call_key import Call, OperatorKey
 from .concerned import Concerned
 from .direct import Direct
@@ -80,12 +79,28 @@ class SiteInterpreter(TorchFunctionMode):
         self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
         self.parts, self.is_new, self.ran = [call.path], is_new, set() if ran is None else ran
         self.acted = False  # whether a site was read
+        self._find_tensors()
+
+    def from_here(self) -> Callable[[], SiteInterpreter]:
+        """What makes an interpreter that goes on as this one would from here: for what runs again in backward."""
+        part = self.parts[-1]
+
+        def made() -> SiteInterpreter:
+            other = copy.copy(self)
+            other.parts, other.is_new = [part], False
+            other._find_tensors()
+            return other
+
+        return made
+
+    def _find_tensors(self) -> None:
+        table = self.table
         # Kept alive: where a hook puts others in their place, those that come later must not get their ids.
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         if len(set(map(id, self.kept[: len(table.weights)]))) < len(table.weights):
             self.direct = None  # adapters know a tied weight by several names: graphs see all
         self.watch = contextlib.ExitStack()
-        self.sees_all = is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
+        self.sees_all = self.is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
         self.sees_all = self.sees_all or bool(table.hidden)
         self.weights = {id(place.tensor): place.path for place in table.weights}
         self.replaced = {id(place.tensor): place.path for place in table.replaced}
@@ -147,12 +162,25 @@ class SiteInterpreter(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run something as though the interpreter were not active: another part's graph, or a module's hooks."""
+        """Run something as though the interpreter were not active: another part's graph, or a module's hooks.
+
+        Raises `AdapterError` if that leaves the model with others acting than it had.
+        """
+        before = self._acting()
         RUNNING.mode = None
         try:
             yield
         finally:
             RUNNING.mode = self
+        if self._acting() != before:
+            raise AdapterError(
+                f"a hook below {self.parts[-1] or 'the model'} changed which adapters act, or how, while a call runs, "
+                "which goes on with those that it began with: change them before or after a call"
+            )
+
+    def _acting(self) -> Any:
+        state = vars(self.tree).get(STATE)
+        return None if state is None else state.context
 
     def run_site(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module gives whose own forward is one call that reads its weight; NotImplemented for any other."""
@@ -190,6 +218,25 @@ class SiteInterpreter(TorchFunctionMode):
             self.table.hidden.add(func)
         result = self._without_a_graph(func, args, kwargs)
         return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
+
+    def run_script(self, script: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function of TorchScript gives; NotImplemented where it reads no adapted tensor.
+
+        Raises `UncoveredOperatorError` if it can be no graph, as a method of a scripted module.
+        """
+        if not self._acts_on((*args, *kwargs.values())):
+            return NotImplemented
+        self.see_all()
+        self.acted = True
+        with self.suspended():
+            try:
+                return self._through_a_graph(script, args, kwargs)
+            except CaptureError as error:
+                where, place = self.parts[-1] or "the model", place_of(traceback.extract_stack())
+                raise UncoveredOperatorError(
+                    f"{where}: {script.__name__} of TorchScript reads an adapted weight, where no adapter can act: "
+                    f"call the Python that it was made of{place}"
+                ) from error
 
     def told(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function gives that gets a watched tensor, of this thread's or of another's."""
@@ -295,6 +342,11 @@ class SiteInterpreter(TorchFunctionMode):
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
             name, place = getattr(func, "__name__", func), place_of(traceback.extract_stack())
+            if hooked := self.state.hooked_adapters:
+                raise AdapterError(
+                    f"hooks on {', '.join(hooked)} cannot run in a call whose rows have adapters of their own: no "
+                    "module of an adapter is called there. Remove them, or give each adapter's rows a call of their own"
+                )
             raise UncoveredOperatorError(
                 f"{self.parts[-1] or 'the model'}: {name} reads an adapted weight, and only a graph of the call "
                 f"can tell there which rows have which adapter{place}"
@@ -332,34 +384,3 @@ class SiteInterpreter(TorchFunctionMode):
         tensors = (*module._parameters.items(), *module._buffers.items())
         own = {id(tensor): f"{part}.{name}".lstrip(".") for name, tensor in tensors if tensor is not None}
         return [own.get(id(x)) or self.weights.get(id(x)) or self.replaced.get(id(x)) for x in leaves]
-
-
-def interpret(interpreter: SiteInterpreter, call: Call) -> tuple[Any, bool]:
-    """Run the own Python of the module that is called, with the adapters at each read of an adapted tensor.
-
-    Returns what it gives, and whether it read any.
-    """
-    with interpreter.active():
-        own = {name: value for name, value in call.kwargs.items() if name != ROWS}
-        result = own_forward(innermost(module_at(call.tree, call.path)))(*call.args, **own)
-    if isinstance(result, Generator):  # nothing has run yet, so nobody knows what it will read
-        return _stepwise(interpreter, result), True
-    return result, interpreter.acted
-
-
-def _stepwise(interpreter: SiteInterpreter, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """A forward that yields: its steps run with the adapters, and what its caller does between them without."""
-    step = partial(next, generator)
-    while True:
-        try:
-            with interpreter.active():
-                item = step()
-        except StopIteration as stop:
-            return stop.value
-        try:
-            step = partial(generator.send, (yield item))
-        except GeneratorExit:
-            generator.close()
-            raise
-        except BaseException as error:
-            step = partial(generator.throw, error)

@@ -28,7 +28,8 @@ from ..tree.attached import branch, has_copies_among_children, trained_paths
 from ..tree.lookup import tensor_at
 from .call_key import Call
 from .graph_builder import CAPTURING
-from .per_site import Run, SiteInterpreter, interpret
+from .interpret import interpret
+from .per_site import Run, SiteInterpreter
 from .site_table import SiteTable
 from .tree_state import TreeGuards
 

@@ -6,6 +6,7 @@ Neither torch nor transformers promises that models get at these functions by th
 from __future__ import annotations
 
 import contextlib
+import functools
 import keyword
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import graph as fx_graph
+from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 # The method as transformers has it, for layers that keep more than their window.
@@ -94,6 +96,44 @@ def inference_question_replaced(ask: Callable[..., bool]) -> Iterator[None]:
         yield
     finally:
         torch.is_inference_mode_enabled = plain
+
+
+def checkpoints_replaced(again: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let torch's checkpoints run `again(function)` in backward, made when the function runs first, of either kind.
+
+    Were it not so, what a model checkpoints would run in backward as though it were no part of a model's call.
+    """
+    forward, init = CheckpointFunction.forward, _CheckpointFrame.__init__
+
+    @functools.wraps(forward)
+    def reentrant(ctx: Any, function: Callable[..., Any], *rest: Any) -> Any:
+        outputs = forward(ctx, function, *rest)
+        ctx.run_function = again(function)
+        return outputs
+
+    @functools.wraps(init)
+    def other(frame: Any, function: Callable[..., Any], *rest: Any, **options: Any) -> None:
+        init(frame, again(function), *rest, **options)
+
+    CheckpointFunction.forward, _CheckpointFrame.__init__ = staticmethod(reentrant), other  # type: ignore
+
+
+def scripts_replaced(run: Callable[..., Any]) -> None:
+    """Let functions and methods of TorchScript be run by `run(plain, script, args, kwargs)`.
+
+    Were it not so, nobody would know what they are given: torch functions that run inside are told to nobody.
+    """
+    for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+        _replace_call(kind, run)
+
+
+def _replace_call(kind: Any, run: Callable[..., Any]) -> None:
+    plain = kind.__call__
+
+    def call(script: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return run(plain, script, args, kwargs)
+
+    kind.__call__ = call
 
 
 # The forward that torch has for `nn.TransformerEncoder`, which reads four attributes of what it is called with.

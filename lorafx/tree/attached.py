@@ -20,7 +20,21 @@ class Attached(nn.Module):
 
     `model.to("meta")` drops all values, and `to_empty` gives tensors that hold anything; a state dict then brings the
     values of the others, into such tensors or in their place (`load_state_dict(assign=True)`).
+
+    What it has of an adapter is found by the adapter's name, as in PEFT's dicts: `q_proj.lora_A["default"]`.
     """
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held())
+
+    def _held(self) -> dict[str, Any]:
+        return {**self._modules, **self._parameters, **self._buffers}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = buffers_of_no_state_dict(self)

@@ -16,9 +16,17 @@ Suspend = Callable[[], AbstractContextManager[None]]
 
 
 class Running(threading.local):
-    """What runs modules' own Python in a thread now, if anything does; `suspended()` of it runs hooks outside."""
+    """What runs modules' own Python in a thread now, if anything does; `suspended()` of it runs hooks outside.
+
+    `captured` is the tree of which a call is captured, if one is.
+    """
 
     mode: Any = None
+    captured: Any = None
+
+    def runs(self, tree: Any) -> bool:
+        """Whether a tree's own Python runs now, and not a hook."""
+        return self.captured is tree or (self.mode is not None and self.mode.tree is tree)
 
 
 RUNNING = Running()

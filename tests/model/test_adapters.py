@@ -4,6 +4,7 @@ import pytest
 import torch
 from graphs import Chain, adapted
 
+import lorafx
 from lorafx.errors import AdapterError, ConfigError
 from lorafx.tree.lookup import Ways
 
@@ -83,6 +84,12 @@ def test_pefts_keywords_of_adding_and_loading(tmp_path):
     dtypes = [lora.get_parameter(f"first.lora_A.{name}.weight").dtype for name in ("default", "other", "third")]
     assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
     assert lora.get_parameter("first.lora_A.third.weight").is_meta
+    lora.set_adapter("third")
+    with pytest.raises(AdapterError, match=r"first\.lora_A\.third\.weight is on the meta device"):
+        lora(torch.ones(2, 4, dtype=torch.bfloat16))
+    lora.load_adapter(tmp_path, "third", is_trainable=True)
+    values = [lora.get_parameter(f"first.lora_A.{name}.weight") for name in ("third", "default")]
+    assert torch.equal(*values) and values[0].requires_grad
     for refused in ({"ephemeral_gpu_offload": True}, {"key_mapping": {"a": "b"}}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(ConfigError, match=next(iter(refused))):
             lora.load_adapter(tmp_path, "fourth", **refused)
@@ -171,3 +178,58 @@ def test_several_are_deleted_at_once_or_none():
     assert list(lora.peft_config) == ["default", "b", "c"]
     lora.delete_adapter(["default", "b"])
     assert list(lora.peft_config) == lora.active_adapters == ["c"]
+
+
+class Switching(Chain):
+    """A model that does something between its layers."""
+
+    between = staticmethod(lambda: None)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        self.between()
+        return self.second(h)
+
+
+def disabled(adaptation):
+    with adaptation.disable_adapter():
+        pass
+
+
+CHANGES = {
+    "disable_adapter_layers": disabled,
+    "set_adapter": lambda adaptation: adaptation.set_adapter("default"),
+    "merge_adapter": lambda adaptation: adaptation.merge_adapter(),
+    "set_scale": lambda adaptation: adaptation.set_scale("default", 2.0),
+    "rescale": lambda adaptation: adaptation.rescale(2.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be captured")
+@pytest.mark.parametrize(("change", "capture"), [*((each, "sites") for each in CHANGES), ("set_adapter", "auto")])
+def test_what_acts_does_not_change_within_a_call(change, capture):
+    lora, x = lorafx.compile(Switching(), {"target_modules": "all-linear"}, capture=capture), torch.randn(2, 4)
+    adaptation = lorafx.of(lora)
+    lora.between = lambda: CHANGES[change](adaptation)
+    with pytest.raises(AdapterError, match=rf"^{change}\(\) within a call of the model that it changes"):
+        lora(x)
+    lora.between = lambda: None
+    assert lora(x).requires_grad and lora.active_adapters == ["default"] and not lora.merged_adapters
+
+
+def test_a_hook_runs_the_model_as_it_likes_and_leaves_it_as_it_was():
+    lora, x, seen = adapted(Chain()), torch.randn(2, 4), []
+
+    def base(*_):
+        if not lorafx.of(lora)._lorafx.disabled:
+            with lora.disable_adapter():
+                seen.append(lora(x))
+
+    expected = lora(x)
+    handle = lora.second.register_forward_hook(base)
+    torch.testing.assert_close(lora(x), expected)
+    torch.testing.assert_close(seen[0], lora._lorafx.base(x))
+    handle.remove()
+    lora.second.register_forward_pre_hook(lambda *_: lora.disable_adapter_layers())
+    with pytest.raises(AdapterError, match=r"a hook below .* changed which adapters act"):
+        lora(x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import Chain, adapted
 from modules import Stack
+from torch import nn
 
 import lorafx
 from lorafx.adapters.kinds import Kind
@@ -187,6 +188,10 @@ def test_it_survives_the_meta_device():
     lora.to("meta")
     with pytest.raises(AdapterError, match="meta device"):
         lora.set_scale("default", 1.0)
+    for path, tensor in state.items():  # one by one, which tells nobody when all are there
+        lora.get_submodule(path.rpartition(".")[0])._parameters[path.rpartition(".")[2]] = nn.Parameter(tensor)
+    with pytest.raises(AdapterError, match=r"adapter_scaling\.default is on the meta device"):
+        lora(x[0])
     lora.load_state_dict(state, assign=True)
     assert torch.equal(lora(x), expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafx.ops import lora_linear
+from lorafx.ops import lora_linear, lora_linears
 from lorafx.ops.lora_linear import reference
 
 fused = torch.ops.lorafx.lora_linear
@@ -131,3 +131,13 @@ def test_a_single_row_is_computed_alike(shape, bias, apart):
     torch.testing.assert_close(
         lora_linear(spread, *given[1:3], None, A, B, 1.7), reference(spread, *given[1:3], None, A, B, 1.7)
     )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_update_without_values_is_an_error(rows):
+    lora_A, lora_B = torch.empty(2, 4, device="meta"), torch.empty(5, 2, device="meta")
+    x, weight = torch.ones(rows, 4), torch.ones(5, 4)
+    with pytest.raises(RuntimeError, match="holds no values"):
+        lora_linear(x, weight, None, None, lora_A, lora_B, 1.0)
+    with pytest.raises(RuntimeError, match="holds no values"):
+        lora_linears(x, (weight, weight), (None, None), (lora_A, lora_A), (lora_B, lora_B), (1.0, 1.0))

@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 from graphs import Chain, adapted
+from rows import with_adapters
 from torch import nn
 
 import lorafx
+from lorafx.errors import AdapterError
 from lorafx.pipeline import Pipeline
 from lorafx.serving.adapter_hooks import unfused
 
@@ -103,6 +105,13 @@ def test_a_module_that_no_operator_stands_for_is_named():
     lora.get_submodule("0.lora_embedding_A").register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=r"hooks on 0\.lora_embedding_A do not run"):
         lora(torch.tensor([[1, 2]]))
+
+
+def test_hooks_in_a_call_with_rows_are_named():
+    lora = with_adapters(nn.Sequential(nn.Embedding(5, 4), Chain()), {"a": {"r": 2, "target_modules": ["0", "first"]}})
+    lora.get_submodule("1.first.lora_A.a").register_forward_hook(lambda *_: None)
+    with pytest.raises(AdapterError, match=r"hooks on 1\.first\.lora_A\.a cannot run in a call whose rows"):
+        lora(torch.tensor([[1, 2], [3, 4]]), adapter_names=["a", "__base__"])
 
 
 def test_a_pipeline_without_adapters_is_left_out_as_a_whole():

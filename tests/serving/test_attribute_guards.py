@@ -178,6 +178,18 @@ def test_equal_states_are_one_object_and_others_say_in_what_they_differ():
     assert guards.state() is None
 
 
+def test_a_variable_that_is_watched_since_makes_no_difference(monkeypatch):
+    monkeypatch.setenv("LORAFX_TEST", "1")
+    model, guards = Attributes(), AttributeGuards()
+    guards.watch(model, model.named_modules())
+    before, _ = guards.state()
+    guards.watch(model, model.named_modules(), ["LORAFX_TEST"])
+    watched, _ = guards.state()
+    assert not [*watched.differences(before), *before.differences(watched)]
+    monkeypatch.setenv("LORAFX_TEST", "2")
+    assert [*guards.state()[0].differences(watched)] == ["os.environ['LORAFX_TEST']"]
+
+
 SETTINGS = {"scale": 1.0, "shift": torch.zeros(3)}
 
 

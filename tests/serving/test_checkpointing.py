@@ -1,8 +1,14 @@
 """Layers that checkpoint re-entrantly train whatever the input, and the base keeps its own way."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from modules import ids, tiny_llama
+from rows import with_adapters
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafx
 
@@ -44,3 +50,30 @@ def test_checkpoints_that_are_enabled_in_each_step_are_one_kind_of_call():
         lora(input_ids=ids(2, 7), labels=ids(2, 7)).loss.backward()
         lora.gradient_checkpointing_disable()
     assert [call.hits for call in lora.explain().calls] == [2]
+
+
+class Reads(nn.Module):
+    """(n, 6) -> (n, 4): what is checkpointed reads a weight outside of its module."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.first, self.second, self.checkpointed = nn.Linear(6, 10, bias=False), nn.Linear(10, 4), checkpointed
+
+    def forward(self, x):
+        return self.second(self.checkpointed(lambda x: torch.tanh(F.linear(x, self.first.weight)), x))
+
+
+@pytest.mark.parametrize("names", [None, ["default", "other", "__base__"]])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_runs_again_in_backward_is_served_as_in_forward(reentrant, names):
+    x, found = torch.randn(3, 6, requires_grad=True), []
+    for checkpointed in (lambda function, x: function(x), partial(checkpoint, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        configs = {name: {"r": 2, "target_modules": ["first", "second"]} for name in ("default", "other")}
+        lora = with_adapters(Reads(checkpointed), configs, capture="sites")
+        for _ in range(2):
+            lora.zero_grad()
+            lora(x, **({} if names is None else {"adapter_names": names})).square().sum().backward()
+        found.append({name: p.grad for name, p in lora.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 8
+    torch.testing.assert_close(*found)

@@ -1,5 +1,6 @@
 """Attached: what adapters hang into a tree comes out again, and is told apart from the model's own."""
 
+import pytest
 import torch
 from modules import Stack
 from torch import nn
@@ -35,6 +36,16 @@ def test_modules_on_the_way_are_made_in_the_owners_mode():
     model.layers[0].up.train()
     attach(model, "layers.0.up.lora_A.default.weight", nn.Parameter(torch.ones(2, 4)))
     assert model.get_submodule("layers.0.up.lora_A.default").training
+
+
+def test_what_a_module_has_of_an_adapter_is_found_by_the_adapters_name():
+    model = hung(PATH, "layers.1.up.lora_embedding_A.other")
+    up = model.layers[1].up
+    assert up.lora_A["default"] is up.lora_A.default and [*up.lora_A] == ["default"]
+    assert up.lora_embedding_A["other"] is up.lora_embedding_A.other
+    assert "default" in up.lora_A and "other" not in up.lora_A
+    with pytest.raises(KeyError, match="other"):
+        up.lora_A["other"]
 
 
 def test_buffers_that_no_state_dict_has_survive_the_meta_device():
