@@ -117,7 +117,7 @@ class Dispatcher:
             return run_traced(call, self.pipeline, self.observers, self.step_into)
         key, kept = self.find(call)
         if self.sites.is_recomputed(path):
-            return self._run_by_sites(call, early=True, is_new=False)[0]
+            return self._run_by_sites(call, early=True)[0]
         for program in kept:
             if program.waits and self.early.is_due(key):
                 return self.run_first(self.make_graph(program, call), call)
@@ -184,7 +184,7 @@ class Dispatcher:
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
             turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
-            result, acts = self._run_by_sites(call, program.waits, is_new, turned)
+            result, acts = self._run_by_sites(call, program.waits, program.key if is_new else None, turned)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -197,8 +197,14 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool, is_new: bool, turned: bool = False) -> tuple[Any, bool]:
-        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen."""
+    def _run_by_sites(
+        self, call: Call, early: bool, new: CallKey | None = None, turned: bool = False
+    ) -> tuple[Any, bool]:
+        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen.
+
+        `new` is the key of the first call of a kind: all its functions are looked at, unless adapters of this form have
+        had such a call.
+        """
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
@@ -206,7 +212,13 @@ class Dispatcher:
         if self.runs_equations:
             direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned)
         ran = self.sites.ran(state.layout, early)
-        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
+        kind = None if new is None else new.with_any_names()
+        is_new = kind is not None and kind not in table.ran
+        by_sites = SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new)
+        result = interpret(by_sites, call)
+        if is_new:
+            table.ran.add(kind)
+        return result
 
     @property
     def step_into(self) -> Callable[..., Any]:
