@@ -48,6 +48,7 @@ from .traced import is_traced, run_traced
 from .tree_state import TreeGuards
 
 CAPTURES = ("auto", "graph", "sites")
+LOOKS = 2  # so many calls of a kind are looked at: what the first keeps of a weight, the second may read
 WAITS = "a graph is made when such calls have come more often"
 
 
@@ -150,7 +151,14 @@ class Dispatcher:
 
     def run(self, program: Program, call: Call) -> Any:
         """Run a kept program. Raises `GuardFailed` if it is a graph that does not fit the call's sizes."""
-        result = self._run(program, call)
+        before = Before.of(call, self.tree) if program.gm is None and not program.hits else None
+        try:
+            result = self._run(program, call, before is not None)
+        except RunAgain:
+            if before is None:
+                raise
+            before.put_back()
+            return self.run(program, call)
         program.hits += 1
         return result
 
@@ -158,7 +166,7 @@ class Dispatcher:
         """Run a program with the call that it was made for."""
         before = Before.of(call, self.tree) if program.gm is None else None
         try:
-            return self._run(program, call)
+            return self._run(program, call, before is not None)
         except RunAgain:
             if before is None:
                 raise
@@ -180,11 +188,13 @@ class Dispatcher:
                 self.sites.forget(program)
             raise
 
-    def _run(self, program: Program, call: Call) -> Any:
+    def _run(self, program: Program, call: Call, starts_anew: bool = False) -> Any:
+        """Run a program. `starts_anew` says that whoever calls starts anew on `RunAgain`."""
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
             turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
-            result, acts = self._run_by_sites(call, program.waits, program.key if is_new else None, turned)
+            new = program.key if is_new else None
+            result, acts = self._run_by_sites(call, program.waits, new, starts_anew, turned)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -198,12 +208,12 @@ class Dispatcher:
         return result
 
     def _run_by_sites(
-        self, call: Call, early: bool, new: CallKey | None = None, turned: bool = False
+        self, call: Call, early: bool, new: CallKey | None = None, starts_anew: bool = False, turned: bool = False
     ) -> tuple[Any, bool]:
         """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen.
 
-        `new` is the key of the first call of a kind: all its functions are looked at, unless adapters of this form have
-        had such a call.
+        `new` is the key of one of the first calls of a kind: all its functions are looked at, unless adapters of this
+        form, whatever their names, have had so many such calls.
         """
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
@@ -213,11 +223,11 @@ class Dispatcher:
             direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned)
         ran = self.sites.ran(state.layout, early)
         kind = None if new is None else new.with_any_names()
-        is_new = kind is not None and kind not in table.ran
-        by_sites = SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new)
+        is_new = kind is not None and table.looked_at[kind] < LOOKS
+        by_sites = SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new, starts_anew)
         result = interpret(by_sites, call)
         if is_new:
-            table.ran.add(kind)
+            table.looked_at[kind] += 1
         return result
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,8 +60,8 @@ class SiteTable:
     `acting` are the adapters of `context`, with their sites, by the path of the weight; `copies` are the adapters' own
     by the path of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers`
     are those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
-    `per_site` in `hidden` functions that have read one and did not ask its class. `ran` are kinds of call that have
-    run, and that no later one has to be watched for. Tables for adapters of one form share these two.
+    `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many
+    calls of a kind were looked at, function by function. Tables for adapters of one form share these two.
     """
 
     weights: tuple[Place, ...]
@@ -73,7 +73,7 @@ class SiteTable:
     numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
     hidden: set[Any] = field(default_factory=set)
-    ran: set[Hashable] = field(default_factory=set)
+    looked_at: Counter[Hashable] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, tree: nn.Module, context: Context) -> SiteTable:
