@@ -105,12 +105,11 @@ class SiteTable:
 
     def is_like(self, context: Context) -> bool:
         """Whether it is the table of adapters of the same form, of which the same ones are merged."""
-        pairs = list(zip(context.adapters, self.context.adapters))
-        if not len(pairs) == len(context.adapters) == len(self.context.adapters):
-            return False
-        if len(context.numbers) != len(self.context.numbers):  # reads are others where rows choose
-            return False
-        return all(a.is_like(b) and (a.name in context.merged) == (b.name in self.context.merged) for a, b in pairs)
+        mine = self.context
+        if (len(context.adapters), len(context.numbers)) != (len(mine.adapters), len(mine.numbers)):
+            return False  # where rows choose their adapters, weights are read in another way
+        pairs = zip(context.adapters, mine.adapters)
+        return all(a.is_like(b) and (a.name in context.merged) == (b.name in mine.merged) for a, b in pairs)
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:

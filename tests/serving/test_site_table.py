@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,14 @@ def test_adapters_of_one_form_share_all_but_their_names():
 def test_adapters_of_another_form_share_nothing(changes):
     _, first, second = of_second(**changes)
     assert second.weights is not first.weights and second.looked_at is not first.looked_at
+
+
+def test_a_form_says_which_adapters_are_merged_and_whether_rows_choose():
+    lora = adapted(Chain())
+    context, found = lora._lorafx.context, table(lora)
+    assert found.is_like(context)
+    assert not found.is_like(replace(context, merged=frozenset({"default"})))
+    assert not found.is_like(replace(context, numbers=(1,)))
 
 
 def test_a_second_adapter_of_a_form_keeps_nothing_of_the_first():
