@@ -72,6 +72,16 @@ class Adapter:
         """The ways to all tensors of the adapter, as `paths` has them."""
         return Ways(self.paths)
 
+    def is_like(self, other: Adapter) -> bool:
+        """Whether its equations are another's at every site, of tensors by other names, shapes and all."""
+        return (
+            self.kind is other.kind
+            and self.config.equation == other.config.equation
+            and (self.idle, self.shared) == (other.idle, other.shared)
+            and (self.scales.keys(), self.replaced.keys()) == (other.scales.keys(), other.replaced.keys())
+            and self.selection.sites == other.selection.sites
+        )
+
     @property
     def takes_from_base(self) -> bool:
         """Whether its start values at some site are taken out of the base weight."""

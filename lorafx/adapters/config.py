@@ -73,6 +73,12 @@ class AdapterConfig:
         named = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in named.items() if name not in about_the_file}
 
+    @property
+    def equation(self) -> dict[str, Any]:
+        """What the config says of the equations at its sites: what its family adds to the fields of all."""
+        common = {each.name for each in fields(AdapterConfig)}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
+
     def __post_init__(self) -> None:
         for name in self.tuples:
             value = getattr(self, name)

@@ -101,6 +101,12 @@ class Equation:
         """The equation where another module reads the weight, because it is tied."""
         return replace(self, own=False)
 
+    def of_other(self, adapter: Adapter) -> Equation:
+        """The equation of another adapter of this form (`Adapter.is_like`), with what was worked out for this."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), adapter=adapter)
+        return other
+
     def before(self) -> Graph:
         """The graph that computes x'; its inputs are `x`, `result_dtype` and the names that `given` has values for."""
 

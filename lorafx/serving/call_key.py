@@ -163,6 +163,10 @@ class CallKey(NamedTuple):
         """Whether an adapter of this name acts, of any scale or not."""
         return any(is_of(adapter, each) for each, _ in self.adapters)
 
+    def with_any_names(self) -> CallKey:
+        """The key of such calls with adapters of any names."""
+        return self._replace(adapters=tuple([("", values) for _, values in self.adapters]))
+
     def with_any_attributes(self) -> CallKey:
         """The key of such calls whatever the attributes of the tree are."""
         return self._replace(attributes=None)

@@ -82,6 +82,11 @@ class Read(NamedTuple):
     evaluations: tuple[Evaluation, ...]
     asks_whose: bool
 
+    def of_others(self, tree: nn.Module, adapters: Sequence[Adapter]) -> Read:
+        """The read with the equations of other adapters, each of the form of the one in its place."""
+        equations = (each.equation.of_other(adapter) for each, adapter in zip(self.evaluations, adapters))
+        return self._replace(evaluations=tuple(Evaluation.of(tree, each) for each in equations))
+
 
 class Direct:
     """Runs torch functions that read adapted weights, in a tree of certain modules.
@@ -156,14 +161,15 @@ class Direct:
     def _reads(self, func: Callable[..., Any], weight: str, part: str) -> tuple[Read, ...]:
         kept = self.table.reads.get((func, weight))
         if kept is None:
-            kept = self.table.reads[func, weight] = tuple(self._found(func, self.table.acting[weight]))
+            kept = self.table.reads[func, weight] = tuple(self._found(func, weight))
         return kept
 
-    def _found(self, func: Callable[..., Any], acting: tuple[tuple[Adapter, Site], ...]) -> Iterator[Read]:
+    def _found(self, func: Callable[..., Any], weight: str) -> Iterator[Read]:
         """The operators that a function may be, each with the equations of the adapters that are not merged."""
+        acting = self.table.acting[weight]
         if not all(site.storage == DENSE or site.storage.whole for _, site in acting):
             return
-        around = [(adapter, site) for adapter, site in acting if adapter.name not in self.table.merged]
+        around = self.table.around(weight)
         for operator, arguments in _operators(func, acting[0][1]):
             names = names_of(operator.pattern)
             equations = [Equation(*each, operator, names) for each in around]

@@ -51,6 +51,7 @@ from .traced import is_traced, run_traced
 from .tree_state import TreeGuards
 
 CAPTURES = ("auto", "graph", "sites")
+LOOKS = 2  # so many calls of a kind are looked at: what the first keeps of a weight, the second may read
 WAITS = "a graph is made when such calls have come more often"
 
 
@@ -120,7 +121,7 @@ class Dispatcher:
             return run_traced(call, self.pipeline, self.observers, self.step_into)
         key, kept = self.find(call)
         if self.sites.is_recomputed(path):
-            return self._run_by_sites(call, early=True, is_new=False)[0]
+            return self._run_by_sites(call, early=True)[0]
         for program in kept:
             if program.waits and self.early.is_due(key):
                 return self.run_first(self.make_graph(program, call), call)
@@ -153,7 +154,14 @@ class Dispatcher:
 
     def run(self, program: Program, call: Call) -> Any:
         """Run a kept program. Raises `GuardFailed` if it is a graph that does not fit the call's sizes."""
-        result = self._run(program, call)
+        before = Before.of(call, self.tree) if program.gm is None and not program.hits else None
+        try:
+            result = self._run(program, call, before is not None)
+        except RunAgain:
+            if before is None:
+                raise
+            before.put_back()
+            return self.run(program, call)
         program.hits += 1
         return result
 
@@ -161,7 +169,7 @@ class Dispatcher:
         """Run a program with the call that it was made for."""
         before = Before.of(call, self.tree) if program.gm is None else None
         try:
-            return self._run(program, call)
+            return self._run(program, call, before is not None)
         except RunAgain:
             if before is None:
                 raise
@@ -183,11 +191,13 @@ class Dispatcher:
                 self.sites.forget(program)
             raise
 
-    def _run(self, program: Program, call: Call) -> Any:
+    def _run(self, program: Program, call: Call, starts_anew: bool = False) -> Any:
+        """Run a program. `starts_anew` says that whoever calls starts anew on `RunAgain`."""
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
             turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
-            result, acts = self._run_by_sites(call, program.waits, is_new, turned)
+            new = program.key if is_new else None
+            result, acts = self._run_by_sites(call, program.waits, new, starts_anew, turned)
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:
@@ -200,8 +210,14 @@ class Dispatcher:
             self.acting.require_gradients(call, result)
         return result
 
-    def _run_by_sites(self, call: Call, early: bool, is_new: bool, turned: bool = False) -> tuple[Any, bool]:
-        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen."""
+    def _run_by_sites(
+        self, call: Call, early: bool, new: CallKey | None = None, starts_anew: bool = False, turned: bool = False
+    ) -> tuple[Any, bool]:
+        """What the model's own Python gives, and whether it ran a site. Rows may be `turned` until they were seen.
+
+        `new` is the key of one of the first calls of a kind: all its functions are looked at, unless adapters of this
+        form, whatever their names, have had so many such calls.
+        """
         state = self.tree.latest(call.tree) if early else self.tree.state(call.tree)
         table = self.tables.of(call.tree, call.context, state.modules)
         run_operator = partial(self.operators.run, pipeline=self.pipeline, observers=self.observers)
@@ -209,7 +225,13 @@ class Dispatcher:
         if self.runs_equations:
             direct = Direct(call.tree, table, dtype, rows, has_one_token(call), turned)
         ran = self.sites.ran(state.layout, early)
-        return interpret(SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new), call)
+        kind = None if new is None else new.with_any_names()
+        is_new = kind is not None and table.looked_at[kind] < LOOKS
+        by_sites = SiteInterpreter(call, state, table, run_operator, self.step_into, direct, ran, is_new, starts_anew)
+        result = interpret(by_sites, call)
+        if is_new:
+            table.looked_at[kind] += 1
+        return result
 
     @property
     def step_into(self) -> Callable[..., Any]:

@@ -61,6 +61,7 @@ class SiteInterpreter(TorchFunctionMode):
     concern it. `hooked` are modules of these to be called. `step_into(self, part, module, args, kwargs)` is what a
     part does that the model calls; `ran` is told the paths of those that run. `is_new` says that the call is one of the
     first of its kind: then each function is looked at, and else only those that are given a tensor of the table's.
+    `starts_anew` says that whoever calls starts anew on `RunAgain`.
     """
 
     def __init__(
@@ -73,11 +74,14 @@ class SiteInterpreter(TorchFunctionMode):
         direct: Direct | None = None,
         ran: set[str] | None = None,
         is_new: bool = True,
+        starts_anew: bool = False,
     ):
         super().__init__()
         self.tree, self.context, self.state, self.rows = call.tree, call.context, state, call.kwargs.get(ROWS)
         self.table, self.run_operator, self.step_into, self.direct = table, run_operator, step_into, direct
         self.parts, self.is_new, self.ran = [call.path], is_new, set() if ran is None else ran
+        # What somebody's hooks have begun, or those that shard parameters, an exception would leave half done.
+        self.starts_anew = starts_anew and not (state.hooked or state.sharded)
         self.acted = False  # whether a site was read
         self._find_tensors()
 

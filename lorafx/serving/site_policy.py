@@ -18,7 +18,7 @@ from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
 from .adapter_hooks import call_with_hooks, hooked_copy
-from .before import Touched
+from .before import RunAgain, Touched
 from .call_key import CallKey
 from .per_site import SiteInterpreter
 from .programs import Program
@@ -126,7 +126,9 @@ class SitePolicy:
         if has_copies_among_children(module):
             self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
-            touched = Touched.of(module, args, kwargs) if interpreter.is_new else None
+            # The first part of all that needs a graph has the call start anew; from then on parts take note.
+            takes_note = interpreter.is_new and (self._graphs or not interpreter.starts_anew)
+            touched = Touched.of(module, args, kwargs) if takes_note else None
             try:
                 forward = own_forward(module)
                 if hooked := interpreter.state.hooked_adapters:
@@ -139,6 +141,8 @@ class SitePolicy:
                 self._graphs.add(path)
                 if touched is not None:
                     touched.put_back(error)
+                elif interpreter.is_new:
+                    raise RunAgain(str(error)) from error
         if interpreter.rows is not None:
             raise UncoveredOperatorError(f"{path} is a graph of its own, which cannot tell which rows it is given")
         interpreter.acted = True  # whether its graph does is seen when that is made

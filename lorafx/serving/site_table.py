@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,10 +57,11 @@ class OwnRead(NamedTuple):
 class SiteTable:
     """The weights that adapters adapt and the base tensors that they have copies of, by the modules that own them.
 
-    `acting` are the adapters, with their sites, by the path of the weight; `copies` are the adapters' own by the path
-    of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers` are
-    those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
-    `per_site` in `hidden` functions that have read one and did not ask its class.
+    `acting` are the adapters of `context`, with their sites, by the path of the weight; `copies` are the adapters' own
+    by the path of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers`
+    are those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
+    `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many
+    calls of a kind were looked at, function by function. Tables for adapters of one form share these two.
     """
 
     weights: tuple[Place, ...]
@@ -68,28 +69,47 @@ class SiteTable:
     copies: dict[str, Place]
     acting: dict[str, tuple[tuple[Adapter, Site], ...]]
     owned: dict[str, tuple[list[Place], list[Place]]]
-    merged: frozenset[str] = frozenset()
+    context: Context
     numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
     hidden: set[Any] = field(default_factory=set)
+    looked_at: Counter[Hashable] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, tree: nn.Module, context: Context) -> SiteTable:
         """The table of a tree as it is now."""
-        acting: dict[str, tuple[tuple[Adapter, Site], ...]] = {}
-        copies: dict[str, Place] = {}
-        for adapter in context.adapters:
-            for site in adapter.selection:
-                acting[site.weight] = (*acting.get(site.weight, ()), (adapter, site))
-            for base, copy in adapter.replaced.items():
-                copies.setdefault(base, Place.of(tree, copy))
+        acting, copies = _acting(context), _copies(tree, context)
         weights, replaced = (tuple(Place.of(tree, path) for path in paths) for paths in (acting, copies))
         owned: dict[str, tuple[list[Place], list[Place]]] = {}
         for number, places in enumerate((weights, replaced)):
             for place in places:
                 owned.setdefault(place.path.rpartition(".")[0], ([], []))[number].append(place)
-        numbers = dict(zip((adapter.name for adapter in context.adapters), context.numbers))
-        return cls(weights, replaced, copies, acting, owned, context.merged, numbers)
+        return cls(weights, replaced, copies, acting, owned, context, _numbers(context))
+
+    def of_others(self, tree: nn.Module, context: Context) -> SiteTable:
+        """The table of other adapters of the same form (`is_like`), in the same modules.
+
+        Where the base's tensors lie, and what calls have taught, is the same, however the adapters are called.
+        """
+        other = object.__new__(SiteTable)
+        named = {"context": context, "acting": _acting(context), "copies": _copies(tree, context)}
+        vars(other).update(vars(self), **named, numbers=_numbers(context), reads={})
+        for (func, weight), reads in self.reads.copy().items():
+            adapters = [adapter for adapter, _ in other.around(weight)]
+            other.reads[func, weight] = tuple([each.of_others(tree, adapters) for each in reads])
+        return other
+
+    def around(self, weight: str) -> list[tuple[Adapter, Site]]:
+        """The adapters whose equations go around what reads a weight: those that act there and are not merged."""
+        return [(adapter, site) for adapter, site in self.acting[weight] if adapter.name not in self.context.merged]
+
+    def is_like(self, context: Context) -> bool:
+        """Whether it is the table of adapters of the same form, of which the same ones are merged."""
+        mine = self.context
+        if (len(context.adapters), len(context.numbers)) != (len(mine.adapters), len(mine.numbers)):
+            return False  # where rows choose their adapters, weights are read in another way
+        pairs = zip(context.adapters, mine.adapters)
+        return all(a.is_like(b) and (a.name in context.merged) == (b.name in mine.merged) for a, b in pairs)
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
@@ -107,6 +127,26 @@ class SiteTable:
         """Whether the modules read their weights themselves, by functions that a reading knows, one weight each."""
         first = (sites[0][1] for sites in self.acting.values())
         return all(_reads_plainly(place.owner, site) for place, site in zip(self.weights, first))
+
+
+def _acting(context: Context) -> dict[str, tuple[tuple[Adapter, Site], ...]]:
+    acting: dict[str, tuple[tuple[Adapter, Site], ...]] = {}
+    for adapter in context.adapters:
+        for site in adapter.selection:
+            acting[site.weight] = (*acting.get(site.weight, ()), (adapter, site))
+    return acting
+
+
+def _copies(tree: nn.Module, context: Context) -> dict[str, Place]:
+    copies: dict[str, Place] = {}
+    for adapter in context.adapters:
+        for base, copy in adapter.replaced.items():
+            copies.setdefault(base, Place.of(tree, copy))
+    return copies
+
+
+def _numbers(context: Context) -> dict[str, int]:
+    return dict(zip((adapter.name for adapter in context.adapters), context.numbers))
 
 
 def _reads_plainly(owner: nn.Module, site: Site) -> bool:
@@ -141,7 +181,12 @@ class SiteTables:
         with self._lock:
             table = self._kept.get(key)
             if table is None:
-                table = self._kept[key] = SiteTable.of(tree, context)
+                table = self._kept[key] = self._made(tree, context, modules)
                 if len(self._kept) > _TABLES:
                     self._kept.popitem(last=False)
         return table
+
+    def _made(self, tree: nn.Module, context: Context, modules: int) -> SiteTable:
+        known = (each for key, each in self._kept.items() if key[0] == modules and each.is_like(context))
+        like = next(known, None)
+        return SiteTable.of(tree, context) if like is None else like.of_others(tree, context)

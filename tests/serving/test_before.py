@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import lorafx
+from lorafx.errors import UncoveredOperatorError
 from lorafx.serving import early_calls
+from lorafx.serving.before import Touched
 
 
 class Part(nn.Module):
@@ -101,3 +103,47 @@ def test_a_part_that_fails_otherwise_is_not_run_again():
     with pytest.raises(ValueError, match="no"):
         lora(torch.ones(5, 4))
     assert float(lora[1].calls) == 1
+
+
+class Odd(nn.Module):
+    """(…, 4) -> (…, 3). Its second layer's weight is read in a way that only a graph understands."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.ran = nn.Sequential(nn.Linear(4, 6)), Reading(), 0
+
+    def forward(self, x):
+        self.ran += 1
+        return self.second(self.first(x))
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return x @ self.lin.weight.T
+
+
+@pytest.mark.parametrize("model", [nn.Sequential, Odd])
+def test_parts_take_no_note_before_one_has_needed_a_graph(model, monkeypatch):
+    notes, of = [], Touched.of
+    monkeypatch.setattr(Touched, "of", lambda module, *given: notes.append(type(module)) or of(module, *given))
+    base = Odd() if model is Odd else nn.Sequential(nn.Sequential(nn.Linear(4, 6)), nn.Linear(6, 3))
+    lora, x = lorafx.compile(base, {"r": 2, "target_modules": "all-linear"}, capture="sites"), torch.ones(5, 4)
+    lora(x)
+    assert notes == ([nn.Sequential] if model is Odd else [])
+    for _ in range(2):
+        lora(x)
+    assert model is not Odd or lora.ran == 3
+
+
+def test_a_part_with_somebodys_hooks_is_not_called_twice():
+    """What a hook has begun before a part would be left half done, were the call to start anew."""
+    lora = lorafx.compile(Odd(), {"r": 2, "target_modules": "all-linear"}, capture="sites")
+    begun = []
+    lora.second.register_forward_pre_hook(lambda module, args: begun.append(module))
+    with pytest.raises(UncoveredOperatorError, match=r"second\.lin"):
+        lora(torch.ones(5, 4))
+    assert begun == [lora.second]

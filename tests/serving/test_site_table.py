@@ -1,5 +1,10 @@
 """The site table: where what the adapters act on lies in a tree."""
 
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
 import torch
 from graphs import Chain, adapted
 from torch import nn
@@ -58,3 +63,82 @@ def test_tables_are_kept_by_layout_and_adapters():
     for layout in range(40):
         tables.of(lora, lora._lorafx.context, layout)
     assert len(tables._kept) < 40
+
+
+def of_second(acting="other", **changes):
+    """The table of a second adapter after the first has had a call, and what the first's has taught."""
+    lora = lorafx.compile(Chain(), RANDOM | {"bias": "all"}, capture="sites")
+    lora.add_adapter("other", RANDOM | {"bias": "all"} | changes)
+    x = torch.randn(5, 4)
+    lora(x)
+    tables = lora._lorafx.dispatcher.tables._kept
+    (first,) = tables.values()
+    lora.set_adapter(acting)
+    lora(x)
+    return lora, first, list(tables.values())[1]
+
+
+def test_adapters_of_one_form_share_all_but_their_names():
+    lora, first, second = of_second()
+    assert (
+        second.weights is first.weights
+        and second.looked_at is first.looked_at
+        and list(first.looked_at.values()) == [2]
+    )
+    assert second.own_reads is first.own_reads and second.reads.keys() == first.reads.keys()
+    assert second.copies["second.bias"].tensor is lora.second.trained_bias.other.bias
+    for read in (read for reads in second.reads.values() for read in reads):
+        (evaluation,) = read.evaluations
+        assert evaluation.equation.adapter.name == "other"
+        assert all(".other" in place.path for _, place, _ in evaluation.places)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"r": 3}, {"lora_alpha": 5}, {"target_modules": ["first"]}, {"bias": "none"}),
+        {"acting": ["default", "other"], "bias": "none"},
+    ],
+    ids=str,
+)
+def test_adapters_of_another_form_share_nothing(changes):
+    _, first, second = of_second(**changes)
+    assert second.weights is not first.weights and second.looked_at is not first.looked_at
+
+
+def test_a_form_says_which_adapters_are_merged_and_whether_rows_choose():
+    lora = adapted(Chain())
+    context, found = lora._lorafx.context, table(lora)
+    assert found.is_like(context)
+    assert not found.is_like(replace(context, merged=frozenset({"default"})))
+    assert not found.is_like(replace(context, numbers=(1,)))
+
+
+def test_a_second_adapter_of_a_form_keeps_nothing_of_the_first():
+    lora, _, _ = of_second()
+    parameter = weakref.ref(lora.first.lora_A.default.weight)
+    lora.delete_adapter("default")
+    gc.collect()
+    assert parameter() is None and torch.isfinite(lora(torch.randn(5, 4))).all()
+
+
+def test_what_is_not_asked_of_its_class_is_looked_at_for_a_second_adapter_too():
+    """Functions that hide a weight are known by the first adapter's call: the second's must not be the base's."""
+
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.other = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x):
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.other(x) + nn.functional.linear(x, self.linear.weight)
+
+    lora, x = lorafx.compile(Hiding(), RANDOM, capture="sites"), torch.randn(5, 4)
+    lora.add_adapter("other", RANDOM)
+    found = []
+    for name in ("default", "default", "other", "other"):
+        lora.set_adapter(name)
+        found.append(lora(x) - lora.linear(x) - lora.other(x) + lora.linear.bias)
+    for difference in found:
+        torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-6)
