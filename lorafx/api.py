@@ -150,6 +150,11 @@ def _ready(
     if example_inputs is None:
         return
     named = isinstance(example_inputs, Mapping)
+    if not named and not isinstance(example_inputs, (tuple, list)):
+        kind = type(example_inputs).__name__
+        raise ConfigError(
+            f"example_inputs is a {kind}; give a tuple, as (ids,), or a mapping by name: {{'input_ids': ids}}"
+        )
     args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
     state = adapted._lorafx
     state.dispatcher.program(adapted, state.context, args, kwargs)
@@ -175,6 +180,10 @@ def _pipeline(
 
 
 def _plain(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is {model!r:.60}, a {type(model).__name__}; it has to be a torch module, loaded already"
+        )
     if isinstance(unwrapped(model), AdaptedModel):
         raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
     require_no_layers_of_peft(unwrapped(model))

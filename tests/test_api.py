@@ -16,6 +16,15 @@ def test_compiling_twice_is_refused():
         lorafx.compile(adapted(Chain()), {"target_modules": ["first"]})
 
 
+def test_what_is_no_model_and_no_call_is_refused():
+    with pytest.raises(ConfigError, match=r"the model is 'gpt2', a str"):
+        lorafx.compile("gpt2", {"target_modules": ["first"]})
+    model = Chain()
+    with pytest.raises(ConfigError, match=r"example_inputs is a Tensor; give a tuple"):
+        lorafx.compile(model, {"target_modules": ["first"]}, example_inputs=torch.randn(5, 4))
+    assert not hasattr(model.first, "lora_A")
+
+
 def test_a_failed_compile_leaves_the_model_alone():
     class Odd(Chain):
         def forward(self, x):

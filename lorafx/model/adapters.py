@@ -18,7 +18,7 @@ from ..adapters.kinds import config_of
 from ..adapters.slots import put, used
 from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from ..files import checkpoint
 from ..merging.ledger import Target
 from ..tree.attached import own_modules, set_trainable
@@ -156,6 +156,8 @@ class Adapters(Scales):
         Raises, with the model as it was, `AdapterError` for an unknown name, for adapters that both replace one tensor
         (a bias, a saved module) and, given weights, for a kind without scaling; `ConfigError` for what is no weight.
         """
+        if not isinstance(inference_mode, bool):
+            raise ConfigError(f"inference_mode={inference_mode!r} is no bool; weights go with the names: {{'a': 0.7}}")
         names = self._listed(adapter_name)
         self._require_together(names)
         weights = {n: number(w) for n, w in adapter_name.items()} if isinstance(adapter_name, Mapping) else {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..tree.attached import own_modules
 from .state import State
 
 
@@ -35,11 +36,10 @@ def prepare(state: State, tree: nn.Module, result: Any) -> None:
     tensor = _first(result)
     if tensor is None:
         return
-    if not tensor.requires_grad and (tensor.ndim == 0 or tree.training) and (reason := _reason(state)):
-        if tensor.ndim == 0:
-            tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
-        elif state.acting or state.ledger.names:  # who disables adapters does it for a call
-            _say_nothing_trains(state, reason)
+    if not tensor.requires_grad and tensor.ndim == 0 and (reason := _reason(state)):
+        tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
+    elif tree.training and (state.acting or state.ledger.names) and (reason := _reason(state)):
+        _say_nothing_trains(state, tree, reason)
     if tensor.requires_grad and "no dropout" not in state.said and _keeps_all(state, tree):
         tensor.register_hook(lambda _: _say_no_dropout(state))
 
@@ -71,8 +71,10 @@ def _keeps_all(state: State, tree: nn.Module) -> bool:
     return not tree.training and any(getattr(config, "lora_dropout", 0) for config in configs)
 
 
-def _say_nothing_trains(state: State, reason: str) -> None:
-    if "nothing trains" not in state.said:
+def _say_nothing_trains(state: State, tree: nn.Module, reason: str) -> None:
+    """Once, if the base does not train, either. Checkpoints have a result require gradients that reach nothing."""
+    base = (tensor for module in own_modules(tree) for tensor in module._parameters.values() if tensor is not None)
+    if "nothing trains" not in state.said and not any(tensor.requires_grad for tensor in base):
         state.said.add("nothing trains")
         warnings.warn(
             f"a call in train mode, and there is nothing to train: {reason}. Use `eval()` or `torch.no_grad()` if that "

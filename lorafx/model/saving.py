@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.slots import put, used, without_room
+from ..errors import AdapterError
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
@@ -54,13 +55,15 @@ class Saving(Merges):
 
         Raises `CheckpointError` for what the file system refuses, for `safe_serialization=False`, for a `state_dict`
         that lacks a parameter of the adapters, and for a folder that holds no such adapter; `AdapterError` for an
-        unknown name, `ConfigError` for a conversion that PEFT's format cannot say.
+        unknown name and where there is no adapter, `ConfigError` for a conversion that PEFT's format cannot say.
         """
         if not safe_serialization:
             raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
         initial = path_initial_model_for_weight_conversion
         start = None if initial is None else checkpoint.read(initial)
         names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
+        if not self._lorafx.adapters:
+            raise AdapterError("there is no adapter to save; `merge_and_unload()` and `unload()` return the base")
         adapters = [used(self._adapter(name)) for name in names]
         for adapter in adapters:
             adapter.require_in_place(self.tree)

@@ -233,3 +233,11 @@ def test_a_hook_runs_the_model_as_it_likes_and_leaves_it_as_it_was():
     lora.second.register_forward_pre_hook(lambda *_: lora.disable_adapter_layers())
     with pytest.raises(AdapterError, match=r"a hook below .* changed which adapters act"):
         lora(x)
+
+
+def test_weights_in_a_list_of_their_own_are_refused():
+    """They would be taken for `inference_mode`."""
+    lora = lorafx.compile(Chain(), {"target_modules": ["first"], "r": 2}, adapter_name="a")
+    with pytest.raises(ConfigError, match="weights go with the names"):
+        lora.set_adapter(["a"], [0.7])
+    assert all(parameter.requires_grad for name, parameter in lora.named_parameters() if "lora_" in name)

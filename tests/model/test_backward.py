@@ -50,6 +50,18 @@ def test_what_is_merged_or_disabled_says_so(x):
     lora(x).backward()
 
 
+def test_an_input_that_requires_gradients_does_not_hide_that_nothing_trains(x):
+    """As trainers have it that checkpoint: the loss does require gradients, and they reach nothing that trains."""
+    lora = lorafx.compile(Loss(), CONFIG)
+    lora.merge_adapter()
+    x.requires_grad_()
+    with pytest.warns(UserWarning, match="nothing to train: 'default' merged"):
+        lora(x).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora(x).backward()  # it was said
+
+
 @pytest.mark.slow
 def test_the_loss_of_a_transformers_model_says_so():
     lora = lorafx.compile(tiny_llama(), {"r": 2, "target_modules": ["q_proj"]})

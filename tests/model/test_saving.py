@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 import lorafx
-from lorafx.errors import CheckpointError
+from lorafx.errors import AdapterError, CheckpointError
 from lorafx.files.checkpoint import CONFIG, WEIGHTS, keys
 from lorafx.files.model_card import CARD
 from lorafx.testing import same_bits
@@ -146,6 +146,14 @@ def test_several_adapters_go_to_subfolders(tmp_path: Path) -> None:
     assert (tmp_path / CARD).exists() and not (tmp_path / "second" / CARD).exists()
     assert tensors_of(tmp_path)[A_KEY].shape[0] == 4
     assert tensors_of(tmp_path / "second")[A_KEY].shape[0] == 2
+
+
+def test_a_model_whose_adapters_are_gone_saves_nothing_and_says_so(tmp_path: Path) -> None:
+    lora = lorafx.compile(Chain(), {"target_modules": ["first"], "r": 2})
+    lora.merge_and_unload()
+    with pytest.raises(AdapterError, match="no adapter to save"):
+        lora.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_selected_adapters_are_written(tmp_path: Path) -> None:
