@@ -1,10 +1,24 @@
-"""README.md as the first page of the documentation, with links relative to this folder; docs/README.md comes second."""
+"""README.md as the first page of the documentation, with links relative to this folder; docs/README.md comes second.
 
+Docstrings are read from files, so lorafx is copied to where it is put together as when installed, with `passes/` in it.
+"""
+
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """What mkdocs calls first: makes out/package, where mkdocstrings looks."""
+    root = Path(config.config_file_path).parent
+    package = root / "out/package/lorafx"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(root / "lorafx", package)
+    shutil.copytree(root / "passes", package / "passes", dirs_exist_ok=True)
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
