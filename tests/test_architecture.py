@@ -42,7 +42,7 @@ INSIDE = {
             "attention",
         ),
         *("rms_norm", "rotary", "row_norms", "orthogonal"),
-        *("lora_linear", "lora_linears", "own_lora_linears", "lora_by_row", "linear_cross_entropy"),
+        *("updates", "lora_linear", "lora_linears", "own_lora_linears", "lora_by_row", "linear_cross_entropy"),
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [

@@ -21,10 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .calls import by_reference, needs_backward, rows
-from .cpu import accumulated, linear, matmul, over_rows
+from .cpu import accumulated, linear, matmul
 from .float8 import layer, quantised, through
 from .float8_linear import reference as base
 from .library import composite
+from .updates import by_role, through_updates
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -66,20 +67,21 @@ class _Float8LoraLinears(torch.autograd.Function):
         """A layer whose output nobody used has no dy, and its tensors get no gradients."""
         needs_x, needs_z, _, *needs = ctx.needs_input_grad
         z, hidden, *tensors = ctx.saved_tensors
-        weights, scales, _, lora_As, lora_Bs = _by_role(tensors, len(dys))
-        g, gradients = _of_adapters(dys, z, hidden, ctx.scalings, lora_As, lora_Bs, _by_role(needs, len(dys)))
+        weights, scales, _, lora_As, lora_Bs = by_role(tensors, len(dys))
+        _, _, *needs = by_role(needs, len(dys))
+        g, gradients = through_updates(dys, z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
         dx = dz = None
         if needs_x:
             dx = through(*zip(*[used for used in zip(dys, weights, scales) if used[0] is not None]))
             dx = accumulated(dx, g, torch.cat(lora_As)) if ctx.reads_x else dx
         if needs_z:
             dz = matmul(g, torch.cat(lora_As))
-        return dx, dz, None, *gradients
+        return dx, dz, None, *[None] * 2 * len(dys), *gradients
 
 
 def _outputs(x: Tensor, z: Tensor | None, scalings: Sequence[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The yᵢ, and h."""
-    weights, scales, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
+    weights, scales, biases, lora_As, lora_Bs = by_role(tensors, len(scalings))
     rounded, hidden = quantised(x), linear(x if z is None else z, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
@@ -87,40 +89,6 @@ def _outputs(x: Tensor, z: Tensor | None, scalings: Sequence[float], *tensors: T
         for weight, scale, bias, part, lora_B, scaling in zip(weights, scales, biases, parts, lora_Bs, scalings)
     ]
     return *outputs, hidden
-
-
-def _of_adapters(
-    dys: Sequence[Tensor | None],
-    z: Tensor,
-    hidden: Tensor,
-    scalings: Sequence[float],
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    needs: Sequence[Sequence[bool]],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """g, and the gradients of all weights and scales (none), biases, As and Bs: those that are needed."""
-    _, _, needs_biases, needs_As, needs_Bs = needs
-    ranks = [lora_A.shape[0] for lora_A in lora_As]
-    g = torch.cat(
-        [
-            z.new_zeros(z.shape[0], rank) if dy is None else matmul(dy, lora_B) * scaling
-            for dy, lora_B, scaling, rank in zip(dys, lora_Bs, scalings, ranks)
-        ],
-        -1,
-    )
-    all_As = over_rows(g, z).split(ranks) if any(needs_As) else [None] * len(dys)
-    d_As = [d_A if needed and dy is not None else None for d_A, needed, dy in zip(all_As, needs_As, dys)]
-    d_biases = [dy.sum(0) if needed and dy is not None else None for needed, dy in zip(needs_biases, dys)]
-    d_Bs = [
-        over_rows(dy, part) * scaling if needed and dy is not None else None
-        for needed, dy, part, scaling in zip(needs_Bs, dys, hidden.split(ranks, -1), scalings)
-    ]
-    return g, [*[None] * 2 * len(dys), *d_biases, *d_As, *d_Bs]
-
-
-def _by_role(flat: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
-    """What there is of weights, scales, biases, As and Bs, of so many layers."""
-    return tuple(tuple(flat[place : place + count]) for place in range(0, 5 * count, count))
 
 
 def float8_lora_linears(

@@ -22,6 +22,7 @@ from .cpu import accumulated, linear, matmul, over_rows, product_with_update, wi
 from .library import composite
 from .lora_linear import inferred, matrix_or_row
 from .lora_linear import reference as one
+from .updates import by_role
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -56,7 +57,7 @@ class _LoraLinears(torch.autograd.Function):
 @widened_where_slow
 def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The yᵢ, and h."""
-    weights, biases, lora_As, lora_Bs = _by_role(tensors, len(scalings))
+    weights, biases, lora_As, lora_Bs = by_role(tensors, len(scalings))
     hidden = linear(x, torch.cat(lora_As))
     parts = hidden.split([lora_A.shape[0] for lora_A in lora_As], -1)
     outputs = [
@@ -70,14 +71,14 @@ def _outputs(x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) ->
 def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     """Of x, then of all weights, biases, As and Bs: those that are needed.
 
-    `given` are the dyᵢ and the gradient of h, x, h, what `_by_role` tells apart, scalings, and what is needed: the
+    `given` are the dyᵢ and the gradient of h, x, h, what `by_role` tells apart, scalings, and what is needed: the
     gradient of x, and which of the others.
     """
     *tensors, scalings, needs_x, needs = given
     count = len(scalings)
     dys, (d_hidden, x, hidden), tensors = tensors[:count], tensors[count : count + 3], tensors[count + 3 :]
-    weights, _, lora_As, lora_Bs = _by_role(tensors, count)
-    needs_weights, needs_biases, needs_As, needs_Bs = _by_role(needs, count)
+    weights, _, lora_As, lora_Bs = by_role(tensors, count)
+    needs_weights, needs_biases, needs_As, needs_Bs = by_role(needs, count)
     ranks = [lora_A.shape[0] for lora_A in lora_As]
     each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
 
@@ -97,11 +98,6 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
         _gradient(dy, part, scaling) if needs else None for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
     ]
     return dx, *d_weights, *d_biases, *d_As, *d_Bs
-
-
-def _by_role(flat: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
-    """What there is of weights, biases, As and Bs, of so many sites."""
-    return tuple(tuple(flat[place : place + count]) for place in range(0, 4 * count, count))
 
 
 def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .calls import by_reference, is_plain, needs_backward, rows
-from .cpu import accumulated, linear, matmul, over_rows
+from .cpu import accumulated, linear, matmul
 from .dropout import Redraw, can_draw, draw
 from .library import composite
 from .own_forward import factor_of, own_forward
+from .updates import by_role, through_updates
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -81,7 +82,8 @@ class _OwnLoraLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative, which the equations have
             return _derivable(dys, x, z, ctx, tensors)
         numbers, biases, lora_As, lora_Bs = by_role(tensors, len(dys))
-        g, found = _of_adapters(dys, x if z is None else z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
+        _, *needs = by_role(needs, len(dys))
+        g, found = through_updates(dys, x if z is None else z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
         through = None
         if needs_z or (needs_x and (mask is not None or not ctx.apart)):
             through = matmul(g, torch.cat(lora_As))
@@ -89,7 +91,7 @@ class _OwnLoraLinears(torch.autograd.Function):
         dx = None
         if needs_x:
             dx = _through_layers(dys, x, biases, numbers, ctx.features, None if needs_z else through)
-        return dx, through if needs_z else None, None, None, None, None, *found
+        return dx, through if needs_z else None, None, None, None, None, *[None] * len(dys), *found
 
 
 def _outputs(
@@ -135,33 +137,6 @@ def _through_layer(
     return dx if total is None else total.add_(dx)
 
 
-def _of_adapters(
-    dys: Sequence[Tensor | None],
-    z: Tensor,
-    hidden: Tensor,
-    scalings: Sequence[float],
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """g, and the gradients of all numbers (none), biases, As and Bs: those that are needed."""
-    _, needs_biases, needs_As, needs_Bs = by_role(needs, len(dys))
-    ranks = [lora_A.shape[0] for lora_A in lora_As]
-    each = [
-        z.new_zeros(z.shape[0], rank) if dy is None else matmul(dy, lora_B) * scaling
-        for dy, lora_B, scaling, rank in zip(dys, lora_Bs, scalings, ranks)
-    ]
-    g = each[0] if len(each) == 1 else torch.cat(each, -1)
-    all_As = over_rows(g, z).split(ranks) if any(needs_As) else [None] * len(dys)
-    d_As = [d_A if needed and dy is not None else None for d_A, needed, dy in zip(all_As, needs_As, dys)]
-    d_biases = [dy.sum(0) if needed and dy is not None else None for needed, dy in zip(needs_biases, dys)]
-    d_Bs = [
-        over_rows(dy, part) * scaling if needed and dy is not None else None
-        for needed, dy, part, scaling in zip(needs_Bs, dys, hidden.split(ranks, -1), scalings)
-    ]
-    return g, [*[None] * len(dys), *d_biases, *d_As, *d_Bs]
-
-
 def _derivable(
     dys: Sequence[Tensor | None], x: Tensor, z: Tensor | None, ctx: Any, tensors: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
@@ -176,11 +151,6 @@ def _derivable(
     )
     gradients = dict(zip(wanted, found))
     return tuple(gradients.get(place) for place in range(len(given)))
-
-
-def by_role(flat: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
-    """What there is of numbers, biases, As and Bs, of so many layers."""
-    return tuple(tuple(flat[place : place + count]) for place in range(0, 4 * count, count))
 
 
 def own_lora_linears(
