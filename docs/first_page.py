@@ -11,14 +11,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """What mkdocs calls first: makes out/package, where mkdocstrings looks."""
-    root = Path(config.config_file_path).parent
+def on_startup(**_: Any) -> None:
+    """What mkdocs calls first of all: makes out/package, where mkdocstrings looks if it is there by then."""
+    root = Path(__file__).parent.parent
     package = root / "out/package/lorafx"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(root / "lorafx", package)
     shutil.copytree(root / "passes", package / "passes", dirs_exist_ok=True)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
