@@ -74,6 +74,7 @@ INSIDE = {
     "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "errors_in_graphs", "lower"],
     "capture": [
         *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
+        *("outside_use",),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [

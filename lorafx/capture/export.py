@@ -36,8 +36,9 @@ from .caches import branchless_windows, parts, register_caches
 from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
+from .outside_use import OutsideUse
 from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
-from .purity import Changed, innermost_line, no_unrolling, pure, unchanging
+from .purity import Changed, ForGood, innermost_line, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
 from .repeated.layers import RepeatedLayers
@@ -93,12 +94,12 @@ def trace_part(
     try:
         return _trace_once(wanted, once)
     except CaptureError as error:
-        if not isinstance(cause := error.__cause__, Changed) or cause.put_back is None:
+        if not isinstance(cause := error.__cause__, ForGood):
             raise
-        try:  # once more: what the model has noted in its config may be there for good
+        try:  # once more: what the model has noted in its config may be there for good, and a warning may come once
             return _trace_once(wanted, once)
         except CaptureError as again:
-            if isinstance(again.__cause__, Changed) and again.__cause__.put_back is not None:
+            if isinstance(again.__cause__, ForGood):
                 again.__cause__.put_back()
             cause.put_back()
             raise
@@ -123,7 +124,7 @@ def _trace_once(wanted: _Wanted, once: bool) -> GraphModule:
         except Interrupted:
             pass
         except CaptureError as error:  # as for operators that take functions: torch refuses to trace them so
-            if isinstance(error.__cause__, Changed):
+            if isinstance(error.__cause__, (Changed, ForGood)):
                 raise
     try:
         return _trace_part(wanted)
@@ -152,11 +153,11 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             stack.enter_context(layers.shown() if layers else contextlib.nullcontext())
             stack.enter_context(unchanging(part))
             stack.enter_context(contextlib.nullcontext() if unroll else no_unrolling(part))
-            for mode in (ForeignTensors(model, bare), AutogradUse(), layout) if watched else ():
-                stack.enter_context(mode)
             stack.enter_context(no_own_backward())
             stack.enter_context(environment.noted())
-            stack.enter_context(no_question_of_inference() if watched else contextlib.nullcontext())
+            looks = (ForeignTensors(model, bare), AutogradUse(), layout, no_question_of_inference(), OutsideUse())
+            for look in looks if watched else ():
+                stack.enter_context(look)
             if (rows := kwargs.pop(ROWS, None)) is not None:  # the graph's own: the model knows nothing of it
                 first = first_tensor((*args, *kwargs.values()))
                 declare(first is not None and first.shape[0] == rows.shape[0])

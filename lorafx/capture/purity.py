@@ -59,19 +59,28 @@ def pure() -> Iterator[None]:
         raise CaptureError(f"it prints, which a graph would not do again{printed.line}")
 
 
+class ForGood(CaptureError):
+    """A call does more than to compute, perhaps once and for good: it may not do so when it is captured once more."""
+
+    def put_back(self) -> None:
+        """Undo what the call has changed, if anything."""
+
+
 class Changed(CaptureError):
-    """A call changes what the model's modules hold.
+    """A call changes what the model's modules hold. Everything is as it was."""
 
-    `put_back` is None if everything is as it was. Otherwise the call has only changed objects that a mirror shares with
-    the model, such as its config, where it may have noted something for good; calling it undoes that.
-    """
 
-    put_back: Callable[[], None] | None = None
+class Noted(Changed, ForGood):
+    """A call changes only objects that a mirror shares with the model, such as its config. They are still changed."""
+
+    def __init__(self, message: str, put_back: Callable[[], None]):
+        super().__init__(message)
+        self.put_back = put_back  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Raise `Changed` if what runs inside sets, changes or fills an attribute of a module, or of what modules hold."""
+    """Raise `Changed` or `Noted` if what runs inside sets, changes or fills what a module has, or what that holds."""
     kept: list[Any] = []
     before, put_back = _attributes(model, kept), _snapshot(model)
     try:
@@ -84,12 +93,11 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         name for name in before | after if name not in before or name not in after or before[name] != after[name]
     ]
     if different:
-        error = Changed(f"it changes {different[0]} of the model, which a graph would not do again")
+        message = f"it changes {different[0]} of the model, which a graph would not do again"
         if all(name in _shared(model) for name in different):
-            error.put_back = put_back
-        else:
-            put_back()
-        raise error
+            raise Noted(message, put_back)
+        put_back()
+        raise Changed(message)
 
 
 def _shared(model: nn.Module) -> set[str]:

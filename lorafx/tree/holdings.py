@@ -16,9 +16,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextvars import ContextVar
-from itertools import repeat
-from operator import attrgetter, is_, itemgetter
-from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
+from itertools import count, repeat
+from operator import attrgetter, is_, itemgetter, length_hint
+from types import CellType, FunctionType, GeneratorType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy
@@ -50,6 +50,10 @@ _STATES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
         lambda generator, state: generator.set_state(state),
     ),
 }
+_ITERATORS: tuple[type, ...] = (
+    *(GeneratorType, count, type(iter(range(0)))),
+    *(type(iter(kind())) for kind in (list, tuple, dict, set, deque)),
+)
 _STDLIB = str(sysconfig.get_path("stdlib"))
 
 
@@ -82,6 +86,8 @@ def holdings(value: Any) -> list[Holding]:
         return []
     if isinstance(value, tuple(_STATES)):
         return [] if getattr(value, "nbytes", 0) > LARGE * 16 else [Holding(_state, value)]
+    if isinstance(value, _ITERATORS):
+        return [Holding(_progress, value)]
     if isinstance(value, ContextVar):
         return [Holding(_in_this_context, value)]
     if isinstance(value, threading.local):
@@ -229,6 +235,15 @@ def own_names(kind: type) -> list[str]:
 def _state(generator: Any) -> tuple[bytes]:
     read = next(read for kind, (read, _) in _STATES.items() if isinstance(generator, kind))
     return (pickle.dumps(read(generator)),)
+
+
+def _progress(iterator: Any) -> tuple[bytes]:
+    """How far an iterator has come."""
+    if isinstance(iterator, GeneratorType):
+        frame = iterator.gi_frame
+        plain = {name: value for name, value in frame.f_locals.items() if isinstance(value, PLAIN)} if frame else {}
+        return (repr((frame and frame.f_lasti, plain)).encode(),)
+    return ((repr(iterator) if isinstance(iterator, count) else str(length_hint(iterator))).encode(),)
 
 
 def _array_like(array: numpy.ndarray[Any, Any], content: bytes) -> numpy.ndarray[Any, Any]:

@@ -16,6 +16,7 @@ from ...graph.description import operand_key
 from ...ops.modes import modes
 from ...torch_private.tensors import DisableTorchFunction
 from ...torch_private.tracing import detect_fake_mode, get_proxy_mode, known_equal, maybe_enable_thunkify
+from ..outside_use import unwatched
 from .hidden_parameters import HiddenParameters
 from .record import Record, Step, rename_sizes
 from .recorder import Recorder
@@ -82,6 +83,7 @@ class _Listener(TorchFunctionMode):
         self.recorder = Recorder(self.record, layers.root)
         self.replayer = None if first else Replayer(self.record, fake_mode)
 
+    @unwatched
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.record.repeatable:
