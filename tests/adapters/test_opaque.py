@@ -45,6 +45,30 @@ def test_all_linear_layers_are_those_that_are_packed_too():
     assert len(trained(lora)) == 4 and all(parameter.grad is not None for parameter in trained(lora))
 
 
+def test_a_layer_beside_an_adapted_one_of_its_class_is_a_layer_too():
+    """Its function has a backward of its own, as HQQ's has: no graph could look into it."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    class Own(Packed):
+        def forward(self, x):
+            return Doubled.apply(super().forward(x))
+
+    base, x = nn.Sequential(Own(64, 32), Own(32, 16)), torch.randn(3, 64, requires_grad=True)
+    lora = lorafx.compile(base, {"r": 2, "target_modules": ["1"]}, capture="graph")
+    lora(x).sum().backward()
+    grad, x.grad = x.grad, None
+    base(x).sum().backward()
+    torch.testing.assert_close(grad, x.grad, rtol=0, atol=0)
+
+
 def test_a_layer_that_only_has_numbers_of_features_is_not_taken_for_one():
     """Its shape is another than the numbers say; nothing adapts it, and it runs as ever."""
 

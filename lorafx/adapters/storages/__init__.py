@@ -64,12 +64,14 @@ def prepare_base(base: nn.Module) -> None:
 def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
     """Have modules of a tree run their own forward: those whose storages are sure of it, and those at paths `adapted`.
 
+    What is true of an adapted module is true of all of its class, wherever an adapter is or is not.
     Raises `SelectionError` as `Storage.of` does.
     """
     chosen = set(adapted)
+    classes = {type(module) for path, module in named_own_modules(root) if path in chosen}
     for path, module in named_own_modules(root):
         for _, _, storage in weights_of(module):
-            if isinstance(storage, OwnLayer) and (path in chosen or storage.is_certain(module)):
+            if isinstance(storage, OwnLayer) and (type(module) in classes or storage.is_certain(module)):
                 storage.of(module, path).install(module)  # type: ignore[attr-defined]
 
 
