@@ -54,8 +54,9 @@ class Residual:
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess, which may be written over."""
         bits = _bits(guess)
-        _subtract(bits, _unpacked(self.codes)[: bits.numel()])
-        bits.index_add_(0, self.places, self.rest, alpha=-1)
+        codes, places, rest = (part.to(bits.device) for part in (self.codes, self.places, self.rest))
+        _subtract(bits, _unpacked(codes)[: bits.numel()])
+        bits.index_add_(0, places, rest, alpha=-1)
         return bits.view(guess.dtype).view(guess.shape)
 
 
@@ -69,10 +70,10 @@ def _array(tensor: Tensor) -> Array:
 
 def _large(above: Tensor) -> Tensor:
     """The places of what is not 0, 1, 2 or 3."""
-    if above.is_cpu:
-        unsigned = above.numpy().view(f"u{above.itemsize}")
-        return torch.from_numpy(np.flatnonzero(unsigned > 3).astype(np.int32))
-    return ((above < 0) | (above > 3)).nonzero()[:, 0].int()
+    array = _array(above)
+    if isinstance(array, Tensor):
+        return ((array < 0) | (array > 3)).nonzero()[:, 0].int()
+    return torch.from_numpy(np.flatnonzero(array.view(f"u{array.itemsize}") > 3).astype(np.int32))
 
 
 def _subtract(integers: Tensor, codes: Array) -> None:
@@ -98,6 +99,6 @@ def _unpacked(packed: Tensor) -> Array:
     """The reverse, to at most three more codes."""
     array = _array(packed)
     quarters = [array >> shift for shift in (0, 2, 4, 6)]
-    codes = np.concatenate(quarters) if packed.is_cpu else torch.cat(quarters)
+    codes = torch.cat(quarters) if isinstance(array, Tensor) else np.concatenate(quarters)
     codes &= 3
     return codes

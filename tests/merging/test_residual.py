@@ -3,10 +3,18 @@
 import pytest
 import torch
 
+from lorafx.merging import residual
 from lorafx.merging.residual import Residual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}
+
+
+@pytest.fixture(params=["numpy", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """The lines as they run on a CPU and elsewhere."""
+    if request.param == "torch":
+        monkeypatch.setattr(residual, "_array", lambda tensor: tensor)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 999])
