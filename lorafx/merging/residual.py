@@ -72,8 +72,10 @@ def _large(above: Tensor) -> Tensor:
     """The places of what is not 0, 1, 2 or 3."""
     array = _array(above)
     if isinstance(array, Tensor):
-        return ((array < 0) | (array > 3)).nonzero()[:, 0].int()
-    return torch.from_numpy(np.flatnonzero(array.view(f"u{array.itemsize}") > 3).astype(np.int32))
+        places = ((array < 0) | (array > 3)).nonzero()[:, 0]
+    else:
+        places = torch.from_numpy(np.flatnonzero(array.view(f"u{array.itemsize}") > 3))
+    return places.int() if above.numel() < 2**31 else places
 
 
 def _subtract(integers: Tensor, codes: Array) -> None:
