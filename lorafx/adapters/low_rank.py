@@ -38,10 +38,11 @@ class LowRank:
 
     __rmul__ = __mul__
 
-    def rows(self, rows: slice | EllipsisType) -> Tensor:
-        """Some rows of it, in float64: (count, *shape[1:])."""
+    def rows(self, rows: slice | EllipsisType, out: Tensor | None = None) -> Tensor:
+        """Some rows of it, in float64: (count, *shape[1:]), in `out` if it is given, of that shape."""
         left, right = self._factors
-        return torch.mm(left[rows], right).view(-1, *self.shape[1:])
+        flat = None if out is None else out.view(-1, right.shape[1])
+        return torch.mm(left[rows], right, out=flat).view(-1, *self.shape[1:])
 
     def dense(self) -> Tensor:
         """All of it, in float64."""

@@ -17,8 +17,10 @@ from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MergeError
 from ..tree.lookup import tensor_at
 from .ledger import targets_of
+from .scratch import fresh
 from .source import Source
-from .steps import Rows, blocks, steps
+from .steps import blocks, steps
+from .update import Rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Change:
         parts = (self._rows(read, *_ends(rows, count), dtype, what) for rows in whole)
         first = next(parts)
         wide = torch.promote_types(torch.promote_types(dtype, first.dtype), torch.float32)
-        does = steps(self.sources, self.role, torch.empty((), dtype=wide).expand(shape), whole) if self.sources else ()
+        like = torch.empty((), dtype=wide).expand(shape)
+        does = steps(self.sources, self.role, like, whole, fresh) if self.sources else ()
         for part, step in itertools.zip_longest(itertools.chain([first], parts), does):
             yield rounded(part if step is None else step.merged(part), dtype, what)
 

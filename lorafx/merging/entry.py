@@ -22,8 +22,10 @@ from ..errors import MergeError
 from ..ops.deferral import settle
 from ..tree.lookup import tensor_at
 from .kept import Kept
+from .scratch import Memory, Scratch, fresh
 from .source import Source
-from .steps import Rows, Step, blocks, steps
+from .steps import Step, blocks, steps
+from .update import Rows
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,24 @@ class Entry:
         """New tensors with the values before the merge; `MergeError` if they are out of reach."""
         self.check(root)
         found = {name: torch.empty_like(tensor) for name, tensor in self.target.stored(root).items()}
-        for name, rows, kept, step in self._blocks(root):
+        for name, rows, kept, step in self._blocks(root, Scratch()):
             found[name][kept.rows] = self._restored(rows, kept, step)
         return found
 
-    def unmerge(self, root: nn.Module) -> None:
+    def unmerge(self, root: nn.Module, scratch: Scratch | None = None) -> None:
         """Write the values before the merge; `MergeError`, with none written, if they are out of reach."""
         self.check(root)
         settle(tensor_at(root, self.target.path))
+        scratch = scratch or Scratch()
         former: list[Tensor | None] = []
         try:
-            for _, rows, kept, step in self._blocks(root):
+            for _, rows, kept, step in self._blocks(root, scratch):
                 original = self._restored(rows, kept, step)
                 former.append(None if kept.residual else rows.clone())
                 rows.copy_(original)
             self.target.written(root)
         except BaseException:
-            for (_, rows, kept, step), before in zip(self._blocks(root), former):
+            for (_, rows, kept, step), before in zip(self._blocks(root, scratch), former):
                 if before is not None:
                     rows.copy_(before)
                 elif step is not None and kept.is_original(rows):
@@ -114,7 +117,7 @@ class Entry:
 
     def undo(self, root: nn.Module) -> None:
         """Write the values before the merge into those blocks that have others: after a merge that failed."""
-        for _, rows, kept, step in self._blocks(root):
+        for _, rows, kept, step in self._blocks(root, Scratch()):
             if not kept.is_original(rows):
                 rows.copy_(kept.copy if kept.copy is not None else self._restored(rows, kept, step))
         self.target.written(root)
@@ -128,21 +131,29 @@ class Entry:
             )
         return found
 
-    def _blocks(self, root: nn.Module) -> Iterator[tuple[str, Tensor, Kept, Step | None]]:
+    def _blocks(self, root: nn.Module, memory: Memory) -> Iterator[tuple[str, Tensor, Kept, Step | None]]:
         """Each block of each tensor as it is now, with what is kept of it; for dense weights with what adapters do."""
         for name, tensor in self.target.stored(root).items():
             kept = self.kept.get(name, [])
             found: Iterable[Step | None] = itertools.repeat(None)
             if self.target.storage == DENSE:
-                found = _steps(self.target, tensor, self.sources, [each.rows for each in kept])
+                found = _steps(self.target, tensor, self.sources, [each.rows for each in kept], memory)
             for each, step in zip(kept, found):
                 yield name, tensor[each.rows], each, step
 
 
-def merge(root: nn.Module, target: Target, sources: tuple[Source, ...], *, safe: bool = False) -> Entry:
+def merge(
+    root: nn.Module,
+    target: Target,
+    sources: tuple[Source, ...],
+    scratch: Scratch | None = None,
+    *,
+    safe: bool = False,
+) -> Entry:
     """Write a parameter with these adapters in it; returns what leads back. If it fails, all is as before.
 
-    Raises `MergeError` for what cannot be merged, and, if `safe`, for values that are not finite.
+    Who merges many gives the same `scratch` for all. Raises `MergeError` for what cannot be merged, and, if `safe`, for
+    values that are not finite.
     """
     weight, stored = tensor_at(root, target.path), target.stored(root)
     if weight.is_meta:
@@ -150,16 +161,17 @@ def merge(root: nn.Module, target: Target, sources: tuple[Source, ...], *, safe:
     settle(weight)
     kept: dict[str, list[Kept]] = {name: [] for name in stored}
     is_dense = target.storage == DENSE
-    changes, lost = (_dense(target, stored, sources), 0.0) if is_dense else _packed(target, stored, sources)
+    memory = scratch or Scratch()
+    changes, lost = (_dense(target, stored, sources, memory), 0.0) if is_dense else _packed(target, stored, sources)
     entry = Entry(target, sources, kept, weight.dtype, weight.device, lost)
     try:
-        for name, rows, merged, guess in changes:
+        for name, rows, original, merged, guess in changes:
             if safe and not merged.isfinite().all():
                 raise MergeError(
                     f"merging would leave values in {target.path} that are not finite; nothing was changed"
                 )
-            kept[name].append(Kept.of(rows, stored[name][rows], merged, guess))
-            stored[name][rows].copy_(merged)
+            kept[name].append(Kept.of(rows, original, merged, guess))
+            original.copy_(merged)
     except BaseException:
         entry.undo(root)
         raise
@@ -167,35 +179,50 @@ def merge(root: nn.Module, target: Target, sources: tuple[Source, ...], *, safe:
     return entry
 
 
-_Changes = Iterable[tuple[str, Rows, Tensor, Tensor | None]]  # a tensor's name, rows of it, their new values, the guess
+# A tensor's name, some rows of it, these as they are and as they become, and the guess.
+_Changes = Iterable[tuple[str, Rows, Tensor, Tensor, Tensor | None]]
 
 
-def _dense(target: Target, stored: Mapping[str, Tensor], sources: tuple[Source, ...]) -> _Changes:
+def _dense(target: Target, stored: Mapping[str, Tensor], sources: tuple[Source, ...], memory: Memory) -> _Changes:
     weight = stored["weight"]
     whole = blocks(sources, weight)
-    for rows, step in zip(whole, _steps(target, weight, sources, whole)):
-        merged = step.merged(weight[rows]).to(weight.dtype)
+    for rows, step in zip(whole, _steps(target, weight, sources, whole, memory)):
+        original = weight[rows]
+        merged = _rounded(step.merged(original), weight.dtype, "rounded", memory)
         guess = step.unmerged(merged)
-        yield "weight", rows, merged, None if guess is None else guess.to(weight.dtype)
+        yield (
+            "weight",
+            rows,
+            original,
+            merged,
+            None if guess is None else _rounded(guess, weight.dtype, "guess", memory),
+        )
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype, name: str, memory: Memory) -> Tensor:
+    return wide if wide.dtype == dtype else memory(name, wide.shape, dtype, wide.device).copy_(wide)
 
 
 def _packed(target: Target, stored: Mapping[str, Tensor], sources: tuple[Source, ...]) -> tuple[_Changes, float]:
     """The changes of a weight that is packed again, and the share of it that is lost by that."""
     dense = target.storage.dense(stored)
-    (step,) = _steps(target, dense, sources, [...])
+    (step,) = _steps(target, dense, sources, [...], fresh)
     wanted = step.merged(dense)
     try:
         packed = target.storage.packed(wanted, stored)
     except MergeError as error:
         raise MergeError(f"{target.path}: {error}") from error
     lost = (target.storage.dense({**stored, **packed}) - wanted).norm() / wanted.norm()
-    return [(name, ..., merged, None) for name, merged in packed.items()], float(lost.nan_to_num())
+    return [(name, ..., stored[name], merged, None) for name, merged in packed.items()], float(lost.nan_to_num())
 
 
-def _steps(target: Target, weight: Tensor, sources: tuple[Source, ...], rows: list[Rows]) -> Iterator[Step]:
+def _steps(
+    target: Target, weight: Tensor, sources: tuple[Source, ...], rows: list[Rows], memory: Memory
+) -> Iterator[Step]:
     """What these do to a dense weight, block by block: in float32 or its own dtype, the wider of both.
 
     What is packed again is computed in float64.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if target.storage == DENSE else torch.float64
-    return steps(sources, target.role, torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape), rows)
+    like = torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)
+    return steps(sources, target.role, like, rows, memory)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .fingerprint import Fingerprint, fingerprint, is_of, size
 from .residual import Residual
-from .steps import Rows, Step
+from .steps import Step
+from .update import Rows
 
 
 @dataclass(frozen=True)

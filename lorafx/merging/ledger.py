@@ -20,6 +20,7 @@ from ..errors import MergeError
 from ..tree.lookup import find_tensor, first_name, tensor_at
 from .entry import Entry, Target, merge
 from .residual import supports
+from .scratch import Scratch
 from .source import Source
 
 
@@ -106,23 +107,25 @@ class Ledger:
         self, root: nn.Module, targets: Mapping[Target, tuple[Source, ...]], safe: bool, progressbar: bool = False
     ) -> None:
         """Write each parameter with these sources merged into its original; on any failure, put all back."""
-        before = dict(self.entries)
+        before, scratch = dict(self.entries), Scratch()
         try:
             for target, sources in tqdm(targets.items(), "merging", disable=not progressbar):
-                self._set(root, target, sources, safe)
+                self._set(root, target, sources, scratch, safe)
         except BaseException:
             for target in targets:
                 if self.entries.get(target.path) is not (then := before.get(target.path)):
-                    self._set(root, target, then.sources if then else ())
+                    self._set(root, target, then.sources if then else (), scratch)
             raise
 
-    def _set(self, root: nn.Module, target: Target, sources: tuple[Source, ...], safe: bool = False) -> None:
+    def _set(
+        self, root: nn.Module, target: Target, sources: tuple[Source, ...], scratch: Scratch, safe: bool = False
+    ) -> None:
         """Set what is merged into one parameter."""
         if entry := self.entries.get(target.path):
-            entry.unmerge(root)
+            entry.unmerge(root, scratch)
             del self.entries[target.path]
         if sources:
-            self.entries[target.path] = merge(root, target, sources, safe=safe)
+            self.entries[target.path] = merge(root, target, sources, scratch, safe=safe)
 
 
 def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int, str]) -> Iterator[Target]:

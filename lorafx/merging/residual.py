@@ -1,23 +1,28 @@
 """What rounding took: the few bits that W + ΔW and ΔW do not tell about W.
 
 After W' = round(W + ΔW), the guess P = round(W' - ΔW) is W in most places and a few representable numbers away in the
-rest. Floats of one sign are ordered like their bit patterns, so W - P, counted in representable numbers, is a small
-integer there: two bits say that it is -1, 0 or 1, or that it is kept in full.
+rest. Floats of one sign are ordered like their bit patterns, so P - W, counted in representable numbers, is a small
+integer there: two bits are enough for -1, 0, 1 and 2. Of others these are the lowest bits, and the rest of them is kept
+with their places.
+
+On a CPU it is numpy that looks for places and handles bytes: there are many short operations, and it begins one in a
+fraction of the time that torch takes.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
 _INTEGER[torch.bfloat16] = torch.int16
-_FULL = 2  # of the codes 0, 1, 2 and 3 of two bits, of which 3 stands for -1
+_LEAST = -1  # of the four differences that two bits tell
+
+Array = Any  # numpy's on a CPU, elsewhere a tensor: the same lines do for both
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -27,35 +32,31 @@ def supports(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Residual:
-    """W given P: the codes of two bits, four in a byte, and in their order the differences kept in full."""
+    """W given P: two bits of each difference, four in a byte, and the rest of those that have more, with places."""
 
     codes: Tensor
-    full: Tensor
+    places: Tensor
+    rest: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.codes.nbytes + self.full.nbytes
+        return self.codes.nbytes + self.places.nbytes + self.rest.nbytes
 
     @classmethod
     def of(cls, original: Tensor, guess: Tensor) -> Residual:
         """Encode `original` against `guess`, both of the same shape and dtype; the guess may be written over."""
-        bits, difference = _bits(original), _bits(guess)
-        torch.sub(bits, difference, out=difference)  # it wraps around, as does the sum that undoes it
-        codes = difference.clamp(-_FULL, _FULL).to(torch.int8)
-        if odd := -bits.numel() % 4:
-            codes = F.pad(codes, (0, odd))
-        codes &= 3  # both 2 and -2, which stand for all that is larger, are the code 2
-        full = difference.take(_where(codes, _FULL))
-        return cls(_packed(codes), full)
+        above = _bits(guess)  # from here on, how far the guess is above the least; it wraps around, as what undoes it
+        above.sub_(_bits(original)).sub_(_LEAST)
+        places = _large(above)
+        return cls(_packed(above.to(torch.int8)), places, above.index_select(0, places).bitwise_and_(~3))
 
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess, which may be written over."""
         bits = _bits(guess)
-        codes = _unpacked(self.codes)[: bits.numel()]
-        _add(bits, codes)
-        if self.full.numel():
-            bits.index_add_(0, _where(codes, -_FULL), self.full + _FULL)
+        codes, places, rest = (part.to(bits.device) for part in (self.codes, self.places, self.rest))
+        _subtract(bits, _unpacked(codes)[: bits.numel()])
+        bits.index_add_(0, places, rest, alpha=-1)
         return bits.view(guess.dtype).view(guess.shape)
 
 
@@ -63,37 +64,43 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(_INTEGER[tensor.dtype])
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """(4 n,) of codes from 0 to 3, which are written over, to (n,) of bytes.
-
-    One product moves the four of a word side by side into its highest byte, and what else it makes does not touch them.
-    """
-    codes.view(torch.int32).mul_(2**24 + 2**18 + 2**12 + 2**6)
-    return codes.view(torch.uint8)[3::4].contiguous()
+def _array(tensor: Tensor) -> Array:
+    return tensor.numpy() if tensor.is_cpu else tensor
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """(n,) of bytes to (4 n,) of codes from -2 to 1."""
-    return _words(packed.device).index_select(0, packed.int()).view(torch.int8)
-
-
-@functools.cache
-def _words(device: torch.device) -> Tensor:
-    """(256,): for each byte a word of its four codes, with their signs."""
-    shifts = torch.tensor([6, 4, 2, 0], dtype=torch.uint8)
-    codes = (torch.arange(256, dtype=torch.uint8)[:, None] << shifts).view(torch.int8) >> 6
-    return codes.view(torch.int32)[:, 0].to(device)
-
-
-# On a CPU it is numpy that looks for a code, and that adds bytes to integers: torch takes some times as long there.
-
-
-def _where(codes: Tensor, code: int) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(codes.numpy() == code)) if codes.is_cpu else (codes == code).nonzero()[:, 0]
-
-
-def _add(values: Tensor, codes: Tensor) -> None:
-    if values.is_cpu:
-        np.add(values.numpy(), codes.numpy(), out=values.numpy())
+def _large(above: Tensor) -> Tensor:
+    """The places of what is not 0, 1, 2 or 3."""
+    array = _array(above)
+    if isinstance(array, Tensor):
+        places = ((array < 0) | (array > 3)).nonzero()[:, 0]
     else:
-        values += codes
+        places = torch.from_numpy(np.flatnonzero(array.view(f"u{array.itemsize}") > 3))
+    return places.int() if above.numel() < 2**31 else places
+
+
+def _subtract(integers: Tensor, codes: Array) -> None:
+    """Take from integers what their codes, which are written over, say."""
+    array = _array(integers)
+    codes += _LEAST
+    array -= codes
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Bytes, (n,), whose lowest two bits are codes, to bytes of four codes: one of each quarter of them."""
+    array = _array(codes)
+    array &= 3
+    count = -(-len(array) // 4)
+    packed = array[:count] | 0
+    for quarter in (1, 2, 3):
+        part = array[quarter * count : (quarter + 1) * count]
+        packed[: len(part)] |= part * 4**quarter
+    return torch.as_tensor(packed)
+
+
+def _unpacked(packed: Tensor) -> Array:
+    """The reverse, to at most three more codes."""
+    array = _array(packed)
+    quarters = [array >> shift for shift in (0, 2, 4, 6)]
+    codes = torch.cat(quarters) if isinstance(array, Tensor) else np.concatenate(quarters)
+    codes &= 3
+    return codes

@@ -6,10 +6,8 @@ Where another kind takes part, the whole parameter is one step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Protocol
 
 import torch
@@ -17,15 +15,19 @@ from torch import Tensor
 
 from ..adapters.low_rank import LowRank
 from ..errors import MergeError
+from .scratch import Memory
 from .source import Source
+from .update import Rows, slices, total
 
-# Elements a block: with less, calls take most of the time on a CPU, and with more, memory does.
+# Elements a block, on a CPU for each thread: with less, calls take most of the time, and with more, memory does.
 _ON_CPU, _ELSEWHERE = 2**18, 2**24
-Rows = slice | EllipsisType  # some rows of a tensor; `...` are all, of a tensor that has none, too
 
 
 class Step(Protocol):
-    """What some adapters do to a block of rows, of any dtype; results are new, and of the dtype it computes in."""
+    """What some adapters do to a block of rows, of any dtype; results are of the dtype it computes in.
+
+    They may lie in memory that the next result of that kind is written into.
+    """
 
     def merged(self, rows: Tensor) -> Tensor:
         """The rows with the adapters in them."""
@@ -38,18 +40,17 @@ def blocks(sources: Sequence[Source], tensor: Tensor) -> list[Rows]:
     """The rows of a parameter in the blocks in which these can be merged into it."""
     if not tensor.ndim or not all(source.adapter.kind.additive for source in sources):
         return [...]
-    count = max(1, (_ON_CPU if tensor.is_cpu else _ELSEWHERE) // max(1, math.prod(tensor.shape[1:])))
-    return [slice(start, start + count) for start in range(0, tensor.shape[0], count)]
+    return [*slices(tensor.shape, _ON_CPU * torch.get_num_threads() if tensor.is_cpu else _ELSEWHERE)]
 
 
-def steps(sources: Sequence[Source], role: str, like: Tensor, rows: Sequence[Rows]) -> Iterator[Step]:
+def steps(sources: Sequence[Source], role: str, like: Tensor, rows: Sequence[Rows], memory: Memory) -> Iterator[Step]:
     """The steps for these blocks of rows of a parameter, computed where and as `like`, of its shape, is."""
     if not all(source.adapter.kind.additive for source in sources):
         return (yield from (_OneByOne(sources, role, like) for _ in rows))
     deltas = [_delta(source, role, like) for source in sources]
     for block in rows:
-        first, *others = (each.rows(block) if isinstance(each, LowRank) else each[block] for each in deltas)
-        yield _Sum(sum(others, start=first).to(like.dtype))
+        shape = like.shape if block is ... else (block.stop - block.start, *like.shape[1:])
+        yield _Sum(total(deltas, block, memory("delta", shape, like.dtype, like.device), memory), memory)
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,20 @@ class _Sum:
     """W + Σ ΔW"""
 
     delta: Tensor
+    memory: Memory
 
     def merged(self, rows: Tensor) -> Tensor:
-        return rows.to(self.delta.dtype) + self.delta
+        rows, result = self._wide(rows, "merged")
+        return torch.add(rows, self.delta, out=result)
 
     def unmerged(self, rows: Tensor) -> Tensor:
-        return rows.to(self.delta.dtype) - self.delta
+        rows, result = self._wide(rows, "unmerged")
+        return torch.sub(rows, self.delta, out=result)
+
+    def _wide(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """The rows in the dtype of ΔW, and memory for a result, in which they may lie already."""
+        result = self.memory(name, self.delta.shape, self.delta.dtype, self.delta.device)
+        return rows if rows.dtype == result.dtype else result.copy_(rows), result
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ class _OneByOne:
 
 def _delta(source: Source, role: str, like: Tensor) -> LowRank | Tensor:
     delta = source.delta(role, like)
-    _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
+    if delta.shape != like.shape:
+        _require_shape(source, role, torch.broadcast_shapes(delta.shape, like.shape), like.shape)
     return delta if isinstance(delta, LowRank) else delta.expand(like.shape)
 
 
