@@ -14,7 +14,6 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.export import _trace as export_trace
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -83,6 +82,8 @@ def outside_recorders() -> Iterator[None]:
     Most of what recorders switch on is a thread's own, but not all of it. Without it, nothing could be captured while
     torch.export records an adapted model.
     """
+    from torch.export import _trace as export_trace  # imports Dynamo, which takes seconds
+
     names = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
     state: dict[str, Any] = vars(export_trace)  # type: ignore[assignment]
     before = {name: state[name] for name in names}
