@@ -167,11 +167,11 @@ def _write_json(stage: Staging, folder: Path, name: str, before: Mapping[str, An
         _copy(stage, folder, name)
     else:
         data = json.dumps(now, indent=2, sort_keys=True) + "\n"
-        stage.add(name, partial(write, data=data.encode()))
+        stage.add(name, partial(write, content=data.encode()))
 
 
 def _copy(stage: Staging, folder: Path, name: str) -> None:
-    stage.add(name, partial(write, data=(folder / name).read_bytes()))
+    stage.add(name, partial(write, content=(folder / name).read_bytes()))
 
 
 def _note(
