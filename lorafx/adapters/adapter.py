@@ -139,7 +139,8 @@ class Adapter:
 
     def require_in_place(self, root: nn.Module) -> None:
         """Raise `AdapterError` if modules that its tensors hang below were replaced since, or weights resized."""
-        if gone := [path for path, tensor in zip(self.ways.paths, self.ways.tensors(root)) if tensor is None]:
+        own = dict(zip(self.ways.paths, self.ways.tensors(root)))
+        if gone := [path for path, tensor in own.items() if tensor is None]:
             sites = {path: site for site, by_suffix in self.tensors.items() for path in by_suffix.values()}
             owners = sites | {copy: base for base, copy in self.replaced.items()}
             owners |= {path: site for site, path in self.scales.items()}
@@ -156,9 +157,9 @@ class Adapter:
                 f"{', '.join(resized)}: of another size than when the adapter {self.name!r} was put there, as after "
                 "`resize_token_embeddings`; delete the adapter, or resize the model before adapting it"
             )
-        own, bases = find_tensors(root, self.bases), find_tensors(root, self.bases.values())
-        both = ((path, tensor, base) for path, tensor, base in zip(self.bases, own, bases) if tensor is not None)
-        if bare := next((path for path, tensor, base in both if tensor.is_meta and not _is_meta(base)), None):
+        on_meta = [path for path, tensor in own.items() if _is_meta(tensor)]
+        bases = find_tensors(root, [self.bases[path] for path in on_meta]) if on_meta else []
+        if bare := next((path for path, base in zip(on_meta, bases) if not _is_meta(base)), None):
             raise AdapterError(
                 f"{bare} is on the meta device, which holds no values: give the adapter {self.name!r} its values by "
                 "`load_adapter`, or those of the model by `load_state_dict(…, assign=True)`"

@@ -230,9 +230,10 @@ def _idle(field: str, modules: dict[str, nn.Module], config: AdapterConfig) -> l
     """Entries of `target_modules` or `exclude_modules` that name no module."""
     value = getattr(config, field)
     entries = [] if value is None or (config.all_linear and field == "target_modules") else value
-    named = [entries] if isinstance(entries, str) else [(entry,) for entry in entries]
-    idle = [each for each in named if not any(is_named(each, name) for name in modules)]
-    return [each if isinstance(each, str) else each[0] for each in idle]
+    if isinstance(entries, str):
+        return [] if any(is_named(entries, name) for name in modules) else [entries]
+    endings = [entry for entry in entries if entry not in modules]  # a file has hundreds of whole names
+    return [entry for entry in endings if not any(is_named((entry,), name) for name in modules)]
 
 
 def _idle_layers(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[int]:

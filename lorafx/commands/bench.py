@@ -28,7 +28,7 @@ from ..bench.report import BARS, bars, draw, markdown
 from ..bench.run import run as run_case
 from ..errors import PipelineError
 from ..tables import table
-from ..torch_private.compilers import dynamo
+from ..torch_private.compilers import recompile_up_to
 
 
 class Unknown(Exception):
@@ -84,7 +84,7 @@ def _bench(asked: Asked) -> int:
     warnings.simplefilter("ignore")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, prints a line at each use
     transformers.utils.logging.set_verbosity_error()
-    dynamo.recompile_limit = 64  # above the limit a compiled contestant would run eagerly without a word
+    recompile_up_to(64)  # above the limit a compiled contestant would run eagerly without a word
     results = _run(plans, MAKERS | extra, asked)
     if judged := bars(results):
         print(table(f"Bars; all else is in {asked.out}", BARS, judged))

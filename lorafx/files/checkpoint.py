@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, plan
@@ -26,10 +26,12 @@ from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
+from .disk import Content
 from .folder import replace_folder
 from .hub import Source
 from .model_card import CARD, marked_card, new_card
 from .pinned import interrupted
+from .shards import content
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -197,7 +199,8 @@ def fit(
 def gather(
     root: nn.Module, adapter: Adapter, base_weights: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors to write, by key: whole, on the CPU. Where they are sharded, every process has to call this.
+    """The tensors to write, by key: whole, on the CPU, which those that are there share with the tree. Where they are
+    sharded, every process has to call this.
 
     `base_weights` are base tensors to save along, by path (embeddings). `values`, by path, are taken instead of the
     tree's.
@@ -215,10 +218,10 @@ def write(root: nn.Module, adapter: Adapter, folder: Path, tensors: Mapping[str,
     Raises `CheckpointError` for what the file system refuses.
     """
     config = _config_values(root, adapter)
-    files = {
+    files: dict[str, Content] = {
         # Only the options are sorted, not what they hold: the order of a `rank_pattern` has a meaning.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
-        WEIGHTS: save(dict(tensors), metadata={"format": "pt"}),
+        WEIGHTS: content(tensors, {"format": "pt"}),
     }
     if adapter.name == "default":
         files[CARD] = _card(folder / CARD, config)
@@ -310,10 +313,10 @@ def embedding_weights(base: nn.Module) -> tuple[str, ...]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor that safetensors takes: whole, contiguous, on the CPU, sharing memory with no other."""
+    """A tensor as it is written: whole, contiguous, on the CPU."""
     if hasattr(tensor, "full_tensor"):  # a DTensor: every process has to call this
         tensor = tensor.full_tensor()  # type: ignore[operator]
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return tensor.detach().to("cpu").contiguous()
 
 
 def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:

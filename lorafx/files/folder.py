@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .disk import sync, write
+from .disk import Content, holds, sync, write
 from .pinned import PINNED, has_mounts, replace_in_turn
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[str] = ()) -> None:
+def replace_folder(folder: Path, files: Mapping[str, Content], obsolete: Sequence[str] = ()) -> None:
     """Give `folder` these files in place of those of the same names, and delete the `obsolete` ones.
 
     Other files and subfolders stay. `folder` and its parents are made if need be. If the process is killed, the folder
@@ -39,7 +39,7 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
         raise IsADirectoryError(errno.EISDIR, "there is a folder in the place of a file", str(folder / clash))
     folder.parent.mkdir(parents=True, exist_ok=True)
     gone = [name for name in obsolete if (folder / name).exists()]
-    changed = {name: data for name, data in files.items() if not _holds(folder / name, data)}
+    changed = {name: data for name, data in files.items() if not holds(folder / name, data)}
     if folder.is_dir() and len(changed) + len(gone) <= 1:
         _replace_single(folder, changed, gone)
     elif folder.is_dir() and has_mounts(folder):
@@ -53,7 +53,7 @@ def replace_folder(folder: Path, files: Mapping[str, bytes], obsolete: Sequence[
             _replace_pinned(folder, changed, gone, os.strerror(error.errno))
 
 
-def _replace_whole(folder: Path, files: Mapping[str, bytes], gone: Sequence[str]) -> None:
+def _replace_whole(folder: Path, files: Mapping[str, Content], gone: Sequence[str]) -> None:
     """Write a new folder beside the old one, if there is one, and let the two trade names."""
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
@@ -72,7 +72,7 @@ def _replace_whole(folder: Path, files: Mapping[str, bytes], gone: Sequence[str]
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _replace_pinned(folder: Path, changed: Mapping[str, bytes], gone: Sequence[str], reason: str) -> None:
+def _replace_pinned(folder: Path, changed: Mapping[str, Content], gone: Sequence[str], reason: str) -> None:
     if replace_in_turn(folder, changed, gone):
         warnings.warn(
             f"{folder} cannot be exchanged for a new folder at once ({reason}), so its files were replaced one after "
@@ -92,11 +92,7 @@ def _standing_where_we_stand(folder: Path) -> Iterator[None]:
         os.chdir(here)
 
 
-def _holds(file: Path, data: bytes) -> bool:
-    return file.is_file() and file.stat().st_size == len(data) and file.read_bytes() == data
-
-
-def _replace_single(folder: Path, changed: Mapping[str, bytes], gone: Sequence[str]) -> None:
+def _replace_single(folder: Path, changed: Mapping[str, Content], gone: Sequence[str]) -> None:
     for name, data in changed.items():
         staged = folder / f".{name}.partial"
         try:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .disk import sync, write
+from .disk import Content, sync, write
 
 # What a system answers where a folder cannot be moved, or can have no neighbour: it is a mount point, belongs to a
 # container's image, or its parent is read-only or somebody else's.
@@ -36,7 +36,7 @@ def has_mounts(folder: Path) -> bool:
     return any(Path(os.fsdecode(point)).is_relative_to(folder) for point in named)
 
 
-def replace_in_turn(folder: Path, files: Mapping[str, bytes], gone: Iterable[str]) -> bool:
+def replace_in_turn(folder: Path, files: Mapping[str, Content], gone: Iterable[str]) -> bool:
     """Give a folder these files, and delete those that are to be `gone`, in the order that the module describes.
 
     Returns whether there were old ones. Raises `OSError`, and then the folder has its old files. If the process is

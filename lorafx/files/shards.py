@@ -170,6 +170,12 @@ def write(
         os.fsync(out.fileno())
 
 
+def content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> list[bytes | memoryview]:
+    """A file of these tensors as the safetensors library would write it, in pieces that share the tensors' memory."""
+    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
+    return [_header(entries, metadata), *(bytes_of(tensors[key]) for key in _ordered(entries))]
+
+
 def size(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None) -> int:
     """How many bytes `write` writes."""
     return len(_header(entries, metadata)) + sum(entry.nbytes for entry in entries.values())

@@ -18,14 +18,11 @@ from ..progress import announced
 from ..torch_private.compilers import (
     ACTIVATION_BUDGET,
     KEEP_MATERIALIZED,
-    POST_PASS,
     aot_autograd,
-    inductor,
     lookup_backend,
     recompile_reason,
 )
 from .backend import Backend
-from .inductor import OurPasses
 
 
 class Piece:
@@ -54,6 +51,9 @@ class Piece:
 
 def _patches(backend: Backend) -> dict[str, Any]:
     """What is set of Inductor's configuration while it compiles a piece; a pass that somebody has set stays."""
+    from ..torch_private.inductor import POST_PASS, inductor  # takes seconds, and most models are never compiled
+    from .inductor import OurPasses
+
     return {POST_PASS: getattr(inductor, POST_PASS) or OurPasses()} | backend.settings
 
 

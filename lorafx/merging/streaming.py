@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -26,8 +26,9 @@ from ..files import checkpoint, shards
 from ..files.base import CONFIG, INDEX, BaseFolder, read_base
 from ..files.disk import write
 from ..files.staging import Staging, require_free, staged
-from .fitting import fitted
-from .output import Output, Piece
+
+if TYPE_CHECKING:
+    from .output import Output, Piece
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -66,8 +67,7 @@ def merge(
     require_free(target)
     source = read_base(base, revision, token)
     found = [checkpoint.read(place, token=token) for place in places]
-    fits = fitted(source, found, wide)
-    output = Output(source, fits, wide)
+    output = _planned(source, found, wide)
     others, left_out = source.others()
     if left_out:
         warnings.warn(f"not copied, being weights that are not merged: {', '.join(map(str, left_out))}")
@@ -79,6 +79,13 @@ def merge(
         if source.index is not None:
             _write_json(stage, source.folder, INDEX, source.index, _index(source.index, output))
     return target
+
+
+def _planned(source: BaseFolder, found: Sequence[checkpoint.Checkpoint], wide: torch.dtype | None) -> Output:
+    from .fitting import fitted  # with all that transformers' models import, which takes seconds
+    from .output import Output
+
+    return Output(source, fitted(source, found, wide), wide)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -160,11 +167,11 @@ def _write_json(stage: Staging, folder: Path, name: str, before: Mapping[str, An
         _copy(stage, folder, name)
     else:
         data = json.dumps(now, indent=2, sort_keys=True) + "\n"
-        stage.add(name, partial(write, data=data.encode()))
+        stage.add(name, partial(write, content=data.encode()))
 
 
 def _copy(stage: Staging, folder: Path, name: str) -> None:
-    stage.add(name, partial(write, data=(folder / name).read_bytes()))
+    stage.add(name, partial(write, content=(folder / name).read_bytes()))
 
 
 def _note(

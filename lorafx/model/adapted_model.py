@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from inspect import isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
@@ -179,8 +179,17 @@ def _class_for(base: type[nn.Module]) -> type[AdaptedModel]:
     }
     if isfunction(getattr(base, "generate", None)):
         names["generate"] = generating(base.generate)  # type: ignore[attr-defined]
-    if issubclass(base, PreTrainedModel):
-        names["base_model"] = with_model(base.base_model)  # type: ignore[arg-type]
+    if _is_of_transformers(base):
+        names["base_model"] = with_model(base.base_model)  # type: ignore[attr-defined]
         names["get_compiled_call"] = _call_as_it_is
-        names["enable_input_require_grads"] = with_one_hook(base.enable_input_require_grads)
+        names["enable_input_require_grads"] = with_one_hook(base.enable_input_require_grads)  # type: ignore[attr-defined]
     return type(base.__name__, (AdaptedModel,) if base is nn.Module else (base, AdaptedModel), names)
+
+
+def _is_of_transformers(base: type[nn.Module]) -> bool:
+    """Whether a class is one of transformers' models, whose base takes seconds to import."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return issubclass(base, PreTrainedModel)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove
 from ..adapters.building import build
@@ -21,7 +22,7 @@ from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError, ConfigError
 from ..files import checkpoint
 from ..merging.ledger import Target
-from ..tree.attached import own_modules, set_trainable
+from ..tree.attached import Held, own_modules, set_trainable
 from ..tree.lookup import copy_into, module_at
 from ..tree.mirror import mirrored
 from .calls import serve_parts
@@ -175,7 +176,14 @@ class Adapters(Scales):
 
     def _freeze(self, names: Sequence[str]) -> None:
         for name in names:
-            set_trainable(self._adapter(name).ways.tensors(self.tree), False)
+            set_trainable(self._tensors(name), False)
+
+    def _tensors(self, name: str) -> list[Tensor | None]:
+        """The tensors of an adapter that are there now, or None."""
+        held, ways = self._lorafx.held, self._adapter(name).ways
+        if name not in held or not held[name].is_of(ways):
+            held[name] = Held(self.tree, ways)
+        return held[name].tensors()
 
     @between_calls
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -192,6 +200,7 @@ class Adapters(Scales):
             del state.adapters[adapter.name]
             state.allocators.pop(adapter.name, None)
             state.first.pop(adapter.name, None)
+            state.held.pop(adapter.name, None)
             for dispatcher in state.dispatchers:
                 dispatcher.forget(adapter.name)
         if {*names} & {*state.active}:
@@ -208,7 +217,7 @@ class Adapters(Scales):
         state = self._lorafx
         active, merged, disabled = state.active, state.ledger.names, state.disabled
         names = self._trained()
-        tensors = (tensor for name in names for tensor in self._adapter(name).ways.tensors(self.tree))
+        tensors = (tensor for name in names for tensor in self._tensors(name))
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         self.disable_adapter_layers()
         try:
@@ -243,7 +252,7 @@ class Adapters(Scales):
         for name in self._trained().union(state.acting):
             adapter = state.adapters[name]
             trains = name in state.acting and not adapter.config.inference_mode
-            set_trainable(adapter.ways.tensors(self.tree), trains)
+            set_trainable(self._tensors(name), trains)
         state.trained = set(state.acting)
 
     def _trained(self) -> set[str]:

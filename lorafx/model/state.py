@@ -14,6 +14,7 @@ from ..lowering.backend import Backend
 from ..merging.ledger import Ledger
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
+from ..tree.attached import Held
 
 
 @dataclass
@@ -34,6 +35,7 @@ class State:
     disabled: bool = False
     trained: set[str] = field(default_factory=set)
     first: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parameters of each adapter's first module
+    held: dict[str, Held] = field(default_factory=dict)  # what holds an adapter's tensors in the tree
     said: set[str] = field(default_factory=set)  # what `backward.py` says once
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
@@ -45,7 +47,7 @@ class State:
         self.configs = Configs(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": [], "first": {}}
+        return {**vars(self), "compiled": [], "first": {}, "held": {}}
 
     @property
     def acting(self) -> tuple[str, ...]:

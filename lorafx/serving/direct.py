@@ -52,13 +52,19 @@ class Evaluation:
     @classmethod
     def of(cls, tree: nn.Module, equation: Equation) -> Evaluation:
         """The equation with the places of its tensors in a tree."""
-        adapter, name = equation.adapter, equation.site.name
-        paths, scale = adapter.tensors[name], adapter.scales.get(name)
-        places = tuple(
-            (each, Place.of(tree, paths[suffix]), equation.casts(each)) for each, suffix in equation.suffixes.items()
-        )
-        owner = module_at(tree, equation.site.module)
-        return cls(equation, owner, places, None if scale is None else Place.of(tree, scale))
+        return cls.at(module_at(tree, equation.site.module), tree, equation)
+
+    @classmethod
+    def at(cls, owner: nn.Module, tree: nn.Module, equation: Equation) -> Evaluation:
+        """The same, where the site's module is known, below which nearly all of an adapter's tensors hang."""
+        adapter, site = equation.adapter, equation.site
+        paths, scale, within = adapter.tensors[site.name], adapter.scales.get(site.name), f"{site.module}."
+
+        def place(path: str) -> Place:
+            return Place.of(owner, path.removeprefix(within)) if path.startswith(within) else Place.of(tree, path)
+
+        places = tuple((each, place(paths[suffix]), equation.casts(each)) for each, suffix in equation.suffixes.items())
+        return cls(equation, owner, places, None if scale is None else place(scale))
 
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
         """What the kind's functions are given, its tensors in a dtype, or as they are where that is None."""
@@ -84,8 +90,8 @@ class Read(NamedTuple):
 
     def of_others(self, tree: nn.Module, adapters: Sequence[Adapter]) -> Read:
         """The read with the equations of other adapters, each of the form of the one in its place."""
-        equations = (each.equation.of_other(adapter) for each, adapter in zip(self.evaluations, adapters))
-        return self._replace(evaluations=tuple(Evaluation.of(tree, each) for each in equations))
+        pairs = ((each.owner, each.equation.of_other(other)) for each, other in zip(self.evaluations, adapters))
+        return self._replace(evaluations=tuple(Evaluation.at(owner, tree, equation) for owner, equation in pairs))
 
 
 class Direct:

@@ -1,9 +1,14 @@
-"""What torch.compile is made of: Dynamo, AOTAutograd and Inductor, their settings and where passes may be added."""
+"""What torch.compile is made of: Dynamo and AOTAutograd, their settings, and what they leave of a model.
+
+Dynamo takes seconds to import, and most models are never compiled: torch imports it itself when somebody first names
+`torch._dynamo` or `torch._inductor`, so only functions do so here.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -11,33 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo import config as dynamo
-from torch._dynamo import external_utils, lookup_backend
-from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, innermost_fn
-from torch._dynamo.utils import get_metrics_context
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
 from torch._functorch import config as aot_autograd
-from torch._inductor import config as inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 __all__ = [
-    # What runs after Inductor's passes, and what says in its cache that it did. Without it, no pass of ours would.
-    "CustomGraphPass",
     # Settings of AOTAutograd, which decides what is kept for backward. Without it, `activation_budget` did nothing.
     "aot_autograd",
-    # Settings of Dynamo. Without it, the bench might time models that had silently gone back to eager.
-    "dynamo",
-    # A number for the text of files, for a `CustomGraphPass`. Without it, old compilations would outlive our passes.
-    "get_hash_for_files",
-    # Settings of Inductor. Without it, our passes would push others' aside, and add where a template does.
-    "inductor",
-    # A backend by its name. Without it, graphs would be compiled by those backends alone that are functions.
-    "lookup_backend",
 ]
-
-# Inductor's setting for a pass after its own on ATen operators.
-POST_PASS = "post_grad_custom_post_pass"
 
 # Inductor's setting for its own CUDA graphs.
 CUDA_GRAPHS = "triton.cudagraphs"
@@ -57,14 +42,25 @@ def settings_of_mode(mode: str) -> dict[str, Any]:
     return torch._inductor.list_mode_options(mode, dynamic=True)
 
 
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A backend by its name. Without it, graphs would be compiled by those backends alone that are functions."""
+    return torch._dynamo.lookup_backend(name)
+
+
 def recompile_reason() -> str | None:
     """Why Dynamo compiles a function again, while it does. Without it, `explain()` could not say."""
-    return get_metrics_context()._metrics.get("recompile_reason")
+    return torch._dynamo.utils.get_metrics_context()._metrics.get("recompile_reason")
+
+
+def recompile_up_to(times: int) -> None:
+    """Let Dynamo compile a function so often. Without it, the bench might time what had gone back to eager unsaid."""
+    torch._dynamo.config.recompile_limit = times
 
 
 # --- torch.compile around lorafx -------------------------------------------------------------------------------------
 
 
+_RUN_AS_IT_IS = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT)  # what it calls is looked at
 _local = threading.local()  # `compiler`: what torch.compile would use for what a thread calls now
 
 
@@ -82,14 +78,15 @@ def not_traced(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
                 return function(*args, **kwargs)
             outer = compiler_in_charge()
             if callable(callback):
-                _local.compiler = innermost_backend(callback)
+                _local.compiler = torch._dynamo.eval_frame.innermost_backend(callback)
             try:
                 return function(*args, **kwargs)
             finally:
                 _local.compiler = outer
                 set_eval_frame(callback)
 
-        skip(entry)
+        set_code_exec_strategy(entry.__code__, _RUN_AS_IT_IS)  # type: ignore[attr-defined]
+        entry._torchdynamo_disable = True  # type: ignore[attr-defined]
         entry._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
         return entry
 
@@ -101,9 +98,23 @@ def compiler_in_charge() -> Any:
     return getattr(_local, "compiler", None)
 
 
+def _is_there() -> bool:
+    """Whether anything in this process can have been compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_of_compiled_modules(kind: type[nn.Module]) -> bool:
+    """Whether torch.compile makes modules of this class. Without it, no compiled part of a model would be found."""
+    if not _is_there():
+        return False
+    from torch._dynamo.eval_frame import OptimizedModule  # waits where another thread imports it now
+
+    return issubclass(kind, OptimizedModule)
+
+
 def compiled_module(model: nn.Module) -> nn.Module | None:
     """The module that torch.compile was given, if this is what it made. Without it, names would have its prefix."""
-    return model._orig_mod if isinstance(model, OptimizedModule) else None
+    return model._orig_mod if is_of_compiled_modules(type(model)) else None  # type: ignore[return-value]
 
 
 def uncompiled(value: Any) -> Any:
@@ -114,11 +125,11 @@ def uncompiled(value: Any) -> Any:
     if isinstance(value, MethodType):
         function = uncompiled(value.__func__)
         return value if function is value.__func__ else MethodType(function, value.__self__)
-    if not isinstance(value, FunctionType) or hasattr(value, "_torchdynamo_disable"):
+    if not isinstance(value, FunctionType) or hasattr(value, "_torchdynamo_disable") or not _is_there():
         return value
-    inner = innermost_fn(value)
+    inner = torch._dynamo.eval_frame.innermost_fn(value)
     code = getattr(inner, "__code__", None)
-    if inner is not value and code is not None and code.co_filename == external_utils.__file__:
+    if inner is not value and code is not None and code.co_filename == torch._dynamo.external_utils.__file__:
         return inspect.unwrap(inner)  # a function that Dynamo would not trace by itself, as a layer of torch's has
     return inner
 
@@ -126,14 +137,3 @@ def uncompiled(value: Any) -> Any:
 def inductor_options(compiler: Any) -> dict[str, Any] | None:
     """What `mode=` and `options=` of torch.compile set of Inductor's configuration; None for another backend."""
     return dict(compiler.config) if isinstance(compiler, torch._TorchCompileInductorWrapper) else None
-
-
-def let_inductor_call(operator: Any) -> None:
-    """Have Inductor call an operator that it would write out otherwise. Without it, sums would take new memory.
-
-    By itself it refuses operators of ATen that it does not know where the environment has CI set.
-    """
-    from torch._inductor.lowering import lowerings, make_fallback  # takes seconds; a pass runs when it is there
-
-    if operator not in lowerings:
-        make_fallback(operator, warn=False)

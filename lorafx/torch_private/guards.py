@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.export import _unlift
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils import _pytree as pytree
 
@@ -22,6 +21,8 @@ def conditions_written_at_once() -> Iterator[None]:
 
     Without it, torch looks for each argument in each condition: half a million looks for a cache of 80 layers.
     """
+    from torch.export import _unlift  # imports Dynamo, which takes seconds
+
     theirs = getattr(_unlift, _WRITER, None)
     if theirs is not None:
         setattr(_unlift, _WRITER, written)
@@ -37,6 +38,8 @@ def written(guards_code: Sequence[str], paths_of_placeholders: Sequence[pytree.K
 
     A condition calls an argument `L['z']['k']`, by its path; the code calls it `args[2]`, and its message `z['k']`.
     """
+    from torch.export import _unlift
+
     ways = [pytree.keystr(path) for path in paths_of_placeholders]
     named = {"L" + way: f"{path[0].key}{pytree.keystr(path[1:])}" for way, path in zip(ways, paths_of_placeholders)}  # type: ignore[attr-defined]
     numbers = {"L" + way: number for number, way in enumerate(ways)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,6 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.export import _trace as export_trace
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.proxy_tensor import (
@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .tensors import DisableTorchFunction
 
@@ -83,6 +84,8 @@ def outside_recorders() -> Iterator[None]:
     Most of what recorders switch on is a thread's own, but not all of it. Without it, nothing could be captured while
     torch.export records an adapted model.
     """
+    from torch.export import _trace as export_trace  # imports Dynamo, which takes seconds
+
     names = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
     state: dict[str, Any] = vars(export_trace)  # type: ignore[assignment]
     before = {name: state[name] for name in names}
@@ -140,6 +143,21 @@ def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
         mode = FakeTensorMode(shape_env=_SharingSymbols(parts), allow_non_fake_inputs=True, export=True)
     with tracing(TracingContext(mode)):
         yield
+
+
+@contextlib.contextmanager
+def ranges_remembered() -> Iterator[None]:
+    """Let torch.export, called here, remember what two ranges of sizes have in common.
+
+    Without it, that is worked out anew for each size of each tensor: 640 times for a cache of 80 layers, which has a
+    handful of ranges, and takes as long as tracing seven of its layers.
+    """
+    theirs = ValueRanges.__and__
+    ValueRanges.__and__ = functools.cache(theirs)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ValueRanges.__and__ = theirs  # type: ignore[method-assign]
 
 
 def known_equal(mode: FakeTensorMode) -> Mapping[Any, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
+from .lookup import Ways
 from .wrappers import innermost
 
 ATTACHED = "_lorafx_attached"  # on a module: the names of the children that `attach` made below it
@@ -183,6 +186,33 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     )
+
+
+class Held:
+    """What holds an adapter's tensors in a tree, for who asks again and again: the ways there are walked once.
+
+    They are walked anew when a module that an adapter hangs below has other children than before, as once something is
+    wrapped or replaced. What `attach` has made stays where it is.
+    """
+
+    def __init__(self, root: nn.Module, ways: Ways):
+        self.root, self.ways = root, ways
+        modules = ways.modules(root)
+        own = [module for module in modules if isinstance(module, nn.Module) and not isinstance(module, Attached)]
+        self._parents = [module._modules for module in own]
+        self._children = [children.copy() for children in self._parents]
+        self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
+        self._names = [name for _, name in ways.ends]
+
+    def is_of(self, ways: Ways) -> bool:
+        """Whether it holds the tensors of these ways, and none has changed."""
+        return self.ways is ways and self._parents == self._children
+
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors that are there now, or None."""
+        found = list(map(dict.get, self._owners, self._names))
+        is_there = not any(map(is_, found, repeat(None)))
+        return found if is_there else self.ways.tensors(self.root)  # some are no parameters
 
 
 def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:

@@ -51,14 +51,18 @@ class Ways:
         owners = (path.rpartition(".") for path in self.paths)
         self.ends = [(number(owner), name) for owner, _, name in owners]
 
-    def tensors(self, root: nn.Module) -> list[Tensor | None]:
-        """The tensors that are there now, or None."""
+    def modules(self, root: nn.Module) -> list[Any]:
+        """The modules that are on the ways now, the root first; None for one that is not there."""
         modules: list[Any] = [root]
         for parent, atom in self.children:
             module = modules[parent]
             child = module._modules.get(atom) if isinstance(module, nn.Module) else None
             modules.append(getattr(module, atom, None) if child is None else child)
-        found = []
+        return modules
+
+    def tensors(self, root: nn.Module) -> list[Tensor | None]:
+        """The tensors that are there now, or None."""
+        modules, found = self.modules(root), []
         for owner, name in self.ends:
             module = modules[owner]
             tensor: Any = module._parameters.get(name) if isinstance(module, nn.Module) else None

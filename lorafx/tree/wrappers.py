@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import AdapterError
-from ..torch_private.compilers import OptimizedModule, compiled_module, uncompiled
+from ..torch_private.compilers import compiled_module, is_of_compiled_modules, uncompiled
 from ..torch_private.tensors import call_hooks
 
 # What accelerate adds to a module: its hook, the forward below it, and methods that refuse to move a dispatched model.
@@ -55,7 +55,8 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 @functools.cache  # calls ask of hundreds of modules, and of an abstract class, as DDP's, that takes a while
 def _are_wrappers(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, (DataParallel, DistributedDataParallel, OptimizedModule)) or _is_of_fsdp1(kind)
+    parallel = issubclass(kind, (DataParallel, DistributedDataParallel))
+    return parallel or is_of_compiled_modules(kind) or _is_of_fsdp1(kind)
 
 
 def _shares_work(model: nn.Module) -> bool:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafx.errors import CheckpointError
-from lorafx.files import shards
-from lorafx.files.shards import DTYPES, Entry, Shard, bytes_of, same_bytes, size, write
+from lorafx.files import disk, shards
+from lorafx.files.shards import DTYPES, Entry, Shard, bytes_of, content, same_bytes, size, write
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -39,6 +39,10 @@ def test_entries_of_tensors_are_those_in_a_file(tmp_path, shard):
     write(tmp_path / "two.safetensors", entries, {"format": "pt"}, lambda key: [bytes_of(given[key])])
     assert (tmp_path / "two.safetensors").read_bytes() == shard.file.read_bytes()
     assert entries["A"].cast(torch.float32) == Entry("F32", (7,), 28)
+    pieces = content(given, {"format": "pt"})
+    assert b"".join(pieces) == shard.file.read_bytes() and disk.holds(shard.file, pieces)
+    given["A"] += 1  # which the pieces have no copy of
+    assert b"".join(pieces) != shard.file.read_bytes() and not disk.holds(shard.file, pieces)
 
 
 def test_rows_are_read_as_they_are_stored(shard):

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lorafx.lowering.backend import Backend
 from lorafx.lowering.inductor.in_place_sums import SumsInPlace
 from lorafx.lowering.pieces import Piece
-from lorafx.torch_private.compilers import POST_PASS
+from lorafx.torch_private.inductor import POST_PASS
 
 aten = torch.ops.aten
 N, K, R = 6, 4, 2

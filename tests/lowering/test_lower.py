@@ -15,7 +15,7 @@ from lorafx.lowering import pieces
 from lorafx.lowering.backend import Backend
 from lorafx.lowering.inductor import OurPasses
 from lorafx.ops.deferral import Deferred
-from lorafx.torch_private.compilers import POST_PASS
+from lorafx.torch_private.inductor import POST_PASS
 
 eps = torch.finfo(torch.float32).eps
 

@@ -6,7 +6,7 @@ from graphs import Chain, adapted
 
 import lorafx
 from lorafx.errors import AdapterError, ConfigError
-from lorafx.tree.lookup import Ways
+from lorafx.tree.attached import Held
 
 
 def test_an_adapter_of_the_name_of_one_that_was_deleted_is_another():
@@ -164,7 +164,7 @@ def test_switching_looks_at_the_tensors_of_no_third_adapter(monkeypatch):
     looked, lora = [], adapted(Chain())
     for name in "abcdef":
         lora.add_adapter(name, {"target_modules": ["first", "second"]})
-    monkeypatch.setattr(Ways, "tensors", lambda self, root: looked.extend(self.paths) or [])
+    monkeypatch.setattr(Held, "tensors", lambda self: looked.extend(self.ways.paths) or [])
     lora.set_adapter("e")
     assert looked and not [path for path in looked if ".default." not in path and ".e." not in path]
 

@@ -198,3 +198,24 @@ def test_a_graph_is_called_as_its_call_was():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     expected = lora(x)
     assert torch.equal(lora.graph(x)(x), expected) and torch.equal(lora.graph(x=x)(x=x), expected)
+
+
+class Squeezed(nn.Module):
+    """Branches on what squeezing has left, as losses of one label do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.linear(x).squeeze()
+        return y.sum(-1) if y.dim() == 2 else 100 * y
+
+
+def test_a_graph_of_several_rows_does_not_serve_one():
+    base = Squeezed().double()
+    lora = lorafx.compile(base, {"target_modules": ["linear"]}, capture="graph")
+    for rows in (5, 1, 6):
+        x = torch.randn(rows, 4, dtype=torch.float64)
+        torch.testing.assert_close(lora(x), base(x), atol=1e-14, rtol=1e-14)
+    assert len(lora.explain().calls) == 2

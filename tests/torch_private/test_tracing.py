@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRangeError, ValueRanges
 
 from lorafx.torch_private import tracing
 
@@ -78,3 +80,14 @@ def test_numbers_of_one_part_are_one_symbol():
         gm = torch.export.export(Both(), (torch.ones(5, 3), torch.ones(5, 3)), dynamic_shapes=shapes).module()
     with pytest.raises(AssertionError):
         gm(torch.ones(4, 3), torch.ones(6, 3))
+
+
+def test_what_ranges_have_in_common_is_worked_out_once(monkeypatch):
+    asked, theirs = [], ValueRanges.__and__
+    monkeypatch.setattr(ValueRanges, "__and__", lambda a, b: asked.append((a, b)) or theirs(a, b))
+    counting, sizes, numbers = ValueRanges.__and__, ValueRanges(2, int_oo), ValueRanges(0, 7)
+    with tracing.ranges_remembered():
+        assert {sizes & numbers for _ in range(3)} == {ValueRanges(2, 7)} and numbers & sizes == ValueRanges(2, 7)
+        with pytest.raises(ValueRangeError):
+            ValueRanges(0, 1) & sizes
+    assert len(asked) == 3 and ValueRanges.__and__ is counting

@@ -1,11 +1,14 @@
 """Attached: what adapters hang into a tree comes out again, and is told apart from the model's own."""
 
+import operator
+
 import pytest
 import torch
 from modules import Stack
 from torch import nn
 
 from lorafx.tree.attached import (
+    Held,
     attach,
     branch,
     detach,
@@ -16,7 +19,7 @@ from lorafx.tree.attached import (
     set_trainable,
     trained_paths,
 )
-from lorafx.tree.lookup import find_tensor, find_tensors, first_name
+from lorafx.tree.lookup import Ways, find_tensor, find_tensors, first_name
 
 PATH = "layers.1.up.lora_A.default.weight"
 
@@ -133,6 +136,27 @@ def test_what_trains_is_what_was_said():
     assert trained_paths(model) == {"head.bias"}, "an adapter's own are not the base's"
     model.scale = nn.Parameter(torch.ones(1))
     assert trained_paths(model) == {"head.bias", "scale"}
+
+
+def test_what_holds_tensors_is_good_until_a_module_is_another():
+    model = hung(PATH, other := "layers.0.up.lora_A.default.weight")
+    ways = Ways([PATH, other, "layers.0.up.bias", "layers.0.up.lora_A.gone.weight"])
+    held = Held(model, ways)
+    assert held.is_of(ways) and not held.is_of(Ways([PATH]))
+
+    def same():
+        return all(map(operator.is_, held.tensors(), [find_tensor(model, path) for path in ways.paths]))
+
+    assert same() and held.tensors()[-1] is None
+    owner = model.get_submodule("layers.1.up.lora_A.default")
+    owner.weight = nn.Parameter(torch.zeros(3, 4))
+    assert same()
+    weight = owner._parameters.pop("weight")  # as FSDP1 does
+    vars(owner)["weight"] = weight.detach()
+    assert same() and held.is_of(ways)
+
+    model.layers[0] = nn.Sequential(model.layers[0])
+    assert not held.is_of(ways)
 
 
 def test_the_first_name_of_a_tied_weight():

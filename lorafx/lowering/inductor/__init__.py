@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from ...torch_private.compilers import CustomGraphPass
+from ...torch_private.inductor import CustomGraphPass
 from .in_place_sums import SumsInPlace
 from .onednn_products import ProductsByOnednn
 
@@ -28,4 +28,4 @@ class OurPasses(CustomGraphPass):
         return [each.uuid() for each in self._passes]
 
 
-__all__ = ["POST_PASS", "OurPasses"]
+__all__ = ["OurPasses"]

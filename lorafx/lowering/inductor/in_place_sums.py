@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from ...torch_private.compilers import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
+from ...torch_private.inductor import CustomGraphPass, get_hash_for_files, inductor, let_inductor_call
 
 aten = torch.ops.aten
 _PRODUCTS = aten.mm.default, aten.addmm.default, aten._scaled_mm.default

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ...ops.cpu import choices, product_pays
-from ...torch_private.compilers import CustomGraphPass, get_hash_for_files
+from ...torch_private.inductor import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
 
