@@ -107,6 +107,12 @@ class Operands:
         assert self.operator is not None
         return self.operator.outputs(v, **self.operator.given(self.operator.outputs, dict(self.bound), 1))
 
+    def own_bias(self) -> Any:
+        """The operator's bias, in the shape in which it can be taken from the result; None without one."""
+        assert self.operator is not None
+        bias, gives_part = self.bound.get("bias"), len(names_of(self.operator.outputs)) > 1
+        return bias if bias is None or gives_part else self.operator.outputs(bias)  # that of a part is given
+
     def matrix(self, weight: Any) -> Any:
         """The dense weight as (out, in · kernel), whatever way it is stored."""
         return aten.t.default(weight) if self.site.reading.transposed else aten.flatten.using_ints(weight, 1)
