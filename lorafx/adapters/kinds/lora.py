@@ -207,11 +207,10 @@ class Lora(Kind):
         return combined(parts, how, self.tensors(site, config), rng)
 
     def sized(self, config: LoraConfig) -> tuple[str, ...]:
-        return (
-            ()
-            if config.use_dora or config.parameters
-            else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-        )
+        return () if config.parameters else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+    def blocks(self, site: Site) -> int:
+        return site.groups
 
     def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
         return config.replace(r=r, rank_pattern={})
