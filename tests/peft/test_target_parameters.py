@@ -26,7 +26,9 @@ def oss():
 
 
 # Grouped products are read in graphs, the loop of `eager` by sites.
-@pytest.mark.parametrize("made, how", [(qwen, "grouped_mm"), (qwen, "eager"), (oss, "grouped_mm")])
+@pytest.mark.parametrize(
+    "made, how", [pytest.param(qwen, "grouped_mm", marks=pytest.mark.slow), (qwen, "eager"), (oss, "grouped_mm")]
+)
 def test_files_outputs_gradients_and_merged_weights_are_pefts(tmp_path, made, how):
     torch.manual_seed(0)
     config, parameters = made()
