@@ -257,7 +257,10 @@ def _warn_of_experts(model: nn.Module, targets: Sequence[str] | str | None) -> N
     """Warn of experts stored as one parameter, which Unsloth adapts if one of their projections is a target."""
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused and not isinstance(targets, str) and {"gate_proj", "up_proj", "down_proj"} & set(targets or ()):
-        warnings.warn(f"{fused} and its like are not adapted, as they would be by Unsloth", stacklevel=3)
+        warnings.warn(
+            f"{fused} and its like are not adapted, as they would be by Unsloth: name them in `target_parameters`",
+            stacklevel=3,
+        )
 
 
 def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:

@@ -84,7 +84,8 @@ class InsertAdapters(Pass):
         layer = layer or _Layer(x, base, [base])
         where = Provenance(self.name, site.name, adapter.name)
         given = equation.given(self._dtype(equation, layer.x), found.bindings) | {"x": layer.x, "y": layer.y}
-        given_x, given_y = (given | {"result_dtype": node.meta["val"].dtype} for node in (layer.x, layer.y))
+        given_y = given | {"result_dtype": layer.y.meta["val"].dtype}
+        given_x = given | {"result_dtype": layer.x.meta["val"].dtype} if isinstance(layer.x, Node) else given_y
 
         y, after = write(gm, equation.after(), given_y, layer.y.next, base, where, mode)
         for user in [user for user in layer.y.users if user not in after and y is not layer.y]:

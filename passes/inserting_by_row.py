@@ -66,7 +66,7 @@ def _wrap(gm: GraphModule, base: Node, rows: Node, acting: list[tuple[Adapter, S
     bindings, site = at[0][1].bindings, acting[0][1]
     joint = RowEquations(tuple(equation for equation, _ in at), tuple(number for *_, number in acting))
     x: Node = bindings["x"]
-    if not _has_rows_first(x, rows):
+    if not (at[0][0].operator.is_of_rows and _has_rows_first(x, rows)):
         raise UncoveredOperatorError(
             f"site {site.name} is given {tuple(x.meta['val'].shape)}, of which nobody can tell which rows of the batch "
             f"these are [{user_line(base)}]; give each adapter's rows a call of their own, or leave the module out "

@@ -92,6 +92,11 @@ class AdapterConfig:
         """The fields that ask for something lorafx does not implement yet, with their values."""
         return {}
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Parameters to adapt besides `target_modules`, by their names or endings of these."""
+        return ()
+
     def besides(self, embedding: str) -> tuple[str, ...]:
         """Modules to adapt besides `target_modules`, by endings of names; `embedding` names the input embedding."""
         return ()

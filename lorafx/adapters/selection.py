@@ -14,9 +14,10 @@ from ..errors import ConfigError, SelectionError
 from ..tree.lookup import given_by, tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig, is_named
+from .parameters import Named, named_parameters
 from .readings import CONV1D, LINEAR, READINGS, Reading
 from .site import Selection, Site
-from .storages import Storage, weights_of
+from .storages import DENSE, Storage, weights_of
 
 CLASSIFIER_HEADS = ("classifier", "score")
 # The modules that PEFT trains as a whole for a task, where the model has them.
@@ -24,7 +25,7 @@ TASK_HEADS = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUEST
 
 
 def select(model: nn.Module, config: AdapterConfig) -> Selection:
-    """The sites that `config` picks in `model`, matched on module names as PEFT matches them.
+    """The sites that `config` picks in `model`, matched on names of modules and parameters as PEFT matches them.
 
     Raises `SelectionError` when nothing matches (naming the nearest candidates), or when a module matches whose
     weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
@@ -37,9 +38,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     unfit = {name: modules[name] for name in matched if not _can_be_adapted(modules[name])}
     if unfit:
         raise SelectionError(_unfit_message(unfit))
-    if not matched:
+    parameters = named_parameters(model, config)
+    if not matched and not parameters:
         raise SelectionError(_nothing_message(modules, config))
-    selection = Selection(tuple(_sites(modules, matched)))
+    selection = Selection(tuple(_sites(modules, matched, parameters)))
     for remark in _remarks(model, selection, modules, config):
         warnings.warn(remark)
     return selection
@@ -67,6 +69,8 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
     if config.for_embeddings and (embedding := _input_embedding(model)):
         return (embedding,)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if model_type not in config.default_targets and config.parameters:
+        return ()
     if model_type not in config.default_targets:
         raise ConfigError(
             f"`target_modules` is None and no default is known for {model_type or type(model).__name__!r}; "
@@ -150,7 +154,7 @@ def _can_be_adapted(module: nn.Module) -> bool:
     return any(True for _ in weights_of(module))
 
 
-def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
+def _sites(modules: dict[str, nn.Module], matched: list[str], parameters: list[Named]) -> Iterator[Site]:
     """One site a parameter, named after its first matched module; the other names of the parameter are `tied`."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -165,6 +169,13 @@ def _sites(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[Site]:
                 seen.add(id(weight))
                 others = [other for other in owners[id(weight)] if modules[other] is not module]
                 yield _site(name, module, parameter, reading, storage, tuple(others), named)
+    for name, parameter, reading in parameters:
+        module, path = modules[name], f"{name}.{parameter}"
+        if id(weight := tensor_at(module, parameter)) in seen:
+            raise SelectionError(f"{path} is in `target_parameters` and picked before: leave it out of one of them")
+        seen.add(id(weight))
+        others = [other for other in owners.get(id(weight), ()) if modules[other] is not module]
+        yield _site(name, module, parameter, reading, DENSE, tuple(others), path)
 
 
 def _with_children(modules: dict[str, nn.Module], matched: list[str]) -> Iterator[tuple[str, str]]:

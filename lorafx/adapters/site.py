@@ -39,6 +39,11 @@ class Site:
         return self.module if self.storage.whole or self.parameter == self.reading.weight else self.weight
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether a config named the parameter itself, and not its module."""
+        return self.named == self.weight
+
+    @property
     def weight(self) -> str:
         """Path of the base weight."""
         return f"{self.module}.{self.parameter}"

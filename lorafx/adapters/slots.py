@@ -36,9 +36,14 @@ def used(adapter: Adapter) -> Adapter:
     return replace(adapter.restricted_to(weights, adapter.replaced), idle=frozenset())
 
 
+def idles(adapter: Adapter) -> bool:
+    """Whether it does nothing at a site where its tensors are zeros, which are that site's own."""
+    return adapter.kind.idles and not adapter.shared
+
+
 def without_room(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of an adapter, by path, of its own rank: as they are, or views (copies, where a layer has groups)."""
-    own = {path: (spec.shape, site.groups) for site, spec, path in _places(adapter)}
+    own = {path: (spec.shape, adapter.kind.blocks(site)) for site, spec, path in _places(adapter)}
     return {path: held(tensor, *own[path]) if path in own else tensor for path, tensor in tensors.items()}
 
 
@@ -47,7 +52,7 @@ def put(root: nn.Module, adapter: Adapter, values: Mapping[str, Tensor]) -> None
 
     Tensors on the meta device are made anew, where the base's are. Raises `AdapterError` if these are on it, too.
     """
-    groups = {path: site.groups for site, _, path in _places(adapter)}
+    groups = {path: adapter.kind.blocks(site) for site, _, path in _places(adapter)}
     with torch.inference_mode(False):
         for path, base in adapter.bases.items():
             if path in values and tensor_at(root, path).is_meta:
@@ -79,7 +84,7 @@ def differences(known: Adapter, found: Adapter, sizes: bool = True) -> list[str]
 def require_swappable(root: nn.Module, slot: Adapter, found: Adapter) -> None:
     """Raise `AdapterError`, saying what to do, if a slot cannot take the values of an adapter in the place of its own.
 
-    One that adapts fewer sites fits if the kind is one of which tensors of zeros do nothing.
+    One that adapts fewer sites fits if tensors of zeros do nothing.
     """
     cannot = f"{slot.name!r} cannot take the values of this adapter: "
     if found.config.peft_type != slot.config.peft_type:
@@ -108,7 +113,7 @@ def _require_sites(slot: Adapter, found: Adapter, cannot: str) -> None:
             "`prepare_model_for_compiled_hotswap(model, config=…)` with the configs of all that will come first"
         )
     left_out = [site.name for site in slot.selection if site.name not in found.tensors]
-    if left_out and not slot.kind.sized(slot.config):
+    if left_out and not idles(slot):
         kind = slot.config.peft_type
         raise AdapterError(f"{cannot}it does not adapt {', '.join(left_out)}, and {kind} has no values that do nothing")
 
@@ -133,7 +138,7 @@ def widened(
                     "leaves no room"
                 )
             if shape != tuple(own.shape):
-                fill(room := own.new_zeros(shape), own, site.groups)
+                fill(room := own.new_zeros(shape), own, slot.kind.blocks(site))
                 made[slot.tensors[site.name][spec.suffix]] = nn.Parameter(room, own.requires_grad)
     selection, tensors = slot.selection, dict(slot.tensors)
     for other in others:

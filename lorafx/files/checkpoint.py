@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, plan
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
@@ -56,12 +58,23 @@ def keys(adapter: Adapter) -> dict[str, str]:
     """PEFT's key of each tensor that a file has of the adapter, mapped to the tensor's path, or to one of several."""
     named: dict[str, str] = {}
     for site in adapter.selection:
-        module = f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}"
+        module = _key_of_site(adapter, site)
         for name, spec in adapter.specs(site).items():
             if spec.saved:
                 key = f"{SHARED_PREFIX if name in adapter.shared else f'{module}.'}{spec.suffix}"
                 named.setdefault(key, adapter.tensors[site.name][spec.suffix])
     return named | {_key_of_copy(adapter, base): path for base, path in adapter.replaced.items()}
+
+
+def _key_of_site(adapter: Adapter, site: Site) -> str:
+    """PEFT's key of what its tensors are below: a module, or the wrapper of a parameter that a config names.
+
+    PEFT wraps a module for each of these, so that the one that the module has last is outermost.
+    """
+    wrapped = [other for other in adapter.selection if other.module == site.module and other.is_parameter]
+    if site in wrapped:
+        return _key(adapter, site.module) + ".base_layer" * (len(wrapped) - 1 - wrapped.index(site))
+    return f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}"
 
 
 def _key_of_copy(adapter: Adapter, base: str) -> str:
@@ -89,10 +102,12 @@ def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[st
 
 def _key(adapter: Adapter, path: str) -> str:
     """PEFT's key of a module or base tensor: PEFT wraps adapted modules, and what they own is in a `base_layer`."""
-    atoms, adapted = path.split("."), {site.module for site in adapter.selection}
+    atoms, sites = path.split("."), adapter.selection
+    wrappers = Counter({site.module for site in sites if not site.is_parameter})
+    wrappers.update(site.module for site in sites if site.is_parameter)
     key = atoms[:1]
     for depth, atom in enumerate(atoms[1:], 1):
-        key += ["base_layer", atom] if ".".join(atoms[:depth]) in adapted else [atom]
+        key += [*["base_layer"] * wrappers[".".join(atoms[:depth])], atom]
     return PREFIX + ".".join(key)
 
 
@@ -323,7 +338,7 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
-        values |= targets_by_name(root, sorted(site.name for site in adapter.selection))
+        values |= targets_by_name(root, sorted(site.name for site in adapter.selection if not site.is_parameter))
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}

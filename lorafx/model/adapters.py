@@ -262,8 +262,9 @@ class Adapters(Scales):
         """
         state = self._lorafx
         for name in state.adapters.keys() - state.first.keys():
-            owner = next(state.adapters[name].paths, "").rpartition(".")[0]
-            state.first[name] = module_at(self.tree, owner)._parameters
-        own = ((name, tensor) for name, tensors in state.first.items() for tensor in tensors.values())
-        by_others = {name for name, tensor in own if tensor is not None and tensor.requires_grad}
+            owner, _, last = next(state.adapters[name].paths, "").rpartition(".")
+            state.first[name] = module_at(self.tree, owner)._parameters, last
+        # One flat loop: there may be a thousand of adapters, and a switch is to take less than a millisecond.
+        first = [(name, own.get(last)) for name, (own, last) in state.first.items()]
+        by_others = {name for name, tensor in first if tensor is not None and tensor.requires_grad}
         return (state.trained | by_others) & state.adapters.keys()

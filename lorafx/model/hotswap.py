@@ -14,7 +14,7 @@ from ..adapters.adapter import Adapter, plan, remove
 from ..adapters.building import scaled
 from ..adapters.config import require
 from ..adapters.kinds import SCALING, config_of
-from ..adapters.slots import add_idle, differences, put, require_swappable, widened
+from ..adapters.slots import add_idle, differences, idles, put, require_swappable, widened
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError, ConfigError
 from ..files import checkpoint
@@ -84,9 +84,13 @@ class HotSwap(Adapters):
         require(target_rank is None or whole, "target_rank", target_rank, "a positive int or None")
         known = check_compiled in ("error", "warn", "ignore")
         require(known, "check_compiled", check_compiled, '"error", "warn" or "ignore"')
-        slots = [adapter for adapter in self._lorafx.adapters.values() if adapter.kind.sized(adapter.config)]
+        slots = [adapter for adapter in self._lorafx.adapters.values() if _can_hold_others(adapter, target_rank)]
         if not slots:
-            raise AdapterError("there is no adapter with a rank: load the first one before preparing for others")
+            types = ", ".join(sorted({each.config.peft_type for each in self._lorafx.adapters.values()})) or "none"
+            raise AdapterError(
+                f"no adapter here can hold others ({types}): {'more sites' if target_rank is None else 'larger ranks'} "
+                "have no values that do nothing there; load an adapter that can before preparing it"
+            )
         for slot in slots:
             self._require_unmerged(slot.name, "preparing it for others")
             slot.require_in_place(self.tree)
@@ -120,6 +124,12 @@ class HotSwap(Adapters):
         for config in (each for each in configs if each.peft_type == slot.config.peft_type):
             wide = config if r is None else slot.kind.of_rank(config, r)
             other = plan(mirrored(self.tree), slot.name, wide)
+            beyond = [site.name for site in other.selection if site.name not in slot.tensors]
+            if beyond and not idles(slot):
+                raise AdapterError(
+                    f"{slot.name!r} cannot have {', '.join(beyond)} besides: {slot.config.peft_type} has no values "
+                    "that do nothing there, so it takes adapters of its own sites alone"
+                )
             differ = differences(slot, other, sizes=False)
             if differ or other.replaced != slot.replaced:
                 raise AdapterError(
@@ -146,6 +156,11 @@ class HotSwap(Adapters):
         adapter = scaled(self.tree, adapter, 1.0)
         copy_into(self.tree, before)
         return adapter
+
+
+def _can_hold_others(adapter: Adapter, target_rank: int | None) -> bool:
+    """Whether an adapter can have room for a larger rank; or, if none is asked for, for other sites."""
+    return bool(adapter.kind.sized(adapter.config)) or (target_rank is None and idles(adapter))
 
 
 def _configs(config: Any | None, types: set[str]) -> list[Any]:

@@ -34,7 +34,8 @@ class State:
     active: tuple[str, ...] = ()
     disabled: bool = False
     trained: set[str] = field(default_factory=set)
-    first: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parameters of each adapter's first module
+    # Of each adapter's first tensor: the parameters of its module, and its name among these.
+    first: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)  # what holds an adapter's tensors in the tree
     said: set[str] = field(default_factory=set)  # what `backward.py` says once
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers

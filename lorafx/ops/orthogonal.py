@@ -56,12 +56,15 @@ def reflections(u: Tensor, together: bool) -> tuple[Tensor, Tensor]:
     """U and U T, (in, r) both: x - (x U) (U T)ᵀ is x after all reflections, the last column's first.
 
     `u` is (in, r), whose columns are normed here; with `together`, all that their span has is reflected, which is what
-    reflections by orthogonal columns of the same span do. Dtypes are those of `cayley`; differentiable.
+    reflections by orthogonal columns of the same span do. A column of zeros reflects nothing. Dtypes are those of
+    `cayley`; differentiable.
     """
     u = at_least_float32(u)
     with without_autocast(u.device.type):
-        normed = u / u.norm(dim=0)
-        gram = normed.mT @ normed
+        norms = u.norm(dim=0)
+        bare = (norms == 0).to(u.dtype)
+        normed = u / (norms + bare)
+        gram = normed.mT @ normed + torch.diag(bare)
         inverse = gram / 2 if together else gram.triu(1) + torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
         return normed, torch.linalg.solve(inverse, normed, left=False)
 

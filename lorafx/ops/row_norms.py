@@ -4,6 +4,9 @@
 
 That costs as much as r tokens do, and a read of W. The squares are as near as their dtype is to ‖W‖², so the norm of a
 row that the update nearly cancels is less near: in float32, one of ‖W‖ / 100 is off by a thousandth of itself.
+
+In a convolution with groups A (r, in) acts on all inputs, W (out, in / groups) on those of a group, and B is (out, r /
+groups). PEFT takes for ΔW the product of B as (out / groups, r) and A, as (out, in / groups), and so does this.
 """
 
 from __future__ import annotations
@@ -19,16 +22,20 @@ from .modes import without_autocast
 def reference(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """With the update in memory."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight.to(dtype) + b.to(dtype) @ a.to(dtype), dim=1)
+    update = b.to(dtype).reshape(-1, a.shape[0]) @ a.to(dtype)
+    return torch.linalg.vector_norm(weight.to(dtype) + update.reshape(weight.shape), dim=1)
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """‖W + B A‖ of each row, (out,), in float32 or, of a float64 weight, float64.
 
-    `weight` is (out, in), `a` (r, in) and `b` (out, r), of any floating dtypes. It has no derivative: DoRA takes it for
-    a constant (arXiv 2402.09353, section 4.3).
+    `weight` is (out, in), `a` (r, in) and `b` (out, r), of any floating dtypes, or less in groups. It has no
+    derivative: DoRA takes it for a constant (arXiv 2402.09353, section 4.3).
     """
     weight, a, b = weight.detach(), a.detach(), b.detach()
+    if b.shape[1] != a.shape[0]:  # in groups
+        with without_autocast(weight.device.type):
+            return reference(weight, a, b)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device.type):  # it would round what is added up
         products = F.linear(weight, a.to(weight.dtype)).to(dtype)

@@ -153,7 +153,7 @@ class Direct:
         """The operator with each row's own adapter. Raises `UncoveredOperatorError` if rows cannot be told apart."""
         x, rows = bound["x"], self.rows
         assert rows is not None
-        if not follows(x, rows, self.one_token, self.turned):
+        if not (read.operator.is_of_rows and follows(x, rows, self.one_token, self.turned)):
             raise UncoveredOperatorError(
                 f"{weight} is read with a tensor {tuple(x.shape)}, of which nobody can tell which rows of the batch "
                 "these are; give each adapter's rows a call of their own, or leave the module out (`exclude_modules`)"

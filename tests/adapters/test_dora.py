@@ -52,31 +52,82 @@ def test_scaling_may_be_changed_while_it_runs():
     torch.testing.assert_close(lora(x), x @ (gain[:, None] * weight).T + layer.bias, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("model", "changes", "message"),
-    [
-        (nn.Sequential(nn.Linear(5, 7)), {"lora_bias": True}, "`use_dora` has no `lora_bias`"),
-        (nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), {}, "0 is a convolution of 2 groups"),
-        (nn.Sequential(nn.MultiheadAttention(4, 2)), {}, "0 packs three weights"),
-    ],
-)
-def test_what_has_no_dora_is_refused_and_the_model_left_alone(model, changes, message):
+def test_it_has_no_bias_and_the_model_is_left_alone():
+    model = nn.Sequential(nn.Linear(5, 7))
     before = {name: id(p) for name, p in model.named_parameters()}
-    with pytest.raises(ConfigError, match=message):
-        lorafx.compile(model, CONFIG.replace(**changes))
+    with pytest.raises(ConfigError, match="`use_dora` has no `lora_bias`"):
+        lorafx.compile(model, CONFIG.replace(lora_bias=True))
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
-def test_a_head_that_an_adapted_embedding_is_tied_to_is_refused():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
-            self.head.weight = self.embed.weight
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embed.weight
 
-        def forward(self, ids):
-            return self.head(self.embed(ids))
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
 
-    lora = lorafx.compile(Tied(), CONFIG.replace(target_modules=["embed"]))
-    with pytest.raises(lorafx.errors.LorafxError, match="Exclude the module"):
-        lora(torch.tensor([[1, 2]]))
+
+class Attention(nn.MultiheadAttention):
+    """Queries of one tensor, keys and values of another: some rows of the packed weight are read apart."""
+
+    def forward(self, x):
+        return super().forward(x, x[:, 1:], x[:, 1:], need_weights=False)[0]
+
+
+IDS = torch.tensor([[1, 2, 10, 2]])
+SHARED = {
+    "an embedding and its head": (Tied, "embed", IDS),
+    "a head and its embedding": (Tied, "head", IDS),
+    "packed projections": (lambda: nn.Sequential(Attention(4, 2, batch_first=True)), "0", torch.randn(2, 3, 4)),
+    "packed projections of one": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, 0.0)),
+        "self_attn",
+        torch.randn(3, 2, 4),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*shares its weight")
+@pytest.mark.parametrize("capture", ["graph", "auto"])
+@pytest.mark.parametrize("name", SHARED)
+def test_wherever_the_weight_is_read_it_is_the_papers(name, capture):
+    """Held to the merged weight, which is diag(m / ‖W + s · B A‖) (W + s · B A)."""
+    make, target, x = SHARED[name]
+    torch.manual_seed(0)
+    base, x = make().double(), x.double() if x.is_floating_point() else x
+    config = CONFIG.replace(target_modules=[target], init_lora_weights=False, lora_dropout=0.0)
+    lora = lorafx.compile(base, config, capture=capture)
+    trained = {n: p for n, p in lora.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for n, p in trained.items():
+            p.mul_(1 + 0.3 * torch.rand_like(p)) if "magnitude" in n else None
+    found = lora(x)
+    own = dict(zip(trained, torch.autograd.grad(found.square().sum(), list(trained.values()))))
+
+    weights = {site.weight: lora.get_parameter(site.weight) for site in lora.sites}
+    merged = {path: _merged(lora, site) for path, site in zip(weights, lora.sites)}
+    expected = torch.func.functional_call(base, merged, (x,), tie_weights=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    exact = dict(zip(trained, torch.autograd.grad(expected.square().sum(), list(trained.values()))))
+    for n in trained:
+        torch.testing.assert_close(own[n], exact[n], rtol=1e-8, atol=1e-8, msg=lambda text, n=n: f"{n}: {text}")
+    lora.merge_adapter()
+    torch.testing.assert_close(base(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def _merged(lora, site):
+    """The merged weight, with a derivative."""
+    of = {name.removeprefix(f"{site.module}."): p for name, p in lora.named_parameters()}
+    names = (
+        ["lora_embedding_A.default", "lora_embedding_B.default"]
+        if site.reading.lookup
+        else (["lora_A.default.weight", "lora_B.default.weight"])
+    )
+    a, b, m = (of[name] for name in (*names, "lora_magnitude_vector.default"))
+    weight = lora.get_parameter(site.weight)
+    matrix = (weight.mT if site.reading.lookup else weight) + 3 * b @ a
+    matrix = (m / matrix.detach().norm(dim=1))[:, None] * matrix
+    return matrix.mT if site.reading.lookup else matrix

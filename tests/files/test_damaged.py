@@ -50,7 +50,6 @@ ASKED = {
     "use_qalora": True,
     "monteclora_config": {"num_experts": 2},
     "layer_replication": [[0, 1], [0, 1]],
-    "target_parameters": ["experts.down_proj"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},

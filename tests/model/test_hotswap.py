@@ -143,6 +143,93 @@ def test_without_preparation_a_smaller_rank_and_another_scaling_fit(folders):
         torch.testing.assert_close(lora(x), loaded(folders, name)(x), **CLOSE)
 
 
+def filled(config, seed):
+    """An adapter of this config whose tensors are all random; masks and row numbers stay."""
+    torch.manual_seed(0)
+    model = Chain().double()
+    torch.manual_seed(seed)
+    lora = lorafx.compile(model, config)
+    with torch.no_grad():
+        for p in lora.parameters():
+            p.copy_(torch.rand_like(p) + 0.1) if p.requires_grad else None
+    return lora
+
+
+BOTH = {"target_modules": ["first", "second"]}
+# Of each kind: configs of a small and a large adapter; one that leaves a site out, if it can.
+SIZED = {
+    "dora": [lorafx.LoraConfig(**BOTH, use_dora=True, r=r, lora_alpha=r + 1) for r in (2, 5)],
+    "loha": [lorafx.LoHaConfig(**BOTH, r=r, alpha=r + 1) for r in (2, 5)],
+    "hira": [lorafx.HiraConfig(**BOTH, r=r) for r in (2, 5)],
+    "hra": [lorafx.HRAConfig(**BOTH, r=r) for r in (2, 5)],
+    "hra in one": [lorafx.HRAConfig(**BOTH, r=r, apply_GS=True) for r in (2, 4)],
+    "adalora": [lorafx.AdaLoraConfig(**BOTH, init_r=r, target_r=2, total_step=9) for r in (2, 5)],
+}
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_other_kinds_with_a_rank_have_room_for_others(kind, tmp_path, monkeypatch):
+    x = torch.randn(4, 4, dtype=torch.float64)
+    small, large = SIZED[kind]
+    configs = [small, large] + [large.replace(r=3, target_modules=["second"])] * (kind != "dora")
+    expected = []
+    for number, config in enumerate(configs):
+        lora = filled(config, number)
+        expected.append(lora(x))
+        lora.save_pretrained(tmp_path / str(number))
+    lora = filled(small, 0)
+    lora.prepare_for_hotswap(target_rank=5 if kind != "hra in one" else 4)
+    lora.graph(x)
+    torch.testing.assert_close(lora(x), expected[0], **CLOSE)
+    state = kept(lora)
+    monkeypatch.setattr("lorafx.serving.graph_builder.trace_part", lambda *a, **k: pytest.fail("captured again"))
+    for number in (*range(1, len(configs)), 0):
+        lora.hotswap_adapter(tmp_path / str(number), "default")
+        torch.testing.assert_close(lora(x), expected[number], **CLOSE)
+        assert kept(lora) == state, number
+        lora.save_pretrained(tmp_path / "again")
+        old, new = (load_file(tmp_path / name / FILES[0]) for name in (str(number), "again"))
+        assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lorafx.C3AConfig(**BOTH, block_size=2, block_size_pattern={"second": 3}),
+        lorafx.FourierFTConfig(**BOTH, n_frequency=7),
+    ],
+    ids=["c3a", "fourierft"],
+)
+def test_kinds_without_a_rank_take_adapters_of_fewer_and_of_more_sites(config, tmp_path):
+    x, half = torch.randn(4, 4, dtype=torch.float64), config.replace(target_modules=["second"])
+    expected = []
+    for number, each in enumerate((half, config)):
+        lora = filled(each, number)
+        expected.append(lora(x))
+        lora.save_pretrained(tmp_path / str(number))
+    lora = filled(half, 0)
+    lora.prepare_for_hotswap(config=config)
+    for number in (0, 1, 0):
+        lora.hotswap_adapter(tmp_path / str(number), "default")
+        torch.testing.assert_close(lora(x), expected[number], **CLOSE)
+
+
+def test_kinds_of_which_nothing_does_nothing_are_refused_by_name(tmp_path):
+    dora, half = SIZED["dora"][0], SIZED["dora"][0].replace(target_modules=["second"])
+    filled(half, 0).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="does not adapt first, and LORA has no values that do nothing"):
+        filled(dora, 0).hotswap_adapter(tmp_path, "default")
+    with pytest.raises(AdapterError, match="cannot have first besides: LORA has no values that do nothing there"):
+        filled(half, 0).prepare_for_hotswap(config=dora)
+    for config, options in (
+        (lorafx.VeraConfig(**BOTH, r=3), {}),
+        (lorafx.LoKrConfig(**BOTH, r=2), {"target_rank": 4}),
+        (lorafx.IA3Config(**BOTH, feedforward_modules=[]), {}),
+    ):
+        with pytest.raises(AdapterError, match=rf"no adapter here can hold others \({config.peft_type}\)"):
+            filled(config, 0).prepare_for_hotswap(**options)
+
+
 def test_convolutions_in_groups_have_room_in_each_group(tmp_path):
     class Grouped(nn.Module):
         def __init__(self):

@@ -149,6 +149,7 @@ CASES = {
     "dora conv1d": KindCase("conv1d", "LoraConfig", DORA),
     "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
+    "dora groups": KindCase("groups", "LoraConfig", DORA | {"r": 4}, merges=False),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),

@@ -92,6 +92,12 @@ class AdaLora(Kind):
     def allocator(self, config: AdaLoraConfig) -> Allocator:
         return Allocator()
 
+    def sized(self, config: AdaLoraConfig) -> tuple[str, ...]:
+        return "r", "init_r", "target_r", "lora_alpha"
+
+    def of_rank(self, config: AdaLoraConfig, r: int) -> AdaLoraConfig:
+        return config.replace(init_r=r)
+
     def filed(self, config: AdaLoraConfig, tensors: Mapping[str, Tensor]) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
         """Without the directions that the pattern leaves out, but for those that are no zeros, as between allocations.
 

@@ -38,7 +38,7 @@ def _is_mask(value: Any) -> bool:
 
 
 def _check_of_lora(config: AdaLoraConfig) -> None:
-    for name in ("use_dora", "loftq_config", "lora_bias", "trainable_token_indices"):
+    for name in ("use_dora", "loftq_config", "lora_bias", "trainable_token_indices", "target_parameters"):
         if getattr(config, name):
             raise ConfigError(f"AdaLoRA has no `{name}`; leave it out, or use a LoraConfig")
     init = config.init_lora_weights

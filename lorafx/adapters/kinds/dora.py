@@ -6,6 +6,10 @@
 A, B and s are LoRA's. m starts as the norms are, so that g = 1. The norms are a constant to autograd (section 4.3). In
 training with dropout, y in (g - 1) (y - b) is that of what dropout left of x, as in PEFT. Where a row and its update
 are zero, it has no direction: g is 1 there, and the row trains as LoRA's.
+
+What reads the weight transposed, because it is tied, gets the same W': x' = x ∘ g before a linear layer, and g[x] ∘ y
+after a lookup. A convolution in groups has no ΔW of its weight's shape; its norms are those of the tensor that PEFT
+takes for one (`ops/row_norms.py`), so that files mean the same.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...ops import row_norms as _operator  # noqa: F401, defines it
 from ..low_rank import LowRank
-from ..readings import IN_PROJ
 from ..site import Site
 from .kind import Kind, Operands, Spec
 from .lora import Lora
@@ -38,22 +41,33 @@ class Dora(Lora):
     fused = Kind.fused
     approach = Kind.approach
     since = Kind.since
-    transposed = Kind.transposed
     unmerged = Kind.unmerged
 
     def serves(self, config: LoraConfig) -> bool:
         return config.use_dora
 
+    def before(self, x: Any, at: Operands) -> Any:
+        if not _is_turned(at) or at.operator.lookup:  # type: ignore[union-attr]
+            return x
+        return aten.type_as.default(aten.mul.Tensor(x, _gain(at, at.weight)), x)
+
     def after(self, y: Any, x: Any, at: Operands) -> Any:
+        if _is_turned(at):
+            updated = super().after(y, self.before(x, at), at)
+            return aten.mul.Tensor(updated, _of_rows(_gain(at, at.weight), x)) if at.operator.lookup else updated  # type: ignore[union-attr]
         gain = at.outputs(_gain(at, at.weight))
         dropped = at.dropout(x, at.config.lora_dropout) if at.config.lora_dropout and at.training else x
         hidden = at.narrow(dropped, at.lora_A)
         update = aten.mul.Tensor(at.wide(hidden, at.lora_B), at.scaling)
-        base, bias = y if dropped is x else at.operate(dropped), at.bound.get("bias")
+        base, bias = y if dropped is x else at.operate(dropped), at.own_bias()
         if bias is not None:
-            base = aten.sub.Tensor(base, at.outputs(bias))
+            base = aten.sub.Tensor(base, bias)
         change = aten.add.Tensor(aten.mul.Tensor(base, aten.sub.Tensor(gain, 1)), aten.mul.Tensor(update, gain))
         return aten.add.Tensor(y, change)
+
+    def transposed(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The norms are those of W's rows all the same."""
+        return super().transposed(tensors) | {"magnitude": tensors["magnitude"]}
 
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
         delta = self.delta(name, at)
@@ -84,9 +98,16 @@ class Dora(Lora):
         super().check(site, config)
         if config.lora_bias:
             raise ConfigError("`use_dora` has no `lora_bias`, as in PEFT; leave one of them False")
-        if site.reading == IN_PROJ or site.groups > 1:
-            what = "packs three weights" if site.reading == IN_PROJ else f"is a convolution of {site.groups} groups"
-            raise ConfigError(f"{site.name} {what}, for which there is no DoRA; exclude it or leave `use_dora` False")
+
+
+def _is_turned(at: Operands) -> bool:
+    """Whether the operator reads the weight transposed, with A and B in each other's place."""
+    return at.operator is not None and at.operator.transposed != at.site.reading.transposed
+
+
+def _of_rows(gain: Any, x: Any) -> Any:
+    """g of the rows that are looked up, (…, 1)."""
+    return aten.unsqueeze.default(aten.index.Tensor(gain, [x]), -1)
 
 
 def _gain(at: Operands, weight: Any) -> Any:
@@ -99,5 +120,6 @@ def _gain(at: Operands, weight: Any) -> Any:
 
 def _norms(at: Operands, weight: Any) -> Any:
     """‖W + s · B A‖ of each row, (out,)."""
-    a, b = aten.flatten.using_ints(at.lora_A, 1), aten.flatten.using_ints(at.lora_B, 1)
+    a, b = (aten.t.default(at.lora_B), aten.t.default(at.lora_A)) if _is_turned(at) else (at.lora_A, at.lora_B)
+    a, b = aten.flatten.using_ints(a, 1), aten.flatten.using_ints(b, 1)
     return torch.ops.lorafx.row_norms.default(at.matrix(weight), a, aten.mul.Tensor(b, at.scaling))

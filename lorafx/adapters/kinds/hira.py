@@ -74,6 +74,16 @@ class Hira(Kind):
     def merged(self, name: str, base: Tensor, at: Operands) -> Tensor:
         return base + base * at.like_weight(_product(at))
 
+    @property
+    def idles(self) -> bool:
+        return True
+
+    def sized(self, config: HiraConfig) -> tuple[str, ...]:
+        return "r", "rank_pattern"
+
+    def of_rank(self, config: HiraConfig, r: int) -> HiraConfig:
+        return config.replace(r=r, rank_pattern={})
+
     def check(self, site: Site, config: HiraConfig) -> None:
         if site.reading == IN_PROJ or site.groups > 1:
             what = "packs three weights" if site.reading == IN_PROJ else f"is a convolution of {site.groups} groups"

@@ -62,6 +62,16 @@ class Hra(Turning):
     def unmerged(self, name: str, merged: Tensor, at: Operands) -> Tensor:
         return at.like_weight(self.turned(at.matrix(merged), at))  # an orthogonal matrix's inverse is its transpose
 
+    @property
+    def idles(self) -> bool:
+        return True
+
+    def sized(self, config: HRAConfig) -> tuple[str, ...]:
+        return ("r",)
+
+    def of_rank(self, config: HRAConfig, r: int) -> HRAConfig:
+        return config.replace(r=r)
+
     def tensors(self, site: Site, config: HRAConfig) -> dict[str, Spec]:
         return {"u": Spec("hra_u", (columns(site), config.r), as_kept=True)}
 

@@ -107,6 +107,12 @@ class Operands:
         assert self.operator is not None
         return self.operator.outputs(v, **self.operator.given(self.operator.outputs, dict(self.bound), 1))
 
+    def own_bias(self) -> Any:
+        """The operator's bias, in the shape in which it can be taken from the result; None without one."""
+        assert self.operator is not None
+        bias, gives_part = self.bound.get("bias"), len(names_of(self.operator.outputs)) > 1
+        return bias if bias is None or gives_part else self.operator.outputs(bias)  # that of a part is given
+
     def matrix(self, weight: Any) -> Any:
         """The dense weight as (out, in · kernel), whatever way it is stored."""
         return aten.t.default(weight) if self.site.reading.transposed else aten.flatten.using_ints(weight, 1)
@@ -267,10 +273,19 @@ class Kind:
         raise NotImplementedError
 
     def sized(self, config: Any) -> tuple[str, ...]:
-        """The fields of a config that are about ranks and scaling alone, if tensors of zeros are an adapter that does
-        nothing: adapters that differ in these fields share an equation, once the scaling is a tensor.
+        """The fields of a config that are about ranks and scaling alone, if tensors may be larger than a rank needs and
+        zero beyond it: adapters that differ in these fields share an equation, once the scaling is a tensor.
         """
         return ()
+
+    @property
+    def idles(self) -> bool:
+        """Whether an adapter whose tensors at a site are zeros does nothing there."""
+        return self.additive
+
+    def blocks(self, site: Site) -> int:
+        """In how many parts of equal size its tensors' directions lie apart, each with its own zeros at the end."""
+        return 1
 
     def of_rank(self, config: Any, r: int) -> Any:
         """The config of an adapter of rank `r`, whose tensors can hold those of any smaller one, the rest zeros; of a

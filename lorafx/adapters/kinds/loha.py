@@ -61,6 +61,12 @@ class LoHa(Lycoris):
     def rescales(self, config: LoHaConfig) -> bool:
         return True
 
+    def sized(self, config: LoHaConfig) -> tuple[str, ...]:
+        return "r", "alpha", "rank_pattern", "alpha_pattern"
+
+    def of_rank(self, config: LoHaConfig, r: int) -> LoHaConfig:
+        return config.replace(r=r, rank_pattern={})
+
     def delta(self, name: str, at: Operands) -> LowRank | Tensor:
         if has_core(at.site, at.config):
             return at.like_weight(_change(at)) * at.scaling

@@ -19,7 +19,7 @@ from ...errors import ConfigError, MergeError
 from ...ops import lora_linear
 from ...ops.modes import autocast_dtype
 from ..combining import Combination
-from ..config import is_pattern_of
+from ..config import defaults_of, is_pattern_of
 from ..low_rank import LowRank
 from ..readings import CONV1D, IN_PROJ, LINEAR
 from ..readings.linear import narrow, wide
@@ -99,6 +99,8 @@ class Lora(Kind):
             raise ConfigError(
                 f"{site.name} packs three weights, which have no `lora_bias`; exclude it or leave it False"
             )
+        if site.is_parameter:
+            _require_plain(site, config)
         if rank(site, config) % site.groups:
             raise ConfigError(
                 f"{site.name} has groups={site.groups}, and rank {rank(site, config)} is no multiple of it; "
@@ -183,6 +185,8 @@ class Lora(Kind):
     ) -> LoraConfig:
         if any(config.use_dora for config in configs):
             raise ConfigError("adapters with `use_dora` rescale whole weights, and cannot be combined into one")
+        if any(config.parameters for config in configs):
+            raise ConfigError("adapters with `target_parameters` cannot be combined into one, as in PEFT")
         r = rank_of([max(rank(site, c) for site in sites) for c, sites in zip(configs, selections)], how)
         return self.of_rank(configs[0], r).replace(
             lora_alpha=r,
@@ -203,10 +207,23 @@ class Lora(Kind):
         return combined(parts, how, self.tensors(site, config), rng)
 
     def sized(self, config: LoraConfig) -> tuple[str, ...]:
-        return () if config.use_dora else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        return () if config.parameters else ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+    def blocks(self, site: Site) -> int:
+        return site.groups
 
     def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
         return config.replace(r=r, rank_pattern={})
+
+
+def _require_plain(site: Site, config: LoraConfig) -> None:
+    """Raise `ConfigError` for what an update of a parameter itself cannot have: nothing but A, B and a number."""
+    for name in ("lora_dropout", "lora_bias", "use_dora"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{site.weight} is one of `target_parameters`, for which there is no `{name}`, as in PEFT: leave it "
+                f"{defaults_of(LoraConfig)[name]}, or give the parameter an adapter of its own"
+            )
 
 
 def _is_linear(at: Operands) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
@@ -130,6 +130,8 @@ class LoraConfig(AdapterConfig):
         use_dora: train the norms of the weight's rows as well.
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
+        target_parameters: parameters to adapt besides, by their names or endings of these, as "experts.down_proj":
+            weights that stack experts, and matrices of modules that are no linear layers.
     """
 
     peft_type: str = "LORA"
@@ -148,6 +150,7 @@ class LoraConfig(AdapterConfig):
     use_dora: bool = False
     loftq_config: Any = field(default_factory=dict)
     trainable_token_indices: Any = None
+    target_parameters: Sequence[str] | None = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
@@ -160,7 +163,6 @@ class LoraConfig(AdapterConfig):
     qalora_group_size: int = 16
     monteclora_config: Any = None
     layer_replication: Any = None
-    target_parameters: Any = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -169,12 +171,17 @@ class LoraConfig(AdapterConfig):
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
     common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
     checks = (*common_checks, check_patterns, _check_loftq)
+    tuples = (*AdapterConfig.tuples, "target_parameters")
     null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
     def loftq(self) -> dict[str, int]:
         """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
         return {"loftq_bits": 4, "loftq_iter": 1} | _fields(self.loftq_config)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.target_parameters or ())
 
     def besides(self, embedding: str) -> tuple[str, ...]:
         """The modules of which some tokens train."""
@@ -212,7 +219,6 @@ NOT_YET = (
     "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",

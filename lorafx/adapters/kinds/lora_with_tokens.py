@@ -36,6 +36,9 @@ class LoraWithTokens(Kind):
     def serves(self, config: LoraConfig) -> bool:
         return bool(config.trainable_token_indices) and self.beside.serves(config)
 
+    def before(self, x: Any, at: Operands) -> Any:
+        return self._kind(at).before(x, at)
+
     def after(self, y: Any, x: Any, at: Operands) -> Any:
         return self._kind(at).after(y, x, at)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from .convolution import CONVOLUTIONS
 from .embedding import EMBEDDING
+from .experts import EXPERTS, TRANSPOSED_EXPERTS
 from .linear import CONV1D, LINEAR
 from .multihead import IN_PROJ
 from .reading import READINGS, Operator, Reading
 
-READINGS += [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ]
+READINGS += [LINEAR, CONV1D, EMBEDDING, *CONVOLUTIONS, IN_PROJ, EXPERTS, TRANSPOSED_EXPERTS]
 
 
 def register(reading: Reading) -> Reading:
@@ -37,9 +38,11 @@ __all__ = [
     "CONV1D",
     "CONVOLUTIONS",
     "EMBEDDING",
+    "EXPERTS",
     "IN_PROJ",
     "LINEAR",
     "READINGS",
+    "TRANSPOSED_EXPERTS",
     "Operator",
     "Reading",
     "operators_for",

@@ -52,6 +52,8 @@ class Operator:
     pattern's, in order, or None where with these arguments it is something else. Where such a function is called, the
     equation is run right there; where another one reads a weight, it has to be captured first. A module class's
     `forward` that does nothing else may be among them, with the module as its first argument: it is not even run.
+
+    `is_of_rows` is False where x has tokens in an order that says nothing of the rows of the batch.
     """
 
     pattern: Callable[..., Any]
@@ -63,6 +65,7 @@ class Operator:
     inputs: Callable[..., Any] = _last
     outputs: Callable[..., Any] = _last
     calls: tuple[tuple[Callable[..., Any], Arguments], ...] = ()
+    is_of_rows: bool = True
 
     def given(self, function: Callable[..., Any], bound: dict[str, Any], own: int = 2) -> dict[str, Any]:
         """The values in `bound` of the arguments that one of these functions has after its `own`."""

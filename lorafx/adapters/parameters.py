@@ -1,0 +1,76 @@
+"""Parameters that a config names itself: weights that stack those of experts, and matrices that no layer class owns.
+
+PEFT's `target_parameters`. A weight of three dimensions has an A and a B for each expert, one of two dimensions is read
+as a linear layer reads its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from ..errors import SelectionError
+from .config import AdapterConfig, is_named
+from .readings import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Reading
+from .storages import DENSE, weights_of
+
+
+class Named(NamedTuple):
+    """A parameter that a config names: the path of its module, its name there, and how it is read."""
+
+    module: str
+    parameter: str
+    reading: Reading
+
+
+def named_parameters(model: nn.Module, config: AdapterConfig) -> list[Named]:
+    """The parameters that `config.parameters` names, in the order of the module tree.
+
+    Raises `SelectionError` for one that cannot be adapted so, and for a name that the model does not have.
+    """
+    found = [
+        Named(path, name, _reading(f"{path}.{name}".lstrip("."), name, module, parameter))
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_named(config.parameters, f"{path}.{name}".lstrip("."))
+    ]
+    names = [f"{each.module}.{each.parameter}".lstrip(".") for each in found]
+    if missing := [each for each in config.parameters if not any(is_named((each,), name) for name in names)]:
+        near = ", ".join(dict.fromkeys(_stacked(model)))
+        raise SelectionError(
+            f"`target_parameters` names {', '.join(missing)}, which the model does not have"
+            + (f"; parameters that stack those of experts: {near}" if near else "")
+        )
+    return found
+
+
+def _reading(path: str, name: str, module: nn.Module, parameter: nn.Parameter) -> Reading:
+    layer = next(((reading, storage) for known, reading, storage in weights_of(module) if known == name), None)
+    if layer is not None and layer != (LINEAR, DENSE):
+        raise SelectionError(
+            f"`target_parameters` names {path}, the weight of a {type(module).__name__}: put the module into "
+            "`target_modules` instead, which also knows how such a layer reads it"
+        )
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        raise SelectionError(
+            f"`target_parameters` names {path}, which is kept as {parameter.dtype}: load it unquantised"
+        )
+    if parameter.ndim == 2:
+        return LINEAR
+    if parameter.ndim == 3:
+        return TRANSPOSED_EXPERTS if getattr(module, "is_transposed", False) else EXPERTS
+    raise SelectionError(
+        f"`target_parameters` names {path} of {parameter.ndim} dimensions; it is for matrices, and for stacks of them; "
+        "train it as a whole by `modules_to_save`"
+    )
+
+
+def _stacked(model: nn.Module) -> Iterator[str]:
+    """Endings of the names of parameters with three dimensions, but for those of layers."""
+    for path, module in model.named_modules():
+        known = {name for name, *_ in weights_of(module)}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 3 and name not in known:
+                yield f"{path.rpartition('.')[2]}.{name}".lstrip(".")
