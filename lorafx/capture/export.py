@@ -25,7 +25,7 @@ from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.guards import conditions_written_at_once
 from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
-from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols
+from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols, uncached
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
 from ..tree.mirror import OWN, isolated, mirrored, without_hooks
@@ -283,6 +283,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
             pure(),
             use_lazy_graph_module(True),
             conditions_written_at_once(),
+            uncached(),
             sharing_symbols(alike),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)  # type: ignore[arg-type]

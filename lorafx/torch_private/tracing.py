@@ -142,6 +142,19 @@ def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Have the fake tensors of torch.export, called here, compute what an operator gives each time, and note nothing.
+
+    Symbolic sizes belong to one capture, whose equal layers are traced once: little is asked for twice. Without it,
+    noting answers would take a fifth of a capture.
+    """
+    from torch._dynamo import config  # a mode of fake tensors imports it, too
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
 def known_equal(mode: FakeTensorMode) -> Mapping[Any, Any]:
     """What torch has found symbols to be equal to so far. Without it, layers would differ by the names of a size."""
     return mode.shape_env.replacements if mode.shape_env else {}
