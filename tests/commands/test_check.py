@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lorafx.__main__ import main
-from lorafx.commands.adapted import base_of
 from lorafx.commands import check
+from lorafx.commands.adapted import base_of
 from lorafx.commands.check import Subject
 from lorafx.passes import ElideDropout, FuseLora
 
