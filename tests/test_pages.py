@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import main as torchrun
 
 from lorafx import commands
 
@@ -20,7 +18,7 @@ FILE = re.compile(r"# ([\w-]+\.py)\n")  # the first line of a block that is a sc
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-def follow(page: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def follow(page: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """Do what a page says, in the present folder; returns all that was printed.
 
     Blocks of Python run one after another in one process, but for scripts, which are written to the file that their
@@ -35,32 +33,31 @@ def follow(page: Path, capsys: pytest.CaptureFixture[str]) -> str:
         elif kind == "python":
             exec(compile(block, page.name, "exec"), namespace)
         elif kind == "sh":
-            printed += "".join(map(run, block.splitlines()))
-        printed += capsys.readouterr().out
+            for line in block.splitlines():
+                run(line)
+        printed += capfd.readouterr().out
         for line in block.splitlines() if kind == "text" else ():
             pattern = ".*".join(map(re.escape, line.strip().split("…")))
             assert re.search(pattern, printed), f"{page.name}: not printed: {line}\n{printed}"
     return printed
 
 
-def run(line: str) -> str:
-    """Run a line of a shell; what it prints, if a process of its own does."""
+def run(line: str) -> None:
+    """Run a line of a shell: commands that are Python's by their functions, which saves starting it."""
     first, *words = shlex.split(line, comments=True)
     if first == "lorafx":
         assert commands.run(words) == 0, line
-        return ""
-    assert first == "torchrun", line
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    else:
+        assert first == "torchrun", line
+        torchrun(words)  # raises where one of its processes fails
 
 
 @pytest.mark.parametrize(
     "page",
     ["README", "trl", "classifier", "vision", "custom-model", "training-loop", "multi-gpu", "serving", "debugging"],
 )
-def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys, as_shipped):
+def test_the_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capfd, as_shipped):
     monkeypatch.chdir(tmp_path)
-    follow(ROOT / f"docs/{page}.md", capsys)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    follow(ROOT / f"docs/{page}.md", capfd)

@@ -146,6 +146,19 @@ def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Have the fake tensors of torch.export, called here, compute what an operator gives each time, and note nothing.
+
+    Symbolic sizes belong to one capture, whose equal layers are traced once: little is asked for twice. Without it,
+    noting answers would take a fifth of a capture.
+    """
+    from torch._dynamo import config  # a mode of fake tensors imports it, too
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
+@contextlib.contextmanager
 def ranges_remembered() -> Iterator[None]:
     """Let torch.export, called here, remember what two ranges of sizes have in common.
 

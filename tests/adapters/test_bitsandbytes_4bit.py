@@ -25,8 +25,9 @@ def build(dtype=torch.float32, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("twice", [True, False], ids=["absmax quantised", "absmax in float32"])
+@pytest.mark.parametrize(
+    ("kind", "twice"), [("nf4", True), ("fp4", False)], ids=["nf4, absmax quantised", "fp4, absmax in float32"]
+)
 def test_all_that_can_be_done_with_a_quantised_base(kind, twice, tmp_path):
     base, x = build(quant_type=kind, compress_statistics=twice), torch.randn(2, 5, 64)
     lora = hold(base, x, tmp_path, CLOSE)

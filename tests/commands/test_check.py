@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lorafx.__main__ import main
+from lorafx.commands import check
 from lorafx.commands.adapted import base_of
 from lorafx.commands.check import Subject
 from lorafx.passes import ElideDropout, FuseLora
@@ -24,8 +25,9 @@ def config(tmp_path):
     return str(file)
 
 
-def test_check_holds_for_a_sound_pair(on_disk, capsys):
+def test_check_holds_for_a_sound_pair(on_disk, capsys, monkeypatch):
     folder, _ = on_disk
+    monkeypatch.setattr(check, "_SIZES", ((2, 9), (2, 1)))  # a graph each, for each of what is checked
     assert main(["check", str(folder / "base"), str(folder / "adapter"), "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert len(results) == 9 and all(each["holds"] for each in results)

@@ -55,6 +55,7 @@ def test_it_trains_as_peft_does(tmp_path, precision, tolerance):
     assert len(ours.explain().calls) == 1
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_a_saved_state_goes_on_where_it_was(tmp_path):
     ours, _ = twins(tmp_path)
     again, _ = twins(tmp_path / "again")

@@ -18,6 +18,7 @@ from test_trl import logged, sft
 from twins import trained
 
 import lorafx
+from lorafx.serving import early_calls
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*deprecated")]
 READY = (partial(lorafx.prepare_model_for_kbit_training, gradient_checkpointing_kwargs={"use_reentrant": False}),) * 2
@@ -31,7 +32,7 @@ def both(folder, how):
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_fifty_steps_track_peft_and_are_resumed(tmp_path, how):
+def test_fifty_steps_track_peft_and_are_resumed(tmp_path, how, monkeypatch):
     ours, theirs = both(tmp_path, how)
     steps = {"max_steps": 50, "save_steps": 40, "learning_rate": 5e-3}
     mine, other = (trainer(model, tmp_path / name, **steps) for name, model in (("ours", ours), ("theirs", theirs)))
@@ -51,14 +52,14 @@ def test_fifty_steps_track_peft_and_are_resumed(tmp_path, how):
     assert losses(half) == losses(mine)
     assert all(torch.equal(value, trained(again)[name]) for name, value in trained(ours).items())
 
+    monkeypatch.setattr(early_calls, "REPEATS", 1000)  # this is about what was learnt
     prompt = {"input_ids": models.call("llama")["input_ids"], "max_new_tokens": 5, "do_sample": False}
     generated = [model.eval().generate(**prompt) for model in (ours, again, theirs)]
     assert torch.equal(generated[0], generated[1]) and torch.equal(generated[0], generated[2])
 
 
-@pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_sft_trains_as_peft_does(tmp_path, how):
-    runs = [sft(model, tmp_path / name) for name, model in zip(("ours", "theirs"), both(tmp_path, how))]
+def test_sft_trains_as_peft_does(tmp_path):
+    runs = [sft(model, tmp_path / name) for name, model in zip(("ours", "theirs"), both(tmp_path, "nf4"))]
     for run in runs:
         run.train()
     # trl has the adapter in bfloat16, in which PEFT multiplies then, and lorafx in the activations' float32
@@ -68,7 +69,7 @@ def test_sft_trains_as_peft_does(tmp_path, how):
     assert {p.dtype for p in runs[0].model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
-def test_unsloths_entry_trains(tmp_path):
+def test_unsloths_entry_trains(tmp_path, monkeypatch):
     base = quantised.quantised(tmp_path / "base", "nf4", **ONE_LAYER)
     with pytest.warns(UserWarning, match="checkpoints stay where they are"):
         lora = lorafx.FastLanguageModel.get_peft_model(
@@ -87,6 +88,7 @@ def test_unsloths_entry_trains(tmp_path):
     code = lora.graph(**inputs).code
     assert "offload_block" in code or "checkpoint_block" in code
     lora.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(early_calls, "REPEATS", 1000)
     again = lorafx.load(quantised.quantised(tmp_path / "base", "nf4"), tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, lora.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)

@@ -81,6 +81,7 @@ def test_it_trains_as_peft_does(tmp_path, family, options):
     assert saved[0].keys() == saved[1].keys() and len(saved[0]) == len(trained(ours))
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_a_resumed_run_has_the_losses_of_one_that_went_on(tmp_path):
     dropout = {"lora_dropout": 0.2}  # the random state must be resumed too
     ours, _ = twins(tmp_path, config=dropout)
@@ -96,6 +97,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_went_on(tmp_path):
     assert after and all(torch.equal(value, after[name]) for name, value in trained(ours).items())
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
     ours, _ = twins(tmp_path, family="bert")

@@ -116,6 +116,7 @@ def test_sft_trains_as_peft_does(tmp_path):
         torch.testing.assert_close(value, saved[1][key], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_sft_leaves_generation_and_other_calls_with_the_adapter(tmp_path):
     ours, theirs = twins(tmp_path)
     inputs = models.call("llama")
@@ -159,6 +160,7 @@ def assert_dpo_trains_as_peft_does(folder: Path, **more) -> tuple[torch.nn.Modul
     return ours, mine
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_dpo_trains_with_rewards_of_the_reference_that_were_computed_before(tmp_path):
     assert_dpo_trains_as_peft_does(tmp_path, precompute_ref_log_probs=True)
 

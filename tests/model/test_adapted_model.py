@@ -28,6 +28,7 @@ def test_it_is_an_instance_of_the_base_models_class(llama):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_shipped")
 def test_the_base_object_knows_no_adapter(llama):
     model, lora = llama
     keys = set(tiny_llama(num_hidden_layers=1).state_dict())
@@ -60,6 +61,7 @@ def test_a_batch_of_another_size_reuses_the_graph():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_shipped")
 def test_a_part_alone_is_called_with_its_adapters(llama):
     model, lora = llama
     tokens = ids(2, 5)

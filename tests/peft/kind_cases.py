@@ -41,7 +41,7 @@ class Repeated(nn.Module):
     def __init__(self, make: Callable[[], nn.Module], embed: nn.Module | None = None):
         super().__init__()
         self.embed = embed
-        self.layers = nn.ModuleList(make() for _ in range(3))
+        self.layers = nn.ModuleList(make() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.embed is None else self.embed(x)

@@ -53,14 +53,7 @@ def test_peft_reads_what_lorafx_wrote(ran: Ran) -> None:
     with torch.no_grad(), ran.case.context():
         actual = models.logits(models.run(again, models.call(ran.case.model)))
         assert torch.equal(actual, models.logits(models.run(ran.peft.eval(), models.call(ran.case.model))))
-
-
-@every_case
-def test_peft_finds_no_key_missing_or_unexpected_in_what_lorafx_wrote(ran: Ran) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        again = peft.PeftModel.from_pretrained(copy.deepcopy(ran.base), ran.theirs_folder)
-        result = peft.set_peft_model_state_dict(again, load_file(ran.ours_folder / WEIGHTS))
+    result = peft.set_peft_model_state_dict(again, load_file(ran.ours_folder / WEIGHTS))
     assert not result.unexpected_keys
     own = ("lora_", ".modules_to_save.default.")
     assert not [key for key in result.missing_keys if any(part in key for part in own)]

@@ -37,7 +37,6 @@ def even(inputs, outputs):
     ("fields", "linear", "adapted"),
     [
         ({"r": 3}, nn.Linear, balanced),
-        ({"r": 3, "init_weights": "mini"}, nn.Linear, balanced),
         ({"r": 2, "init_weights": "bat"}, even, bat),
     ],
 )

@@ -7,6 +7,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRangeError, ValueRanges
 
+import lorafx
 from lorafx.torch_private import tracing
 
 
@@ -48,6 +49,13 @@ def test_what_a_tracer_notes_of_nodes_is_set_and_put_back():
     with tracing.within_modules(tracer, {"0": "layer"}), tracing.without_stack_traces(tracer):
         assert tracing.module_stack_of(tracer) == {"0": "layer"} and not tracer.record_stack_traces
     assert tracing.module_stack_of(tracer) == {"": "model"} and tracer.record_stack_traces
+
+
+def test_nothing_is_noted_of_what_operators_give_in_a_capture():
+    assert tracing.FakeTensorMode().cache_enabled
+    gm = lorafx.trace(nn.Linear(2, 3), torch.ones(5, 2))
+    mode = tracing.detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if "val" in node.meta])
+    assert not mode.cache_enabled and tracing.FakeTensorMode().cache_enabled
 
 
 def test_values_of_symbols_are_what_sizes_were():

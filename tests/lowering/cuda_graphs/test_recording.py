@@ -103,16 +103,15 @@ def test_a_second_backward_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modes", [torch.no_grad, torch.inference_mode])
-def test_static_caches_are_filled_where_they_are(modes):
+@torch.inference_mode()
+def test_static_caches_are_filled_where_they_are():
     """A second cache is recorded anew, and the first one stays as it was."""
     plain, graphs = (lora.eval() for lora in both(model=layers))
-    with modes():
-        caches = [StaticCache(config=plain.config, max_cache_len=12) for _ in range(3)]
-        expected = decoded(plain, caches[0], 5)
-        assert_same(expected, decoded(graphs, caches[1], 5))
-        kept = caches[1].layers[0].keys.clone()
-        assert_same(expected, decoded(graphs, caches[2], 5))
+    caches = [StaticCache(config=plain.config, max_cache_len=12) for _ in range(3)]
+    expected = decoded(plain, caches[0], 5)
+    assert_same(expected, decoded(graphs, caches[1], 5))
+    kept = caches[1].layers[0].keys.clone()
+    assert_same(expected, decoded(graphs, caches[2], 5))
     assert torch.equal(kept, caches[1].layers[0].keys) and torch.equal(kept, caches[0].layers[0].keys)
     assert launched(graphs) == "8 replayed"
 

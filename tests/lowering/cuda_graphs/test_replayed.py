@@ -55,9 +55,9 @@ def test_checkpointed_layers_are_replayed_unless_they_draw():
     plain, graphs = both(model=layers, gradient_checkpointing=True)
     assert_same(*(trained(each, loss_of) for each in (plain, graphs)))
     assert launched(graphs) == "4 replayed"
-    drawing = both(model=layers, gradient_checkpointing=True, dropout=0.3)
-    assert_same(*(trained(each, loss_of) for each in drawing))
-    assert "draw random numbers" in launched(drawing[1])
+    drawing = made("reduce-overhead", model=layers, gradient_checkpointing=True, dropout=0.3)
+    trained(drawing, loss_of)
+    assert "draw random numbers" in launched(drawing)
 
 
 @pytest.mark.slow
@@ -218,14 +218,13 @@ def test_a_backward_that_fails_to_record_runs_as_it_is(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_compiled_while_recording(monkeypatch, autocast):
+def test_nothing_is_compiled_while_recording(monkeypatch):
     """What is compiled is tried out on the device, and that cannot be recorded."""
     monkeypatch.setattr(Backend, "records", True)
     monkeypatch.setattr(Recorder, "record", lambda self, body: (body(), lambda: None))
     lora = made(None, model=layers, backend="aot_eager")
     for n in range(3):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             loss = lora(input_ids=ids(n), labels=ids(n))["loss"]
         loss.backward()
         if n == 0:
