@@ -77,7 +77,16 @@ INSIDE = {
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "scripts", "programs"),
+        *(
+            "attribute_guards",
+            "tree_state",
+            "call_key",
+            "choosing",
+            "checkpointing",
+            "scripts",
+            "own_backward",
+            "programs",
+        ),
         "free_counters",
         *("before", "early_calls", "site_table", "direct", "concerned", "methods", "per_site", "interpret"),
         *(

@@ -25,7 +25,7 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
-from ..torch_private.replacing import checkpoints_replaced, scripts_replaced
+from ..torch_private.replacing import checkpoints_replaced, scripts_replaced, threads_replaced
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
@@ -380,4 +380,5 @@ def _is_computed(tree: nn.Module, site: Site) -> bool:
 
 
 checkpoints_replaced(as_served_now)
+threads_replaced(as_served_now)
 scripts_replaced(run_script)

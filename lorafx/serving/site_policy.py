@@ -12,7 +12,7 @@ from torch import nn
 from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError, warn
 from ..pipeline import Context
-from ..torch_private.tensors import in_backward
+from ..torch_private.tensors import backward_pass
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
@@ -71,7 +71,7 @@ class SitePolicy:
 
         It must find the same operators, whatever serves such calls by now.
         """
-        return path in self._early and path not in self._graphs and in_backward()
+        return path in self._early and path not in self._graphs and backward_pass() >= 0
 
     def step_down(self, program: Program, error: CaptureError) -> None:
         """Serve a program's calls by sites after its graph failed with `error`, which is raised for capture='graph'."""
