@@ -23,6 +23,10 @@ class ConfigError(LorafxError, ValueError):
     """A config or option that cannot be served: a wrong value, or a field that lorafx does not implement yet."""
 
 
+class MissingNameError(LorafxError, ImportError):
+    """A name that PEFT has and lorafx has not; the message says what to use instead."""
+
+
 class SelectionError(ConfigError):
     """`target_modules` (or a related field) picks nothing, or something that cannot be adapted."""
 

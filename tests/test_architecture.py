@@ -17,7 +17,7 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 ORDER = [
     *("errors", "tables", "progress", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
-    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
+    *("api", "compat", "functions", "optimizers", "absent", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 

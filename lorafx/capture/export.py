@@ -24,7 +24,7 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.guards import conditions_written_at_once
-from ..torch_private.tensors import is_wrapped, temporarily_clear_interpreter_stack
+from ..torch_private.tensors import is_wrapped
 from ..torch_private.tracing import IntWrapper, declare, is_of_functions, let_go, real, sharing_symbols
 from ..tree.attached import branch
 from ..tree.lookup import tensor_at
@@ -298,11 +298,10 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
 
 
 def _example(tensor: Tensor) -> Tensor:
-    if is_wrapped(tensor):
-        with temporarily_clear_interpreter_stack():
+    with outside_transforms(), torch.inference_mode(False):  # or the model could not write to it while it is exported
+        if is_wrapped(tensor):
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    tensor = real(tensor)
-    with torch.inference_mode(False):  # or the model could not write to it while torch.export looks on
+        tensor = real(tensor)
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
