@@ -216,17 +216,22 @@ LAYERS: dict[str, tuple[Callable[[int, int], nn.Module], Callable[[Layer, Tensor
 CHANGES_ITSELF = {"a buffer that counts", "a batch norm", "a cache"}
 # These read their weight in a way that only a graph of the layer shows, and these roads lead past all that is called.
 ODD_READS = {"a product", "addmm", "slices of the weight", "chunks of the weight"}
-HIDDEN = {"bound methods", "a registry", "an object of one's own"}
-# Of these, a row is not what it would be in another batch, or nobody can tell which rows are which.
+HIDDEN = {"bound methods", "a mapping proxy", "a registry", "an object of one's own"}
+# Of these, a row is not what it would be in another batch, or nobody can tell by sites which rows are which.
 MIXES_ROWS = {
+    *ODD_READS,
     "a hook with keywords",
     "writes",
     "a buffer that counts",
     "a batch norm",
     "a cache",
     "a branch",
+    "a recurrence",
     "rows apart",
     "one row",
+    "tokens apart",
+    "vmap",
+    "vmap over the bare weight",
 }
 
 
