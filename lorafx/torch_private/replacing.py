@@ -141,15 +141,22 @@ def threads_replaced(within: Callable[[Callable[..., Any]], Callable[..., Any]])
     start: Any = threading.Thread.start
     submit: Any = ThreadPoolExecutor.submit
 
+    local = threading.local()  # a pool's own threads outlive what they are started for
+
     @functools.wraps(start)
     def start_within(thread: Any) -> None:
-        if (run := within(thread.run)) is not thread.run:
-            thread.run = run
+        run = thread.run
+        if not getattr(local, "submits", False) and (inside := within(run)) is not run:
+            thread.run = inside
         start(thread)
 
     @functools.wraps(submit)
     def submit_within(pool: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return submit(pool, within(function), *args, **kwargs)
+        local.submits = True
+        try:
+            return submit(pool, within(function), *args, **kwargs)
+        finally:
+            local.submits = False
 
     threading.Thread.start, ThreadPoolExecutor.submit = start_within, submit_within  # type: ignore
 

@@ -1,6 +1,7 @@
 """What runs beside a model's own code: autograd functions of its own, gradients that it asks for, threads."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 import torch
@@ -50,9 +51,17 @@ def by_forces(net, x):
     return torch.autograd.grad(energy, x, create_graph=True)[0]
 
 
+POOL = ThreadPoolExecutor(1)  # whose thread is started within a call, and goes on
+
+
 def by_threads(net, x):
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(F.linear, torch.tanh(net.first(x)), net.second.weight).result()
+    def first():
+        hidden.append(net.first(x))
+
+    hidden, thread = [], Thread(target=first)
+    thread.start()
+    thread.join()
+    return POOL.submit(F.linear, torch.tanh(hidden[0]), net.second.weight).result()
 
 
 class Net(nn.Module):
@@ -94,6 +103,7 @@ def test_adapters_train_through_what_runs_beside_the_models_own_code(run):
     for _ in range(4):
         for actual, expected in gradients(lora, plain, random(5, 3)):
             torch.testing.assert_close(actual, expected)
+    assert type(lora.second.weight) is nn.Parameter, "nobody watches it any more, not even a thread that goes on"
 
 
 @pytest.mark.usefixtures("early")
