@@ -1,6 +1,9 @@
 """lorafx: a declarative graph-rewriting compiler for LoRA on torch.fx."""
 
+from typing import Any
+
 from . import errors, passes  # type: ignore[attr-defined]
+from .absent import refuse as _refuse
 from .adapters.kinds.adalora_config import AdaLoraConfig
 from .adapters.kinds.boft import BOFTConfig
 from .adapters.kinds.c3a import C3AConfig
@@ -58,6 +61,13 @@ from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Say what to use instead of a name of PEFT's, by an error that `from lorafx import …` shows as it is."""
+    _refuse(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AdaLoraConfig",

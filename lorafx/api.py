@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from . import passes  # type: ignore[attr-defined]
 from .adapters.adapter import plan
 from .adapters.config import AdapterConfig
 from .adapters.kinds import config_of
-from .errors import AdapterError, ConfigError
+from .errors import AdapterError, ConfigError, warn
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
 from .model.adaptation import of
@@ -169,7 +168,7 @@ def _pipeline(
     if gradient_checkpointing not in (False, True, "offload"):
         raise ConfigError(f'gradient_checkpointing={gradient_checkpointing!r} is none of False, True, "offload"')
     if gradient_checkpointing == "offload" and not torch.cuda.is_available():
-        warnings.warn("checkpoints stay where they are: there is no CUDA device to move them from", stacklevel=3)
+        warn("checkpoints stay where they are: there is no CUDA device to move them from")
     if gradient_checkpointing:
         chosen = chosen + (passes.CheckpointBlocks(every=True, offload=gradient_checkpointing == "offload"),)
     if adapter_compute_dtype is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .adapters.config import AdapterConfig
 from .adapters.kinds import LoraConfig, config_of
 from .api import compile, load
-from .errors import ConfigError
+from .errors import ConfigError, warn
 from .files import checkpoint
 from .files.hub import Source
 from .model.adaptation import of
@@ -67,7 +66,7 @@ def get_peft_model(
         ("revision", config.revision, revision or config.revision),
     ):
         if old is not None and old != new:
-            warnings.warn(f"the config says {field}={old!r}; {new!r} is recorded instead", stacklevel=2)
+            warn(f"the config says {field}={old!r}; {new!r} is recorded instead")
         config = config.replace(**{field: new})
     return compile(
         model,
@@ -249,7 +248,7 @@ def _embeddings_moved(
     moved = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
     if not moved:
         return list(targets), given
-    warnings.warn(f"{', '.join(moved)} moved from `target_modules` to `modules_to_save`: trained whole", stacklevel=3)
+    warn(f"{', '.join(moved)} moved from `target_modules` to `modules_to_save`: trained whole")
     return [name for name in targets if name not in moved], list(dict.fromkeys([*(given or ()), *moved]))
 
 
@@ -257,10 +256,7 @@ def _warn_of_experts(model: nn.Module, targets: Sequence[str] | str | None) -> N
     """Warn of experts stored as one parameter, which Unsloth adapts if one of their projections is a target."""
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused and not isinstance(targets, str) and {"gate_proj", "up_proj", "down_proj"} & set(targets or ()):
-        warnings.warn(
-            f"{fused} and its like are not adapted, as they would be by Unsloth: name them in `target_parameters`",
-            stacklevel=3,
-        )
+        warn(f"{fused} and its like are not adapted, as they would be by Unsloth: name them in `target_parameters`")
 
 
 def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:

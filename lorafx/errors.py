@@ -1,11 +1,18 @@
-"""One family of errors. Messages name the place, the user's source line if it is known, and what can be done."""
+"""One family of errors, and warnings. Messages name the place, the user's source line if it is known, and what can be
+done."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch.fx import Node
+
+# Packages whose code is not where somebody looks for what a warning is about.
+_NOT_THE_USERS = frozenset({"lorafx", "torch", "transformers", "accelerate", "trl", "contextlib", "functools"})
 
 
 class LorafxError(Exception):
@@ -14,6 +21,10 @@ class LorafxError(Exception):
 
 class ConfigError(LorafxError, ValueError):
     """A config or option that cannot be served: a wrong value, or a field that lorafx does not implement yet."""
+
+
+class MissingNameError(LorafxError, ImportError):
+    """A name that PEFT has and lorafx has not; the message says what to use instead."""
 
 
 class SelectionError(ConfigError):
@@ -54,6 +65,19 @@ class RecomputeError(LorafxError, RuntimeError):
 
 class MergeError(LorafxError, RuntimeError):
     """A merge or unmerge that was refused; no weight has been changed."""
+
+
+def warn(message: str) -> None:
+    """Warn, at the line of the user's that led here: the innermost one outside of lorafx and what calls models."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and _package(frame.f_globals) in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def _package(names: dict[str, Any]) -> str:
+    """The package that a function with these globals is of; code that lorafx or torch wrote has none."""
+    return str(names.get("__name__", "torch")).partition(".")[0]
 
 
 def user_line(node: Node) -> str:

@@ -17,7 +17,7 @@ CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 ORDER = [
     *("errors", "tables", "progress", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
-    *("api", "compat", "functions", "optimizers", "__init__", "testing", "bench", "commands", "__main__"),
+    *("api", "compat", "functions", "optimizers", "absent", "__init__", "testing", "bench", "commands", "__main__"),
 ]
 
 
@@ -87,7 +87,16 @@ INSIDE = {
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
     "serving": [
-        *("attribute_guards", "tree_state", "call_key", "choosing", "checkpointing", "scripts", "programs"),
+        *(
+            "attribute_guards",
+            "tree_state",
+            "call_key",
+            "choosing",
+            "checkpointing",
+            "scripts",
+            "own_backward",
+            "programs",
+        ),
         "free_counters",
         *("before", "early_calls", "site_table", "direct", "concerned", "methods", "per_site", "interpret"),
         *(

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import AdapterError, ConfigError
+from lorafx.errors import AdapterError, ConfigError, LorafxError
 from lorafx.testing import assert_same_tensors
 
 SETTINGS: dict[str, Any] = {
@@ -371,3 +371,21 @@ def test_more_fields_of_the_config_arrive():
 def test_what_unsloth_knows_and_lorafx_does_not_is_an_error(asked):
     with pytest.raises(ConfigError, match=next(iter(asked))):
         unsloth(**asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("AutoPeftModelForCausalLM", r"load the base .* `lorafx.load"),
+        ("inject_adapter_in_model", "`lorafx.compile"),
+        ("PromptTuningConfig", "prompt learning"),
+        ("XLoraConfig", "kinds.md"),
+        ("LoraModel", "`lorafx.compile"),
+    ],
+)
+def test_a_name_of_pefts_that_is_not_there_says_what_to_use(name, instead):
+    with pytest.raises(ImportError, match=f"lorafx has no {name}: .*{instead}") as caught:
+        exec(f"from lorafx import {name}")
+    assert isinstance(caught.value, LorafxError)
+    with pytest.raises(ImportError, match="cannot import name"):
+        exec("from lorafx import Lora")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, SelectionError
+from ..errors import AdapterError, ConfigError, SelectionError, warn
 from ..graph.modules import taken_names
 from ..tree.attached import detach
 from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
@@ -245,7 +244,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     for site in selection:
         kind.check(site, config)
     for remark in kind.remarks(selection, config):
-        warnings.warn(remark)
+        warn(remark)
     _require_free_names(kind, config, selection)
     _require_readable(root, selection)
     _require_dense(root, (*saved_modules(root, config), *whole))

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import ops  # noqa: F401, defines torch.ops.lorafx
 from ..graph.match import template
-from ..torch_private.tensors import base_of
+from ..torch_private.tensors import base_of, is_wrapped
 from .equation import BOUND, Equation
 from .kinds import Kind, Operands
 
@@ -132,6 +132,8 @@ def follows(x: Tensor, rows: Tensor, one_token: bool, turned: bool = False) -> b
     be another tensor with the rows first, flattened: each row's numbers lie together in memory. If rows may be
     `turned`, to come second, they are known to come first only where the other sizes are not as large.
     """
+    if is_wrapped(x):  # vmap hides one of its sizes, which may be the rows
+        return False
     count, base = rows.shape[0], base_of(x)
     if turned and count > 1 and count in x.shape[1 : x.ndim - x.is_floating_point()]:
         return False

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, warn
 from .default_targets import DEFAULT_TARGETS
 from .peft_itself import refuse_peft_itself
 
@@ -130,7 +129,7 @@ class AdapterConfig:
         values = {key: value for key, value in values.items() if key not in NOT_WRITTEN}
         extra = {key: _plain(value) for key, value in values.items() if key not in known}
         if extra:
-            warnings.warn(f"config fields that lorafx does not know are kept but have no effect: {sorted(extra)}")
+            warn(f"config fields that lorafx does not know are kept but have no effect: {sorted(extra)}")
         given = {key: _plain(value) for key, value in values.items() if key in known}
         nulls = {key for key, value in given.items() if value is None and key in cls.null_is_default}
         return cls(**{key: value for key, value in given.items() if key not in nulls}, extra=extra)

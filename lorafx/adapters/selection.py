@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from ..errors import ConfigError, SelectionError
+from ..errors import ConfigError, SelectionError, warn
 from ..tree.lookup import given_by, tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig, is_named
@@ -43,7 +42,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise SelectionError(_nothing_message(modules, config))
     selection = Selection(tuple(_sites(modules, matched, parameters)))
     for remark in _remarks(model, selection, modules, config):
-        warnings.warn(remark)
+        warn(remark)
     return selection
 
 
@@ -58,7 +57,7 @@ def whole_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     if not matched:
         raise SelectionError(_nothing_message(modules, config))
     for remark in _remarks(model, Selection(), modules, config):
-        warnings.warn(remark)
+        warn(remark)
     return tuple(name for name in matched if not any(name.startswith(f"{outer}.") for outer in matched))
 
 

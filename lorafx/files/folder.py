@@ -14,10 +14,10 @@ import errno
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..errors import warn
 from .disk import Content, holds, sync, write
 from .pinned import PINNED, has_mounts, replace_in_turn
 
@@ -74,7 +74,7 @@ def _replace_whole(folder: Path, files: Mapping[str, Content], gone: Sequence[st
 
 def _replace_pinned(folder: Path, changed: Mapping[str, Content], gone: Sequence[str], reason: str) -> None:
     if replace_in_turn(folder, changed, gone):
-        warnings.warn(
+        warn(
             f"{folder} cannot be exchanged for a new folder at once ({reason}), so its files were replaced one after "
             f"another: a process that is killed meanwhile leaves it without {next(iter((*changed, *gone)))}"
         )

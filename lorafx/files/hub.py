@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Source:
         if Path(self.place).is_dir():
             return Path(self.place) / (self.subfolder or "")
         self.refuse_paths()
+        self.refuse_misspelt()
         revision = self.revision
         for names in wanted:
             file = self._first(names, revision)
@@ -81,6 +83,24 @@ class Source:
         if path.is_absolute() or named.startswith((".", "~")) or named.endswith("/") or named.count("/") > 1:
             home = "; ~ is not expanded, write the whole path" if named.startswith("~") else ""
             raise CheckpointError(f"{self.place} is no folder here, and no id of a repository on the Hub either{home}")
+
+    def refuse_misspelt(self) -> None:
+        """Raise `CheckpointError` if there are folders here that somebody may have meant, and nobody named a revision.
+
+        To ask the Hub for a name that is mistyped may take it many seconds to say no.
+        """
+        parent, separator, name = self.place.replace(os.sep, "/").rpartition("/")
+        if self.revision is not None or not Path(parent or ".").is_dir():
+            return
+        folders = sorted(each.name for each in Path(parent or ".").iterdir() if each.is_dir())
+        near = difflib.get_close_matches(name, folders, cutoff=0.7)
+        if near or parent:
+            holds = f"{parent}/ holds {', '.join(folders[:3]) or 'no folder'}" if parent else ""
+            there = f"nearest: {parent}{separator}{near[0]}" if near else holds
+            raise CheckpointError(
+                f"{self.place} is no folder here; {there}. If a repository on the Hub is meant, give its `revision`, "
+                'as "main"'
+            )
 
     def _first(self, names: Sequence[str], revision: str | None) -> Path:
         what = f"{self.place} is no folder here, and of the repository {self._named} {' or '.join(names)} cannot be had"

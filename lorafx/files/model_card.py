@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from ..errors import warn
 
 CARD = "README.md"
 TAGS = ["lora", "lorafx"]
@@ -32,7 +33,7 @@ def marked_card(text: str, base: str | None) -> str:
     try:
         card = ModelCard(text if text.lstrip().startswith("---") else f"---\nlibrary_name: peft\n---\n{text}")
     except Exception as error:  # whatever a parser of YAML makes of it
-        warnings.warn(f"the metadata of {CARD} cannot be read, and does not say that this is an adapter: {error}")
+        warn(f"the metadata of {CARD} cannot be read, and does not say that this is an adapter: {error}")
         return text
     data: Any = card.data
     tags = [*(data.tags or ()), *(tag for tag in TAGS if tag not in (data.tags or ()))]

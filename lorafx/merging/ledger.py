@@ -6,7 +6,6 @@ A merge writes into all weights or, if it fails, into none; so does an unmerge.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
-from ..errors import MergeError
+from ..errors import MergeError, warn
 from ..tree.lookup import find_tensor, first_name, tensor_at
 from .entry import Entry, Target, merge
 from .residual import supports
@@ -72,7 +71,7 @@ class Ledger:
             return
         worst = max((self.entries[path] for path in paths), key=lambda entry: entry.lost)
         others = f", as {len(paths) - 1} other weights are quantised" if len(paths) > 1 else ""
-        warnings.warn(
+        warn(
             f"{worst.target.path} is stored as {worst.target.storage}{others}: merging loses what that cannot hold, "
             f"{worst.lost:.1%} of this one and of none more (by the Frobenius norm; `report()` has all). "
             "`merge_and_unload(dtype=…)` and `lorafx.merge` round once instead"

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, warn
 from ..files import checkpoint, shards
 from ..files.base import CONFIG, INDEX, BaseFolder, read_base
 from ..files.disk import write
@@ -70,7 +69,7 @@ def merge(
     output = _planned(source, found, wide)
     others, left_out = source.others()
     if left_out:
-        warnings.warn(f"not copied, being weights that are not merged: {', '.join(map(str, left_out))}")
+        warn(f"not copied, being weights that are not merged: {', '.join(map(str, left_out))}")
     with staged(target, _note(source, found, wide, others)) as stage:
         _write_shards(stage, source, output)
         for file in others:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..adapters.kinds import config_of
 from ..adapters.slots import put, used
 from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, warn
 from ..files import checkpoint
 from ..merging.ledger import Target
 from ..tree.attached import Held, own_modules, set_trainable
@@ -139,7 +138,7 @@ class Adapters(Scales):
         for other in self._lorafx.adapters.values():
             both = [base for base, path in adapter.replaced.items() if base in other.replaced and TRAINED_BIAS in path]
             if both:
-                warnings.warn(
+                warn(
                     f"{adapter.name!r} and {other.name!r} each train their own {both[0]} (`bias`): they cannot be "
                     "active together, and PEFT does not load both"
                 )
@@ -165,7 +164,7 @@ class Adapters(Scales):
         for name in weights:
             self._require_scalable(name)
         if self._lorafx.ledger.names:
-            warnings.warn("the model was merged; it is unmerged before the active adapters change")
+            warn("the model was merged; it is unmerged before the active adapters change")
             self._lorafx.ledger.unmerge(self.tree)
         for name, weight in weights.items():
             self.set_scale(name, weight)

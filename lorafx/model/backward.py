@@ -8,13 +8,12 @@ gives such a result says at once that nothing will train.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, warn
 from ..tree.attached import own_modules
 from .state import State
 
@@ -76,7 +75,7 @@ def _say_nothing_trains(state: State, tree: nn.Module, reason: str) -> None:
     base = (tensor for module in own_modules(tree) for tensor in module._parameters.values() if tensor is not None)
     if "nothing trains" not in state.said and not any(tensor.requires_grad for tensor in base):
         state.said.add("nothing trains")
-        warnings.warn(
+        warn(
             f"a call in train mode, and there is nothing to train: {reason}. Use `eval()` or `torch.no_grad()` if that "
             "is meant"
         )
@@ -85,4 +84,4 @@ def _say_nothing_trains(state: State, tree: nn.Module, reason: str) -> None:
 def _say_no_dropout(state: State) -> None:
     if "no dropout" not in state.said:
         state.said.add("no dropout")
-        warnings.warn("trained in evaluation mode, without the adapters' dropout; call `train()` on the model first")
+        warn("trained in evaluation mode, without the adapters' dropout; call `train()` on the model first")

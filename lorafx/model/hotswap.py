@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..adapters.config import require
 from ..adapters.kinds import SCALING, config_of
 from ..adapters.slots import add_idle, differences, idles, put, require_swappable, widened
 from ..adapters.storages import keep_own_layers
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, warn
 from ..files import checkpoint
 from ..tree.attached import attach
 from ..tree.lookup import copy_into, tensor_at
@@ -117,7 +116,7 @@ class HotSwap(Adapters):
         said = "graphs of this model are compiled already, and will be again: prepare it before its first call"
         if how == "error":
             raise AdapterError(f'{said}, or pass check_compiled="ignore"')
-        warnings.warn(said)
+        warn(said)
 
     def _planned_for(self, slot: Adapter, configs: list[Any], r: int | None) -> Iterator[Adapter]:
         """What adapters of these configs would be in the slot's place, with room for rank `r`."""

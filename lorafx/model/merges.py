@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter, remove
 from ..adapters.storages import require_not_packed_since
-from ..errors import AdapterError, ConfigError, MergeError
+from ..errors import AdapterError, ConfigError, MergeError, warn
 from ..merging.dequantised import dense_layers, forget_quantisation, require_readable
 from ..merging.ledger import Ledger
 from ..progress import announced
@@ -39,7 +38,7 @@ class Merges(Part):
         names = state.acting if adapter_names is None else self._listed(adapter_names)
         adapters = self._in_order([name for name in names if name not in state.ledger.names])
         if not adapters:
-            warnings.warn("these adapters are merged already" if names else "there is no active adapter to merge")
+            warn("these adapters are merged already" if names else "there is no active adapter to merge")
             return
         self._require_together((*state.ledger.names, *state.active, *names))
         self._merge(adapters, safe=safe_merge, progressbar=progressbar)
@@ -133,7 +132,7 @@ class Merges(Part):
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit. Raises `MergeError`, changing nothing, where that is impossible."""
         if not self._lorafx.ledger.names:
-            warnings.warn("no adapter is merged; there is nothing to unmerge")
+            warn("no adapter is merged; there is nothing to unmerge")
         self._lorafx.ledger.unmerge(self.tree)
 
     @between_calls
@@ -195,7 +194,7 @@ class Merges(Part):
     def _warn_of_rests(self, adapters: Iterable[Adapter]) -> None:
         """Say that adapters leave a base without what their start values took out of it."""
         if names := [adapter.name for adapter in adapters if adapter.takes_from_base]:
-            warnings.warn(
+            warn(
                 f"{', '.join(map(repr, names))} took start values out of the base's weights, which stay without them: "
                 "merge, or load the base again"
             )

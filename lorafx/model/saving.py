@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.slots import put, used, without_room
-from ..errors import AdapterError
+from ..errors import AdapterError, warn
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
@@ -77,7 +76,7 @@ class Saving(Merges):
         ]
         for adapter, tensors in gathered if is_main_process else ():
             if adapter.is_rescaled(self.tree):
-                warnings.warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
+                warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
 
@@ -181,13 +180,13 @@ class Saving(Merges):
         adapted = [p for p in known if owners[p] in adapter.selection.by_name and adapter.kind.saves_embeddings]
         resized = any(_resized(unwrapped(self._lorafx.base), self.tree, path) for path in paths)
         if wanted == "auto" and (adapted or resized):
-            warnings.warn(
+            warn(
                 f"{', '.join(paths if resized else adapted)}: saved along with {adapter.name!r}, being "
                 f"{'of another size than when the model was compiled' if resized else 'adapted'}; pass "
                 "save_embedding_layers=False to leave them out"
             )
         if wanted is True and not every:
-            warnings.warn("save_embedding_layers=True saves none: the model has no `get_input_embeddings` to tell them")
+            warn("save_embedding_layers=True saves none: the model has no `get_input_embeddings` to tell them")
         wanted = bool(resized or adapted) if wanted == "auto" else wanted
         chosen = [] if not wanted else paths if resized else adapted or paths
         return {path: self._embedding(path, given) for path in chosen}

@@ -9,14 +9,13 @@ runs the module again in backward, on x that was kept, as checkpointing does.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..errors import AdapterError
+from ..errors import AdapterError, warn
 from ..torch_private.tracing import FakeTensor
 from ..tree.own_layers import layer_of, own_forward_of
 from .calls import is_plain, rows
@@ -60,7 +59,7 @@ def _with_its_derivative(module: torch.nn.Module, x: Tensor, y: Tensor) -> Tenso
     """Say where the module's code gives no derivative: adapters before it do not train, and jvp would be wrong."""
     name = type(module).__name__
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-        warnings.warn(f"{name} gives its input no gradient, so adapters before it do not train through it")
+        warn(f"{name} gives its input no gradient, so adapters before it do not train through it")
     if forward_ad.unpack_dual(x).tangent is not None and forward_ad.unpack_dual(y).tangent is None:
         raise AdapterError(f"{name} has no forward-mode derivative (jvp); take gradients by backward instead")
     return _NoDerivative.apply(y.detach(), torch.empty(0, requires_grad=True), name) if _lacks_one(x, y) else y

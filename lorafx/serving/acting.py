@@ -7,7 +7,6 @@ each time: if no site acts, that is said once, and a training step of which noth
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from ..errors import AdapterError
+from ..errors import AdapterError, warn
 from ..graph.blocks import blocks_of
 from ..graph.emit import SITE, made_by
 from ..ops.deferral import Deferred
@@ -60,9 +59,7 @@ class Acting:
                 )
             if (names, call.path) not in self._said and not self._has_acted_before(names, call):
                 self._said.add((names, call.path))
-                warnings.warn(
-                    f"{_subject(call)} runs no site of {_listed(names)}: the result is the base model's. {_ADVICE}"
-                )
+                warn(f"{_subject(call)} runs no site of {_listed(names)}: the result is the base model's. {_ADVICE}")
 
     def _has_acted_before(self, names: tuple[str, ...], call: Call) -> bool:
         """Whether the adapters acted where this call's arguments come from: in a part that was called by itself, or in

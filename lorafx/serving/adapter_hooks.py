@@ -11,7 +11,6 @@ A module that an adapter has a copy of (`modules_to_save`) runs its own Python; 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..adapters.adapter import SAVED, Adapter
+from ..errors import warn
 from ..pipeline import Pipeline
 
 _CAST = torch.ops.aten.to.dtype
@@ -37,7 +37,7 @@ def call_modules(gm: GraphModule, paths: Iterable[str]) -> None:
     for path in paths:
         nodes = list(dict.fromkeys(_readers(gm, path)))
         if not all(map(_has_input, nodes)):
-            warnings.warn(f"hooks on {path} do not run: the adapter's equation does not call it as a module")
+            warn(f"hooks on {path} do not run: the adapter's equation does not call it as a module")
             continue
         for node in nodes:
             with gm.graph.inserting_before(node):

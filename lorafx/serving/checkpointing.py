@@ -1,7 +1,7 @@
 """Checkpointing: what runs again in backward is served as it was in forward.
 
 Where no graph is run, a checkpoint of whatever kind is part of a model's own Python. What it runs again in backward
-runs by sites once more, with the adapters that its rows had.
+runs by sites once more, with the adapters that its rows had. So does what a model has other threads run.
 
 transformers' layers are asked for checkpoints that autograd can see through. A re-entrant checkpoint runs its layer
 without gradients, and again in backward if an input wants one. A frozen base's input wants none, unless its
@@ -43,16 +43,17 @@ def without_reentrant(modules: Iterable[nn.Module]) -> bool:
 
 
 def as_served_now(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that a model checkpoints, which acts, when it runs again in backward, as in the call of the model."""
+    """A function that a model checkpoints, or has a thread run, which acts as it would in the call of the model."""
     mode = RUNNING.mode
     if mode is None:
         return function
     interpreter = mode.from_here()
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        if RUNNING.mode is mode:  # the model asks for gradients within its forward
-            return function(*args, **kwargs)
-        with interpreter().active():
-            return function(*args, **kwargs)
+        with interpreter().active() as running:
+            try:
+                return function(*args, **kwargs)
+            finally:
+                mode.acted = mode.acted or running.acted
 
     return again

@@ -25,7 +25,8 @@ from ..graph.modules import accepts, refresh
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
-from ..torch_private.replacing import checkpoints_replaced, scripts_replaced
+from ..torch_private.replacing import checkpoints_replaced, scripts_replaced, threads_replaced
+from ..torch_private.tensors import is_within_transform
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost, is_fsdp1
@@ -123,7 +124,7 @@ class Dispatcher:
         if self.sites.is_recomputed(path):
             return self._run_by_sites(call, early=True)[0]
         for program in kept:
-            if program.waits and self.early.is_due(key):
+            if program.waits and self.early.is_due(key) and not is_within_transform():  # which no capture may be in
                 return self.run_first(self.make_graph(program, call), call)
             try:
                 return self.run(program, call)
@@ -302,7 +303,8 @@ class Dispatcher:
             return False
         if any(map(has_copies_among_children, self.tree.modules)):  # the model's Python may take these for layers
             return False
-        return not self.early.is_due(key) and self.tables.of(call.tree, call.context, state.modules).is_plain
+        is_due = self.early.is_due(key) and not is_within_transform()
+        return not is_due and self.tables.of(call.tree, call.context, state.modules).is_plain
 
     def make_now(self, key: CallKey, call: Call, names: tuple[str, ...]) -> Program:
         """What serves a kind of call from now on."""
@@ -380,4 +382,5 @@ def _is_computed(tree: nn.Module, site: Site) -> bool:
 
 
 checkpoints_replaced(as_served_now)
+threads_replaced(as_served_now)
 scripts_replaced(run_script)

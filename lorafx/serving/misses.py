@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from ..capture.arguments import argument_names
+from ..errors import warn
 from .call_key import Call, CallKey, Leaf
 from .programs import Program
 
@@ -46,7 +46,7 @@ class Misses:
             return
         self.arguments[name] += 1
         if self.arguments[name] == OFTEN:
-            warnings.warn(
+            warn(
                 f"the argument {name} has had {OFTEN + 1} values so far, and a graph is captured for each. Pass it as "
                 "a tensor, or as one value, to capture once."
             )

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -30,6 +31,7 @@ from ..ops.modes import modes
 from ..torch_private.tensors import (
     DisableTorchFunctionSubclass,
     WithoutMode,
+    backward_pass,
     function_modes,
     is_innermost_mode,
     is_torch_function_enabled,
@@ -47,6 +49,7 @@ from .call_key import Call, OperatorKey
 from .concerned import Concerned
 from .direct import Direct
 from .methods import is_getter, is_method, takes_numbers
+from .own_backward import OwnBackward
 from .site_table import OwnRead, Place, SiteTable
 from .tree_state import TreeState
 
@@ -83,6 +86,7 @@ class SiteInterpreter(TorchFunctionMode):
         # What somebody's hooks have begun, or those that shard parameters, an exception would leave half done.
         self.starts_anew = starts_anew and not (state.hooked or state.sharded)
         self.acted = False  # whether a site was read
+        self.own_backward = OwnBackward() if is_new and torch.is_grad_enabled() else None
         self._find_tensors()
 
     def from_here(self) -> Callable[[], SiteInterpreter]:
@@ -119,8 +123,11 @@ class SiteInterpreter(TorchFunctionMode):
     def active(self) -> Iterator[SiteInterpreter]:
         """Run the tree's own Python inside."""
         outer, RUNNING.mode = RUNNING.mode, self
+        self.backward = backward_pass()  # what runs in another one, which the model has begun, is none of its code
         try:
             with plain_operators(), self.watch:
+                if self.own_backward is not None:
+                    self.watch.enter_context(self.own_backward.seen())
                 self.sees_all = self.sees_all or function_modes() > 0  # another mode, which is to be told second
                 if self.sees_all:
                     self.watch.enter_context(self)
@@ -244,7 +251,7 @@ class SiteInterpreter(TorchFunctionMode):
 
     def told(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function gives that gets a watched tensor, of this thread's or of another's."""
-        if self.sees_all:  # it has been looked at
+        if self.sees_all or backward_pass() != self.backward:  # it has been looked at, or a backward reads the base's
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         result = NotImplemented
@@ -270,6 +277,8 @@ class SiteInterpreter(TorchFunctionMode):
             if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
                 return result
         self.acted = True
+        if self.own_backward is not None:
+            self.own_backward.require_none(self.parts[-1])
         return self._directly(func, args, kwargs) if self.direct else NotImplemented
 
     def _acts_on(self, values: Iterable[Any], func: Callable[..., Any] | None = None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..capture.purity import Changed
-from ..errors import CaptureError, UncoveredOperatorError
+from ..errors import CaptureError, UncoveredOperatorError, warn
 from ..pipeline import Context
-from ..torch_private.tensors import in_backward
+from ..torch_private.tensors import backward_pass
 from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
@@ -54,7 +53,7 @@ class SitePolicy:
         """
         if self.capture == "sites" and key.part not in self._graphs:
             return "asked for by capture='sites'"
-        if state.hooked:
+        if state.is_hooked_within(key.part):
             return "somebody's hooks on inner modules expect to be called"
         if state.sharded:
             return "its parameters are sharded, and whole only while a module's own forward runs"
@@ -72,7 +71,7 @@ class SitePolicy:
 
         It must find the same operators, whatever serves such calls by now.
         """
-        return path in self._early and in_backward()
+        return path in self._early and path not in self._graphs and backward_pass() >= 0
 
     def step_down(self, program: Program, error: CaptureError) -> None:
         """Serve a program's calls by sites after its graph failed with `error`, which is raised for capture='graph'."""
@@ -102,7 +101,7 @@ class SitePolicy:
         """Say once that a graph was tried in vain."""
         if program.failed and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{program.reason}\nThe model's own Python runs instead, with a graph for each site: same results, "
                 "less fusion. `explain()` lists such calls; capture='graph' makes them an error."
             )

@@ -37,16 +37,20 @@ class TreeState(NamedTuple):
 
     Two states of one `layout` have the same modules, training or not, tensors of the same shapes, dtypes and devices,
     and the same hooks that compute: torch's operators do the same in both. Which hooks somebody watches by is no part
-    of it, only whether he does, so that one that is registered anew in each step costs nothing. `attributes` are the
+    of it, only where he does, so that one that is registered anew in each step costs nothing. `attributes` are the
     values that only the model's Python reads. `modules` numbers the modules alone, whatever is in them.
     """
 
     layout: int
     attributes: AttributeState
-    hooked: bool  # somebody watches inner modules run, by hooks of his own
+    hooked: tuple[str, ...]  # paths of inner modules that somebody watches run by hooks of his own; "" for all of them
     sharded: bool  # some tensors are whole only while a module's own forward runs
     hooked_adapters: tuple[str, ...] = ()  # modules of adapters' tensors that somebody watches
     modules: int = 0
+
+    def is_hooked_within(self, part: str) -> bool:
+        """Whether somebody watches modules below the one at a path, whose own hooks are run by whoever calls it."""
+        return any(not (part and path) or path.startswith(f"{part}.") for path in self.hooked)
 
 
 class TreeGuards:
@@ -62,7 +66,7 @@ class TreeGuards:
         self._children: list[dict[str, Any]] = []  # what the parents had when they were walked over
         self._owned: list[Any] = []
         self._tensors: list[Tensor] = []
-        self._hooks: tuple[Any, ...] = ()
+        self._hooks: tuple[tuple[str, Any], ...] = ()  # with the paths of their modules
         self._hooked_adapters: tuple[str, ...] = ()
         self._next_hook = -1
         self._layouts: OrderedDict[tuple[Any, ...], int] = OrderedDict()
@@ -130,7 +134,7 @@ class TreeGuards:
     def _layout(self, *now: Any) -> int:
         # The class counts of those that know themselves what operators do to them, as packed weights.
         shapes = tuple((t.shape, type(t) if is_traceable_wrapper_subclass(t) else None) for t in self._tensors)
-        computing = tuple(_key_of_hook(hook) for hook in self._hooks if _computes(hook))
+        computing = tuple(_key_of_hook(hook) for _, hook in self._hooks if _computes(hook))
         key = (self._walks, computing, self._hooked(), shapes, *map(tuple, now))
         if key not in self._layouts:
             self._layouts[key] = next(self._numbers)
@@ -138,8 +142,8 @@ class TreeGuards:
                 self._layouts.popitem(last=False)
         return self._layouts[key]
 
-    def _hooked(self) -> bool:
-        return not all(map(_computes, self._hooks))
+    def _hooked(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path for path, hook in self._hooks if not _computes(hook)))
 
     def _walk(self, root: nn.Module) -> None:
         modules = list(own_modules(root))
@@ -149,9 +153,10 @@ class TreeGuards:
         self._parents = [root._modules, *(module._modules for module in modules[1:] if own_children(module))]
         self._children = [children.copy() for children in self._parents]
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        # The root's own hooks are run by whoever calls it.
-        self._hook_dicts = [hooks for m in modules[1:] for hooks in call_hooks(m)]
-        self._hook_dicts += global_call_hooks()
+        own = set(map(id, modules[1:]))  # the root's own hooks are run by whoever calls it
+        inner = ((path, m) for path, m in root.named_modules(remove_duplicate=False) if id(m) in own)
+        self._hook_dicts = [(path, hooks) for path, m in inner for hooks in call_hooks(m)]
+        self._hook_dicts += [("", hooks) for hooks in global_call_hooks()]
         self._next_hook = -1
         self._watch_attributes(root)
 
@@ -171,8 +176,8 @@ class TreeGuards:
         attached = {path: m for path, m in root.named_modules() if id(m) not in own and m._parameters}
         hooks = {path: [hook for hooks in call_hooks(m) for hook in hooks.values()] for path, m in attached.items()}
         self._hooked_adapters = tuple(path for path in hooks if hooks[path])
-        every = tuple(hook for hooks in self._hook_dicts for hook in hooks.values())
-        every += tuple(chain.from_iterable(hooks.values()))
+        every = tuple((path, hook) for path, hooks in self._hook_dicts for hook in hooks.values())
+        every += tuple((path, hook) for path, found in hooks.items() for hook in found)
         if every != self._hooks:
             self._hooks, self._state = every, None
 

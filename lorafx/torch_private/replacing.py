@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,11 +66,25 @@ def function_applications_seen(see: Callable[[type], None]) -> Iterator[None]:
     functions. Were it not so, nobody would know that one with a backward of its own ran.
     """
     base: Any = torch.autograd.function.BackwardCFunction
-    base.__init__ = lambda node: see(type(node)._forward_cls)
+    with _LOCK:
+        _SEEING.append(see)
+        base.__init__ = _tell_of
     try:
         yield
     finally:
-        del base.__init__
+        with _LOCK:
+            _SEEING.remove(see)
+            if not _SEEING:
+                del base.__init__
+
+
+_SEEING: list[Callable[[type], None]] = []  # who is told of applications, in whatever thread
+_LOCK = threading.Lock()
+
+
+def _tell_of(node: Any) -> None:
+    for see in tuple(_SEEING):
+        see(type(node)._forward_cls)
 
 
 @contextlib.contextmanager
@@ -116,6 +131,34 @@ def checkpoints_replaced(again: Callable[[Callable[..., Any]], Callable[..., Any
         init(frame, again(function), *rest, **options)
 
     CheckpointFunction.forward, _CheckpointFrame.__init__ = staticmethod(reentrant), other  # type: ignore
+
+
+def threads_replaced(within: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let threads run `within(function)`, made where a thread is started or a pool is given something to do.
+
+    Were it not so, a weight that a model's thread reads would be the base's.
+    """
+    start: Any = threading.Thread.start
+    submit: Any = ThreadPoolExecutor.submit
+
+    local = threading.local()  # a pool's own threads outlive what they are started for
+
+    @functools.wraps(start)
+    def start_within(thread: Any) -> None:
+        run = thread.run
+        if not getattr(local, "submits", False) and (inside := within(run)) is not run:
+            thread.run = inside
+        start(thread)
+
+    @functools.wraps(submit)
+    def submit_within(pool: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        local.submits = True
+        try:
+            return submit(pool, within(function), *args, **kwargs)
+        finally:
+            local.submits = False
+
+    threading.Thread.start, ThreadPoolExecutor.submit = start_within, submit_within  # type: ignore
 
 
 def scripts_replaced(run: Callable[..., Any]) -> None:

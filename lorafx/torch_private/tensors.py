@@ -111,9 +111,12 @@ def _set_function_modes(modes: list[TorchFunctionMode]) -> None:
         torch._C._push_on_torch_function_stack(each)
 
 
-def in_backward() -> bool:
-    """Whether autograd runs a backward in this thread. Without it, checkpointed layers could be served in two ways."""
-    return torch._C._current_graph_task_id() != -1
+def backward_pass() -> int:
+    """The number of the backward pass that autograd runs in this thread, -1 for none.
+
+    Without it, checkpointed layers could be served in two ways, and a backward be taken for the model's own code.
+    """
+    return torch._C._current_graph_task_id()
 
 
 def buffers_of_no_state_dict(module: nn.Module) -> dict[str, Tensor | None]:

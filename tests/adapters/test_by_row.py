@@ -101,6 +101,12 @@ def test_which_tensors_have_the_rows_first():
     assert not follows(hidden.view(-1, 5)[[1, 0, 2]], rows, one_token=False)
 
 
+def test_rows_are_not_told_where_vmap_hides_a_size():
+    rows, seen = torch.zeros(3, dtype=torch.long), []
+    torch.vmap(lambda x: seen.append(follows(x, rows, one_token=False)) or x)(torch.zeros(2, 3, 4, 5))
+    assert seen == [False] and follows(torch.zeros(3, 4, 5), rows, one_token=False)
+
+
 def test_the_first_tensor_of_a_call():
     ids = torch.zeros(2, 3)
     assert first_tensor([None, 3, torch.tensor(1.0), {"ids": ids}]) is ids

@@ -169,6 +169,17 @@ def test_what_is_missing_is_one_clear_error(hub, files, tmp_path):
         load(tmp_path / "saved", revison="v1")
 
 
+def test_what_is_like_a_folder_here_is_not_asked_of_the_hub(hub, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.add("runs/best", files)
+    (tmp_path / "runs" / "best-lora").mkdir(parents=True)
+    assert_refused("runs/bst-lora is no folder here; nearest: runs/best-lora", source="runs/bst-lora")
+    assert_refused("runs/best is no folder here; runs/ holds best-lora", "give its `revision`", source="runs/best")
+    assert_refused("nearest: saved", source="savd")
+    assert not hub.requests
+    assert_same_adapters(load("runs/best", revision="main"), load(tmp_path / "saved"))
+
+
 def test_old_weights_never_stand_in_for_new_ones_that_are_out_of_reach(hub, files):
     hub.add(REPO, {**files, OLD_WEIGHTS: b"older"})
     hub.broken.add(WEIGHTS)

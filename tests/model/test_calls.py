@@ -200,3 +200,23 @@ def test_weights_that_torch_func_puts_in_place(capture):
     torch.testing.assert_close(many[1], (2 * base - lora.lin.bias + update).detach())
     gradient = torch.func.grad(lambda weight: called(weight).sum())(weight)
     torch.testing.assert_close(gradient, x.sum(0).expand(5, 4))
+
+
+@pytest.mark.usefixtures("early")
+def test_adapters_that_torch_func_puts_in_place_however_often():
+    """Several at once by vmap, as the very first call, and gradients for each row of a batch."""
+    lora, x = lorafx.compile(Ways(), CONFIG), torch.randn(3, 4)
+    given = {path: each.detach() for path, each in lora.named_parameters()}
+    adapters = {path: torch.stack([each, 2 * each]) for path, each in given.items() if "lora_" in path}
+    a, b = (given[f"lin.lora_{name}.default.weight"] for name in "AB")
+    base, scale = nn.functional.linear(x, given["lin.weight"], given["lin.bias"]), 8 / 2
+    for _ in range(5):
+        many = torch.vmap(lambda each: torch.func.functional_call(lora, given | each, (x,)))(adapters)
+        torch.testing.assert_close(many[1], base + 4 * scale * x @ a.T @ b.T)
+
+        def total(each, row):
+            return torch.func.functional_call(lora, given | each, (row[None],)).sum()
+
+        alone = {path: each[0] for path, each in adapters.items()}
+        rows = torch.vmap(torch.func.grad(total), (None, 0))(alone, x)
+        torch.testing.assert_close(rows["lin.lora_B.default.weight"], scale * (x @ a.T)[:, None].expand(3, 5, -1))

@@ -8,9 +8,10 @@ from graphs import Chain, adapted
 from modules import cases
 from serving_models import random, served, twins
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafx
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, UncoveredOperatorError
 from lorafx.serving.attribute_guards import AttributeState
 from lorafx.serving.call_key import CallKey
 from lorafx.serving.site_policy import SitePolicy
@@ -109,7 +110,55 @@ def test_hooks_and_a_graph_that_is_asked_for_exclude_each_other():
         lora(torch.ones(5, 4))
 
 
-STATE = TreeState(0, AttributeState({}, ()), hooked=False, sharded=False)
+class Halves(nn.Module):
+    """(n, 6) -> (n, 4): reads its weight in a way that only a graph of the layer shows, and runs a module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.inside = nn.Linear(6, 4), nn.Tanh()
+
+    def forward(self, x):
+        halves = self.fc.weight.split(2)
+        return self.inside(torch.cat([torch.nn.functional.linear(x, half) for half in halves], -1))
+
+
+def test_a_part_is_a_graph_of_its_own_unless_it_is_hooked_inside():
+    lora, plain = twins(nn.Sequential(nn.Linear(3, 6), Halves()), target_modules=["0", "fc"])
+    seen, x = [], random(5, 3)
+    lora[0].register_forward_hook(lambda *_: seen.append("beside"))
+    for _ in range(2):
+        torch.testing.assert_close(lora(x), plain(x))
+    assert seen == ["beside"] * 2 and "graph" in served(lora)
+    lora[1].inside.register_forward_hook(lambda *_: seen.append("inside"))
+    with pytest.raises(UncoveredOperatorError, match=r"1\.fc"):
+        lora(x)
+
+
+class InCheckpoint(nn.Module):
+    """Branches on data, so that it goes by sites, around a layer that is checkpointed and needs a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), Halves()
+
+    def forward(self, x):
+        h = checkpoint(lambda x: self.second(self.first(x)), x, use_reentrant=False)
+        return h if x.sum() > 0 else -h
+
+
+@pytest.mark.usefixtures("early")
+def test_a_part_that_is_a_graph_of_its_own_is_one_again_in_backward():
+    lora, plain = twins(InCheckpoint(), target_modules=["first", "fc"])
+    for _ in range(2):
+        x = random(5, 3).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        lora(x).sum().backward()
+        plain(y).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert lora.second.fc.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+STATE = TreeState(0, AttributeState({}, ()), hooked=(), sharded=False)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +169,7 @@ STATE = TreeState(0, AttributeState({}, ()), hooked=False, sharded=False)
         ("auto", STATE, 4, "few sizes"),
         ("graph", STATE, 4, ""),
         ("sites", STATE, 0, "asked for"),
-        ("auto", STATE._replace(hooked=True), 0, "hooks"),
+        ("auto", STATE._replace(hooked=("a",)), 0, "hooks"),
         ("graph", STATE._replace(sharded=True), 0, "sharded"),
     ],
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar
 
-from ...errors import ConfigError
+from ...errors import ConfigError, nearest
 from ..config import (
     AdapterConfig,
     defaults_of,
@@ -195,7 +195,10 @@ class LoraConfig(AdapterConfig):
 
     @property
     def unsupported(self) -> dict[str, Any]:
-        """The fields that ask for something lorafx does not implement yet, with their values."""
+        """The fields that ask for something lorafx does not implement yet, with their values.
+
+        Raises `ConfigError` for a start value that nobody has.
+        """
         defaults = defaults_of(LoraConfig)
         asked = {
             name: value  # in PEFT's files an empty list, too, means that a field is not set
@@ -204,9 +207,15 @@ class LoraConfig(AdapterConfig):
         }
         init = self.init_lora_weights
         if not (isinstance(init, bool) or init == "gaussian" or is_taken(init)):
+            if init not in STARTS:
+                known = nearest(str(init), STARTS, f"there are {', '.join(STARTS)}, True and False")
+                raise ConfigError(f"init_lora_weights={init!r} is no start value; {known}")
             asked["init_lora_weights"] = init
         return asked
 
+
+# Start values that have a name in PEFT. lorafx does not implement those from "orthogonal" on.
+STARTS = ("gaussian", "pissa", "pissa_niter_4", "olora", "loftq", "orthogonal", "eva", "corda", "lora_ga", "mica")
 
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (

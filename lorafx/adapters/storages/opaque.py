@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...torch_private.tensors import is_traceable_wrapper_subclass
+from ...torch_private.tensors import is_traceable_wrapper_subclass, is_wrapped
 from ...tree.attached import own_modules
 from ...tree.own_layers import TOKEN, token_of
 from ..readings import LINEAR, Reading
@@ -64,6 +64,8 @@ def is_by_name(module: nn.Module) -> bool:
 
 def is_foreign(tensor: Tensor) -> bool:
     """Whether a tensor is of a class of a library's own, and made of others, as quanto's are; torch's do not count."""
+    if is_wrapped(tensor):  # of a torch.func transform
+        return False
     return is_traceable_wrapper_subclass(tensor.data) and type(tensor.data).__module__.partition(".")[0] != "torch"
 
 

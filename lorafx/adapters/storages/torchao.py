@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError
+from ...torch_private.tensors import is_wrapped
 from ..readings import EMBEDDING, LINEAR, Reading
 from .own_layer import OwnLayer
 
@@ -30,7 +31,9 @@ class TorchAO(OwnLayer):
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Reading]]:
         weight = module._parameters.get("weight")
-        if weight is not None and type(weight.data).__module__.startswith("torchao."):
+        if weight is None or is_wrapped(weight):  # of a torch.func transform, which shows nobody what is inside
+            return
+        if type(weight.data).__module__.startswith("torchao."):
             if isinstance(module, nn.Linear):
                 yield "weight", LINEAR
             elif isinstance(module, nn.Embedding):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 
 import torch
 from torch import Tensor
 
+from ...errors import warn
 from ..calls import is_plain
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -45,7 +45,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         cross_entropy_in_place(row, label, -100, 0.0, None, 1.0, torch.ones((), device=device), True)
     except Exception as error:  # whatever it is, torch's operators can do without
-        warnings.warn(f"Triton does not work here, so a fused loss takes longer: {type(error).__name__}: {error}")
+        warn(f"Triton does not work here, so a fused loss takes longer: {type(error).__name__}: {error}")
         return False
     return True
 
