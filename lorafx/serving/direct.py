@@ -154,9 +154,11 @@ class Direct:
         x, rows = bound["x"], self.rows
         assert rows is not None
         if not (read.operator.is_of_rows and follows(x, rows, self.one_token, self.turned)):
+            first = f"begin with a call in which no other size is {len(rows)}; or " if self.turned else ""
             raise UncoveredOperatorError(
                 f"{weight} is read with a tensor {tuple(x.shape)}, of which nobody can tell which rows of the batch "
-                "these are; give each adapter's rows a call of their own, or leave the module out (`exclude_modules`)"
+                f"these are: {first}give each adapter's rows a call of their own, or leave the module out by "
+                "`exclude_modules`"
             )
         numbers = tuple(self.table.numbers[each.equation.adapter.name] for each in read.evaluations)
         joint = RowEquations(tuple(each.equation for each in read.evaluations), numbers)

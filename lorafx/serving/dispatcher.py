@@ -196,9 +196,10 @@ class Dispatcher:
         """Run a program. `starts_anew` says that whoever calls starts anew on `RunAgain`."""
         is_new = not program.hits
         if program.gm is None or program.lowered is None:
-            turned = program.waits and bool(call.context.numbers) and not self.early.seen(program.key)
+            turned = bool(call.context.numbers) and not (program.told_rows or self.early.seen(program.key))
             new = program.key if is_new else None
             result, acts = self._run_by_sites(call, program.waits, new, starts_anew, turned)
+            program.told_rows = True
             self.sites.warn_once(program)
             self.acting.see(call, acts, result)
             if program.waits:

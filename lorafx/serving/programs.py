@@ -43,6 +43,7 @@ class Program:
     failed: bool = False  # capturing or rewriting a graph was tried, and failed
     waits: bool = False  # it has no graph yet, since such calls have not come often
     early: int = 0  # calls of this kind that were served before there was a graph
+    told_rows: bool = False  # it has served, by sites, a call in which rows were told apart from what else has sizes
     changes_model: bool = False  # it failed because the call changes attributes of the model
 
     def to_rewrite(self, tree: nn.Module) -> GraphModule:

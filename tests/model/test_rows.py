@@ -196,8 +196,8 @@ def test_experts_whose_tokens_are_of_any_rows_are_refused_by_name(repeats, monke
         lora(numbers(4, 2, 6), adapter_names=["a", "b", "a", BASE])  # four tokens of four rows each
 
 
-@pytest.mark.parametrize("repeats", [0, 3])
-def test_rows_that_come_second_are_refused_however_many_they_are(repeats, monkeypatch):
+@pytest.mark.parametrize(("repeats", "capture"), [(0, "auto"), (3, "auto"), (3, "sites")])
+def test_rows_that_come_second_are_refused_however_many_they_are(repeats, capture, monkeypatch):
     class PatchesFirst(nn.Sequential):
         """As open_clip has it: as many patches as images, and nobody sees it in what the model is given."""
 
@@ -207,7 +207,7 @@ def test_rows_that_come_second_are_refused_however_many_they_are(repeats, monkey
 
     monkeypatch.setattr("lorafx.serving.early_calls.REPEATS", repeats)
     config = {"target_modules": ["0"]}
-    lora = with_adapters(PatchesFirst(nn.Linear(12, 5)), {"a": config, "b": config})
+    lora = with_adapters(PatchesFirst(nn.Linear(12, 5)), {"a": config, "b": config}, capture=capture)
     with pytest.raises(UncoveredOperatorError, match="which rows of the batch"):
         lora(numbers(4, 3, 4, 4), adapter_names=["a", "b", "a", BASE])
 
@@ -220,6 +220,11 @@ def test_as_many_tokens_as_rows_are_served_early_if_others_were_before():
     for tokens in (3, 4):
         lora(numbers(4, tokens, 6), adapter_names=["a", "b", "a", BASE])
     assert [each.served_by for each in lora.explain().calls] == ["sites"]
+    lora = made("mlp of sequences", capture="sites")  # no graph tells them apart
+    with pytest.raises(UncoveredOperatorError, match="begin with a call in which no other size is 4"):
+        lora(numbers(4, 4, 6), adapter_names=["a", "b", "a", BASE])
+    for tokens in (3, 4):
+        lora(numbers(4, tokens, 6), adapter_names=["a", "b", "a", BASE])
 
 
 @pytest.mark.parametrize("repeats", [0, 3])
