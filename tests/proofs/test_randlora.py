@@ -55,7 +55,8 @@ def test_files_have_the_bases_once_and_peft_reads_them(tmp_path):
         torch.testing.assert_close(again(x), theirs(x), rtol=0, atol=0)
     ours, written = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs"))
     assert [key for key in ours if "randlora_A" in key] == ["base_model.randlora_A"]
-    assert sum("randlora_A" in key for key in written) == 7, "PEFT writes one for each site, too"
+    written_once = sum("randlora_A" in key for key in written)
+    assert written_once == len(lora.sites) + 1, "PEFT writes one for each site, too"
 
 
 @pytest.mark.parametrize(("field", "value"), [("r", 0), ("randlora_alpha", "x"), ("randlora_dropout", 2)])

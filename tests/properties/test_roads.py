@@ -94,8 +94,8 @@ def adapted(plan: Plan, capture: str, shares: dict[str, float]) -> nn.Module:
     return lora
 
 
-def inputs(seed: int) -> Tensor:
-    return torch.randn(4, 6, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def inputs(seed: int, rows: int = 4) -> Tensor:
+    return torch.randn(rows, 6, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def same(lora: nn.Module, net: nn.Module, seed: int) -> None:
@@ -152,10 +152,10 @@ def test_adapters_act_by_whatever_road_a_layer_is_reached(capture, plan, shares,
 def check_rows(plan: Plan, capture: str) -> None:
     """Each row is what the twin of its adapter makes of it, and trains that adapter alone."""
     lora = adapted(plan, capture, {"default": 1.0, "other": 1.0})
-    names = ["default", "other", "__base__", "other"]
+    names = ["default", "other", "__base__", "other", "other", "default", "default"]  # as many as nothing else
     twins = {name: Twin(plan, lora, {} if name == "__base__" else {name: 1.0}) for name in set(names)}
     for seed in range(5):
-        x = inputs(seed).requires_grad_()  # or re-entrant checkpoints would train nothing
+        x = inputs(seed, len(names)).requires_grad_()  # or re-entrant checkpoints would train nothing
         lora.zero_grad()
         actual = lora(x, adapter_names=names)
         actual.square().sum().backward()

@@ -59,7 +59,9 @@ def test_in_other_threads_it_is_the_tensor_that_it_was(mode):
     layer, x, found = nn.Linear(3, 5), torch.randn(2, 3), []
     with watched([layer.weight]):
         thread = threading.Thread(target=lambda: found.append((layer(x), copy.deepcopy(layer.weight))))
+        RUNNING.mode = None  # as a thread is that no forward has started
         thread.start()
+        RUNNING.mode = mode
         thread.join()
     assert not mode.names
     torch.testing.assert_close(found[0][0], layer(x), rtol=0, atol=0)

@@ -16,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations import moe as _moe  # noqa: F401, defines an operator
 
 from ...ops.by_expert import factors_in, factors_out
 from .reading import Arguments, Operator, Reading, Shape
 
 aten, ours = torch.ops.aten, torch.ops.lorafx
 Calls = tuple[tuple[Callable[..., Any], Arguments], ...]
+
+
+def fallback(x, weight, offs):
+    """What transformers has where torch's kernel does not serve, and where it is captured."""
+    from transformers.integrations import moe  # noqa: F401, defines it, and imports Dynamo, which takes seconds
+
+    return torch.ops.transformers.grouped_mm_fallback.default(x, weight, offs)
 
 
 def _grouped(product: Any, of_factors: Any, transposed: bool, calls: Calls = ()) -> Operator:
@@ -126,8 +132,7 @@ class Experts(Reading):
 
 def _reads(transposed: bool, *others: Operator) -> tuple[Operator, ...]:
     """The operators of one of the two shapes. None of them can tell which rows of a batch it is given."""
-    # Where torch's kernel does not serve, and where it is captured, transformers has an operator of its own.
-    fallback, by_number = torch.ops.transformers.grouped_mm_fallback.default, ((Tensor.__getitem__, called_taken),)
+    by_number = ((Tensor.__getitem__, called_taken),)
     by_offsets = ((F.grouped_mm, called_grouped),) if transposed else ()  # else it is given a view
     operators = (
         _grouped(aten._grouped_mm.default, ours.grouped_mm.default, transposed, by_offsets),
