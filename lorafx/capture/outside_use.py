@@ -74,7 +74,7 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 class OutsideUse(TorchFunctionMode):
     """Watches what this thread's model does besides computing; the last mode to be entered.
 
-    Raises `CaptureError` where it uses a generator of its own, and at the end `ForGood` for the first of all else that
+    Raises `CaptureError` where it hands torch a generator, and at the end `ForGood` for the first of all else that
     it did: a warning that comes once, or a file that is read once, may not come again.
     A profiler that is running already is left alone, and nothing is seen.
     """
@@ -99,11 +99,9 @@ class OutsideUse(TorchFunctionMode):
     @unwatched
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        generators = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
-        if any(generator is not torch.default_generator for generator in generators):
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             raise CaptureError(
-                "it draws random numbers from a generator of its own, which no graph does"
-                f"{place_of(traceback.extract_stack())}"
+                f"it names a generator to draw from, which no graph does{place_of(traceback.extract_stack())}"
             )
         return func(*args, **kwargs)
 

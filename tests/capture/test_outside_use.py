@@ -44,7 +44,7 @@ USES = {
     "uuid": (lambda: uuid.uuid4().int % 7, "random numbers that are not of torch's own"),
     "seed": (lambda: torch.manual_seed(1), "seeds"),
     "initial seed": (torch.initial_seed, "seeds"),
-    "generator": (lambda: torch.rand((), generator=torch.Generator().manual_seed(3)), "generator of its own"),
+    "generator": (lambda: torch.rand((), generator=torch.Generator().manual_seed(3)), "names a generator"),
     "count": (lambda: next(COUNT), "changes use"),
     "iterator": (lambda: next(NUMBERS), "changes use"),
     "steps": (lambda: next(STEPS), "changes use"),
@@ -90,9 +90,9 @@ ALLOWED = {
     "a message that comes once": _once,
     "a level that is off": lambda: LOG.debug("unseen"),
     "memory": lambda: io.StringIO().write("unseen") * 0.0,
-    "an import": lambda: __import__("this" if "this" in sys.modules else "colorsys") and None,
+    "an import": lambda: __import__("colorsys") and None,
     "a clock that torch reads": lambda: torch.autograd.profiler.record_function("part").__enter__() and None,
-    "numbers of torch's own generator": lambda: torch.rand((), generator=torch.default_generator),
+    "numbers of torch's own generator": lambda: torch.rand(()),
 }
 
 
