@@ -50,7 +50,7 @@ _METHODS: dict[type, tuple[str, tuple[str, ...]]] = {
     io.IOBase: (_FILES, ("read", "readline", "readlines", "readinto", "write", "writelines")),
 }
 _NAMES = {name for _, name in _FUNCTIONS} | {name for _, names in _METHODS.values() for name in names}
-_OTHERS = ("torch", "sympy", "lorafx")  # what calculates with sizes, and looks on
+_OTHERS = ("torch", "sympy", "lorafx")  # while a model is captured, these run beside its own code
 _LOGS = logging.Logger.makeRecord.__code__
 
 

@@ -190,13 +190,9 @@ def _dense(target: Target, stored: Mapping[str, Tensor], sources: tuple[Source, 
         original = weight[rows]
         merged = _rounded(step.merged(original), weight.dtype, "rounded", memory)
         guess = step.unmerged(merged)
-        yield (
-            "weight",
-            rows,
-            original,
-            merged,
-            None if guess is None else _rounded(guess, weight.dtype, "guess", memory),
-        )
+        if guess is not None:
+            guess = _rounded(guess, weight.dtype, "guess", memory)
+        yield "weight", rows, original, merged, guess
 
 
 def _rounded(wide: Tensor, dtype: torch.dtype, name: str, memory: Memory) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain, count
 from operator import is_
 from types import FunctionType
@@ -153,10 +153,8 @@ class TreeGuards:
         self._parents = [root._modules, *(module._modules for module in modules[1:] if own_children(module))]
         self._children = [children.copy() for children in self._parents]
         self._owners: list[dict[str, Any]] = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        own = set(map(id, modules[1:]))  # the root's own hooks are run by whoever calls it
-        inner = ((path, m) for path, m in root.named_modules(remove_duplicate=False) if id(m) in own)
-        self._hook_dicts = [(path, hooks) for path, m in inner for hooks in call_hooks(m)]
-        self._hook_dicts += [("", hooks) for hooks in global_call_hooks()]
+        # The root's own hooks are run by whoever calls it.
+        self._hook_dicts = [(module, hooks) for module in modules[1:] for hooks in call_hooks(module)]
         self._next_hook = -1
         self._watch_attributes(root)
 
@@ -176,10 +174,18 @@ class TreeGuards:
         attached = {path: m for path, m in root.named_modules() if id(m) not in own and m._parameters}
         hooks = {path: [hook for hooks in call_hooks(m) for hook in hooks.values()] for path, m in attached.items()}
         self._hooked_adapters = tuple(path for path in hooks if hooks[path])
-        every = tuple((path, hook) for path, hooks in self._hook_dicts for hook in hooks.values())
+        every = tuple(("", hook) for found in global_call_hooks() for hook in found.values())
+        every += tuple(self._hooks_within(root))
         every += tuple((path, hook) for path, found in hooks.items() for hook in found)
         if every != self._hooks:
             self._hooks, self._state = every, None
+
+    def _hooks_within(self, root: nn.Module) -> Iterator[tuple[str, Any]]:
+        """The hooks of inner modules, by each path of theirs."""
+        if hooked := {id(module) for module, hooks in self._hook_dicts if hooks}:
+            for path, module in root.named_modules(remove_duplicate=False):
+                if id(module) in hooked:
+                    yield from ((path, hook) for hooks in call_hooks(module) for hook in hooks.values())
 
 
 def _computes(hook: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modules import Tied
 from torch import nn
 
 import lorafx
@@ -58,16 +59,6 @@ def test_it_has_no_bias_and_the_model_is_left_alone():
     with pytest.raises(ConfigError, match="`use_dora` has no `lora_bias`"):
         lorafx.compile(model, CONFIG.replace(lora_bias=True))
     assert {name: id(p) for name, p in model.named_parameters()} == before
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.embed(ids)))
 
 
 class Attention(nn.MultiheadAttention):
