@@ -54,8 +54,10 @@ from .merging.streaming import merge
 from .model.adaptation import Adaptation, of
 from .model.adapted_model import AdaptedModel
 from .model.conversion import to_float8
+from .model.eva import get_eva_state_dict, initialize_lora_eva_weights
 from .model.loftq import replace_lora_weights_loftq
 from .model.preparation import prepare_model_for_kbit_training
+from .model.preprocessing import preprocess_corda, preprocess_loraga
 from .model.rows import loss_by_adapter
 from .optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from .pipeline import Context, Pass, Pipeline
@@ -112,11 +114,13 @@ __all__ = [
     "create_loraplus_optimizer",
     "diff",
     "errors",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "load",
     "loss_by_adapter",
     "merge",
@@ -124,6 +128,8 @@ __all__ = [
     "passes",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "set_peft_model_state_dict",

@@ -68,6 +68,7 @@ INSIDE = {
             "room",
             "readings",
             "storages",
+            "notes",
             "site",
             "kinds",
             "parameters",

@@ -91,6 +91,10 @@ class AdapterConfig:
         """The fields that ask for something lorafx does not implement yet, with their values."""
         return {}
 
+    def with_values(self) -> Self:
+        """The config of an adapter that has its values, of a file: how values are found to start from may not count."""
+        return self
+
     @property
     def parameters(self) -> tuple[str, ...]:
         """Parameters to adapt besides `target_modules`, by their names or endings of these."""

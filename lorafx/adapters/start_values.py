@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..tree.lookup import tensor_at
 from .adapter import Adapter
 from .config import AdapterConfig
 from .kinds import Kind, Spec
+from .notes import pass_on
 from .site import Site
 
 # By site, the tensors that keep what is left of its base weight, as its storage calls them.
@@ -44,6 +46,7 @@ def start_values(
         where = weight.device if takes else where
         dtype = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(where, dtype)
+        pass_on(tensor_at(root, site.weight), weight)
     specs = kind.tensors(site, config)
     with where, torch.no_grad():  # whatever device somebody has made the default
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype or dtype) for name, spec in specs.items()}

@@ -192,7 +192,7 @@ def fit(
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
     try:
-        adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable))
+        adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable).with_values())
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
     expected: dict[str, Expected] = {

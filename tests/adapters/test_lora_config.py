@@ -97,9 +97,8 @@ def _bools(field: str) -> dict:
     [
         ("pissa_niter_x", "no start value; nearest: pissa_niter_4"),
         ("pisa", "no start value; nearest: pissa"),
-        ("eva", "not implement"),
-        ("orthogonal", "not implement"),
-        ("nonsense", "no start value; there are gaussian, pissa"),
+        ("mica", "not implement"),
+        ("nonsense", "no start value; there are gaussian, orthogonal"),
     ],
 )
 def test_an_init_that_is_not_implemented_is_refused(init, said):

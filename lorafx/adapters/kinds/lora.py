@@ -21,12 +21,14 @@ from ...ops.modes import autocast_dtype
 from ..combining import Combination
 from ..config import defaults_of, is_pattern_of
 from ..low_rank import LowRank
+from ..notes import noted
 from ..readings import CONV1D, IN_PROJ, LINEAR
 from ..readings.linear import narrow, wide
 from ..site import Selection, Site
 from .kind import Kind, Operands, Spec
 from .lora_combined import combined, rank_of
 from .lora_config import LoraConfig
+from .lora_from_data import FROM_DATA, from_data
 from .lora_start import is_random, is_taken, low_rank, taken
 
 aten = torch.ops.aten
@@ -108,8 +110,10 @@ class Lora(Kind):
             )
         if config.loftq_config and config.init_lora_weights != "loftq":
             raise ConfigError('`loftq_config` needs `init_lora_weights="loftq"`; set that, or leave the config out')
-        if is_taken(config.init_lora_weights):
+        if self.takes_from_base(site, config) or config.init_lora_weights == "loftq":
             _require_takable(site, config, self.numbers(site, config)["scaling"])
+        if config.init_lora_weights == "orthogonal" and rank(site, config) % 2:
+            raise ConfigError(f'{site.name}: `init_lora_weights="orthogonal"` halves the rank, which is odd there')
 
     def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
         names = [site.named for site in selection]
@@ -118,12 +122,14 @@ class Lora(Kind):
             if idle:
                 shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
                 yield f"`{field}` keys that match no adapted module: {idle} (they are regexes for the ends of {shown})"
+        for field in config.idle:
+            yield f'`{field}` has no effect without `init_lora_weights="{field.removesuffix("_config")}"`'
         if is_random(config.init_lora_weights):
             yield (
                 f"{config.init_lora_weights!r} takes other start values out of the base each time: what is saved fits "
                 "this base alone, unless it is saved with `path_initial_model_for_weight_conversion`"
             )
-        if is_taken(config.init_lora_weights) and (rows := [site.name for site in selection if site.reading.lookup]):
+        if _is_taken(config) and (rows := [site.name for site in selection if site.reading.lookup]):
             yield f"embeddings start as ever, not by {config.init_lora_weights!r}, as in PEFT: {', '.join(rows)}"
         if bare := [site.name for site in selection if config.lora_bias and not site.has_bias]:
             yield (
@@ -132,7 +138,7 @@ class Lora(Kind):
             )
 
     def takes_from_base(self, site: Site, config: LoraConfig) -> bool:
-        return is_taken(config.init_lora_weights) and not site.reading.lookup
+        return _is_taken(config) and not site.reading.lookup
 
     def init(
         self,
@@ -147,8 +153,14 @@ class Lora(Kind):
             return None
         assert weight is not None, "what takes from the base is given it"
         matrix = weight.t() if site.reading.transposed else weight
-        scaling, init = self.numbers(site, config)["scaling"], str(config.init_lora_weights)
-        a, b, rest = taken(matrix, rank(site, config), scaling, init, config.loftq, rng)
+        r, scaling, init = rank(site, config), self.numbers(site, config)["scaling"], str(config.init_lora_weights)
+        if init in FROM_DATA:
+            found = _found(site, init, weight)
+            found = found.t() if site.reading.transposed and init == "lora_ga" else found
+            a, b = from_data(matrix, found, r, scaling, init, config.start, rng)
+            rest = matrix - scaling * b @ a
+        else:
+            a, b, rest = taken(matrix, r, scaling, init, config.loftq, rng)
         tensors["lora_A"].copy_(a)
         tensors["lora_B"].copy_(b)
         return rest.t() if site.reading.transposed else rest
@@ -232,12 +244,34 @@ def _is_linear(at: Operands) -> bool:
     return at.operator.narrow is narrow and at.operator.wide is wide and "lora_bias" not in at.tensors
 
 
+def _is_taken(config: LoraConfig) -> bool:
+    """Whether start values are taken out of the base's weights."""
+    return is_taken(config.init_lora_weights) or config.init_lora_weights in FROM_DATA
+
+
+def _found(site: Site, init: str, weight: Tensor) -> Tensor:
+    """What data said of a weight; `ConfigError` if nobody has asked it."""
+    found = noted(weight, init)
+    if found is None:
+        call = (
+            "preprocess_corda(model, config, run_model)" if init == "corda" else "preprocess_loraga(model, config, …)"
+        )
+        raise ConfigError(
+            f"{site.name}: `init_lora_weights={init!r}` starts from what data says of this weight as it is now: call "
+            f"`lorafx.{call}` first"
+        )
+    return found
+
+
 def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
     """Start values that the base has no part in."""
     a, b = tensors["lora_A"], tensors["lora_B"]
     if site.reading.lookup:
         nn.init.normal_(b, generator=rng)
         _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
+        return
+    if config.init_lora_weights == "orthogonal" and site.reading in (LINEAR, CONV1D):
+        _fill_orthogonal(a, b, rng)
         return
     if config.init_lora_weights == "gaussian":
         nn.init.normal_(a, std=1 / rank(site, config), generator=rng)
@@ -249,6 +283,14 @@ def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: to
             nn.init.zeros_(tensor)
         else:
             nn.init.uniform_(tensor, -bound, bound, generator=rng)
+
+
+def _fill_orthogonal(a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
+    """B A = 0 with neither zero: A's rows mix one half of an orthogonal basis of the rank, B's columns the other."""
+    basis, _ = torch.linalg.qr(torch.randn(len(a), len(a), dtype=a.dtype, generator=rng))
+    half = len(a) // 2
+    a.copy_(basis[::2].t() @ torch.randn(half, a.shape[1], dtype=a.dtype, generator=rng) / 10)
+    b.copy_(torch.randn(len(b), half, dtype=b.dtype, generator=rng) @ basis[1::2] / 10)
 
 
 def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:

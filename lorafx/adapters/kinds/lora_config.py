@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from ...errors import ConfigError, nearest
+from ...errors import ConfigError, nearest, warn
 from ..config import (
     AdapterConfig,
     defaults_of,
@@ -19,6 +19,7 @@ from ..config import (
     require_flags,
     require_regexes,
 )
+from .lora_from_data import FROM_DATA
 from .lora_start import is_taken
 
 # Fields that hold a config of their own.
@@ -26,6 +27,45 @@ _CONFIGS = (
     *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
 )
+
+
+# The fields of those that say how start values come out of data, with their defaults and what they may be.
+_DATA: dict[str, dict[str, Any]] = {
+    "eva_config": {
+        "rho": 2.0,
+        "tau": 0.99,
+        "use_label_mask": True,
+        "label_mask_value": -100,
+        "whiten": False,
+        "adjust_scaling_factors": True,
+    },
+    "corda_config": {"corda_method": "ipm"},
+    "lora_ga_config": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16},
+}
+_ONE_OF = {
+    "corda_method": ("ipm", "kpm"),
+    "direction": ("ArBr", "A2rBr", "ArB2r", "random"),
+    "scale": ("stable", "weight_svd", "gd_scale", "unit"),
+}
+# Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
+_CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields")
+
+
+def _check_data(config: LoraConfig) -> None:
+    for name, defaults in _DATA.items():
+        given = {key: value for key, value in _fields(getattr(config, name)).items() if key not in _CORDA_FILES}
+        if unknown := sorted(given.keys() - defaults.keys()):
+            raise ConfigError(f"`{name}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")
+        for key, value in given.items():
+            if key in _ONE_OF:
+                require(value in _ONE_OF[key], f"{name}[{key!r}]", value, f"one of {', '.join(_ONE_OF[key])}")
+            elif isinstance(defaults[key], bool):
+                require(isinstance(value, bool), f"{name}[{key!r}]", value, "True or False")
+            else:
+                require(is_number(value), f"{name}[{key!r}]", value, "a number")
+    numbers = config.start if config.init_lora_weights == "eva" else {"rho": 1, "tau": 1}
+    require(numbers["rho"] >= 1, "eva_config['rho']", numbers["rho"], "a number from 1")
+    require(0 <= numbers["tau"] <= 1, "eva_config['tau']", numbers["tau"], "a number from 0 to 1")
 
 
 def _check_numbers(config: LoraConfig) -> None:
@@ -124,11 +164,14 @@ class LoraConfig(AdapterConfig):
         bias: which of the base's biases train: "none", "all", or "lora_only", those of the adapted layers.
         lora_bias: whether B has a bias, too.
         init_lora_weights: the start values. True: A at random, B zero. False: both at random, so that the adapter acts
-            at once. "gaussian": A normal. "pissa", "pissa_niter_4", "olora", "loftq": taken out of the base's weight.
+            at once. "gaussian": A normal. "orthogonal": both at random, with B A zero. "eva": A is what
+            `initialize_lora_eva_weights` finds. "pissa", "pissa_niter_4", "olora", "loftq": taken out of the base's
+            weight; so are "corda" and "lora_ga", after `preprocess_corda` and `preprocess_loraga`.
         rank_pattern: other ranks, by a regex that a module's name ends in.
         alpha_pattern: other α, so too.
         use_dora: train the norms of the weight's rows as well.
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
+        eva_config, corda_config, lora_ga_config: numbers of start values from data, as dicts; see these functions.
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
         target_parameters: parameters to adapt besides, by their names or endings of these, as "experts.down_proj":
             weights that stack experts, and matrices of modules that are no linear layers.
@@ -149,14 +192,14 @@ class LoraConfig(AdapterConfig):
     fan_in_fan_out: bool = False
     use_dora: bool = False
     loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
     velora_config: Any = None
     alora_invocation_tokens: Any = None
     use_qalora: bool = False
@@ -170,7 +213,7 @@ class LoraConfig(AdapterConfig):
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
     common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
-    checks = (*common_checks, check_patterns, _check_loftq)
+    checks = (*common_checks, check_patterns, _check_loftq, _check_data)
     tuples = (*AdapterConfig.tuples, "target_parameters")
     null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
 
@@ -178,6 +221,29 @@ class LoraConfig(AdapterConfig):
     def loftq(self) -> dict[str, int]:
         """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
         return {"loftq_bits": 4, "loftq_iter": 1} | _fields(self.loftq_config)
+
+    @property
+    def idle(self) -> list[str]:
+        """The fields for start values from data that have no effect, as `init_lora_weights` asks for others."""
+        return [name for name in _DATA if getattr(self, name) and f"{self.init_lora_weights}_config" != name]
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The numbers of start values from data, with PEFT's defaults: of "eva", "corda" or "lora_ga"."""
+        name = f"{self.init_lora_weights}_config"
+        return _DATA[name] | _fields(getattr(self, name))
+
+    def with_values(self) -> Self:
+        """Values that came out of data cannot be found again: the base has to be the one that was left by that."""
+        init = self.init_lora_weights
+        if init in FROM_DATA:
+            warn(
+                f"the adapter started from values that `init_lora_weights={init!r}` took out of its base's weights: it "
+                "fits the base as that left it, or has to be saved with `path_initial_model_for_weight_conversion`"
+            )
+        if init in FROM_DATA or (init == "mica" and self.inference_mode):
+            return self.replace(init_lora_weights=True, corda_config=None, lora_ga_config=None)
+        return self
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -206,23 +272,18 @@ class LoraConfig(AdapterConfig):
             if (value := getattr(self, name)) != defaults[name] and value not in ([], {}, ())
         }
         init = self.init_lora_weights
-        if not (isinstance(init, bool) or init == "gaussian" or is_taken(init)):
-            if init not in STARTS:
-                known = nearest(str(init), STARTS, f"there are {', '.join(STARTS)}, True and False")
-                raise ConfigError(f"init_lora_weights={init!r} is no start value; {known}")
-            asked["init_lora_weights"] = init
-        return asked
+        if not (isinstance(init, bool) or init in STARTS or is_taken(init)):
+            known = nearest(str(init), STARTS, f"there are {', '.join(STARTS)}, True and False")
+            raise ConfigError(f"init_lora_weights={init!r} is no start value; {known}")
+        return asked | ({"init_lora_weights": init} if init == "mica" else {})
 
 
-# Start values that have a name in PEFT. lorafx does not implement those from "orthogonal" on.
-STARTS = ("gaussian", "pissa", "pissa_niter_4", "olora", "loftq", "orthogonal", "eva", "corda", "lora_ga", "mica")
+# Start values that have a name in PEFT. lorafx does not implement the last.
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
 
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (
     "megatron_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",

@@ -1,0 +1,104 @@
+"""EVA: the ranks are PEFT's, and A's rows are the principal components of what a layer is given."""
+
+from __future__ import annotations
+
+import models
+import peft
+import pytest
+import torch
+
+import lorafx
+from lorafx.errors import AdapterError, ConfigError
+from lorafx.model import eva
+from lorafx.testing import adapter_tensors
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Batches of 4 x 24 tokens, of which some are padding and some have no label."""
+    rng, found = torch.Generator().manual_seed(1), []
+    for _ in range(count):
+        ids = torch.randint(0, 64, (4, 24), generator=rng)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[0, 20:], labels[1, :5] = 0, -100
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def adapted(base=None, **how) -> lorafx.AdaptedModel:
+    given = {"eva_config": how} if how else {}
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": "eva"} | given
+    return lorafx.compile(base or models.llama(), chosen, random_state=0)
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_ranks_are_pefts_and_directions_nearly(tmp_path, rho):
+    data, lora = batches(), adapted(rho=rho)
+    lorafx.initialize_lora_eva_weights(lora, data, show_progress_bar=False)
+    asked = peft.EvaConfig(rho=rho)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": "eva", "eva_config": asked}
+    theirs = peft.get_peft_model(models.llama(), peft.LoraConfig(**settings))
+    peft.initialize_lora_eva_weights(theirs, data, show_progress_bar=False)
+    ours, their = lora.peft_config["default"], theirs.peft_config["default"]
+    assert (dict(ours.rank_pattern), dict(ours.alpha_pattern)) == (their.rank_pattern, their.alpha_pattern)
+    assert bool(ours.rank_pattern) == (rho > 1)
+    x = data[0]
+    torch.testing.assert_close(lora(**x).logits, models.llama()(**x).logits)
+    lora.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path)
+    torch.testing.assert_close(again(**x).logits, lora(**x).logits)
+
+
+def test_components_are_those_of_all_rows_at_once():
+    torch.manual_seed(0)
+    rows = torch.randn(120, 10) * torch.logspace(0, -3, 10) + torch.arange(10.0)
+    found = eva._Components(3)
+    for batch in rows.split(30):
+        found.update(batch)
+    _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    torch.testing.assert_close((found.directions @ vh[:3].t()).abs(), torch.eye(3), rtol=0, atol=2e-2)
+    torch.testing.assert_close(found.values, s[:3], rtol=1e-2, atol=0)
+    torch.testing.assert_close(found.explained, s[:3] ** 2 / (s**2).sum(), rtol=2e-2, atol=0)
+
+
+class Two(torch.nn.Module):
+    """(n, 8), (n, 8) -> (n, 5): two layers, each with an input of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
+
+    def forward(self, x, other):
+        return self.a(x) + self.b(other)
+
+
+def test_a_layer_that_is_always_given_the_same_loses_its_adapter():
+    torch.manual_seed(0)
+    data = [{"x": torch.randn(40, 8), "other": torch.ones(40, 8)} for _ in range(3)]
+    lora = lorafx.compile(Two(), {"r": 2, "target_modules": ["a", "b"], "init_lora_weights": "eva"})
+    how = {"prepare_model_inputs_fn": None, "show_progress_bar": False}
+    lorafx.initialize_lora_eva_weights(lora, data * 20, **how)
+    assert [site.name for site in lora.sites] == ["a"] and lora.a.lora_A.default.weight.shape == (4, 8)
+    assert lora.peft_config["default"].target_modules == ("a",) and lora.active_adapters == ["default"]
+    assert lora.a.lora_A.default.weight.requires_grad and lora.a.lora_B.default.weight.requires_grad
+    torch.testing.assert_close(lora(**data[0]), lora.get_base_model()(**data[0]))
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing():
+    lora = adapted()
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(lora).items()}
+    with pytest.raises(ConfigError, match="dataloader"):
+        lorafx.initialize_lora_eva_weights(lora)
+    with pytest.raises(ConfigError, match="empty"):
+        lorafx.initialize_lora_eva_weights(lora, [], show_progress_bar=False)
+    with pytest.raises(AdapterError, match="is not at nowhere"):
+        lorafx.initialize_lora_eva_weights(lora, eva_state_dict={"nowhere": torch.zeros(2, 3)})
+    with pytest.raises(ConfigError, match="not of"):
+        lorafx.initialize_lora_eva_weights(lorafx.compile(models.mlp(), {"target_modules": ["up"]}), batches())
+    with pytest.raises(ConfigError, match="rho"):
+        adapted(rho=0.5)
+    now = adapter_tensors(lora)
+    assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
+    assert not any(module._forward_pre_hooks for module in lora.modules())
