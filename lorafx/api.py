@@ -183,8 +183,10 @@ def _plain(model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"the model is {model!r:.60}, a {type(model).__name__}; it has to be a torch module, loaded already"
         )
-    if isinstance(unwrapped(model), AdaptedModel):
-        raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, AdaptedModel):
+            what, where = (f"{path} in the model", f" (`model.{path}`)") if path else ("the model", "")
+            raise AdapterError(f"{what} is adapted already; use `add_adapter` or `load_adapter` on it{where}")
     require_no_layers_of_peft(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model

@@ -41,11 +41,11 @@ def size(known: Fingerprint) -> int:
 
 
 def _hash(tensor: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_128_digest(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    data = tensor.reshape(-1).view(torch.int8)
+    data = tensor.contiguous().view(-1).view(torch.int8)
     count = data.numel()
     least = _ROW * _ROWS_ON_CUDA if data.is_cuda else 0
     if (whole := max(count + -count % _ROW, least)) != count:

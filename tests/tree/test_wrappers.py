@@ -125,9 +125,12 @@ def test_the_base_keeps_its_wrapper_and_gets_its_modes_back():
     assert type(base.layers[0]).__name__ == "OptimizedModule"
 
 
-def test_an_adapted_model_is_recognised_within_its_wrapper():
+def test_an_adapted_model_is_recognised_within_its_wrapper_and_within_a_model():
+    """It would run without its adapter: what is mirrored is the base."""
     with pytest.raises(AdapterError, match="adapted already"):
         adapted(torch.compile(adapted(net())))
+    with pytest.raises(AdapterError, match=r"1\.inner in the model is adapted already"):
+        adapted(nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"inner": adapted(net())})), target_modules=["0"])
 
 
 def test_data_parallelism_over_one_device_is_nothing():
