@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..adapters.adapter import Adapter
 from ..capture.arguments import images
+from ..capture.batches import register_batch
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import Defaults, is_recorded, modes
 from ..pipeline import Context
@@ -105,6 +106,8 @@ def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
     # A named tuple is treated as one, whatever is registered for its class: pytrees do so.
     named = issubclass(kind, tuple) and kind is not tuple and pytree.is_namedtuple_instance(value)
     node = pytree.SUPPORTED_NODES.get(namedtuple if named else kind)  # type: ignore[arg-type]
+    if node is None and issubclass(kind, UserDict):
+        node = register_batch(kind)
     if node is None:
         leaves.append(value)
         return None
@@ -152,7 +155,7 @@ class CallKey(NamedTuple):
     def of(cls, call: Call, state: TreeState) -> CallKey:
         """The key of a call that finds the tree in a state."""
         sizes = {id(image): tuple(image.shape[-2:]) for image in images(call.args, call.kwargs)}
-        leaves = tuple([argument_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
+        leaves = tuple([_leaf_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
         adapters, merged, masks = _adapters(call), call.context.merged, full_masks(call.named)
         return cls(
             *(call.path, call.structure, leaves, *modes()),
@@ -186,6 +189,15 @@ class OperatorKey(NamedTuple):
 def is_of(adapter: str, call_key: str) -> bool:
     """Whether this is what an adapter of this name says of itself for a key, with a scaling that is a tensor or not."""
     return call_key == adapter or call_key.startswith(f"{adapter}, ")
+
+
+def _leaf_key(leaf: Any, sizes: tuple[int, ...]) -> Leaf:
+    """As `argument_key`, but of an array, a set or an object that equals only itself the class alone.
+
+    torch.export takes no such argument, so no graph depends on it; nor are its tensors kept for the sake of a key.
+    """
+    own_hash = type(leaf).__hash__ not in (None, object.__hash__)
+    return argument_key(leaf, sizes) if own_hash or isinstance(leaf, (Tensor, nn.Module)) else (type(leaf),)
 
 
 def _adapters(call: Call) -> tuple[tuple[str, Hashable], ...]:
