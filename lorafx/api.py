@@ -187,6 +187,8 @@ def _plain(model: nn.Module) -> nn.Module:
         if isinstance(module, AdaptedModel):
             what, where = (f"{path} in the model", f" (`model.{path}`)") if path else ("the model", "")
             raise AdapterError(f"{what} is adapted already; use `add_adapter` or `load_adapter` on it{where}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model

@@ -133,6 +133,12 @@ def test_an_adapted_model_is_recognised_within_its_wrapper_and_within_a_model():
         adapted(nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"inner": adapted(net())})), target_modules=["0"])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(AdapterError, match=r"^1 is scripted by torch\.jit"):
+        adapted(nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.ReLU())), target_modules=["0"])
+
+
 def test_data_parallelism_over_one_device_is_nothing():
     model = nn.DataParallel(net())
     assert unwrapped(model) is innermost(model) is model.module
