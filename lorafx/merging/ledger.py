@@ -17,7 +17,7 @@ from ..adapters.site import Site
 from ..adapters.storages import DENSE
 from ..errors import MergeError, warn
 from ..tree.lookup import find_tensor, first_name, tensor_at
-from ..tree.memory import Shared, repeats_itself
+from ..tree.memory import Shared
 from .entry import Entry, Target, merge
 from .residual import supports
 from .scratch import Scratch
@@ -155,17 +155,8 @@ def _require_own_memory(root: nn.Module, targets: Iterable[Target]) -> None:
     """Raise `MergeError` where a write into one of these parameters would change another number than its own."""
     shared = Shared(root)
     for target in targets:
-        parameter = tensor_at(root, target.path)
-        if repeats_itself(parameter):
-            raise MergeError(
-                f"{target.path} is expanded: several of its numbers are one in memory, and cannot be written apart; "
-                "give the module a parameter that is not (`weight.clone()`). Nothing was changed"
-            )
-        if others := shared.with_(parameter):
-            raise MergeError(
-                f"{target.path} shares its memory with {', '.join(others)}, which merging would change, too; give each "
-                "module its own (`weight.clone()`), or tie them as one and the same parameter. Nothing was changed"
-            )
+        if objection := shared.objection(target.path, tensor_at(root, target.path)):
+            raise MergeError(f"cannot merge into {objection}. Nothing was changed")
 
 
 def _require_no_other_bias(root: nn.Module, adapter: Adapter, site: Site) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ def whole_storage_of(tensor: Tensor) -> int:
 
 
 class Shared:
-    """Which tensors of a tree lie in the memory of others: two parameters of one storage, and no tied weight."""
+    """Which tensors of a tree lie in the memory of others: parameters of one storage are no tied weight."""
 
     def __init__(self, tree: nn.Module):
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
@@ -37,15 +35,23 @@ class Shared:
             if _lies_in_memory(tensor):
                 self._by_storage.setdefault(storage_of(tensor), []).append((name, tensor))
 
-    def with_(self, tensor: Tensor) -> Iterable[str]:
-        """The names of other tensors that a write into this one would change."""
-        others = self._by_storage.get(storage_of(tensor), ()) if _lies_in_memory(tensor) else ()
-        return [name for name, other in others if other is not tensor and _overlap(tensor, other)]
-
-
-def repeats_itself(tensor: Tensor) -> bool:
-    """Whether several of its numbers are one in memory, as in an expanded tensor, so that it cannot be written to."""
-    return _lies_in_memory(tensor) and any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride()))
+    def objection(self, name: str, tensor: Tensor) -> str:
+        """Why a write into a tensor would change more than its own numbers; empty if it would not."""
+        if not _lies_in_memory(tensor):
+            return ""
+        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride())):
+            return f"{name} is expanded: several of its numbers are one in memory; give its module a clone of it"
+        others = [
+            other
+            for other, it in self._by_storage.get(storage_of(tensor), ())
+            if it is not tensor and _overlap(tensor, it)
+        ]
+        if not others:
+            return ""
+        return (
+            f"{name} shares its memory with {', '.join(others)}, which would change, too; give each module its own "
+            "(`weight.clone()`), or tie them as one and the same parameter"
+        )
 
 
 def _lies_in_memory(tensor: Tensor) -> bool:

@@ -410,6 +410,9 @@ def test_a_weight_in_the_memory_of_another_is_not_merged_into(weight):
     with pytest.raises(MergeError, match=r"2\.weight shares its memory with 0\.weight.*clone"):
         lora.merge_adapter()
     assert bits(net) == before and not lora.get_model_status().merged_adapters
+    with pytest.raises(AdapterError, match=r"take start values out of 2\.weight shares"):
+        lora.add_adapter("pissa", lorafx.LoraConfig(r=2, target_modules=["2"], init_lora_weights="pissa"))
+    assert bits(net) == before and list(lora.peft_config) == ["default"]
 
 
 def test_weights_side_by_side_in_one_buffer_are_merged_into_and_expanded_ones_are_not():
