@@ -41,11 +41,8 @@ class Shared:
             return ""
         if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride())):
             return f"{name} is expanded: several of its numbers are one in memory; give its module a clone of it"
-        others = [
-            other
-            for other, it in self._by_storage.get(storage_of(tensor), ())
-            if it is not tensor and _overlap(tensor, it)
-        ]
+        near = self._by_storage.get(storage_of(tensor), ())
+        others = [other for other, its in near if its is not tensor and _overlap(tensor, its)]
         if not others:
             return ""
         return (
