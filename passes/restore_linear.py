@@ -31,8 +31,13 @@ def product_of_axes(x, weight, a, b):
     return aten.matmul.default(x, aten.transpose.int(weight, a, b))
 
 
-def addmm_t(x, weight, bias):
-    return aten.addmm.default(bias, x, aten.t.default(weight))
+def product_and_bias(transpose: Callable[..., Any]) -> Callable[..., Any]:
+    """The pattern for b + x Wᵀ as one operator."""
+
+    def written(x, weight, bias):
+        return aten.addmm.default(bias, x, transpose(weight))
+
+    return written
 
 
 def linear(x, weight):
@@ -63,7 +68,7 @@ MULTIPLIED, TRANSPOSED = (aten.matmul, aten.mm), (aten.t, aten.numpy_T, aten.mT)
 RULES = (
     *(Rule(product(m.default, t.default), linear, _is_a_matrix_of_the_model) for m in MULTIPLIED for t in TRANSPOSED),
     Rule(product_of_axes, linear_of_axes, _is_a_matrix_of_the_model),
-    Rule(addmm_t, linear_with_bias, _is_a_matrix_of_the_model),
+    *(Rule(product_and_bias(t.default), linear_with_bias, _is_a_matrix_of_the_model) for t in TRANSPOSED),
 )
 
 

@@ -33,6 +33,7 @@ SPELLINGS = {
     "transpose from the end": lambda x, w, b: x @ w.transpose(-2, -1) + b,
     "mm": lambda x, w, b: x.mm(w.T) + b,
     "addmm": lambda x, w, b: torch.addmm(b, x, w.t()),
+    "addmm and T": lambda x, w, b: torch.addmm(b, x, w.T),
 }
 
 
