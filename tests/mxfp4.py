@@ -47,7 +47,7 @@ def dequantised(folder: Path) -> Any:
 
 
 class Experts(Mxfp4GptOssExperts):
-    """transformers' class with weights as its kernels have them, which are no tensors; it multiplies without kernels."""
+    """transformers' class, with weights as its kernels have them, which are no tensors; it multiplies by itself."""
 
     def __init__(self, config: Any, stored: dict[str, Tensor], path: str):
         super().__init__(config)
