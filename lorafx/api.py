@@ -22,7 +22,7 @@ from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
-from .tree.wrappers import require_no_layers_of_peft, unwrapped
+from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -186,6 +186,7 @@ def _plain(model: nn.Module) -> nn.Module:
     if isinstance(unwrapped(model), AdaptedModel):
         raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
     require_no_layers_of_peft(unwrapped(model))
+    require_tensors_in_place(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model
     return mirrored(model)
