@@ -285,7 +285,7 @@ def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
 
 
 def rounding(inputs, outputs):
-    """As compressed-tensors has a layer of dense numbers round weight and input: by a forward of its own, and `data`."""
+    """As compressed-tensors has a layer of dense numbers round weight and input, by a forward of its own."""
 
     def forward(self, x):
         weight = self.weight.data

@@ -22,8 +22,8 @@ from .own_layer import OwnLayer, is_of
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
 
 
-# Layers whose weight is a dense parameter, which they compute with in a way of their own: of these classes, or those that
-# compressed-tensors gives a scheme, by which they round weights and inputs when they run.
+# Layers whose weight is a dense parameter, which they compute with in a way of their own: of these classes, or those
+# that compressed-tensors gives a scheme, by which they round weights and inputs when they run.
 _BY_NAME = (("transformers.integrations.bitnet", "AutoBitLinear"),)
 _SCHEME = "quantization_scheme"
 
