@@ -280,8 +280,12 @@ def _unfit_message(unfit: dict[str, nn.Module]) -> str:
 def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
     targets = config.target_modules
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
-    regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
-    if isinstance(targets, str) and difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
+    if (root := modules.get("")) is not None and _can_be_adapted(root):
+        return f"the model is itself a {type(root).__name__}, without a name: nn.Sequential(…) around it gives it one"
+    regex = ""
+    if isinstance(targets, str) and targets != "all-linear":
+        regex = " (a string is a regex for the whole name; a list holds suffixes)"
+    if regex and difflib.get_close_matches(str(targets).lower(), ["all-linear"], cutoff=0.7):
         return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
     narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
     return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"

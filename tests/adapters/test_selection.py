@@ -268,6 +268,12 @@ def test_a_tie_that_training_ends_is_said():
     assert said(tiny_llama(), modules_to_save=["embed_tokens"]) == []
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["fc"]])
+def test_a_layer_that_is_the_model_is_told_that_it_has_no_name(targets):
+    with pytest.raises(SelectionError, match=r"is itself a Linear, .*nn\.Sequential"):
+        names(nn.Linear(4, 3), target_modules=targets)
+
+
 @pytest.mark.parametrize("typed", ["all-linears", "all_linear", "All-Linea", "alllinear"])
 def test_all_linear_misspelt(typed, llama):
     with pytest.raises(SelectionError, match='Did you mean "all-linear"'):
