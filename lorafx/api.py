@@ -22,7 +22,7 @@ from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
-from .tree.wrappers import require_no_layers_of_peft, unwrapped
+from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -190,6 +190,7 @@ def _plain(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))
+    require_tensors_in_place(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model
     return mirrored(model)

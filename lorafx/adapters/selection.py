@@ -299,16 +299,11 @@ def _unfit_message(unfit: dict[str, nn.Module]) -> str:
 
 
 def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
-    if not any(modules):
-        return (
-            f"the model is a single layer, {type(modules['']).__name__}, and adapters hang on layers within a model: "
-            "wrap it, as in `nn.Sequential(layer)`"
-        )
+    if (root := modules.get("")) is not None and _can_be_adapted(root):
+        return f"the model is itself a {type(root).__name__}, without a name: nn.Sequential(…) around it gives it one"
     targets = config.target_modules
-    wanted, regex = list(targets or ()), ""
-    if config.all_linear:
-        wanted = []
-    elif isinstance(targets, str):
+    wanted, regex = [] if config.all_linear else list(targets or ()), ""
+    if isinstance(targets, str) and not config.all_linear:
         if difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
             return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
         wanted, regex = [targets], " (a string is a regex for the whole name; a list holds suffixes)"

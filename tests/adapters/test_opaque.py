@@ -1,6 +1,7 @@
 """Layers whose weight nobody else can read: the adapter acts beside their own forward."""
 
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -281,3 +282,31 @@ def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
     torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
     lora(x).sum().backward()
     assert all(parameter.grad is not None for parameter in trained(lora))
+
+
+def rounding(inputs, outputs):
+    """As compressed-tensors has a layer of dense numbers round weight and input, by a forward of its own."""
+
+    def forward(self, x):
+        weight = self.weight.data
+        self.weight.data = (16 * weight).round() / 16
+        try:
+            return type(self).forward(self, x + ((2 * x).round() / 2 - x).detach())
+        finally:
+            self.weight.data = weight
+
+    layer = nn.Linear(inputs, outputs)
+    layer.quantization_scheme, layer.quantization_status = "of 4 bits", "frozen"
+    layer.forward = MethodType(forward, layer)
+    return layer
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_an_adapter_sees_the_input_of_a_layer_that_rounds_its_own(capture):
+    base, x = Layers(rounding, depth=2), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
+    lora(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained(lora))
+    with pytest.raises(MergeError, match="only the module itself"):
+        lora.merge_adapter()

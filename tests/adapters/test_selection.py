@@ -270,6 +270,12 @@ def test_a_tie_that_training_ends_is_said():
     assert said(tiny_llama(), modules_to_save=["embed_tokens"]) == []
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["fc"]])
+def test_a_layer_that_is_the_model_is_told_that_it_has_no_name(targets):
+    with pytest.raises(SelectionError, match=r"is itself a Linear, .*nn\.Sequential"):
+        names(nn.Linear(4, 3), target_modules=targets)
+
+
 @pytest.mark.parametrize("typed", ["all-linears", "all_linear", "All-Linea", "alllinear"])
 def test_all_linear_misspelt(typed, llama):
     with pytest.raises(SelectionError, match='Did you mean "all-linear"'):
@@ -277,7 +283,6 @@ def test_all_linear_misspelt(typed, llama):
 
 
 REFUSED = {
-    "a layer alone": (nn.Linear(3, 4), "all-linear", r"the model is a single layer, Linear.*wrap it"),
     "no linear layer": (nn.Sequential(nn.Conv1d(3, 4, 2)), "all-linear", r"'all-linear'\. Modules .* 0 \(Conv1d\) x1"),
     "no numbers": (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0)), ["1"], r"the weight of 1 .* \(0, 4\)"),
     "pruned": (

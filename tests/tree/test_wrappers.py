@@ -1,6 +1,7 @@
 """wrappers: what is around a base before it is adapted is taken off, kept as a hook, or refused; names are bare."""
 
 import copy
+from collections import UserDict
 
 import accelerate
 import peft
@@ -226,3 +227,12 @@ def test_a_base_that_holds_layers_of_peft_is_refused(targets):
         with pytest.raises(AdapterError, match=r"out is peft\.tuners\.lora\.layer\.Linear .*'default'.*unload"):
             adapted(base, target_modules=targets)
     assert adapted(model.unload(), target_modules=targets)(x).shape == (3, 3)
+
+
+def test_a_base_whose_tensors_a_library_moves_about_is_refused():
+    packed, moved = Net(), Net()
+    packed.layers[1].fc.quantization_status = "compressed"
+    moved.layers[1].fc._parameters = UserDict(moved.layers[1].fc._parameters)
+    for base, words in ((packed, "is packed until the model is first called"), (moved, "is in a UserDict")):
+        with pytest.raises(AdapterError, match=rf"layers\.1\.fc .Linear. {words}.*dequantize=True"):
+            lorafx.compile(base, {"r": 2, "target_modules": ["0.fc"]})

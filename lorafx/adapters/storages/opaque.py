@@ -22,8 +22,10 @@ from .own_layer import OwnLayer, is_of
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
 
 
-# Layers whose weight is a dense parameter, which they compute with in a way of their own.
+# Layers whose weight is a dense parameter, which they compute with in a way of their own: of these classes, or those
+# that compressed-tensors gives a scheme, by which they round weights and inputs when they run.
 _BY_NAME = (("transformers.integrations.bitnet", "AutoBitLinear"),)
+_SCHEME = "quantization_scheme"
 
 
 class Opaque(OwnLayer):
@@ -59,7 +61,7 @@ class Opaque(OwnLayer):
 
 def is_by_name(module: nn.Module) -> bool:
     """Whether a layer is opaque although its weight looks dense."""
-    return any(is_of(*name, module) for name in _BY_NAME)
+    return any(is_of(*name, module) for name in _BY_NAME) or getattr(module, _SCHEME, None) is not None
 
 
 def is_foreign(tensor: Tensor) -> bool:
