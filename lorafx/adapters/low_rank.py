@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
 
@@ -26,7 +27,8 @@ class LowRank:
     """L R as a change of a weight of `shape`, whose first size counts the rows of L. Nothing is computed before it is
     asked for.
 
-    The factors are float32 or narrower; or float64, whose product is an ordinary one.
+    The factors are float32 or narrower; or float64, whose product is an ordinary one. They may be stacks of factors,
+    (n, rows, r) and (n, r, columns), for as many weights.
     """
 
     left: Tensor
@@ -38,15 +40,28 @@ class LowRank:
 
     __rmul__ = __mul__
 
+    @classmethod
+    def stacked(cls, several: Sequence[LowRank]) -> LowRank:
+        """A stack of changes whose factors have the same shapes and dtypes."""
+        if len(several) == 1:
+            return cls(several[0].left[None], several[0].right[None], several[0].shape)
+        left, right = (torch.stack(factors) for factors in zip(*((each.left, each.right) for each in several)))
+        return cls(left, right, several[0].shape)
+
     def rows(self, rows: slice | EllipsisType, out: Tensor | None = None) -> Tensor:
-        """Some rows of it, in float64: (count, *shape[1:]), in `out` if it is given, of that shape."""
+        """Some rows of a stack, in float64: (n, count, *shape[1:]), in `out` if it is given, of that shape."""
         left, right = self._factors
-        flat = None if out is None else out.view(-1, right.shape[1])
-        return torch.mm(left[rows], right, out=flat).view(-1, *self.shape[1:])
+        count, columns = len(left), right.shape[2]
+        if count == 1:
+            flat = None if out is None else out.view(-1, columns)
+            return torch.mm(left[0, rows], right[0], out=flat).view(1, -1, *self.shape[1:])
+        flat = None if out is None else out.view(count, -1, columns)
+        return torch.bmm(left[:, rows], right, out=flat).view(count, -1, *self.shape[1:])
 
     def dense(self) -> Tensor:
-        """All of it, in float64."""
-        return self.rows(...)
+        """All of it, in float64: of `shape`."""
+        left, right = self._factors
+        return (left @ right).view(self.shape)
 
     def norm(self) -> float:
         """Its Frobenius norm, of products of r × r: ‖L R‖² is the sum of (Lᵀ L) ∘ (R Rᵀ)."""
@@ -58,8 +73,8 @@ class LowRank:
         """The factors in float64, with as many bits as have exact sums."""
         if torch.float64 in (self.left.dtype, self.right.dtype):
             return self.left.double(), self.right.double()
-        bits = (_FLOAT64_BITS - math.ceil(math.log2(self.left.shape[1]))) // 2
-        return _cut(self.left, 1, bits), _cut(self.right, 0, bits)
+        bits = (_FLOAT64_BITS - math.ceil(math.log2(self.left.shape[-1]))) // 2
+        return _cut(self.left, -1, bits), _cut(self.right, -2, bits)
 
 
 def _cut(matrix: Tensor, along: int, bits: int) -> Tensor:

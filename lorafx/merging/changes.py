@@ -19,8 +19,7 @@ from ..tree.lookup import tensor_at
 from .ledger import targets_of
 from .scratch import fresh
 from .source import Source
-from .steps import blocks, steps
-from .update import Rows
+from .steps import Rows, blocks, steps
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ class Change:
         first = next(parts)
         wide = torch.promote_types(torch.promote_types(dtype, first.dtype), torch.float32)
         like = torch.empty((), dtype=wide).expand(shape)
-        does = steps(self.sources, self.role, like, whole, fresh) if self.sources else ()
+        does = steps([self.sources], self.role, like, whole, fresh) if self.sources else ()
         for part, step in itertools.zip_longest(itertools.chain([first], parts), does):
-            yield rounded(part if step is None else step.merged(part), dtype, what)
+            yield rounded(part if step is None else step.merged(part[None])[0], dtype, what)
 
     def _rows(self, read: Callable[[int, int], Tensor], start: int, stop: int, dtype: torch.dtype, what: str) -> Tensor:
         return read(start, stop) if self.own is None else rounded(_part(self.own, start, stop), dtype, what)

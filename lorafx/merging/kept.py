@@ -8,11 +8,10 @@ from torch import Tensor
 
 from .fingerprint import Fingerprint, fingerprint, is_of, size
 from .residual import Residual
-from .steps import Step
-from .update import Rows
+from .steps import Rows
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Kept:
     """A residual or a copy of some rows, and the fingerprint of what they were.
 
@@ -44,12 +43,11 @@ class Kept:
         """Whether these are the rows before the merge."""
         return is_of(self.original, rows)
 
-    def restored(self, rows: Tensor, step: Step | None) -> Tensor | None:
-        """The rows before `step`, given those after it; None if these are not what the merge left."""
-        if self.residual is None or step is None:
+    def restored(self, rows: Tensor, guess: Tensor | None) -> Tensor | None:
+        """The original of rows, with the guess from them, which may be written over; None if it does not come back."""
+        if self.residual is None:
             assert self.copy is not None and self.merged is not None
             return self.copy if is_of(self.merged, rows) else None
-        guess = step.unmerged(rows)
         assert guess is not None, "what has a residual has an inverse"
-        found = self.residual.restore(guess.to(rows.dtype))
+        found = self.residual.restore(guess)
         return found if self.is_original(found) else None

@@ -18,10 +18,12 @@ from ..adapters.storages import DENSE
 from ..errors import MergeError, warn
 from ..tree.lookup import find_tensor, first_name, tensor_at
 from ..tree.memory import Shared
-from .entry import Entry, Target, merge
+from .batch import batches, merge, original, unmerge
+from .entry import Entry, Target
 from .residual import supports
 from .scratch import Scratch
 from .source import Source
+from .steps import Sources
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Ledger:
         everyone = (*self.adapters, *adapters)
         copies = {id(find_tensor(root, base)): copy for base, copy in replaced.items()}
         names = {id(parameter): name for name, parameter in root.named_parameters()} | copies
-        targets: dict[Target, tuple[Source, ...]] = {}
+        targets: dict[Target, Sources] = {}
         for adapter in everyone:
             for site in adapter.selection:
                 source = earlier.get((adapter.name, site.name)) or Source.of(root, adapter, site)
@@ -90,7 +92,7 @@ class Ledger:
         """The parameter at `path`, which may be any of its names, as it is without adapters."""
         path = first_name(root, path)
         entry = self.entries.get(path)
-        return (entry.original(root) if entry else Target(path).stored(root))["weight"]
+        return (original(root, entry) if entry else Target(path).stored(root))["weight"]
 
     @property
     def lost(self) -> dict[str, float]:
@@ -104,29 +106,36 @@ class Ledger:
             for path, entry in self.entries.items()
         }
 
-    def _move(
-        self, root: nn.Module, targets: Mapping[Target, tuple[Source, ...]], safe: bool, progressbar: bool = False
-    ) -> None:
+    def _move(self, root: nn.Module, targets: Mapping[Target, Sources], safe: bool, progressbar: bool = False) -> None:
         """Write each parameter with these sources merged into its original; on any failure, put all back."""
         before, scratch = dict(self.entries), Scratch()
         try:
-            for target, sources in tqdm(targets.items(), "merging", disable=not progressbar):
-                self._set(root, target, sources, scratch, safe)
+            self._set(root, targets, scratch, safe, progressbar)
         except BaseException:
-            for target in targets:
-                if self.entries.get(target.path) is not (then := before.get(target.path)):
-                    self._set(root, target, then.sources if then else (), scratch)
+            then = {target: before.get(target.path) for target in targets}
+            changed = {target: entry for target, entry in then.items() if self.entries.get(target.path) is not entry}
+            self._set(root, {target: entry.sources if entry else () for target, entry in changed.items()}, scratch)
             raise
 
     def _set(
-        self, root: nn.Module, target: Target, sources: tuple[Source, ...], scratch: Scratch, safe: bool = False
+        self,
+        root: nn.Module,
+        targets: Mapping[Target, Sources],
+        scratch: Scratch,
+        safe: bool = False,
+        progressbar: bool = False,
     ) -> None:
-        """Set what is merged into one parameter."""
-        if entry := self.entries.get(target.path):
-            entry.unmerge(root, scratch)
-            del self.entries[target.path]
-        if sources:
-            self.entries[target.path] = merge(root, target, sources, scratch, safe=safe)
+        """Set what is merged into each parameter."""
+        held = [self.entries[target.path] for target in targets if target.path in self.entries]
+        for batch in batches(root, held):
+            unmerge(root, batch, scratch)
+            for entry in batch:
+                del self.entries[entry.target.path]
+        with tqdm(total=len(targets), desc="merging", disable=not progressbar) as bar:
+            for batch in batches(root, [Entry.of(root, target, s) for target, s in targets.items() if s]):
+                merge(root, batch, scratch, safe=safe)
+                self.entries |= {entry.target.path: entry for entry in batch}
+                bar.update(len(batch))
 
 
 def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int, str]) -> Iterator[Target]:

@@ -30,13 +30,13 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in _INTEGER
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Residual:
     """W given P: two bits of each difference, four in a byte, and the rest of those that have more, with places."""
 
-    codes: Tensor
-    places: Tensor
-    rest: Tensor
+    codes: Array
+    places: Array
+    rest: Array
 
     @property
     def nbytes(self) -> int:
@@ -46,17 +46,21 @@ class Residual:
     @classmethod
     def of(cls, original: Tensor, guess: Tensor) -> Residual:
         """Encode `original` against `guess`, both of the same shape and dtype; the guess may be written over."""
-        above = _bits(guess)  # from here on, how far the guess is above the least; it wraps around, as what undoes it
-        above.sub_(_bits(original)).sub_(_LEAST)
+        above = _array(_bits(guess))  # from here on, how far it is above the least; that wraps around, as its reverse
+        above -= _array(_bits(original))
+        above -= _LEAST
         places = _large(above)
-        return cls(_packed(above.to(torch.int8)), places, above.index_select(0, places).bitwise_and_(~3))
+        return cls(_packed(_bytes(above)), places, above[places] & ~3)
 
     def restore(self, guess: Tensor) -> Tensor:
         """The original, given the same guess, which may be written over."""
         bits = _bits(guess)
-        codes, places, rest = (part.to(bits.device) for part in (self.codes, self.places, self.rest))
-        _subtract(bits, _unpacked(codes)[: bits.numel()])
-        bits.index_add_(0, places, rest, alpha=-1)
+        integers = _array(bits)
+        codes, places, rest = (_beside(integers, part) for part in (self.codes, self.places, self.rest))
+        differences = _unpacked(codes)[: len(integers)]
+        differences += _LEAST
+        integers -= differences
+        integers[places] -= rest
         return bits.view(guess.dtype).view(guess.shape)
 
 
@@ -68,39 +72,40 @@ def _array(tensor: Tensor) -> Array:
     return tensor.numpy() if tensor.is_cpu else tensor
 
 
-def _large(above: Tensor) -> Tensor:
+def _beside(there: Array, part: Array) -> Array:
+    """A part of a residual where the guess is, which may have come to another device since."""
+    if type(part) is type(there):
+        return part.to(there.device) if isinstance(part, Tensor) else part
+    return torch.as_tensor(part, device=there.device) if isinstance(there, Tensor) else part.cpu().numpy()
+
+
+def _large(above: Array) -> Array:
     """The places of what is not 0, 1, 2 or 3."""
-    array = _array(above)
-    if isinstance(array, Tensor):
-        places = ((array < 0) | (array > 3)).nonzero()[:, 0]
-    else:
-        places = torch.from_numpy(np.flatnonzero(array.view(f"u{array.itemsize}") > 3))
-    return places.int() if above.numel() < 2**31 else places
+    if isinstance(above, Tensor):
+        found = ((above < 0) | (above > 3)).nonzero()[:, 0]
+        return found.int() if above.numel() < 2**31 else found
+    places = np.flatnonzero(above.view(f"u{above.itemsize}") > 3)
+    return places.astype(np.int32) if above.size < 2**31 else places
 
 
-def _subtract(integers: Tensor, codes: Array) -> None:
-    """Take from integers what their codes, which are written over, say."""
-    array = _array(integers)
-    codes += _LEAST
-    array -= codes
+def _bytes(integers: Array) -> Array:
+    return integers.to(torch.int8) if isinstance(integers, Tensor) else integers.astype(np.int8)
 
 
-def _packed(codes: Tensor) -> Tensor:
+def _packed(codes: Array) -> Array:
     """Bytes, (n,), whose lowest two bits are codes, to bytes of four codes: one of each quarter of them."""
-    array = _array(codes)
-    array &= 3
-    count = -(-len(array) // 4)
-    packed = array[:count] | 0
+    codes &= 3
+    count = -(-len(codes) // 4)
+    packed = codes[:count] | 0
     for quarter in (1, 2, 3):
-        part = array[quarter * count : (quarter + 1) * count]
+        part = codes[quarter * count : (quarter + 1) * count]
         packed[: len(part)] |= part * 4**quarter
-    return torch.as_tensor(packed)
+    return packed
 
 
-def _unpacked(packed: Tensor) -> Array:
+def _unpacked(packed: Array) -> Array:
     """The reverse, to at most three more codes."""
-    array = _array(packed)
-    quarters = [array >> shift for shift in (0, 2, 4, 6)]
-    codes = torch.cat(quarters) if isinstance(array, Tensor) else np.concatenate(quarters)
+    quarters = [packed >> shift for shift in (0, 2, 4, 6)]
+    codes = torch.cat(quarters) if isinstance(packed, Tensor) else np.concatenate(quarters)
     codes &= 3
     return codes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,7 +54,12 @@ class Source:
 
     def _operands(self, like: Tensor) -> Operands:
         tensors = {
-            suffix: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
-            for suffix, tensor in self.tensors.items()
+            name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            for name, tensor in ((name, self.tensors[suffix]) for name, suffix in self._suffixes.items())
         }
-        return self.adapter.operands(self.site, tensors, self.numbers)
+        return Operands(self.site, self.adapter.config, tensors, self.numbers)
+
+    @functools.cached_property
+    def _suffixes(self) -> dict[str, str]:
+        """What files call the tensors, by the kind's names for them."""
+        return {name: spec.suffix for name, spec in self.adapter.specs(self.site).items()}

@@ -75,14 +75,14 @@ def deferred_again(tensor: Deferred) -> tuple[tuple[Any, ...], Callable[[Sequenc
 _waiting: weakref.WeakSet[_Later] = weakref.WeakSet()
 
 
-def settle(weight: Tensor) -> None:
-    """Compute what waits and reads `weight`, which is about to be written to.
+def settle(weights: Sequence[Tensor]) -> None:
+    """Compute what waits and reads one of `weights`, which are about to be written to.
 
     Where an input was already written to it is too late, and the error comes when somebody asks.
     """
     for later in list(_waiting):
-        reads = any(isinstance(value, Tensor) and _share_memory(value, weight) for value in later.inputs)
-        if reads and not later.is_too_late():
+        tensors = [value for value in later.inputs if isinstance(value, Tensor)]
+        if any(_share_memory(tensor, weight) for weight in weights for tensor in tensors) and not later.is_too_late():
             later.values()
 
 

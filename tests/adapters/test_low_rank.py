@@ -43,7 +43,10 @@ def test_rows_are_rows_of_the_whole_and_numbers_multiply_it():
     left, right = factors(4)
     change = 2 * LowRank(left, right, (37, 53, 1)) * 0.5
     assert change.dense().shape == (37, 53, 1)
-    assert torch.equal(change.rows(slice(30, 40)), change.dense()[30:])
+    stack = LowRank.stacked([change, 3.0 * change])
+    for number, each in enumerate((change, 3.0 * change)):
+        assert torch.equal(stack.rows(slice(30, 40))[number], each.dense()[30:])
+        assert torch.equal(LowRank.stacked([each]).rows(...)[0], each.dense())
     assert torch.equal(change.dense(), LowRank(left, right, (37, 53, 1)).dense())
 
 

@@ -5,7 +5,7 @@ import torch
 from graphs import adapted
 from torch import nn
 
-from lorafx.merging import update
+from lorafx.merging import steps as module
 from lorafx.merging.scratch import Scratch, fresh
 from lorafx.merging.source import Source
 from lorafx.merging.steps import steps
@@ -25,20 +25,20 @@ def test_blocks_and_their_parts_are_those_of_the_whole(monkeypatch, dtype, make)
     weight, sources = two_adapters()
     weight = weight.to(dtype)
     like = torch.empty((), dtype=torch.promote_types(dtype, torch.float32)).expand(weight.shape)
-    (whole,) = steps(sources, "weight", like, [slice(0, 33)], fresh)
-    monkeypatch.setattr(update, "_ON_CPU", 4 * 21)
-    monkeypatch.setattr(update, "_ROWS", 1)
+    (whole,) = steps([sources], "weight", like, [slice(0, 33)], fresh)
+    monkeypatch.setattr(module, "_IN_FLOAT64", 4 * 21)
+    monkeypatch.setattr(module, "_ROWS", 1)
     rows = [slice(0, 14), slice(14, 28), slice(28, 33)]
     merged, unmerged = [], []
-    for block, step in zip(rows, steps(sources, "weight", like, rows, make())):
-        there = step.merged(weight[block])
-        back = step.unmerged(weight[block])
+    for block, step in zip(rows, steps([sources], "weight", like, rows, make())):
+        there = step.merged(weight[None, block])
+        back = step.unmerged(weight[None, block])
         assert there.data_ptr() != back.data_ptr()
         merged.append(there.clone())
         unmerged.append(back.clone())
-    assert torch.equal(torch.cat(merged), whole.merged(weight))
-    assert torch.equal(torch.cat(unmerged), whole.unmerged(weight))
-    assert not torch.equal(whole.merged(weight), weight.to(like.dtype))
+    assert torch.equal(torch.cat(merged, 1), whole.merged(weight[None]))
+    assert torch.equal(torch.cat(unmerged, 1), whole.unmerged(weight[None]))
+    assert not torch.equal(whole.merged(weight[None])[0], weight.to(like.dtype))
 
 
 def test_scratch_is_the_same_memory_again_unless_it_is_too_small():
