@@ -129,7 +129,7 @@ _CALLS = ("__call__", ENTRANCE)  # the second is what `Module.compile` has compi
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
-    *("diffusers.models.modeling_utils", "diffusers.loaders."),
+    *("diffusers.models.modeling_utils", "diffusers.loaders.", "sentence_transformers."),
 )
 
 
