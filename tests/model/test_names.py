@@ -216,6 +216,16 @@ def test_libraries_that_are_not_installed_here_save_adapters_too(library, tmp_pa
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_way_to_save_of_the_model_s_own_is_warned_of():
+    class Saves(nn.Sequential):
+        def save_pretrained(self, folder):
+            return folder
+
+    with pytest.warns(UserWarning, match=r"Saves has a `save_pretrained` of its own.*lorafx\.of\(model\)"):
+        lora = lorafx.compile(Saves(nn.Linear(4, 5)), CONFIG | {"target_modules": ["0"]})
+    assert lora.save_pretrained("there") == "there"
+
+
 def test_of_a_model_that_is_not_adapted():
     with pytest.raises(AdapterError, match=r"Linear is not adapted.*compile"):
         lorafx.of(nn.Linear(2, 2))
