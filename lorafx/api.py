@@ -20,6 +20,7 @@ from .model.adaptation import of
 from .model.adapted_model import AdaptedModel, adapt
 from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
+from .tree.attached import ATTACHED
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
 from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
@@ -184,9 +185,9 @@ def _plain(model: nn.Module) -> nn.Module:
             f"the model is {model!r:.60}, a {type(model).__name__}; it has to be a torch module, loaded already"
         )
     for path, module in unwrapped(model).named_modules():
-        if isinstance(module, AdaptedModel):
-            what, where = (f"{path} in the model", f" (`model.{path}`)") if path else ("the model", "")
-            raise AdapterError(f"{what} is adapted already; use `add_adapter` or `load_adapter` on it{where}")
+        if isinstance(module, AdaptedModel) or vars(module).get(ATTACHED):
+            what = f"{path} in the model" if path else "the model"
+            raise AdapterError(f"{what} is adapted already; use `add_adapter` or `load_adapter` of the adapted model")
         if isinstance(module, torch.jit.ScriptModule):
             raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))

@@ -132,6 +132,8 @@ def test_an_adapted_model_is_recognised_within_its_wrapper_and_within_a_model():
         adapted(torch.compile(adapted(net())))
     with pytest.raises(AdapterError, match=r"1\.inner in the model is adapted already"):
         adapted(nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"inner": adapted(net())})), target_modules=["0"])
+    with pytest.raises(AdapterError, match=r"0\.fc in the model is adapted already"):
+        adapted(adapted(net()).layers, target_modules=["1.fc"])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
