@@ -151,6 +151,15 @@ def named_own_modules(root: nn.Module, path: str = "", seen: set[int] | None = N
             yield from named_own_modules(child, f"{path}.{name}" if path else name, seen)
 
 
+def attached_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that `attach` made below these, at any depth, each as often as it hangs somewhere."""
+    pending = [module._modules.get(name) for module in modules for name in vars(module).get(ATTACHED, ())]
+    while pending:
+        if (module := pending.pop()) is not None:
+            yield module
+            pending.extend(module._modules.values())
+
+
 def has_copies_among_children(module: nn.Module) -> bool:
     """Whether `attach` made children of a module that has its own too: a container in `modules_to_save`, say."""
     return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
