@@ -210,7 +210,8 @@ class Held:
         steps = [(modules[parent], atom, child) for (parent, atom), child in zip(ways.children, modules[1:])]
         inner = [(parent._modules, atom, child) for parent, atom, child in steps if isinstance(parent, nn.Module)]
         own = [step for step in inner if not (isinstance(step[2], Attached) and step[0].get(step[1]) is step[2])]
-        self._parents, self._atoms, self._children = ([step[number] for step in own] for number in range(3))
+        self._parents, self._atoms = [parent for parent, *_ in own], [atom for _, atom, _ in own]
+        self._children = [child for *_, child in own]
         self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
         self._names = [name for _, name in ways.ends]
 
