@@ -114,6 +114,22 @@ def test_first_calls_need_no_graph(early):
     torch.testing.assert_close(lora(x), plain(x), rtol=0, atol=0)
 
 
+def test_adapters_have_the_dtype_that_a_layer_computes_in():
+    """That of what is kept beside the weight, as scales, is none of theirs."""
+
+    def half(inputs, outputs):
+        layer = Packed(inputs, outputs)
+        layer.scales = layer.scales.half()
+        return layer
+
+    for computed, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        base = Layers(half, depth=1)
+        for layer in (base.layers[0].up, base.layers[0].down) if computed else ():
+            layer.compute_dtype = computed
+        lora = lorafx.compile(base, CONFIG, autocast_adapter_dtype=False)
+        assert {parameter.dtype for parameter in trained(lora)} == {expected}
+
+
 class Gated(nn.Module):
     """It has numbers of features and packed numbers, and is given two tensors, and gives two."""
 

@@ -55,8 +55,15 @@ class Opaque(OwnLayer):
         return outputs, inputs
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """That of the first tensor of floats of 16 bits or more, most often scales or the bias."""
-        return next((t.dtype for _, t in _tensors(module) if _is_wide(t)), torch.get_default_dtype())
+        """As in PEFT, that in which the layer says that it computes, or that of a weight of floats, or torch's default.
+
+        What a library keeps beside a weight, as GPTQ's scales in float16, says nothing of what the model computes in.
+        """
+        own = getattr(module, "compute_dtype", None)
+        if isinstance(own, torch.dtype):
+            return own
+        weight = module._parameters.get("weight")
+        return weight.dtype if weight is not None and _is_wide(weight) else torch.get_default_dtype()
 
 
 def is_by_name(module: nn.Module) -> bool:
