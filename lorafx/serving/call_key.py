@@ -8,6 +8,7 @@ import itertools
 from collections import UserDict, namedtuple
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -196,8 +197,11 @@ def _leaf_key(leaf: Any, sizes: tuple[int, ...]) -> Leaf:
 
     torch.export takes no such argument, so no graph depends on it; nor are its tensors kept for the sake of a key.
     """
-    own_hash = type(leaf).__hash__ not in (None, object.__hash__)
-    return argument_key(leaf, sizes) if own_hash or isinstance(leaf, (Tensor, nn.Module)) else (type(leaf),)
+    kind = type(leaf)
+    by_identity = kind.__hash__ is object.__hash__ and hasattr(leaf, "__dict__")
+    if (by_identity or kind.__hash__ is None) and not isinstance(leaf, (Tensor, nn.Module, type, FunctionType)):
+        return (kind,)
+    return argument_key(leaf, sizes)
 
 
 def _adapters(call: Call) -> tuple[tuple[str, Hashable], ...]:

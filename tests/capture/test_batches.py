@@ -70,3 +70,16 @@ def test_objects_that_no_graph_can_be_given_are_one_kind_and_not_kept():
     kept = [weakref.ref(bag) for bag in (Bag(), Bag()) if lora(bag).shape == (4, 3)]
     gc.collect()
     assert [ref() for ref in kept] == [None, None] and len(lora.explain().calls) == 1
+
+
+def test_a_function_or_a_dtype_is_part_of_the_kind():
+    """They may decide what a call computes; torch.export takes them as constants, or may in another release."""
+
+    class Applies(nn.Sequential):
+        def forward(self, x, function, dtype):
+            return function(super().forward(x)).to(dtype)
+
+    lora, x = adapted(Applies(nn.Linear(5, 3))), torch.randn(4, 5)
+    for function, dtype in ((abs, torch.float64), (lambda x: -x, torch.float64), (lambda x: x, torch.float32)):
+        assert lora(x, function, dtype).dtype == dtype
+    assert len(lora.explain().calls) == 3
