@@ -200,7 +200,7 @@ def _leaf_key(leaf: Any, sizes: tuple[int, ...]) -> Leaf:
     kind = type(leaf)
     by_identity = kind.__hash__ is object.__hash__ and hasattr(leaf, "__dict__")
     if (by_identity or kind.__hash__ is None) and not isinstance(leaf, (Tensor, nn.Module, type, FunctionType)):
-        return (kind,)
+        return kind, f"any {kind.__name__}"
     return argument_key(leaf, sizes)
 
 

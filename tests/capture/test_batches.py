@@ -70,6 +70,8 @@ def test_objects_that_no_graph_can_be_given_are_one_kind_and_not_kept():
     kept = [weakref.ref(bag) for bag in (Bag(), Bag()) if lora(bag).shape == (4, 3)]
     gc.collect()
     assert [ref() for ref in kept] == [None, None] and len(lora.explain().calls) == 1
+    lora(type("Box", (Bag,), {})())
+    assert "any Bag → any Box" in str(lora.explain().calls[1])
 
 
 def test_a_function_or_a_dtype_is_part_of_the_kind():
