@@ -82,6 +82,7 @@ def test_a_function_or_a_dtype_is_part_of_the_kind():
             return function(super().forward(x)).to(dtype)
 
     lora, x = adapted(Applies(nn.Linear(5, 3))), torch.randn(4, 5)
-    for function, dtype in ((abs, torch.float64), (lambda x: -x, torch.float64), (lambda x: x, torch.float32)):
+    one, other = (lambda x: -x), (lambda x: x)
+    for function, dtype in ((one, torch.float64), (other, torch.float64), (one, torch.float32)):
         assert lora(x, function, dtype).dtype == dtype
     assert len(lora.explain().calls) == 3
