@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from . import errors, passes  # type: ignore[attr-defined]
+# `checkout` first: it shows where the passes are.
+from . import checkout, errors, passes  # type: ignore[attr-defined]  # noqa: F401
 from .absent import refuse as _refuse
 from .adapters.kinds.adalora_config import AdaLoraConfig
 from .adapters.kinds.boft import BOFTConfig

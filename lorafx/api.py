@@ -20,9 +20,10 @@ from .model.adaptation import of
 from .model.adapted_model import AdaptedModel, adapt
 from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
+from .tree.attached import ATTACHED
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
-from .tree.wrappers import require_no_layers_of_peft, unwrapped
+from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -183,9 +184,14 @@ def _plain(model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"the model is {model!r:.60}, a {type(model).__name__}; it has to be a torch module, loaded already"
         )
-    if isinstance(unwrapped(model), AdaptedModel):
-        raise AdapterError("the model is adapted already; use `add_adapter` or `load_adapter` on it")
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, AdaptedModel) or vars(module).get(ATTACHED):
+            what = f"{path} in the model" if path else "the model"
+            raise AdapterError(f"{what} is adapted already; use `add_adapter` or `load_adapter` of the adapted model")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))
+    require_tensors_in_place(unwrapped(model))
     if isinstance(model, torch.fx.GraphModule):
         return model
     return mirrored(model)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -15,7 +16,19 @@ ROOT = Path(__file__).parent.parent
 CORE, PASSES = ROOT / "lorafx", ROOT / "passes"
 # The rooms and the few files beside them, bottom up: each may import what stands before it.
 ORDER = [
-    *("errors", "tables", "progress", "torch_private", "tree", "ops", "graph", "adapters", "pipeline", "passes"),
+    *(
+        "checkout",
+        "errors",
+        "tables",
+        "progress",
+        "torch_private",
+        "tree",
+        "ops",
+        "graph",
+        "adapters",
+        "pipeline",
+        "passes",
+    ),
     *("capture", "lowering", "files", "showing", "merging", "serving", "model"),
     *("api", "compat", "functions", "optimizers", "absent", "__init__", "testing", "bench", "commands", "__main__"),
 ]
@@ -83,7 +96,17 @@ INSIDE = {
     "pipeline": ["context", "definition", "step", "text", "pipeline"],
     "lowering": ["backend", "cuda_graphs", "eager", "inductor", "pieces", "errors_in_graphs", "lower"],
     "capture": [
-        *("arguments", "padding", "contexts", "caches", "purity", "autograd_use", "layout_use", "process_use"),
+        *(
+            "arguments",
+            "batches",
+            "padding",
+            "contexts",
+            "caches",
+            "purity",
+            "autograd_use",
+            "layout_use",
+            "process_use",
+        ),
         *("outside_use",),
         *("foreign_tensors", "written_arguments", "repeated", "export"),
     ],
@@ -330,3 +353,15 @@ def test_importing_lorafx_imports_no_test_or_demo_dependency_no_kernel_and_no_co
     script = f"import sys, lorafx; print(*{names} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_checkout_finds_the_passes_beside_the_package(tmp_path, monkeypatch):
+    for name in ("package_of_a_checkout", "passes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "package_of_a_checkout" / "__init__.py").write_text("from . import checkout, passes")
+    (tmp_path / "package_of_a_checkout" / "checkout.py").write_text((CORE / "checkout.py").read_text())
+    (tmp_path / "passes" / "__init__.py").write_text("from . import one\nfrom .. import checkout")
+    (tmp_path / "passes" / "one.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("package_of_a_checkout")
+    assert package.passes.one.__name__ == "package_of_a_checkout.passes.one"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from modules import tiny_llama
 from torch.distributed.run import main as torchrun
 
 from lorafx import commands
@@ -50,6 +53,17 @@ def run(line: str) -> None:
     else:
         assert first == "torchrun", line
         torchrun(words)  # raises where one of its processes fails
+
+
+def test_the_first_example_of_all_runs(tmp_path, monkeypatch, capsys):
+    """README.md's, in which a model and a batch are the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    model, ids = tiny_llama(), torch.randint(0, 90, (2, 7))
+    given = {"model": model, "fresh_model": copy.deepcopy(model), "ids": ids, "labels": ids}
+    example = next(block for kind, block in BLOCK.findall((ROOT / "README.md").read_text()) if kind == "python")
+    exec(compile(example, "README.md", "exec"), given)
+    assert "lora_linear" in capsys.readouterr().out and (tmp_path / "graph.html").exists()
+    assert given["base"] is given["fresh_model"]
 
 
 @pytest.mark.parametrize(

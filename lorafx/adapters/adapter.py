@@ -312,6 +312,11 @@ def _require_dense(root: nn.Module, saved: Iterable[str]) -> None:
                 raise ConfigError(
                     f"`modules_to_save` would train {name}, whose weight is stored as {packed}: leave it dense"
                 )
+            for last, parameter in module._parameters.items():
+                if parameter is not None and not (parameter.is_floating_point() or parameter.is_complex()):
+                    raise ConfigError(
+                        f"`modules_to_save` would train {name}, which keeps {last} as {parameter.dtype}: leave it out"
+                    )
 
 
 def placed(site: Site, suffix: str, name: str) -> str:

@@ -16,6 +16,11 @@ from .config import AdapterConfig, is_named
 from .readings import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Reading
 from .storages import DENSE, weights_of
 
+_UNQUANTISED = (
+    "load the model dequantised (`dequantize=True` of its quantisation config), or adapt other layers, beside which "
+    "it stays as it is"
+)
+
 
 class Named(NamedTuple):
     """A parameter that a config names: the path of its module, its name there, and how it is read."""
@@ -38,6 +43,7 @@ def named_parameters(model: nn.Module, config: AdapterConfig) -> list[Named]:
     ]
     names = [f"{each.module}.{each.parameter}".lstrip(".") for each in found]
     if missing := [each for each in config.parameters if not any(is_named((each,), name) for name in names)]:
+        _require_not_packed(model, missing)
         near = ", ".join(dict.fromkeys(_stacked(model)))
         raise SelectionError(
             f"`target_parameters` names {', '.join(missing)}, which the model does not have"
@@ -55,7 +61,8 @@ def _reading(path: str, name: str, module: nn.Module, parameter: nn.Parameter) -
         )
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise SelectionError(
-            f"`target_parameters` names {path}, which is kept as {parameter.dtype}: load it unquantised"
+            f"`target_parameters` names {path}, which {type(module).__name__} keeps as {parameter.dtype}: "
+            f"{_UNQUANTISED}"
         )
     if parameter.ndim == 2:
         return LINEAR
@@ -65,6 +72,18 @@ def _reading(path: str, name: str, module: nn.Module, parameter: nn.Parameter) -
         f"`target_parameters` names {path} of {parameter.ndim} dimensions; it is for matrices, and for stacks of them; "
         "train it as a whole by `modules_to_save`"
     )
+
+
+def _require_not_packed(model: nn.Module, missing: list[str]) -> None:
+    """Raise `SelectionError` for a name of what is no parameter but a library's own object, as experts in MXFP4 are."""
+    for name in missing:
+        last = name.rpartition(".")[2]
+        for path, module in model.named_modules():
+            if last in vars(module) and is_named((name,), f"{path}.{last}".lstrip(".")):
+                raise SelectionError(
+                    f"`target_parameters` names {path}.{last}, which {type(module).__name__} keeps as "
+                    f"{type(vars(module)[last]).__name__}, for its own code alone: {_UNQUANTISED}"
+                )
 
 
 def _stacked(model: nn.Module) -> Iterator[str]:

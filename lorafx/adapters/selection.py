@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, SelectionError, warn
 from ..tree.lookup import given_by, tensor_at
@@ -198,6 +199,11 @@ def _site(
         raise SelectionError(f"{name} is a lazy module that has not run yet; call the model once before compiling")
     storage = storage.of(module, name)
     shape, groups = storage.shape(module, parameter), getattr(module, "groups", 1)
+    if 0 in shape:
+        raise SelectionError(
+            f"the weight of {name} has no numbers, its shape is {tuple(shape)}: add it to `exclude_modules`, or adapt "
+            "the model before parameters are shared out among processes"
+        )
     inputs, outputs = reading.features(shape, groups)
     return Site(
         module=name,
@@ -229,6 +235,8 @@ def _remarks(
             f"`modules_to_save` trains {untied} by itself, which the model ties to {', '.join(others)}: on this model "
             "they are tied no longer"
         )
+    if config.all_linear and (computed := [name for name, module in modules.items() if _is_computed(module)]):
+        yield f'"all-linear" leaves out {", ".join(computed[:5])}: {_COMPUTED}'
     for name in ("target_modules", "exclude_modules"):
         if idle := _idle(name, modules, config):
             yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)})"
@@ -267,10 +275,23 @@ def _untied(modules: dict[str, nn.Module], saved: Sequence[str]) -> Iterator[tup
             yield inside[0][0], others
 
 
+_COMPUTED = (
+    "the weight is computed from other tensors in each call, by a parametrization, weight norm or pruning; bake that "
+    "in first (`torch.nn.utils.parametrize.remove_parametrizations`, `torch.nn.utils.prune.remove` …)"
+)
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a linear layer has something else than a parameter for a weight, which a hook or a property computes."""
+    return isinstance(module, nn.Linear) and ("weight" in vars(module) or is_parametrized(module, "weight"))
+
+
 def _unfit_message(unfit: dict[str, nn.Module]) -> str:
     shown = ", ".join(f"{name} ({type(module).__name__})" for name, module in list(unfit.items())[:5])
     more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
     supported = ", ".join(cls.__name__ for reading in READINGS for cls in reading.modules)
+    if all(map(_is_computed, unfit.values())):
+        return f"`target_modules` matches {shown}{more}, where {_COMPUTED}"
     return (
         f"`target_modules` matches modules whose weight no reading covers: {shown}{more}. "
         f"Covered: {supported}. Narrow `target_modules` or add these to `exclude_modules`."
@@ -278,17 +299,20 @@ def _unfit_message(unfit: dict[str, nn.Module]) -> str:
 
 
 def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
+    if (root := modules.get("")) is not None and _can_be_adapted(root):
+        return f"the model is itself a {type(root).__name__}, without a name: nn.Sequential(…) around it gives it one"
     targets = config.target_modules
-    wanted = [targets] if isinstance(targets, str) else list(targets or ())
-    regex = " (a string is a regex for the whole name; a list holds suffixes)" if isinstance(targets, str) else ""
-    if isinstance(targets, str) and difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
-        return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
+    wanted, regex = [] if config.all_linear else list(targets or ()), ""
+    if isinstance(targets, str) and not config.all_linear:
+        if difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
+            return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
+        wanted, regex = [targets], " (a string is a regex for the whole name; a list holds suffixes)"
     narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
     return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"
 
 
 def _nearest(wanted: list[str], modules: dict[str, nn.Module]) -> str:
-    suffixes = {name.rpartition(".")[2]: type(m).__name__ for name, m in modules.items() if _can_be_adapted(m)}
+    suffixes = {name.rpartition(".")[2]: type(m).__name__ for name, m in modules.items() if name and _can_be_adapted(m)}
     close = [c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=3, cutoff=0.5)]
     near = ", ".join(f"{name} ({suffixes[name]})" for name in dict.fromkeys(close))
     return (f"Nearest: {near}. " if near else "") + _candidates(modules)

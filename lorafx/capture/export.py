@@ -64,7 +64,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:
     dynamic that is not 1; it may be on the `meta` device. The graph is called like the model, keeps parameter names,
     and reads parameters and buffers from the model itself, at call time. Where the call fills or returns a container
     that it was given, such as a cache, the graph leaves that alone and gives `(output, {argument: filled container})`.
-    A quantised layer is one operator, which runs the layer's own code.
+    A quantised layer is one operator, which runs the layer's own code. Of an adapted model it is the base's graph,
+    before any pass; `lora.graph(…)` is the one that serves calls.
 
     Raises `CaptureError` with torch's reason and the model's own line when the call cannot be captured, or does
     something that a graph would not do again: print, draw random numbers outside torch, change the model.

@@ -7,7 +7,7 @@ these into the caller's own containers; where the model returns an argument, the
 
 from __future__ import annotations
 
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from operator import is_
@@ -112,7 +112,7 @@ def pour(old: Any, new: Any) -> Any:
         items = list(map(pour, old, new)) + list(new)[len(old) :]
         old.clear()
         old.extend(items)
-    elif isinstance(old, dict):
+    elif isinstance(old, (dict, UserDict)):
         _pour_items(old, old.items(), new.items())
     elif type(old) in pytree.SUPPORTED_NODES and hasattr(old, "__dict__"):
         _pour_items(vars(old), vars(old).items(), vars(new).items())

@@ -6,14 +6,16 @@ where all is well, 1 where something was refused or found wrong, 2 for words tha
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import typer
 
-# In the order in which help lists them. A command's module is imported when it is asked for, or for help.
+# In the order in which help lists them. A command's module is imported when it is asked for: that may take seconds.
 NAMES = ("show", "check", "info", "merge", "convert", "bench")
 
 
@@ -28,8 +30,8 @@ def run(words: Sequence[str]) -> int:
 
 def _app(words: Sequence[str]) -> typer.Typer:
     app = typer.Typer(help="LoRA by graph rewriting.", no_args_is_help=True, add_completion=False)
-    for name in [name for name in NAMES if name in words[:1]] or NAMES:
-        app.command(name)(_command(name))
+    for name in NAMES:
+        app.command(name)(_command(name) if name in words else _described(name))
     app.callback()(lambda: None)  # so that one command alone keeps its name
     return app
 
@@ -45,6 +47,18 @@ def _command(name: str) -> Callable[..., None]:
         raise typer.Exit(function(*args, **kwargs))
 
     return exits
+
+
+def _described(name: str) -> Callable[..., None]:
+    """A command as the list of all shows it: by its docstring."""
+    parsed = ast.parse(Path(__file__).with_name(f"{name}.py").read_text("utf-8"))
+    function = next(each for each in parsed.body if isinstance(each, ast.FunctionDef) and each.name == name)
+
+    def described() -> None:
+        raise AssertionError("it is imported when it is asked for")
+
+    described.__doc__ = ast.get_docstring(function)
+    return described
 
 
 def _lacking(what: str) -> Callable[..., None]:

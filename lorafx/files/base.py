@@ -39,6 +39,15 @@ class BaseFolder:
     index: dict[str, Any] | None
 
     @property
+    def quantised(self) -> str | None:
+        """By which method the config says that weights are stored quantised; None if it does not."""
+        settings = self.config.get("quantization_config") or self.config.get("compression_config")
+        if not settings:
+            return None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return str(method or f"see its {CONFIG}")
+
+    @property
     def entries(self) -> dict[str, Entry]:
         """All tensors, by key."""
         return {key: entry for shard in self.shards.values() for key, entry in shard.entries.items()}
@@ -70,20 +79,12 @@ def read_base(
     """Read what there is in a folder, or in a repository on the Hub, but no tensor.
 
     `revision` and `token` are `huggingface_hub`'s. Raises `CheckpointError` for a folder that is no model's, for a
-    checkpoint that is quantised or of other formats, and for files that are missing, damaged or not in the index.
+    checkpoint of other formats, and for files that are missing, damaged or not in the index.
     """
     folder = Path(place) if Path(place).is_dir() else _fetched(os.fspath(place), revision, token)
     if (folder / "adapter_config.json").exists() and not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder} is an adapter's folder; the base model comes first, then its adapters")
-    config = _json(folder / CONFIG)
-    if config.get("quantization_config") or config.get("compression_config"):
-        settings = config.get("quantization_config") or config["compression_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        raise CheckpointError(
-            f"{folder} is stored quantised ({method or 'see its config.json'}): merging into that would round a second "
-            f"time. Give the original checkpoint, which the adapter can be merged onto just as well"
-        )
-    return BaseFolder(folder, config, *read_shards(folder))
+    return BaseFolder(folder, _json(folder / CONFIG), *read_shards(folder))
 
 
 def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Path:

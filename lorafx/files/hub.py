@@ -94,13 +94,12 @@ class Source:
             return
         folders = sorted(each.name for each in Path(parent or ".").iterdir() if each.is_dir())
         near = difflib.get_close_matches(name, folders, cutoff=0.7)
-        if near or parent:
-            holds = f"{parent}/ holds {', '.join(folders[:3]) or 'no folder'}" if parent else ""
-            there = f"nearest: {parent}{separator}{near[0]}" if near else holds
-            raise CheckpointError(
-                f"{self.place} is no folder here; {there}. If a repository on the Hub is meant, give its `revision`, "
-                'as "main"'
-            )
+        holds = f"{parent}/ holds {', '.join(folders[:3]) or 'no folder'}"
+        there = f"nearest: {parent}{separator}{near[0]}" if near else holds if parent else "an id is owner/name"
+        raise CheckpointError(
+            f"{self.place} is no folder here; {there}. If a repository on the Hub is meant, give its `revision`, "
+            'as "main"'
+        )
 
     def _first(self, names: Sequence[str], revision: str | None) -> Path:
         what = f"{self.place} is no folder here, and of the repository {self._named} {' or '.join(names)} cannot be had"

@@ -42,6 +42,7 @@ _IMMUTABLE = (
     *(FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType),
     *(OpOverload, OpOverloadPacket, HigherOrderOperator, type),
 )
+_PLAIN = frozenset(PLAIN)
 
 # --- values that a module tree and its calls bring along -------------------------------------------------------------
 
@@ -63,6 +64,8 @@ def held_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashabl
     as long as the key, so that no later object gets the same `id`. What an object holds whose `id` is in `apart` is
     described apart, and not here.
     """
+    if type(value) in _PLAIN:  # as nearly all are
+        return (_of_plain(value),)
     tokens: list[Hashable] = []
     seen: dict[int, int] = {}
     pending = [value]
@@ -73,12 +76,19 @@ def held_key(value: Any, keep: list[Any], apart: Container[int] = ()) -> Hashabl
     return tuple(tokens)
 
 
+def _of_plain(value: Any) -> tuple[Any, ...]:
+    return type(value), repr(value) if isinstance(value, float) else value
+
+
 def _describe(
     value: Any, keep: list[Any], apart: Container[int], seen: dict[int, int]
 ) -> tuple[tuple[Any, ...], list[Any]]:
     """What to say of a value itself, and the values that it holds, to be described as well."""
+    if id(value) in apart:  # asked first: each question for the class of one of transformers' configs runs its Python
+        keep.append(value)
+        return (type(value), id(value)), []
     if isinstance(value, PLAIN):
-        return (type(value), repr(value) if isinstance(value, float) else value), []
+        return _of_plain(value), []
     if isinstance(value, (weakref.ref, RemovableHandle)):  # no settings: an LSTM, for one, refers to its weights so
         return (type(value),), []
     if id(value) in seen:
@@ -89,7 +99,7 @@ def _describe(
         return (Tensor, id(value), value.dtype, value.device, value.shape), []
     if isinstance(value, (set, frozenset)):
         return (type(value), frozenset((type(item), item) for item in value)), []
-    inside = [] if id(value) in apart else holdings(value)
+    inside = holdings(value)
     by_content = isinstance(value, partial) or (isinstance(value, CONTAINERS) and (inside or not value))
     held = [item for holding in inside for item in holding.values()]
     return (type(value), None if by_content else id(value)), held

@@ -40,12 +40,17 @@ def size(known: Fingerprint) -> int:
     return len(known) if isinstance(known, bytes) else known.nbytes
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers in order, side by side. `view` would leave a single number the stride that it had."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,))
+
+
 def _hash(tensor: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_128_digest(_flat(tensor).view(torch.uint8).numpy().data)
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    data = tensor.reshape(-1).view(torch.int8)
+    data = _flat(tensor).view(torch.int8)
     count = data.numel()
     least = _ROW * _ROWS_ON_CUDA if data.is_cuda else 0
     if (whole := max(count + -count % _ROW, least)) != count:

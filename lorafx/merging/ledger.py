@@ -6,7 +6,7 @@ A merge writes into all weights or, if it fails, into none; so does an unmerge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..adapters.site import Site
 from ..adapters.storages import DENSE
 from ..errors import MergeError, warn
 from ..tree.lookup import find_tensor, first_name, tensor_at
+from ..tree.memory import Shared
 from .batch import batches, merge, original, unmerge
 from .entry import Entry, Target
 from .residual import supports
@@ -63,6 +64,7 @@ class Ledger:
                 for target in targets_of(root, adapter, site, names):
                     targets[target] = (*targets.get(target, ()), source)
         touched = {target: t for target, t in targets.items() if any(s.adapter in adapters for s in t)}
+        _require_own_memory(root, touched)
         self._move(root, touched, safe, progressbar)
         self.adapters = everyone
         self._warn_of_loss([target.path for target in touched if target.storage.lossy])
@@ -156,6 +158,14 @@ def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int
         if storage == DENSE and not supports(parameter.dtype):
             raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
         yield Target(names.get(id(parameter), path), role, storage)
+
+
+def _require_own_memory(root: nn.Module, targets: Iterable[Target]) -> None:
+    """Raise `MergeError` where a write into one of these parameters would change another number than its own."""
+    shared = Shared(root)
+    for target in targets:
+        if objection := shared.objection(target.path, tensor_at(root, target.path)):
+            raise MergeError(f"cannot merge into {objection}. Nothing was changed")
 
 
 def _require_no_other_bias(root: nn.Module, adapter: Adapter, site: Site) -> None:

@@ -20,8 +20,7 @@ from ..files.shards import Entry, Shard, bytes_of
 from ..torch_private.loading import Conversion, kept_in_float32
 from .changes import UNCHANGED, Change, changes_of
 from .fitting import Fitted
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .packed import FLOATS, dense_keys, require_dense
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,11 @@ class Output:
         self.entries = base.entries
         self.keeps = (lambda name: False) if dtype is None else kept_in_float32(fitted.model, dtype)
         self.changes = changes_of(fitted.model, fitted.adapters)
+        self.packed: set[str] = set()
+        if base.quantised is not None:
+            dense = dense_keys(base, fitted.loading)
+            require_dense(base, fitted.loading.names, self.changes, dense)
+            self.packed = self.entries.keys() - dense
         self.keys = {name: key for key, name in fitted.loading.names.items()}
         self.names = fitted.loading.names | {k: each.name for each in fitted.loading.conversions for k in each.patterns}
         self.conversions = self._conversions()
@@ -78,8 +82,8 @@ class Output:
         """What a tensor of the base will be stored as."""
         entry, name = self.entries[key], self.names.get(key, key)
         own = self.fitted.loading.own.get(name)
-        kept = self.keeps(name) or (own is not None and own.dtype != self.dtype)
-        return entry if self.dtype is None or kept or entry.torch_dtype not in _FLOATS else entry.cast(self.dtype)
+        kept = key in self.packed or self.keeps(name) or (own is not None and own.dtype != self.dtype)
+        return entry if self.dtype is None or kept or entry.torch_dtype not in FLOATS else entry.cast(self.dtype)
 
     def _changed(self, key: str, change: Change, source: str | None = None) -> Piece:
         """The tensor of the base at `source`, or at the same key, with a change."""
@@ -89,7 +93,7 @@ class Output:
         wanted = tuple(self.fitted.loading.own[name].shape) if name else stored.shape
         if stored.shape != wanted:
             raise CheckpointError(f"{shard.file}: {source} is {stored.shape}, and the config makes {wanted} of it")
-        if stored.torch_dtype not in _FLOATS and (change.sources or stored.torch_dtype is None):
+        if stored.torch_dtype not in FLOATS and (change.sources or stored.torch_dtype is None):
             raise MergeError(f"{shard.file}: {source} is stored as {stored.dtype}, which cannot be merged into")
         return _piece(entry, change, functools.partial(shard.tensor, source), key)
 
@@ -136,7 +140,7 @@ class Output:
         assert change.own is not None
         counts = Counter[torch.dtype]()
         for entry in self.entries.values():
-            if entry.torch_dtype in _FLOATS:
+            if entry.torch_dtype in FLOATS:
                 counts[entry.torch_dtype] += entry.nbytes  # type: ignore[index]
         usual = self.dtype or (counts.most_common(1)[0][0] if counts else change.own.dtype)
         entry = Entry.of(change.own)

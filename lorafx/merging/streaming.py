@@ -44,17 +44,18 @@ def merge(
     """Merge adapters onto a base model's checkpoint on disk, and write the merged checkpoint to the folder `out`.
 
     `base` is a folder of safetensors or of torch's files (`.bin`), or the id of a repository on the Hub, at `revision`:
-    the original checkpoint, also where the adapter was trained on a quantised one. `token` is for the Hub, also for
-    adapters. `adapter` is a folder in PEFT's format or an id, or several, which are
-    merged in this order. Each weight is computed in float32 and rounded once, to the `dtype` that is given ("bfloat16",
+    the original checkpoint, also where the adapter was trained on a quantised one; of a quantised one what it has in
+    floats can be merged into, as attention beside experts in MXFP4, and the rest is copied as it is. `token` is for
+    the Hub, also for adapters. `adapter` is a folder in PEFT's format or an id, or several, which are merged in this
+    order. Each weight is computed in float32 and rounded once, to the `dtype` that is given ("bfloat16",
     "float16" or "float32"), or else to the one that it is stored in. The files are the base's, as safetensors, with the
     same tensors in each; configs and tokenizer are copied.
 
     Memory is needed for the adapters and some rows of a weight, not for the model. `out` appears when it is whole; a
     call that was killed goes on where it was when it is made again. Returns `out`, absolute.
 
-    Raises before anything is written: `CheckpointError` for a base or an adapter that cannot be read, for a base that
-    is stored quantised, for adapters that do not fit it, and if `out` is there already; `ConfigError` and
+    Raises before anything is written: `CheckpointError` for a base or an adapter that cannot be read, for a weight that
+    is stored quantised, for adapters that do not fit the base, and if `out` is there already; `ConfigError` and
     `SelectionError` as `lorafx.load` does; `MergeError` for a weight that cannot be merged into. While it writes,
     `CheckpointError` for what the file system refuses, and `MergeError` for numbers that do not fit `dtype`.
     """
@@ -144,7 +145,7 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
             config[key] = name
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and key != "quantization_config":
             _set_dtype(value, name)
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from inspect import isfunction
+from inspect import getattr_static, isfunction
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
+from ..errors import warn
 from ..serving.dispatcher import Dispatcher
 from ..torch_private.compilers import not_traced, uncompiled
 from ..torch_private.tensors import ENTRANCE
@@ -115,6 +116,11 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool)
     if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]
     name_self(tree)
+    if not isinstance(getattr_static(type(tree), "save_pretrained"), Offered):
+        warn(
+            f"{type(base).__name__} has a `save_pretrained` of its own, which knows of no adapters: these are saved by "
+            "`lorafx.of(model).save_pretrained(folder)`"
+        )
     return tree  # type: ignore[return-value]
 
 
@@ -129,7 +135,7 @@ _CALLS = ("__call__", ENTRANCE)  # the second is what `Module.compile` has compi
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (
     *("transformers.modeling_utils", "transformers.integrations.", "transformers.utils.", "huggingface_hub."),
-    *("diffusers.models.modeling_utils", "diffusers.loaders."),
+    *("diffusers.models.modeling_utils", "diffusers.loaders.", "sentence_transformers."),
 )
 
 

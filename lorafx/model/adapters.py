@@ -22,7 +22,8 @@ from ..errors import AdapterError, ConfigError, warn
 from ..files import checkpoint
 from ..merging.ledger import Target
 from ..tree.attached import Held, own_modules, set_trainable
-from ..tree.lookup import copy_into, module_at
+from ..tree.lookup import copy_into, module_at, tensor_at
+from ..tree.memory import Shared
 from ..tree.mirror import mirrored
 from .calls import serve_parts
 from .part import between_calls
@@ -114,6 +115,7 @@ class Adapters(Scales):
                 f"{', '.join(map(repr, state.ledger.names))} merged into the weights that {adapter.name!r} takes its "
                 "start values from; call `unmerge_adapter()` first"
             )
+        self._require_own_memory(adapter)
         self._warn_of_biases(adapter)
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         rests = build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
@@ -122,6 +124,13 @@ class Adapters(Scales):
         serve_parts(self.tree, adapter)
         self._freeze([adapter.name])  # until it is active
         return rests
+
+    def _require_own_memory(self, adapter: Adapter) -> None:
+        """Raise `AdapterError` where taking start values out of a base weight would take them out of another, too."""
+        shared = Shared(self.tree)
+        for site in adapter.selection if adapter.takes_from_base else ():
+            if objection := shared.objection(site.weight, tensor_at(self.tree, site.weight)):
+                raise AdapterError(f"cannot take start values out of {objection}")
 
     def _require_free(self, name: str) -> None:
         if name in self._lorafx.adapters:

@@ -56,5 +56,8 @@ class Graphs(Part):
     def _used_last(self) -> Program:
         kept = [program for program in self._lorafx.dispatcher if program.gm is not None]
         if not kept:
-            raise CaptureError("no call has a graph yet; give show() the arguments of one, after the name")
+            raise CaptureError(
+                "no call has a graph yet: it gets one when such calls have come often. Give show() the arguments of a "
+                "call, and it has one at once: show(input_ids=ids), or after a name, show(name, input_ids=ids)"
+            )
         return kept[-1]

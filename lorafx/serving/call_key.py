@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..adapters.adapter import Adapter
 from ..capture.arguments import images
+from ..capture.batches import register_batch
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import Defaults, is_recorded, modes
 from ..pipeline import Context
@@ -105,6 +107,8 @@ def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
     # A named tuple is treated as one, whatever is registered for its class: pytrees do so.
     named = issubclass(kind, tuple) and kind is not tuple and pytree.is_namedtuple_instance(value)
     node = pytree.SUPPORTED_NODES.get(namedtuple if named else kind)  # type: ignore[arg-type]
+    if node is None and issubclass(kind, UserDict):
+        node = register_batch(kind)
     if node is None:
         leaves.append(value)
         return None
@@ -152,7 +156,7 @@ class CallKey(NamedTuple):
     def of(cls, call: Call, state: TreeState) -> CallKey:
         """The key of a call that finds the tree in a state."""
         sizes = {id(image): tuple(image.shape[-2:]) for image in images(call.args, call.kwargs)}
-        leaves = tuple([argument_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
+        leaves = tuple([_leaf_key(leaf, sizes.get(id(leaf), ())) for leaf in call.leaves])
         adapters, merged, masks = _adapters(call), call.context.merged, full_masks(call.named)
         return cls(
             *(call.path, call.structure, leaves, *modes()),
@@ -186,6 +190,18 @@ class OperatorKey(NamedTuple):
 def is_of(adapter: str, call_key: str) -> bool:
     """Whether this is what an adapter of this name says of itself for a key, with a scaling that is a tensor or not."""
     return call_key == adapter or call_key.startswith(f"{adapter}, ")
+
+
+def _leaf_key(leaf: Any, sizes: tuple[int, ...]) -> Leaf:
+    """As `argument_key`, but of an array, a set or an object that equals only itself the class alone.
+
+    torch.export takes no such argument, so no graph depends on it; nor are its tensors kept for the sake of a key.
+    """
+    kind = type(leaf)
+    by_identity = kind.__hash__ is object.__hash__ and hasattr(leaf, "__dict__")
+    if (by_identity or kind.__hash__ is None) and not isinstance(leaf, (Tensor, nn.Module, type, FunctionType)):
+        return kind, f"any {kind.__name__}"
+    return argument_key(leaf, sizes)
 
 
 def _adapters(call: Call) -> tuple[tuple[str, Hashable], ...]:

@@ -52,18 +52,24 @@ class Evaluation:
     @classmethod
     def of(cls, tree: nn.Module, equation: Equation) -> Evaluation:
         """The equation with the places of its tensors in a tree."""
-        return cls.at(module_at(tree, equation.site.module), tree, equation)
+        is_cast = {name: equation.casts(name) for name in equation.suffixes}
+        return cls._at(module_at(tree, equation.site.module), tree, equation, is_cast)
+
+    def of_other(self, tree: nn.Module, adapter: Adapter) -> Evaluation:
+        """That of another adapter of the same form."""
+        is_cast = {name: cast for name, _, cast in self.places}
+        return self._at(self.owner, tree, self.equation.of_other(adapter), is_cast)
 
     @classmethod
-    def at(cls, owner: nn.Module, tree: nn.Module, equation: Equation) -> Evaluation:
-        """The same, where the site's module is known, below which nearly all of an adapter's tensors hang."""
+    def _at(cls, owner: nn.Module, tree: nn.Module, equation: Equation, is_cast: Mapping[str, bool]) -> Evaluation:
+        """An equation's, where the site's module is known, below which nearly all of an adapter's tensors hang."""
         adapter, site = equation.adapter, equation.site
         paths, scale, within = adapter.tensors[site.name], adapter.scales.get(site.name), f"{site.module}."
 
         def place(path: str) -> Place:
-            return Place.of(owner, path.removeprefix(within)) if path.startswith(within) else Place.of(tree, path)
+            return Place.of(owner, path[len(within) :]) if path.startswith(within) else Place.of(tree, path)
 
-        places = tuple((each, place(paths[suffix]), equation.casts(each)) for each, suffix in equation.suffixes.items())
+        places = tuple([(name, place(paths[suffix]), is_cast[name]) for name, suffix in equation.suffixes.items()])
         return cls(equation, owner, places, None if scale is None else place(scale))
 
     def operands(self, dtype: torch.dtype | None, bound: dict[str, Any]) -> Operands:
@@ -90,8 +96,8 @@ class Read(NamedTuple):
 
     def of_others(self, tree: nn.Module, adapters: Sequence[Adapter]) -> Read:
         """The read with the equations of other adapters, each of the form of the one in its place."""
-        pairs = ((each.owner, each.equation.of_other(other)) for each, other in zip(self.evaluations, adapters))
-        return self._replace(evaluations=tuple(Evaluation.at(owner, tree, equation) for owner, equation in pairs))
+        pairs = zip(self.evaluations, adapters)
+        return self._replace(evaluations=tuple([each.of_other(tree, other) for each, other in pairs]))
 
 
 class Direct:
@@ -202,9 +208,9 @@ class Direct:
 
 def _operators(func: Callable[..., Any], site: Site) -> list[tuple[Operator, Arguments]]:
     """The operators that a function may be at a site: those of its reading, or of others that may read its weight."""
-    reading = site.reading
-    for operators in (own_operators(site), reading.operators, operators_for(reading, len(site.weight_shape))):
-        if found := [(each, how) for each in operators for known, how in each.calls if known is func]:
+    reading, dimensions = site.reading, len(site.weight_shape)
+    for some in (lambda: own_operators(site), lambda: reading.operators, lambda: operators_for(reading, dimensions)):
+        if found := [(each, how) for each in some() for known, how in each.calls if known is func]:
             return found
     return []
 

@@ -155,31 +155,31 @@ class Dispatcher:
 
     def run(self, program: Program, call: Call) -> Any:
         """Run a kept program. Raises `GuardFailed` if it is a graph that does not fit the call's sizes."""
-        before = Before.of(call, self.tree) if program.gm is None and not program.hits else None
+        before = self._before(program, call)
         try:
             result = self._run(program, call, before is not None)
-        except RunAgain:
+        except RunAgain as error:
             if before is None:
                 raise
-            before.put_back()
+            before.put_back(error)
             return self.run(program, call)
         program.hits += 1
         return result
 
     def run_first(self, program: Program, call: Call) -> Any:
         """Run a program with the call that it was made for."""
-        before = Before.of(call, self.tree) if program.gm is None else None
+        before = self._before(program, call)
         try:
             return self._run(program, call, before is not None)
-        except RunAgain:
+        except RunAgain as error:
             if before is None:
                 raise
-            before.put_back()
+            before.put_back(error)
             return self.run_first(program, call)
-        except (CaptureError, torch.OutOfMemoryError):
+        except (CaptureError, torch.OutOfMemoryError) as error:
             if before is None or not program.waits:
                 raise
-            before.put_back()  # there may be a graph, and it keeps less
+            before.put_back(error)  # there may be a graph, and it keeps less
             self.early.give_up(program.key)
             return self.run_first(self.make_graph(program, call), call)
         except GuardFailed as error:
@@ -191,6 +191,14 @@ class Dispatcher:
                 self.programs.forget(program)
                 self.sites.forget(program)
             raise
+
+    def _before(self, program: Program, call: Call) -> Before | None:
+        """What a call may change, where it may have to run once more: one of the first of its kind, by sites."""
+        if program.gm is not None or program.hits:
+            return None
+        state = self.tree.latest(call.tree)
+        looked_at = self.tables.of(call.tree, call.context, state.modules).looked_at
+        return Before.of(call, self.tree) if looked_at[program.key.with_any_names()] < LOOKS else None
 
     def _run(self, program: Program, call: Call, starts_anew: bool = False) -> Any:
         """Run a program. `starts_anew` says that whoever calls starts anew on `RunAgain`."""
@@ -283,21 +291,22 @@ class Dispatcher:
             kept = self.programs.of(key)
             if len(kept) > tried:
                 return kept[-1]  # another thread has made it meanwhile
-            require_adapted_modules(call, self.fit[self.tree.state(call.tree).layout])
+            require_adapted_modules(call, self.fit[key.layout])
             names = leaf_names(call)
             if not at_once and self.may_wait(key, call, tried):
-                program = Program(title_of(call), self.key(call), names, len(call.args), waits=True, reason=WAITS)
+                program = Program(title_of(call), key, names, len(call.args), waits=True, reason=WAITS)
                 program.why = self.misses.why(program, self)
             else:
                 program = self.make_now(key, call, names)
-            self.programs.keep(self.key(call), program)  # the key as it is now: the model may have changed itself
+                key = self.key(call)  # as it is now: the model may have changed itself
+            self.programs.keep(key, program)
             return program
 
     def may_wait(self, key: CallKey, call: Call, tried: int) -> bool:
         """Whether a new kind of call is served by the model's own Python until it has come more often."""
         if not early_calls.REPEATS or self.capture != "auto" or self.backend.is_asked_for or not self.runs_equations:
             return False
-        state = self.tree.state(call.tree)
+        state = self.tree.latest(call.tree)
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
         if self.graphs.like(key, call):

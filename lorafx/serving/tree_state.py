@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from itertools import chain, count
 from operator import is_
 from types import FunctionType
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..torch_private.tensors import call_hooks, global_call_hooks, is_traceable_wrapper_subclass
-from ..tree.attached import own_children, own_modules
+from ..tree.attached import attached_modules, named_own_modules, own_children, own_modules
 from ..tree.holdings import Holding, noted
 from ..tree.own_layers import own_forward_of
 from ..tree.wrappers import is_fsdp1
@@ -159,8 +159,7 @@ class TreeGuards:
         self._watch_attributes(root)
 
     def _watch_attributes(self, root: nn.Module) -> tuple[AttributeState, tuple[bool, ...]]:
-        own = set(map(id, self._modules))
-        watched = ((path, m) for path, m in root.named_modules() if id(m) in own and own_forward_of(m) is None)
+        watched = ((path, module) for path, module in named_own_modules(root) if own_forward_of(module) is None)
         self._attributes.watch(root, watched, sorted(self._environment))
         state = self._attributes.state()
         assert state is not None, "what was just looked at is there"
@@ -170,22 +169,21 @@ class TreeGuards:
         if RemovableHandle.next_id == self._next_hook and not self._hooks:  # none was registered, anywhere
             return
         self._next_hook = RemovableHandle.next_id
-        own = set(map(id, self._modules))
-        attached = {path: m for path, m in root.named_modules() if id(m) not in own and m._parameters}
-        hooks = {path: [hook for hooks in call_hooks(m) for hook in hooks.values()] for path, m in attached.items()}
-        self._hooked_adapters = tuple(path for path in hooks if hooks[path])
-        every = tuple(("", hook) for found in global_call_hooks() for hook in found.values())
-        every += tuple(self._hooks_within(root))
-        every += tuple((path, hook) for path, found in hooks.items() for hook in found)
-        if every != self._hooks:
-            self._hooks, self._state = every, None
+        attached = (m for m in attached_modules(self._modules) if m._parameters and any(call_hooks(m)))
+        hooks = list(_hooks_of(root, {id(module) for module in attached}, every_path=False))
+        self._hooked_adapters = tuple(dict.fromkeys(path for path, _ in hooks))
+        every = [("", hook) for found in global_call_hooks() for hook in found.values()]
+        every += _hooks_of(root, {id(module) for module, hooks in self._hook_dicts if hooks}, every_path=True)
+        if (found := (*every, *hooks)) != self._hooks:
+            self._hooks, self._state = found, None
 
-    def _hooks_within(self, root: nn.Module) -> Iterator[tuple[str, Any]]:
-        """The hooks of inner modules, by each path of theirs."""
-        if hooked := {id(module) for module, hooks in self._hook_dicts if hooks}:
-            for path, module in root.named_modules(remove_duplicate=False):
-                if id(module) in hooked:
-                    yield from ((path, hook) for hooks in call_hooks(module) for hook in hooks.values())
+
+def _hooks_of(root: nn.Module, hooked: Container[int], every_path: bool) -> Iterator[tuple[str, Any]]:
+    """The hooks of those modules whose `id` is in `hooked`, by the first path of each, or by every one."""
+    if hooked:
+        for path, module in root.named_modules(remove_duplicate=not every_path):
+            if id(module) in hooked:
+                yield from ((path, hook) for hooks in call_hooks(module) for hook in hooks.values())
 
 
 def _computes(hook: Any) -> bool:

@@ -151,6 +151,15 @@ def named_own_modules(root: nn.Module, path: str = "", seen: set[int] | None = N
             yield from named_own_modules(child, f"{path}.{name}" if path else name, seen)
 
 
+def attached_modules(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that `attach` made below these, at any depth, each as often as it hangs somewhere."""
+    pending = [module._modules.get(name) for module in modules for name in vars(module).get(ATTACHED, ())]
+    while pending:
+        if (module := pending.pop()) is not None:
+            yield module
+            pending.extend(module._modules.values())
+
+
 def has_copies_among_children(module: nn.Module) -> bool:
     """Whether `attach` made children of a module that has its own too: a container in `modules_to_save`, say."""
     return bool(vars(module).get(ATTACHED)) and bool(own_children(module))
@@ -191,22 +200,24 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
 class Held:
     """What holds an adapter's tensors in a tree, for who asks again and again: the ways there are walked once.
 
-    They are walked anew when a module that an adapter hangs below has other children than before, as once something is
-    wrapped or replaced. What `attach` has made stays where it is.
+    They are walked anew when a module on these ways has been replaced, and where they lead through somebody's wrapper.
+    What `attach` has made stays where it is.
     """
 
     def __init__(self, root: nn.Module, ways: Ways):
         self.root, self.ways = root, ways
         modules = ways.modules(root)
-        own = [module for module in modules if isinstance(module, nn.Module) and not isinstance(module, Attached)]
-        self._parents = [module._modules for module in own]
-        self._children = [children.copy() for children in self._parents]
+        steps = [(modules[parent], atom, child) for (parent, atom), child in zip(ways.children, modules[1:])]
+        inner = [(parent._modules, atom, child) for parent, atom, child in steps if isinstance(parent, nn.Module)]
+        own = [step for step in inner if not (isinstance(step[2], Attached) and step[0].get(step[1]) is step[2])]
+        self._parents, self._atoms = [parent for parent, *_ in own], [atom for _, atom, _ in own]
+        self._children = [child for *_, child in own]
         self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
         self._names = [name for _, name in ways.ends]
 
     def is_of(self, ways: Ways) -> bool:
         """Whether it holds the tensors of these ways, and none has changed."""
-        return self.ways is ways and self._parents == self._children
+        return self.ways is ways and all(map(is_, map(dict.get, self._parents, self._atoms), self._children))
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors that are there now, or None."""
@@ -219,4 +230,4 @@ def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:
     """Set or clear `requires_grad` on the parameters among these; buffers never train."""
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad != trains:  # to ask for the class takes longer than all else
-            tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter))
+            tensor.requires_grad = trains and isinstance(tensor, nn.Parameter)

@@ -118,7 +118,7 @@ def all_holdings(values: Iterable[Any], apart: Container[int] = ()) -> Iterator[
     pending = list(values)
     while pending:
         value = pending.pop()
-        if isinstance(value, PLAIN) or id(value) in seen or id(value) in apart:
+        if id(value) in seen or id(value) in apart or isinstance(value, PLAIN):
             continue
         seen[id(value)] = value
         for holding in holdings(value):

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from ..torch_private.tensors import ENTRANCE
-from .holdings import CONTAINERS, holdings, is_library, is_looked_into, own_names
+from .holdings import CONTAINERS, PLAIN, holdings, is_library, is_looked_into, own_names
 
 # Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
 MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached", ENTRANCE}
+_PLAIN = frozenset(PLAIN)  # what most attributes are: told apart by class alone, which takes less time
+_NO_OBJECTS = (nn.Module, type, FunctionType, MethodType, *CONTAINERS)
 
 
 def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any, list[str]]]:
@@ -34,9 +36,10 @@ def settings_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
             names_of_classes[path] += 1
             path += "'" * (names_of_classes[path] - 1)
         attributes = vars(holder)
-        names = _names_of_class(holder) if isinstance(holder, type) else [n for n in attributes if _counts(holder, n)]
+        names = _names_of_class(holder) if isinstance(holder, type) else _names_of(holder)
         yield path, holder, names
-        pending += [(f"{path}.{name}", attributes[name]) for name in names if _is_object(attributes[name])]
+        values = ((name, attributes[name]) for name in names)  # all layers may have one config: it is found once
+        pending += [(f"{path}.{name}", value) for name, value in values if id(value) not in seen and _is_object(value)]
         if isinstance(holder, nn.Module):
             pending += [(f"class {k.__name__}", k) for k in type(holder).__mro__ if _may_change(k)]
 
@@ -54,12 +57,13 @@ def _names_of_class(kind: type) -> list[str]:
     return ["forward"] if is_library(kind.__module__) else own_names(kind)
 
 
-def _counts(holder: Any, name: str) -> bool:
-    return not (isinstance(holder, nn.Module) and name in MODULES_OWN)
+def _names_of(holder: Any) -> list[str]:
+    names: list[str] = list(vars(holder))
+    return [name for name in names if name not in MODULES_OWN] if isinstance(holder, nn.Module) else names
 
 
 def _is_object(value: Any) -> bool:
     """Whether a value is an object with attributes, as a config is."""
-    if isinstance(value, (nn.Module, type, FunctionType, MethodType, *CONTAINERS)):
+    if type(value) in _PLAIN or isinstance(value, _NO_OBJECTS):
         return False
     return hasattr(value, "__dict__") and is_looked_into(value) and len(holdings(value)) == 1

@@ -112,6 +112,22 @@ def require_no_layers_of_peft(model: nn.Module) -> None:
     )
 
 
+def require_tensors_in_place(model: nn.Module) -> None:
+    """Raise `AdapterError` for a model whose tensors a library moves about, or would in the first call.
+
+    compressed-tensors does so: what it has packed is made dense then, and all that the model has is put elsewhere.
+    """
+    for path, module in model.named_modules():
+        moved = next((t for t in (module._parameters, module._buffers) if not isinstance(t, dict)), None)
+        if moved is not None or getattr(module, "quantization_status", None) == "compressed":
+            how = "is packed until the model is first called" if moved is None else f"is in a {type(moved).__name__}"
+            raise AdapterError(
+                f"{path or 'the model'} ({type(module).__name__}) {how}, as compressed-tensors has it. Load the model "
+                "with `quantization_config=CompressedTensorsConfig(dequantize=True)`: it takes no more memory, for the "
+                "first call makes the packed weights dense, too"
+            )
+
+
 def unwrap_forward(copy: nn.Module, original: nn.Module) -> None:
     """Take off a mirror what its original has around its forward, and what it has compiled of itself."""
     attributes = copy.__dict__

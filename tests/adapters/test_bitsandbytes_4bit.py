@@ -2,6 +2,7 @@
 
 import gc
 
+import peft
 import pytest
 import torch
 from packed_layers import CONFIG, Layers, hold, hold_merged, hold_rows, trained
@@ -45,6 +46,16 @@ def test_computing_in_another_dtype_rounds_the_base_alone(tmp_path):
     """As in PEFT, an update is computed in the dtype of x."""
     base = Layers(lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.bfloat16)).to("cpu")
     hold(base, torch.randn(7, 64), tmp_path, CLOSE, ways=["graph"])
+
+
+@pytest.mark.parametrize("computed", [None, torch.bfloat16])
+def test_adapters_have_the_dtype_that_pefts_have(computed):
+    """That in which a layer computes if that is said, whatever the bytes are kept as."""
+    base = Layers(lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=computed, quant_storage=torch.float16), depth=1)
+    lora = lorafx.compile(base.to("cpu"), CONFIG, autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**CONFIG), autocast_adapter_dtype=False)
+    expected, found = ({p.dtype for p in model.parameters() if p.requires_grad} for model in (theirs, lora))
+    assert found == expected == {computed or torch.float32}
 
 
 def test_a_dense_weight_is_what_bitsandbytes_computes_with():

@@ -35,7 +35,7 @@ def test_a_matrix_may_be_read_as_any_other_and_a_convolution_as_itself_alone():
         nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 5, 2)), target_modules=["0", "2"]
     )
     names = [[operator.pattern.__name__ for operator in patterns(site)] for site in lora.sites]
-    assert names == [["linear", "linear_of_rows", "addmm", "embedding"], ["conv", "conv"]]
+    assert names == [["linear", "linear_of_rows", "turned_linear", "addmm", "embedding"], ["conv", "conv"]]
 
 
 def test_loras_graph_is_its_equation_with_casts_on_both_sides():

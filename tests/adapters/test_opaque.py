@@ -1,6 +1,7 @@
 """Layers whose weight nobody else can read: the adapter acts beside their own forward."""
 
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_first_calls_need_no_graph(early):
     plain = lorafx.compile(base, CONFIG | {"bias": "lora_only"}, capture="graph")
     plain.load_state_dict(lora.state_dict())
     torch.testing.assert_close(lora(x), plain(x), rtol=0, atol=0)
+
+
+def test_adapters_have_the_dtype_that_a_layer_computes_in():
+    """That of what is kept beside the weight, as scales, is none of theirs."""
+
+    def half(inputs, outputs):
+        layer = Packed(inputs, outputs)
+        layer.scales = layer.scales.half()
+        return layer
+
+    for computed, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        base = Layers(half, depth=1)
+        for layer in (base.layers[0].up, base.layers[0].down) if computed else ():
+            layer.compute_dtype = computed
+        lora = lorafx.compile(base, CONFIG, autocast_adapter_dtype=False)
+        assert {parameter.dtype for parameter in trained(lora)} == {expected}
 
 
 class Gated(nn.Module):
@@ -281,3 +298,31 @@ def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
     torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
     lora(x).sum().backward()
     assert all(parameter.grad is not None for parameter in trained(lora))
+
+
+def rounding(inputs, outputs):
+    """As compressed-tensors has a layer of dense numbers round weight and input, by a forward of its own."""
+
+    def forward(self, x):
+        weight = self.weight.data
+        self.weight.data = (16 * weight).round() / 16
+        try:
+            return type(self).forward(self, x + ((2 * x).round() / 2 - x).detach())
+        finally:
+            self.weight.data = weight
+
+    layer = nn.Linear(inputs, outputs)
+    layer.quantization_scheme, layer.quantization_status = "of 4 bits", "frozen"
+    layer.forward = MethodType(forward, layer)
+    return layer
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_an_adapter_sees_the_input_of_a_layer_that_rounds_its_own(capture):
+    base, x = Layers(rounding, depth=2), torch.randn(3, 64)
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
+    lora(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained(lora))
+    with pytest.raises(MergeError, match="only the module itself"):
+        lora.merge_adapter()

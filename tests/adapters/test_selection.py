@@ -7,6 +7,8 @@ import torch
 from graphs import Chain
 from modules import tiny_llama
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import lorafx
 from lorafx.adapters.selection import saved_modules, select
@@ -268,7 +270,39 @@ def test_a_tie_that_training_ends_is_said():
     assert said(tiny_llama(), modules_to_save=["embed_tokens"]) == []
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["fc"]])
+def test_a_layer_that_is_the_model_is_told_that_it_has_no_name(targets):
+    with pytest.raises(SelectionError, match=r"is itself a Linear, .*nn\.Sequential"):
+        names(nn.Linear(4, 3), target_modules=targets)
+
+
 @pytest.mark.parametrize("typed", ["all-linears", "all_linear", "All-Linea", "alllinear"])
 def test_all_linear_misspelt(typed, llama):
     with pytest.raises(SelectionError, match='Did you mean "all-linear"'):
         names(llama, target_modules=typed)
+
+
+REFUSED = {
+    "no linear layer": (nn.Sequential(nn.Conv1d(3, 4, 2)), "all-linear", r"'all-linear'\. Modules .* 0 \(Conv1d\) x1"),
+    "no numbers": (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0)), ["1"], r"the weight of 1 .* \(0, 4\)"),
+    "pruned": (
+        nn.Sequential(prune.identity(nn.Linear(3, 4), "weight")),
+        ["0"],
+        r"matches 0 \(Linear\), where .* computed",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize(("model", "targets", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_picked_is_said_with_its_reason(model, targets, said):
+    with pytest.raises(SelectionError, match=said):
+        names(model, target_modules=targets)
+
+
+def test_all_linear_says_which_linear_layers_it_leaves_out():
+    """A weight that is computed is no parameter, which an adapter could act on."""
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
+    (remark,) = said(model, target_modules="all-linear")
+    assert '"all-linear" leaves out 0: ' in remark and "remove_parametrizations" in remark
+    assert names(nn.Sequential(*model[1:]), target_modules="all-linear") == ["0"]

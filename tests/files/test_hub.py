@@ -175,6 +175,7 @@ def test_what_is_like_a_folder_here_is_not_asked_of_the_hub(hub, files, tmp_path
     (tmp_path / "runs" / "best-lora").mkdir(parents=True)
     assert_refused("runs/bst-lora is no folder here; nearest: runs/best-lora", source="runs/bst-lora")
     assert_refused("runs/best is no folder here; runs/ holds best-lora", "give its `revision`", source="runs/best")
+    assert_refused("nowhere is no folder here; an id is owner/name", "give its `revision`", source="nowhere")
     assert_refused("nearest: saved", source="savd")
     assert not hub.requests
     assert_same_adapters(load("runs/best", revision="main"), load(tmp_path / "saved"))

@@ -49,3 +49,12 @@ def test_sums_are_exact():
     data = torch.tensor([-128, 127], dtype=torch.int8).repeat(4096).view(2, -1)
     matrix = fingerprint._matrix(torch.device("cpu")).long()
     assert torch.equal(fingerprint._sums(data).long(), data.long() @ matrix)
+
+
+@pytest.mark.parametrize(
+    "part", [(slice(None), slice(None, None, 2)), (slice(2), slice(0, 1)), (slice(1), slice(0, 1))]
+)
+def test_it_is_of_the_numbers_however_they_lie(part):
+    """Also one number of a row with others between: torch takes that for contiguous, whatever its stride is."""
+    tensor = torch.randn(5, 6).t()[part]
+    assert not seen(tensor, tensor.clone(memory_format=torch.contiguous_format)) and seen(tensor, tensor + 1)

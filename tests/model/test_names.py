@@ -198,6 +198,34 @@ def test_what_libraries_say_of_all_their_models_lorafx_says_of_adapted_ones():
     assert lora.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("library", ["diffusers.models.modeling_utils", "sentence_transformers.base.model"])
+def test_libraries_that_are_not_installed_here_save_adapters_too(library, tmp_path):
+    """Their own way would write the base, and all that was trained would be lost."""
+
+    class OfLibrary(nn.Sequential):
+        def save_pretrained(self, folder):
+            raise AssertionError("it would save the base")
+
+        def set_adapter(self, name):
+            raise AssertionError("it would look for PEFT's layers")
+
+    OfLibrary.__module__ = library
+    lora = lorafx.compile(OfLibrary(nn.Linear(4, 5)), CONFIG | {"target_modules": ["0"]})
+    lora.save_pretrained(tmp_path)
+    lora.set_adapter("default")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_way_to_save_of_the_model_s_own_is_warned_of():
+    class Saves(nn.Sequential):
+        def save_pretrained(self, folder):
+            return folder
+
+    with pytest.warns(UserWarning, match=r"Saves has a `save_pretrained` of its own.*lorafx\.of\(model\)"):
+        lora = lorafx.compile(Saves(nn.Linear(4, 5)), CONFIG | {"target_modules": ["0"]})
+    assert lora.save_pretrained("there") == "there"
+
+
 def test_of_a_model_that_is_not_adapted():
     with pytest.raises(AdapterError, match=r"Linear is not adapted.*compile"):
         lorafx.of(nn.Linear(2, 2))

@@ -22,7 +22,7 @@ def test_every_form_is_found():
         ("aten.conv1d.padding", "conv1d"),
         ("aten.conv2d.default", "conv2d"),
         ("aten.conv3d.default", "conv3d"),
-        ("aten.addmm.default", "addmm"),
+        ("aten.linear.default", "addmm"),
         ("aten.linear.default", "linear"),
     ]
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lorafx
 from lorafx.passes import Canonicalize, RestoreLinear
@@ -33,7 +34,12 @@ SPELLINGS = {
     "transpose from the end": lambda x, w, b: x @ w.transpose(-2, -1) + b,
     "mm": lambda x, w, b: x.mm(w.T) + b,
     "addmm": lambda x, w, b: torch.addmm(b, x, w.t()),
+    "addmm and T": lambda x, w, b: torch.addmm(b, x, w.T),
 }
+
+
+def targets(gm):
+    return {node.target for node in gm.graph.nodes if node.op == "call_function"}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -53,6 +59,42 @@ def test_what_was_spelt_out_is_adapted(spelling):
     assert not torch.allclose(before, model(x))
     lora.merge_adapter()
     torch.testing.assert_close(lora(x), before)
+
+
+def test_a_conv1d_is_linear_and_fused():
+    model, x = nn.Sequential(Conv1D(3, 5)), torch.randn(2, 4, 5)
+    gm = lorafx.trace(model, x)
+    Pipeline(Canonicalize(), RestoreLinear()).run(gm)
+    assert targets(gm) == {aten.t.default, aten.linear.default}
+    assert torch.equal(gm(x), model(x))
+    lora = lorafx.compile(model, {"target_modules": ["0"], "init_lora_weights": False})
+    assert targets(lora.graph(x)) == {aten.t.default, torch.ops.lorafx.lora_linear.default}
+
+
+class OtherRows(nn.Module):
+    """As a Conv1D, but that rows of x are put together, or those of the result are."""
+
+    def __init__(self, features, out):
+        super().__init__()
+        self.conv, self.features, self.out = Conv1D(6, features), features, out
+
+    def forward(self, x):
+        return torch.addmm(self.conv.bias, x.view(-1, self.features), self.conv.weight).view(self.out(x))
+
+
+OTHER_ROWS = {
+    "pairs": (10, lambda x: (*x.shape[:2], 3)),
+    "traded": (5, lambda x: (x.shape[1], x.shape[0], 6)),
+}
+
+
+@pytest.mark.parametrize(("features", "out"), OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_rows_that_are_others_afterwards_stay_as_they_are(features, out):
+    model, x = OtherRows(features, out), torch.randn(2, 4, 5)
+    gm = lorafx.trace(model, x)
+    Pipeline(Canonicalize(), RestoreLinear()).run(gm)
+    assert aten.addmm.default in targets(gm)
+    assert torch.equal(gm(x), model(x))
 
 
 class Other(nn.Module):

@@ -47,9 +47,10 @@ def test_every_form_of_read_is_computed_without_a_graph():
     torch.testing.assert_close(gradients(sites), gradients(graph))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(5, 7), Conv1D(7, 5)], ids=("linear", "conv1d"))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_linear_layer_gives_the_bits_of_the_graph(dropout):
-    sites, graph = pair(nn.Sequential(nn.Linear(5, 7)), RANDOM | {"target_modules": ["0"], "lora_dropout": dropout})
+def test_a_linear_layer_gives_the_bits_of_the_graph(layer, dropout):
+    sites, graph = pair(nn.Sequential(layer), RANDOM | {"target_modules": ["0"], "lora_dropout": dropout})
     outputs = []
     for lora in (sites, graph):
         torch.manual_seed(1)

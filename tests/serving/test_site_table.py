@@ -10,6 +10,7 @@ from graphs import Chain, adapted
 from torch import nn
 
 import lorafx
+from lorafx.serving.before import Before
 from lorafx.serving.site_table import Place, SiteTable, SiteTables
 
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
@@ -91,6 +92,19 @@ def test_adapters_of_one_form_share_all_but_their_names():
         (evaluation,) = read.evaluations
         assert evaluation.equation.adapter.name == "other"
         assert all(".other" in place.path for _, place, _ in evaluation.places)
+
+
+def test_no_call_of_a_second_adapter_of_a_form_takes_note_of_what_it_may_change(monkeypatch):
+    """By then the model's Python is known to run the sites to the end, whatever the adapter is called."""
+    lora, x, noted = lorafx.compile(Chain(), RANDOM, capture="sites"), torch.randn(5, 4), []
+    monkeypatch.setattr(
+        Before, "of", classmethod(lambda cls, *_, of=Before.of: noted.append(lora.active_adapters) or of(*_))
+    )
+    lora.add_adapter("other", RANDOM)
+    for name in ("default", "default", "default", "other", "other"):
+        lora.set_adapter(name)
+        lora(x)
+    assert noted == [["default"], ["default"]]
 
 
 @pytest.mark.parametrize(

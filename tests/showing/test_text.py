@@ -69,7 +69,7 @@ def test_on_a_terminal_long_lines_are_folded_below_their_marks(monkeypatch):
 
 def test_without_a_graph_it_asks_for_a_call():
     lora = adapted(Chain(), target_modules=["second"])
-    with pytest.raises(CaptureError, match="give show\\(\\) the arguments of one"):
+    with pytest.raises(CaptureError, match="Give show\\(\\) the arguments of a call"):
         lora.show("second")
 
 

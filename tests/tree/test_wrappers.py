@@ -1,6 +1,7 @@
 """wrappers: what is around a base before it is adapted is taken off, kept as a hook, or refused; names are bare."""
 
 import copy
+from collections import UserDict
 
 import accelerate
 import peft
@@ -125,9 +126,20 @@ def test_the_base_keeps_its_wrapper_and_gets_its_modes_back():
     assert type(base.layers[0]).__name__ == "OptimizedModule"
 
 
-def test_an_adapted_model_is_recognised_within_its_wrapper():
+def test_an_adapted_model_is_recognised_within_its_wrapper_and_within_a_model():
+    """It would run without its adapter: what is mirrored is the base."""
     with pytest.raises(AdapterError, match="adapted already"):
         adapted(torch.compile(adapted(net())))
+    with pytest.raises(AdapterError, match=r"1\.inner in the model is adapted already"):
+        adapted(nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"inner": adapted(net())})), target_modules=["0"])
+    with pytest.raises(AdapterError, match=r"0\.fc in the model is adapted already"):
+        adapted(adapted(net()).layers, target_modules=["1.fc"])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(AdapterError, match=r"^1 is scripted by torch\.jit"):
+        adapted(nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.ReLU())), target_modules=["0"])
 
 
 def test_data_parallelism_over_one_device_is_nothing():
@@ -217,3 +229,12 @@ def test_a_base_that_holds_layers_of_peft_is_refused(targets):
         with pytest.raises(AdapterError, match=r"out is peft\.tuners\.lora\.layer\.Linear .*'default'.*unload"):
             adapted(base, target_modules=targets)
     assert adapted(model.unload(), target_modules=targets)(x).shape == (3, 3)
+
+
+def test_a_base_whose_tensors_a_library_moves_about_is_refused():
+    packed, moved = Net(), Net()
+    packed.layers[1].fc.quantization_status = "compressed"
+    moved.layers[1].fc._parameters = UserDict(moved.layers[1].fc._parameters)
+    for base, words in ((packed, "is packed until the model is first called"), (moved, "is in a UserDict")):
+        with pytest.raises(AdapterError, match=rf"layers\.1\.fc .Linear. {words}.*dequantize=True"):
+            lorafx.compile(base, {"r": 2, "target_modules": ["0.fc"]})

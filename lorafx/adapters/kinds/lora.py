@@ -47,9 +47,11 @@ class Lora(Kind):
 
     def fused(self, x: Any, at: Operands) -> Any | None:
         tensors, bound = at.tensors, at.bound  # each call of each site comes here
-        if at.operator is not LINEAR.operators[0] or "lora_bias" in tensors:
+        is_turned = at.operator is CONV1D.operators[0]
+        if (at.operator is not LINEAR.operators[0] and not is_turned) or "lora_bias" in tensors:
             return None
-        weight, a, b, s = bound["weight"], tensors["lora_A"], tensors["lora_B"], at.numbers["scaling"]
+        weight = bound["weight"].t() if is_turned else bound["weight"]
+        a, b, s = tensors["lora_A"], tensors["lora_B"], at.numbers["scaling"]
         if not x.dtype == weight.dtype == a.dtype == b.dtype or autocast_dtype(x.device.type) not in (None, x.dtype):
             return None
         if isinstance(s, Tensor):

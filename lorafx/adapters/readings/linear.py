@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from .reading import Operator, Reading
 
 aten = torch.ops.aten
-_CALLED = F.linear
+_CALLED, _CALLED_BY_CONV1D = F.linear, torch.addmm
 
 
 def linear(x, weight, bias):
@@ -61,6 +61,15 @@ def outputs_of_rows(v, start, end):
     return aten.slice.Tensor(v, 0, start, end)
 
 
+def turned_linear(x, weight, bias):
+    """(…, in), (in, out) -> (…, out)"""
+    return aten.linear.default(x, aten.t.default(weight), bias)
+
+
+def forward_of_conv1d(module, x):
+    return (x, module.weight, module.bias) if torch.addmm is _CALLED_BY_CONV1D else None
+
+
 def addmm(x, weight, bias):
     """(tokens, in), (in, out) -> (tokens, out)"""
     return aten.addmm.default(bias, x, weight)
@@ -75,5 +84,8 @@ OPERATORS = (
     Operator(linear_of_rows, narrow, wide_of_rows, full=full_of_rows, outputs=outputs_of_rows),
 )
 LINEAR = Reading("linear", (nn.Linear,), OPERATORS)
+TURNED_LINEAR = Operator(
+    turned_linear, narrow, wide, transposed=True, calls=((Conv1D.forward, forward_of_conv1d),)
+)  # as which a graph has a Conv1D, once `restore_linear` has been there
 ADDMM = Operator(addmm, narrow, wide, transposed=True, calls=((torch.addmm, called_addmm),))
-CONV1D = Reading("addmm", (Conv1D,), (ADDMM,))
+CONV1D = Reading("addmm", (Conv1D,), (TURNED_LINEAR, ADDMM))

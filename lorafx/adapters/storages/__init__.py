@@ -7,12 +7,13 @@ stored tensors to a dense weight and back. `register` adds a storage of your own
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...errors import AdapterError
 from ...tree.attached import named_own_modules
+from ...tree.lookup import module_at
 from ...tree.wrappers import innermost
 from ..readings import Reading
 from .bitsandbytes_4bit import Bitsandbytes4bit
@@ -77,11 +78,16 @@ def keep_own_layers(root: nn.Module, adapted: Iterable[str] = ()) -> None:
 
 def require_not_packed_since(root: nn.Module, sites: Iterable[Site]) -> None:
     """Raise `AdapterError` if weights that were dense are a library's packed tensors by now."""
+    packed: dict[Any, bool] = {}  # by what is alike in repeated layers, of which one is looked at
     names = []
     for site in sites:
-        owner = innermost(root.get_submodule(site.module))
-        found = [storage for _, _, storage in weights_of(owner)] if site.storage == DENSE else []
-        if any(isinstance(storage, OwnLayer) and storage.is_certain(owner) for storage in found):
+        owner = innermost(module_at(root, site.module))
+        weight = owner._parameters.get(site.parameter)
+        kind = type(owner), type(weight), site.parameter, weight is not None and (weight.dtype, weight.shape)
+        if site.storage == DENSE and kind not in packed:
+            found = [storage for _, _, storage in weights_of(owner) if isinstance(storage, OwnLayer)]
+            packed[kind] = any(storage.is_certain(owner) for storage in found)
+        if site.storage == DENSE and packed[kind]:
             names.append(site.name)
     if names:
         raise AdapterError(

@@ -54,11 +54,12 @@ class Bitsandbytes4bit(OwnLayer):
         return tuple(_state_of(module).shape)
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """Of an embedding what it gives; else, as in PEFT, that of the bytes if they are floats, or torch's default."""
-        own, kept_as = getattr(module, "dtype", None), module.weight.dtype
-        if isinstance(own, torch.dtype):
-            return own
-        return kept_as if kept_as.is_floating_point else torch.get_default_dtype()  # type: ignore[union-attr, return-value]
+        """Of an embedding what it gives; else, as in PEFT, that in which the layer computes, or torch's default.
+
+        bitsandbytes leaves open in what a layer computes until its first call, unless somebody has said it.
+        """
+        own = (getattr(module, name, None) for name in ("dtype", "compute_dtype"))
+        return next((each for each in own if isinstance(each, torch.dtype)), torch.get_default_dtype())
 
     def stored(self, module: nn.Module, parameter: str) -> dict[str, Tensor]:
         self.prepare(module)

@@ -22,8 +22,10 @@ from .own_layer import OwnLayer, is_of
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size"))
 
 
-# Layers whose weight is a dense parameter, which they compute with in a way of their own.
+# Layers whose weight is a dense parameter, which they compute with in a way of their own: of these classes, or those
+# that compressed-tensors gives a scheme, by which they round weights and inputs when they run.
 _BY_NAME = (("transformers.integrations.bitnet", "AutoBitLinear"),)
+_SCHEME = "quantization_scheme"
 
 
 class Opaque(OwnLayer):
@@ -53,13 +55,20 @@ class Opaque(OwnLayer):
         return outputs, inputs
 
     def dtype(self, module: nn.Module, parameter: str) -> torch.dtype:
-        """That of the first tensor of floats of 16 bits or more, most often scales or the bias."""
-        return next((t.dtype for _, t in _tensors(module) if _is_wide(t)), torch.get_default_dtype())
+        """As in PEFT, that in which the layer says that it computes, or that of a weight of floats, or torch's default.
+
+        What a library keeps beside a weight, as GPTQ's scales in float16, says nothing of what the model computes in.
+        """
+        own = getattr(module, "compute_dtype", None)
+        if isinstance(own, torch.dtype):
+            return own
+        weight = module._parameters.get("weight")
+        return weight.dtype if weight is not None and _is_wide(weight) else torch.get_default_dtype()
 
 
 def is_by_name(module: nn.Module) -> bool:
     """Whether a layer is opaque although its weight looks dense."""
-    return any(is_of(*name, module) for name in _BY_NAME)
+    return any(is_of(*name, module) for name in _BY_NAME) or getattr(module, _SCHEME, None) is not None
 
 
 def is_foreign(tensor: Tensor) -> bool:
