@@ -2,7 +2,8 @@
 
 A case is a Llama-shaped model or a part of one, with random weights, and one kind of work on it: a training step, a
 forward pass alone, or decoding tokens one by one. `CPU` are small enough for two cores, `CUDA` are real shapes for one
-GPU, and `QUICK` are what four minutes of one GPU should go to, the most important first.
+GPU, and `QUICK` are what four minutes of one GPU should go to, the most important first, `UNMEASURED` what further ones
+should.
 """
 
 from __future__ import annotations
@@ -236,10 +237,10 @@ CUDA = (
 
 
 def _quick(name: str, budget: int, contestants: str, new_name: str = "", **changes: object) -> Case:
-    """A case of `CUDA` with a few contestants, the most important first, and few steps."""
-    (case,) = [each for each in CUDA if each.name == name]
+    """A case with a few contestants, the most important first, and few steps."""
+    (case,) = [each for each in (*CPU, *CUDA) if each.name == name]
     names = tuple(contestants.split())
-    limits = tuple(name for name in ("base", "merged-graphs", "peft-compiled") if name in names)
+    limits = tuple(name for name in ("base", "merged-graphs", "peft-compiled", *case.references) if name in names)
     own: dict[str, object] = {"contestants": names, "references": limits, "rounds": 6, "warm_up": 3}
     return _variant(case, new_name or name, budget=budget, **own | changes)
 
@@ -254,6 +255,14 @@ QUICK = (
     _quick("1b-512", 45, "peft-compiled lorafx-graphs lorafx-compiled base-compiled"),
     _quick("1b-decode-graphs", 35, "merged-graphs lorafx-graphs", "1b-decode-graphs-4-layers", shape=_4_layers),
     _quick("8b-4096", 40, "base lorafx-compiled peft-compiled peft-default lorafx-float8"),
+)
+# What has not been measured on a GPU, for another call; what may take longest, a process of its own, comes last.
+UNMEASURED = (
+    _quick("8b-4096-nf4", 90, "peft-default lorafx-compiled lorafx base"),
+    *(_quick(name, 10, " ".join(_rows.contestants)) for name in ("rows-8", "rows-64")),
+    _quick("sweep-8", 10, " ".join(_sweep.contestants)),
+    _quick("8b-4096", 40, "lorafx-compiled peft-compiled liger unsloth", "8b-4096-8-layers-peers", shape=_8_layers),
+    _quick("8b-16384-checkpointing", 60, "lorafx-offloaded unsloth", rounds=3, warm_up=2),
 )
 
 # These try everything out within seconds, and run only when asked for by name.

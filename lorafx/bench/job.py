@@ -14,7 +14,7 @@ from .cases import Case
 from .contestants import COARSER, ONE_ADAPTER, Maker, Missing, first_line
 from .measure import Runner, differences, peak, pools, runner, seconds
 from .models import Batch
-from .record import Row
+from .record import MIB, Row
 from .reference import Reference, tidy
 
 WARM_UP = {"cpu": 3, "cuda": 10}
@@ -49,7 +49,7 @@ def set_up(job: Job, row: Row, maker: Maker) -> Runner:
         row.parity = None if other else near
     del found
     for _ in range(case.warm_up or WARM_UP[job.device]):
-        made.step()
+        row.warm = seconds(made.step, cuda)
     row.held_bytes, row.peak_bytes = made.held(), peak(made.step, cuda) + pools(cuda) - before
     row.setup = time.perf_counter() - began
     return made
@@ -67,9 +67,13 @@ def set_up_all(job: Job, rows: dict[str, Row], makers: dict[str, Maker], tell: T
             runners[name] = set_up(job, row, makers[name])
         except Exception as error:
             row.failed = str(error) if isinstance(error, Missing) else first_line(error)
-        tell(f"{name}: {row.failed or f'ready after {row.setup:.1f} s'}")
+        tell(f"{name}: {row.failed or _first_figures(row)}")
         tidy()
     return runners
+
+
+def _first_figures(row: Row) -> str:
+    return f"ready after {row.setup:.1f} s, {row.warm * 1e3:,.1f} ms a step, {row.total_bytes / MIB:,.0f} MiB"
 
 
 def take_turns(job: Job, rows: dict[str, Row], runners: dict[str, Runner], tell: Tell) -> None:

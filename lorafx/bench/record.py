@@ -18,6 +18,7 @@ import torch
 
 from .cases import Bar, Case
 
+MIB = 2**20
 LIBRARIES = ("torch", "transformers", "peft", "liger_kernel", "unsloth", "triton")
 
 
@@ -33,6 +34,7 @@ class Row:
     peak_bytes: int = 0  # of a step, above what is held
     held_bytes: int = 0  # weights, adapters and the optimizer's state
     setup: float = 0.0  # seconds until it was made, compiled, compared and warm
+    warm: float = 0.0  # seconds of the last step before the clock ran: all there is of a run that is cut short
     apart: bool = False  # in a process of its own, by itself
     output_difference: float | None = None
     gradient_difference: float | None = None
@@ -50,16 +52,16 @@ class Row:
 
 @dataclass
 class Result:
-    """One case: its rows, in the order they were asked for."""
+    """One case: its rows, in the order they were asked for. While it runs, some have no times yet."""
 
     case: Case
     rows: list[Row]
-    reference: str  # what outputs and gradients were compared with
+    reference: str = ""  # what outputs and gradients were compared with
     load: float = 0.0  # the machine's load average: well above `threads`, something else was using it
     took: float = 0.0  # seconds for all of the case
 
     def measured(self, pattern: str) -> list[Row]:
-        return [row for row in self.rows if not row.failed and fnmatchcase(row.contestant, pattern)]
+        return [row for row in self.rows if row.seconds and not row.failed and fnmatchcase(row.contestant, pattern)]
 
     def judged(self, bar: Bar) -> float | None:
         """The ratio that a bar limits: best contestant that matches to best reference; None if one is missing."""

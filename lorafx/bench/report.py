@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .contestants import WITHOUT
-from .record import Result, Row, ratios
+from .record import MIB, Result, Row, ratios
 
-MIB = 2**20
 BARS = ("case", "ratio", "measured", "at most", "held")
 
 
@@ -19,7 +18,7 @@ def markdown(results: list[Result], where: dict[str, Any]) -> str:
     for result in results:
         about = f"{result.case}. Compared with {result.reference}. Load average {result.load:.1f}. "
         about += f"In all {result.took:.0f} s" + f", of {result.case.budget} for set-ups." * bool(result.case.budget)
-        parts += [f"### {result.case.name}", about, _rows(result)]
+        parts += [f"### {result.case.name}", about, rows(result)]
     if judged := bars(results):
         parts += ["### Bars", _table(BARS, judged)]
     return "\n\n".join(parts) + "\n"
@@ -41,7 +40,8 @@ def bars(results: list[Result]) -> list[tuple[str, ...]]:
     ]
 
 
-def _rows(result: Result) -> str:
+def rows(result: Result) -> str:
+    """The table of a case."""
     references = _references(result)
     columns = ("contestant", "median ms", "tokens/s", *(f"to {name}" for name in references))
     columns += ("peak MiB", "of it held", "output off by", "gradients off by", "set-up s")
@@ -56,8 +56,8 @@ def _references(result: Result) -> list[str]:
 
 def _cells(result: Result, row: Row, references: Sequence[str]) -> list[str]:
     name = row.contestant + " (own process)" * row.apart
-    if row.failed:
-        return [name, row.failed, *[""] * (len(references) + 6)]
+    if row.failed or not row.seconds:
+        return [name, row.failed or "not timed", *[""] * (len(references) + 6)]
     cells = [name, f"{row.median * 1e3:,.1f}", f"{result.case.tokens / row.median:,.0f}"]
     for reference in references:
         lower, middle, upper = ratios(row, result.measured(reference)[0])
@@ -87,11 +87,13 @@ def draw(results: list[Result], path: Path) -> bool:
     heights = [1 + len(result.rows) for result, _ in drawn]
     axes = figure.subplots(max(len(drawn), 1), squeeze=False, height_ratios=heights or None)[:, 0]
     for axis, (result, (reference, *_)) in zip(axes, drawn):
-        rows = [row for row in result.rows if not row.failed][::-1]
-        quartiles = [ratios(row, result.measured(reference)[0]) for row in rows]
+        measured = result.measured("*")[::-1]
+        quartiles = [ratios(row, result.measured(reference)[0]) for row in measured]
         middles = [middle for _, middle, _ in quartiles]
         spread = [[m - low for low, m, _ in quartiles], [high - m for _, m, high in quartiles]]
-        axis.barh([row.contestant for row in rows], middles, xerr=spread, color="#7a9cc6", ecolor="#333333", height=0.7)
+        axis.barh(
+            [row.contestant for row in measured], middles, xerr=spread, color="#7a9cc6", ecolor="#333333", height=0.7
+        )
         axis.axvline(1, color="#333333", linewidth=0.8)
         axis.set_title(f"{result.case.name}: time / {reference}", fontsize=9, loc="left")
         axis.tick_params(labelsize=8)

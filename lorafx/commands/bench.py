@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from functools import partial
@@ -20,11 +20,12 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 import lorafx
 
-from ..bench.cases import QUICK, SMOKE, Case, of_device
+from ..bench.cases import QUICK, SMOKE, UNMEASURED, Case, of_device
 from ..bench.contestants import MAKERS, Maker, of_case
 from ..bench.contestants import without as of_without
 from ..bench.record import Result, environment, write_json
-from ..bench.report import BARS, bars, draw, markdown
+from ..bench.report import BARS, bars, draw, markdown, rows
+from ..bench.run import begun
 from ..bench.run import run as run_case
 from ..errors import PipelineError
 from ..tables import table
@@ -96,9 +97,9 @@ def _bench(asked: Asked) -> int:
 
 def _cases(asked: Asked) -> list[Case]:
     usual = QUICK if asked.quick_gpu else of_device(asked.device)
-    known = {case.name: case for case in usual + SMOKE}
+    known = {case.name: case for case in usual + UNMEASURED * asked.quick_gpu + SMOKE}
     if not asked.cases:
-        return [*usual, *SMOKE] if asked.list else list(usual)
+        return list(known.values()) if asked.list else list(usual)
     return [known[name] for name in _matching(known, asked.cases, "case")]
 
 
@@ -119,28 +120,31 @@ def _matching(known: Iterable[str], patterns: Sequence[str], what: str) -> list[
 
 
 def _run(plans: list[tuple[Case, list[str]]], makers: dict[str, Maker], asked: Asked) -> list[Result]:
-    results = []
+    results: list[Result] = []
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         for number, (case, names) in enumerate(plans):
             title = f"{case.name} ({number + 1} of {len(plans)}{f', {case.budget} s for set-ups' * bool(case.budget)})"
-            tell = partial(_tell, progress, task, title)
-            results.append(run_case(case, names, makers, asked.device, asked.rounds, tell, asked.packages))
+            results.append(begun(case, names, asked.packages))
+            tell = partial(_tell, progress, task, title, lambda: _write(results, asked))
+            run_case(results[-1], makers, asked.device, asked.rounds, tell, asked.packages)
+            print(f"{case.name}\n{rows(results[-1])}", flush=True)
             _write(results, asked)
         draw(results, asked.out / "bench.png")
     return results
 
 
-def _tell(progress: Progress, task: TaskID, title: str, now: str) -> None:
-    """A line that changes on a terminal, and lines with the seconds so far in a log."""
+def _tell(progress: Progress, task: TaskID, title: str, write: Callable[[], None], now: str) -> None:
+    """A line that changes on a terminal, and lines with the seconds so far in a log; what is known is written down."""
+    write()
     progress.update(task, description=f"{title}: {now}")
     if not progress.console.is_terminal:
         print(f"{progress.tasks[task].elapsed or 0.0:6.1f} s  {title}: {now}", file=sys.stderr, flush=True)
 
 
 def _write(results: list[Result], asked: Asked) -> None:
-    """Write all results so far; called after each case, so that a run that is cut short leaves something."""
+    """Write all results so far; called after each step of a case, so that a run that is cut short leaves something."""
     asked.out.mkdir(parents=True, exist_ok=True)
     where = environment(asked.device) | {"lorafx": lorafx.__version__}
     write_json(results, where, asked.out / "bench.json")

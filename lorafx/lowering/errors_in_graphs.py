@@ -54,10 +54,11 @@ def _note(gm: GraphModule, traceback: TracebackType | None) -> str | None:
 
     For a compiled piece it is which one that is.
     """
-    codes = {type(part).forward.__code__: part for part in (gm, *blocks_of(gm)) if isinstance(part, GraphModule)}
+    # By identity: code that a compiler has made may hold what has no hash.
+    codes = {id(type(part).forward.__code__): part for part in (gm, *blocks_of(gm)) if isinstance(part, GraphModule)}
     note = None
     while traceback is not None:
-        if (part := codes.get(traceback.tb_frame.f_code)) is not None:
+        if (part := codes.get(id(traceback.tb_frame.f_code))) is not None:
             node = node_at(part, traceback.tb_lineno)
             note = f"in the model, {user_line(node)}" if node is not None and "stack_trace" in node.meta else note
         elif traceback.tb_frame.f_code is Compiled.forward.__code__:

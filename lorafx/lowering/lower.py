@@ -68,7 +68,7 @@ class Lowering:
             graph = self._in_pieces(gm, compiler)
         else:
             graph = by_leaves(gm)
-            whole = self.pieces[id(graph)] = Piece("whole graph", graph, compiler, self.backend)
+            whole = self.pieces[id(graph)] = Piece("whole graph", graph.forward, compiler, self.backend)
             return Lowered(graph, naming_compiled(whole), output)
         return Lowered(graph, naming_lines(graph), output)
 
@@ -91,7 +91,7 @@ class Lowering:
     def _piece(self, title: str, graph: Graph, compiler: str) -> Piece:
         key = compiler, signature(graph.find_nodes(op="placeholder"), graph.nodes)
         if key not in self.pieces:
-            self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph), compiler, self.backend)
+            self.pieces[key] = Piece(title, GraphModule(nn.Module(), graph).forward, compiler, self.backend)
         return self.pieces[key]
 
 

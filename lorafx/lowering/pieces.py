@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from ..ops.modes import is_recorded
@@ -23,6 +23,7 @@ from ..torch_private.compilers import (
     recompile_reason,
 )
 from .backend import Backend
+from .eager import reader
 
 
 class Piece:
@@ -79,16 +80,7 @@ class CompiledBlock(Compiled):
 
     def __init__(self, piece: Piece, paths: list[str]):
         super().__init__(piece)
-        self.reads = [(path.split(".")[:-1], path.rpartition(".")[2]) for path in paths]
+        self.__dict__["read"] = reader(["layer"], [f"layer.{path}" for path in paths])
 
     def forward(self, layer: nn.Module, *inputs: Any) -> Any:
-        return super().forward(*[_read(layer, *path) for path in self.reads], *inputs)
-
-
-def _read(layer: Any, owners: list[str], name: str) -> Tensor:
-    """An attribute of a layer; most are parameters, and this is faster than by `getattr`."""
-    for atom in owners:
-        child = layer._modules.get(atom)
-        layer = getattr(layer, atom) if child is None else child
-    found = layer._parameters.get(name)
-    return getattr(layer, name) if found is None else found
+        return super().forward(*self.__dict__["read"](layer), *inputs)

@@ -3,8 +3,8 @@
     yᵢ = x̂ Wᵢᵀ + bᵢ + sᵢ · hᵢ Bᵢᵀ      h = [h₁ h₂ …] = z Aᵀ,  A the Aᵢ on top of one another;  z is x, or what
                                        dropout made of it
 
-    g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
-    dx = Σ dyᵢ Wᵢ + g A                dA = gᵀ z           dBᵢ = sᵢ · dyᵢᵀ hᵢ       (g A to dz where z is not x)
+    g  = [dy₁ B₁   dy₂ B₂ …]           s is all layers' scaling (`updates.py` has what is done where these differ)
+    dx = Σ dyᵢ Wᵢ + s · g A            dA = s · gᵀ z       dBᵢ = s · dyᵢᵀ hᵢ        (g A to dz where z is not x)
 
 x̂ is x rounded to float8, once for all layers, and Σ dyᵢ Wᵢ one product of float8 (`ops/float8.py`). Updates are
 computed in the dtype of x, which is not rounded for them. Of the forward pass it keeps x (or z) and h.
@@ -69,13 +69,13 @@ class _Float8LoraLinears(torch.autograd.Function):
         z, hidden, *tensors = ctx.saved_tensors
         weights, scales, _, lora_As, lora_Bs = by_role(tensors, len(dys))
         _, _, *needs = by_role(needs, len(dys))
-        g, gradients = through_updates(dys, z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
+        g, scaling, gradients = through_updates(dys, z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
         dx = dz = None
         if needs_x:
             dx = through(*zip(*[used for used in zip(dys, weights, scales) if used[0] is not None]))
-            dx = accumulated(dx, g, torch.cat(lora_As)) if ctx.reads_x else dx
+            dx = accumulated(dx, g, torch.cat(lora_As), scaling) if ctx.reads_x else dx
         if needs_z:
-            dz = matmul(g, torch.cat(lora_As))
+            dz = matmul(g, torch.cat(lora_As), scaling)
         return dx, dz, None, *[None] * 2 * len(dys), *gradients
 
 

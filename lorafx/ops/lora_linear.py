@@ -2,11 +2,12 @@
 
     y  = x Wᵀ + b + s · h Bᵀ,   h = z Aᵀ            z is x, or what dropout made of it
 
-    dx = dy W + s · (dy B) A     (the second part to dz where z is not x)
-    dA = s · (dy B)ᵀ z           dB = s · dyᵀ h
+    dx = dy W + s · g A,        g = dy B            (the second part to dz where z is not x)
+    dA = s · gᵀ z               dB = s · dyᵀ h
 
-Of the forward pass it keeps x, z (or what makes z of x again, see `dropout`) and h, where autograd keeps what each
-product was given. y and dx are each written in one piece of memory, to which the second product is added.
+s is a factor within a product's kernel, never a kernel of its own. Of the forward pass it keeps x, z (or what makes z
+of x again, see `dropout`) and h, where autograd keeps what each product was given. y and dx are each written in one
+piece of memory, to which the second product is added.
 """
 
 from __future__ import annotations
@@ -102,23 +103,24 @@ def _gradients(
     needs: Operands,
 ) -> Operands:
     """The gradients that are needed, None for the others. With a mask z is what it leaves of x."""
-    dx = dz = d_weight = d_bias = d_A = d_B = None
+    g = dx = dz = d_weight = d_bias = d_A = d_B = None
     if dy is not None:
         d_weight = over_rows(dy, x) if needs.weight else None
         d_bias = dy.sum(0) if needs.bias else None
-        d_B = over_rows(dy, hidden) * scaling if needs.lora_B else None
-        through = matmul(dy, lora_B) * scaling
-        d_hidden = through if d_hidden is None else d_hidden + through
+        d_B = over_rows(dy, hidden, scaling) if needs.lora_B else None
+        g = matmul(dy, lora_B)
     if d_hidden is not None:
-        d_A = over_rows(d_hidden, x if z is None else z) if needs.lora_A else None
-        dz = matmul(d_hidden, lora_A) if needs.z else None
-    if needs.x and d_hidden is not None and mask is not None:
-        through = torch.where(mask, matmul(d_hidden, lora_A), 0)
+        g, scaling = d_hidden if g is None else torch.add(d_hidden, g, alpha=scaling), 1.0
+    if g is not None:
+        d_A = over_rows(g, x if z is None else z, scaling) if needs.lora_A else None
+        dz = matmul(g, lora_A, scaling) if needs.z else None
+    if needs.x and g is not None and mask is not None:
+        through = torch.where(mask, matmul(g, lora_A, scaling), 0)
         dx = through if dy is None else accumulated(through, dy, weight)
-    elif needs.x and dy is not None and d_hidden is not None:
-        dx = product_with_update(dy, weight, d_hidden, lora_A) if z is None else matmul(dy, weight)
-    elif needs.x and d_hidden is not None and z is None:
-        dx = matmul(d_hidden, lora_A)
+    elif needs.x and dy is not None and g is not None:
+        dx = product_with_update(dy, weight, g, lora_A, scaling=scaling) if z is None else matmul(dy, weight)
+    elif needs.x and g is not None and z is None:
+        dx = matmul(g, lora_A, scaling)
     return Operands(x=dx, weight=d_weight, bias=d_bias, z=dz, lora_A=d_A, lora_B=d_B)
 
 

@@ -2,8 +2,8 @@
 
     yᵢ = x Wᵢᵀ + bᵢ + sᵢ · hᵢ Bᵢᵀ      h = [h₁ h₂ …] = x Aᵀ,  A the Aᵢ on top of one another
 
-    g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
-    dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ x           dBᵢ = sᵢ · dyᵢᵀ hᵢ
+    g  = [dy₁ B₁   dy₂ B₂ …]            s is all layers' scaling (`updates.py` has what is done where these differ)
+    dx = Σ dyᵢ Wᵢ + s · g A             dA = s · gᵀ x       dBᵢ = s · dyᵢᵀ hᵢ
 
 So x is read once for all the small products, forward and backward, and dx has one piece of memory in which all products
 are summed up. Of the forward pass it keeps x and h.
@@ -22,7 +22,7 @@ from .cpu import accumulated, linear, matmul, over_rows, product_with_update, wi
 from .library import composite
 from .lora_linear import inferred, matrix_or_row
 from .lora_linear import reference as one
-from .updates import by_role
+from .updates import apart, by_role
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -80,38 +80,35 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     weights, _, lora_As, lora_Bs = by_role(tensors, count)
     needs_weights, needs_biases, needs_As, needs_Bs = by_role(needs, count)
     ranks = [lora_A.shape[0] for lora_A in lora_As]
-    each = list(zip(dys, weights, lora_Bs, scalings, hidden.split(ranks, -1), ranks))
-
+    scaling, own = apart(scalings)
     through = [
-        x.new_zeros(x.shape[0], rank) if dy is None else matmul(dy, lora_B) * scaling
-        for dy, _, lora_B, scaling, _, rank in each
+        x.new_zeros(x.shape[0], rank) if dy is None else matmul(dy, lora_B, factor)
+        for dy, lora_B, factor, rank in zip(dys, lora_Bs, own, ranks)
     ]
-    g = torch.cat(through, -1) if d_hidden is None else torch.cat(through, -1) + d_hidden
-    products = [(dy, weight) for dy, weight, *_ in each if dy is not None]
-    dx = _sum_of_products(products, g, torch.cat(lora_As)) if needs_x else None
-    d_As = over_rows(g, x).split(ranks) if any(needs_As) else [None] * count
+    g = torch.cat(through, -1)
+    if d_hidden is not None:
+        g, scaling = torch.add(d_hidden, g, alpha=scaling), 1.0
+    products = [(dy, weight) for dy, weight in zip(dys, weights) if dy is not None]
+    dx = _sum_of_products(products, g, torch.cat(lora_As), scaling) if needs_x else None
+    d_As = over_rows(g, x, scaling).split(ranks) if any(needs_As) else [None] * count
     if d_hidden is None:  # an output that nobody used has no gradient, which is not one of zeros
         d_As = [None if dy is None else d_A for dy, d_A in zip(dys, d_As)]
     d_weights = [_gradient(dy, x) if needs else None for needs, dy in zip(needs_weights, dys)]
     d_biases = [dy.sum(0) if needs and dy is not None else None for needs, dy in zip(needs_biases, dys)]
-    d_Bs = [
-        _gradient(dy, part, scaling) if needs else None for needs, (dy, _, _, scaling, part, _) in zip(needs_Bs, each)
-    ]
+    parts = hidden.split(ranks, -1)
+    d_Bs = [_gradient(dy, part, s) if needs else None for needs, dy, part, s in zip(needs_Bs, dys, parts, scalings)]
     return dx, *d_weights, *d_biases, *d_As, *d_Bs
 
 
 def _gradient(dy: Tensor | None, x: Tensor, scaling: float = 1.0) -> Tensor | None:
-    if dy is None:
-        return None
-    product = over_rows(dy, x)
-    return product if scaling == 1.0 else product * scaling
+    return None if dy is None else over_rows(dy, x, scaling)
 
 
-def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor) -> Tensor:
-    """Σ dyᵢ Wᵢ + g A, in one piece of memory."""
+def _sum_of_products(products: list[tuple[Tensor, Tensor]], g: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """Σ dyᵢ Wᵢ + s · g A, in one piece of memory."""
     if not products:
-        return matmul(g, lora_A)
-    total = product_with_update(*products[0], g, lora_A)
+        return matmul(g, lora_A, scaling)
+    total = product_with_update(*products[0], g, lora_A, scaling=scaling)
     for dy, weight in products[1:]:
         total = accumulated(total, dy, weight)
     return total

@@ -3,8 +3,8 @@
     yᵢ = layerᵢ(x) + sᵢ · hᵢ Bᵢᵀ       h = [h₁ h₂ …] = z Aᵀ,  A the Aᵢ on top of one another;  z is x, or what
                                         dropout made of it
 
-    g  = [s₁ · dy₁ B₁   s₂ · dy₂ B₂ …]
-    dx = Σ dyᵢ Wᵢ + g A                 dA = gᵀ z           dBᵢ = sᵢ · dyᵢᵀ hᵢ       (g A to dz where z is not x)
+    g  = [dy₁ B₁   dy₂ B₂ …]            s is all layers' scaling (`updates.py` has what is done where these differ)
+    dx = Σ dyᵢ Wᵢ + s · g A             dA = s · gᵀ z       dBᵢ = s · dyᵢᵀ hᵢ        (g A to dz where z is not x)
 
 It is for layers whose storage knows that their gradient is a product with W (`OwnLayer.factor`), as those of
 bitsandbytes. Updates are added in the memory of what the layer gave, and dx is one piece of memory in which all
@@ -83,10 +83,10 @@ class _OwnLoraLinears(torch.autograd.Function):
             return _derivable(dys, x, z, ctx, tensors)
         numbers, biases, lora_As, lora_Bs = by_role(tensors, len(dys))
         _, *needs = by_role(needs, len(dys))
-        g, found = through_updates(dys, x if z is None else z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
+        g, scaling, found = through_updates(dys, x if z is None else z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
         through = None
         if needs_z or (needs_x and (mask is not None or not ctx.apart)):
-            through = matmul(g, torch.cat(lora_As))
+            through = matmul(g, torch.cat(lora_As), scaling)
         through = through if mask is None or through is None else torch.where(mask, through, 0)
         dx = None
         if needs_x:

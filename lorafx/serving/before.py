@@ -7,6 +7,7 @@ draws random numbers or fills a cache must be as though nothing had run.
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -71,8 +72,9 @@ class Before(NamedTuple):
         copies = tuple((each, each.detach().clone()) for each in written if not each.is_meta)
         return cls(containers, contents(containers), RandomNumbers.of_now(), copies, put_back_tree)
 
-    def put_back(self) -> None:
-        """Make it so again."""
+    def put_back(self, error: BaseException) -> None:
+        """Make it so again. `error` is what the call has ended in: nothing is left of what it was doing."""
+        _end(error)
         for name, container in changed(self.containers, self.held).items():
             leaves, spec = self.held[name]
             pour(container, spec.unflatten(leaves))
@@ -116,6 +118,20 @@ class Touched(NamedTuple):
         replaced = any(id(each) not in known for each in _buffers(self.module))
         if replaced or tuple(map(version_of, self.tensors)) != self.versions or changed(self.containers, self.held):
             raise RunAgain(str(error)) from error
+
+
+def _end(error: BaseException) -> None:
+    """End what waits in the frames of a call that has failed.
+
+    torch's checkpoint has its hooks on saved tensors in place as long as its frame lives, as it does with the error,
+    and would take what the next run saves for its own.
+    """
+    ended: BaseException | None = error
+    while ended is not None:
+        traceback.clear_frames(ended.__traceback__)
+        for frame, _ in traceback.walk_tb(ended.__traceback__):
+            len(frame.f_locals)  # where somebody has asked for these before, this makes the same dict anew
+        ended = ended.__cause__ or ended.__context__
 
 
 def _buffers(module: nn.Module) -> list[Tensor]:

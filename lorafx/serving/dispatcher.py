@@ -158,10 +158,10 @@ class Dispatcher:
         before = Before.of(call, self.tree) if program.gm is None and not program.hits else None
         try:
             result = self._run(program, call, before is not None)
-        except RunAgain:
+        except RunAgain as error:
             if before is None:
                 raise
-            before.put_back()
+            before.put_back(error)
             return self.run(program, call)
         program.hits += 1
         return result
@@ -171,15 +171,15 @@ class Dispatcher:
         before = Before.of(call, self.tree) if program.gm is None else None
         try:
             return self._run(program, call, before is not None)
-        except RunAgain:
+        except RunAgain as error:
             if before is None:
                 raise
-            before.put_back()
+            before.put_back(error)
             return self.run_first(program, call)
-        except (CaptureError, torch.OutOfMemoryError):
+        except (CaptureError, torch.OutOfMemoryError) as error:
             if before is None or not program.waits:
                 raise
-            before.put_back()  # there may be a graph, and it keeps less
+            before.put_back(error)  # there may be a graph, and it keeps less
             self.early.give_up(program.key)
             return self.run_first(self.make_graph(program, call), call)
         except GuardFailed as error:

@@ -10,7 +10,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from lorafx.__main__ import main
 from lorafx.bench import apart, contestants, job, reference, run
-from lorafx.bench.cases import CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, Bar
+from lorafx.bench.cases import CPU, CUDA, LINEARS_BARS, QUICK, SMOKE, UNMEASURED, Bar
 from lorafx.bench.job import Job, set_up_all
 from lorafx.bench.measure import peak
 from lorafx.bench.models import batch_of, build, twin
@@ -168,34 +168,55 @@ def test_unknown_names_are_errors(options, named, tmp_path, capsys):
 
 
 def test_the_list(capsys):
-    for options, cases in ((["--device", "cpu"], CPU), (["--device", "cuda"], CUDA), (["--quick-gpu"], QUICK)):
+    quick = *QUICK, *UNMEASURED
+    for options, cases in ((["--device", "cpu"], CPU), (["--device", "cuda"], CUDA), (["--quick-gpu"], quick)):
         assert main(["bench", *options, "--list"]) == 0
         printed = capsys.readouterr().out
         assert [case.name for case in (*cases, *SMOKE) if f" {case.name} " not in printed] == []
 
 
 def test_cases_name_contestants_that_exist():
-    for case in (*CPU, *CUDA, *QUICK, *SMOKE):
+    for case in (*CPU, *CUDA, *QUICK, *UNMEASURED, *SMOKE):
         assert set(case.contestants) <= set(contestants.MAKERS)
         assert set(case.references) <= set(case.contestants)
         assert set(contestants.of_case(case)) <= set(contestants.MAKERS)
 
 
 def test_the_quick_cases_fit_their_minutes():
-    assert all(case.budget and case.rounds and case.warm_up for case in QUICK)
-    assert sum(case.budget for case in QUICK) <= 240
+    assert all(case.budget and case.rounds and case.warm_up for case in (*QUICK, *UNMEASURED))
+    assert max(sum(case.budget for case in cases) for cases in (QUICK, UNMEASURED)) <= 240
 
 
 @pytest.mark.slow
-def test_the_quick_cases_run_in_their_order_and_nothing_else_does(tmp_path, monkeypatch):
+def test_the_quick_cases_run_in_their_order_and_one_that_fails_ends_alone(tmp_path, monkeypatch, capsys):
     chosen = {"contestants": ("base",), "references": ("base",), "budget": 60, "warm_up": 1}
     small = dataclasses.replace(SMOKE[0], part="linears", **chosen)
-    monkeypatch.setattr("lorafx.commands.bench.QUICK", (dataclasses.replace(small, name="second"), small))
+    impossible = dataclasses.replace(small, name="impossible", dtype="float23")
+    monkeypatch.setattr("lorafx.commands.bench.QUICK", (impossible, small))
     code, record = bench(tmp_path, "--quick-gpu")
-    assert code == 0 and [case["case"]["name"] for case in record["cases"]] == ["second", "smoke"]
-    assert rows_of(record)["base"]["setup"] > 0
+    assert code == 0 and [case["case"]["name"] for case in record["cases"]] == ["impossible", "smoke"]
+    assert "float23" in record["cases"][0]["rows"][0]["failed"]
+    row = record["cases"][1]["rows"][0]
+    assert row["setup"] > 0 and row["warm"] > 0 and len(row["seconds"]) == 2
     page = (tmp_path / "bench.md").read_text()
     assert "of 60 for set-ups" in page and "set-up s |" in page
+    printed = capsys.readouterr()
+    assert "base: ready after" in printed.err and "| base |" in printed.out
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_has_found(tmp_path, monkeypatch):
+    def cut_short(job, rows, runners, tell):
+        tell("round 1 of 2")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorafx.bench.run.take_turns", cut_short)
+    small = dataclasses.replace(SMOKE[0], part="linears", contestants=("base",), references=("base",), warm_up=1)
+    monkeypatch.setattr("lorafx.commands.bench.QUICK", (small,))
+    code, record = bench(tmp_path, "--quick-gpu")
+    (case,) = record["cases"]
+    assert code != 0
+    assert case["rows"][0]["warm"] > 0 and case["rows"][0]["peak_bytes"] > 0
+    assert "| base | not timed |" in (tmp_path / "bench.md").read_text()
 
 
 def test_who_comes_after_the_budget_is_left_out(monkeypatch):

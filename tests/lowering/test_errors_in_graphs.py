@@ -1,11 +1,15 @@
 """Errors in a running graph name the model's own line."""
 
+from types import FunctionType
+
 import pytest
 import torch
 from modules import ids, tiny_llama
 from torch import nn
+from torch.fx import Graph, GraphModule
 
 import lorafx
+from lorafx.lowering.errors_in_graphs import naming_lines
 from lorafx.serving.call_key import Call
 
 
@@ -29,6 +33,20 @@ def test_an_error_in_a_graph_names_the_model_s_line(capfd):
     assert "test_errors_in_graphs.py" in note and "return y + self.table(at)  # here" in note
     assert "generated" not in capfd.readouterr().err
     lora(x, torch.tensor([0, 1, 2]))
+
+
+def test_an_error_below_code_without_a_hash_is_the_error_itself():
+    """As code is that a compiler has made."""
+
+    def divide(x):
+        return x / 0
+
+    code = divide.__code__
+    made = FunctionType(code.replace(co_consts=(*code.co_consts, {})), globals())
+    graph = Graph()
+    graph.output(graph.call_function(made, (graph.placeholder("x"),)))
+    with pytest.raises(ZeroDivisionError):
+        naming_lines(GraphModule(nn.Module(), graph))(3)
 
 
 class Layer(nn.Module):

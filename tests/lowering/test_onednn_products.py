@@ -8,6 +8,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lorafx import ops
 from lorafx.lowering.backend import Backend
 from lorafx.lowering.inductor import OurPasses
 from lorafx.lowering.inductor.onednn_products import ProductsByOnednn
@@ -117,6 +118,13 @@ def test_elsewhere_nothing_changes(monkeypatch):
 def test_what_is_compiled_is_not_taken_from_another_kind_of_machine(monkeypatch):
     here = OurPasses().uuid()
     monkeypatch.setattr(products, "mkl_leaves_avx512", lambda: False)
+    assert OurPasses().uuid() != here
+
+
+def test_what_is_compiled_is_not_taken_from_other_formulas(tmp_path, monkeypatch):
+    here = OurPasses().uuid()
+    (tmp_path / "linear.py").write_text("y = 2 * x")
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "__init__.py"))
     assert OurPasses().uuid() != here
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.ops.lora_linears import reference
 
@@ -14,11 +15,11 @@ def tensor(*sizes):
     return torch.randn(*sizes, dtype=torch.float64, requires_grad=True)
 
 
-def arguments():
+def arguments(scalings=(1.7, 0.5)):
     """Of (3, 5, 4): one with a bias, one without; two ranks."""
     torch.manual_seed(0)
     weights, biases = [tensor(6, 4), tensor(3, 4)], [None, tensor(3)]
-    return tensor(3, 5, 4), weights, biases, [tensor(2, 4), tensor(3, 4)], [tensor(6, 2), tensor(3, 3)], [1.7, 0.5]
+    return tensor(3, 5, 4), weights, biases, [tensor(2, 4), tensor(3, 4)], [tensor(6, 2), tensor(3, 3)], list(scalings)
 
 
 def flat(given):
@@ -31,13 +32,36 @@ def flat(given):
     return function, (x, *weights, biases[1], *lora_As, *lora_Bs)
 
 
-def test_it_is_the_equations():
-    given = arguments()
+@pytest.mark.parametrize("scalings", [(1.7, 0.5), (1.7, 1.7)], ids=str)
+def test_it_is_the_equations(scalings):
+    given = arguments(scalings)
     for found, expected in zip(shared(*given), reference(*given), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     function, tensors = flat(given)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+class Multiplied(TorchDispatchMode):
+    """How many operators multiply numbers, and no matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.mul
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scalings", [(1.7, 0.5), (1.7, 1.7)], ids=str)
+def test_a_scaling_is_no_kernel_of_its_own(scalings):
+    x, weights, _, lora_As, lora_Bs, _ = given = arguments(scalings)
+    single = torch.ops.lorafx.lora_linear(x, weights[0], None, None, lora_As[0], lora_Bs[0], scalings[1])
+    leaves = [x, *lora_As, *lora_Bs]
+    total = sum(y.sin().sum() for y in (*shared(*given), single))
+    dys = [torch.ones_like(total)]
+    with Multiplied() as multiplied:
+        torch.autograd.grad(total, leaves, dys)
+    assert multiplied.count == 3, "the derivatives of three sines"
 
 
 @pytest.mark.parametrize("wanted", range(8))

@@ -10,7 +10,7 @@ from lorafx.torch_private.guards import conditions_written_at_once, written
 # Eleven arguments, so that a name of one begins with that of another.
 CALL = {"z": {"k": torch.zeros(2, 3), "kk": torch.zeros(3)}, "many": [torch.zeros(n) for n in range(3, 12)]}
 CODES = ["L['z']['k'].size()[1] == L['z']['kk'].size()[0]", "(L['many'][8].size()[0]) \n >= 4", "math.floor(2.5) == 2"]
-CODES += ["L['many'][0].size()[0] == 3 and L['z']['kk'].size()[0] < inf"]
+CODES += ["L['many'][0].size()[0] == 3 and L['z']['kk'].size()[0] < 8"]
 
 
 def outcome(module, args):
@@ -27,6 +27,14 @@ def test_conditions_are_torchs_own(changed):
     args = [torch.zeros(changed[1]) if changed and changed[0] in _keys(p) else leaf for p, leaf in zip(paths, leaves)]
     assert outcome(own, args) == outcome(theirs, args)
     assert (outcome(own, args) is None) == (changed is None), "each change fails one"
+
+
+@pytest.mark.parametrize("least, fits", [("3", True), ("inf", False)])
+def test_a_bound_may_be_infinite(least, fits):
+    """Which torch's own writing does not know before 2.13."""
+    paths, leaves = zip(*pytree.tree_flatten_with_path(CALL)[0])
+    own = written([f"L['z']['kk'].size()[0] >= {least} and L['z']['kk'].size()[0] < inf"], list(paths))
+    assert (outcome(own, leaves) is None) == fits
 
 
 def _keys(path):

@@ -6,11 +6,13 @@ faster way for, `in_place_sums` adds to a product in its own memory.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch.fx import Graph
 
-from ...torch_private.inductor import CustomGraphPass
+from ... import ops
+from ...torch_private.inductor import CustomGraphPass, get_hash_for_files
 from .in_place_sums import SumsInPlace
 from .onednn_products import ProductsByOnednn
 
@@ -25,7 +27,12 @@ class OurPasses(CustomGraphPass):
             each(graph)
 
     def uuid(self) -> Any:
-        return [each.uuid() for each in self._passes]
+        """What compilations are kept by on disk: the passes, and the formulas of our operators.
+
+        torch keeps a compiled graph by the operators' names alone, so another release's would be taken for this one's.
+        """
+        formulas = tuple(sorted(map(str, Path(ops.__file__).parent.rglob("*.py"))))
+        return [get_hash_for_files(formulas), *(each.uuid() for each in self._passes)]
 
 
 __all__ = ["OurPasses"]

@@ -1,6 +1,6 @@
 """Products of matrices by whichever of torch's libraries multiplies faster on this processor.
 
-    linear(x, W, b) = x Wᵀ + b        matmul(X, Y) = X Y        over_rows(X, Y) = Xᵀ Y
+    linear(x, W, b) = x Wᵀ + b        matmul(X, Y, s) = s · X Y        over_rows(X, Y, s) = s · Xᵀ Y
 
 torch gives products in float32 to MKL, which uses AVX-512 on Intel's processors alone. oneDNN, which torch has for half
 precision, uses it on others too: on two cores of an AMD EPYC (1024, 512) by (512, 512) takes 2.6 ms by MKL and 1.2 ms
@@ -80,18 +80,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left (…, k) by right (k, n)."""
-    if _pays(left, right):
-        return linear(left, right.t())
-    return left @ right
+def matmul(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """left (…, k) by right (k, n), times `scaling`. Of matrices, both are one kernel."""
+    if scaling == 1.0:
+        return linear(left, right.t()) if _pays(left, right) else left @ right
+    if left.ndim != 2 or right.shape[0] == 0 or _pays(left, right):
+        return matmul(left, right) * scaling
+    # With beta = 0 the row adds nothing. It is there because addmm is to be given something, and a row costs nothing.
+    return torch.addmm(right[:1], left, right, beta=0, alpha=scaling)
 
 
-def over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right of left (T, m) and right (T, n): rows' outer products, added up."""
+def over_rows(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """scaling · leftᵀ right of left (T, m) and right (T, n): rows' outer products, added up."""
     if left.shape[1] > right.shape[1] and (_pays(right.t(), left) or _is_onednns(right)):
-        return matmul(right.t(), left).t()  # by oneDNN a quarter faster than the other way round
-    return matmul(left.t(), right)
+        return matmul(right.t(), left, scaling).t()  # by oneDNN a quarter faster than the other way round
+    return matmul(left.t(), right, scaling)
 
 
 def _pays(left: Tensor, right: Tensor) -> bool:
@@ -104,11 +107,13 @@ def _is_onednns(tensor: Tensor) -> bool:
     return tensor.is_cpu and is_half(tensor) and is_plain(tensor)
 
 
-def accumulated(own: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """own + left @ right of matrices, in the memory of `own`, unless that is kept for a second derivative."""
+def accumulated(own: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """own + scaling · left @ right of matrices, in the memory of `own`, unless a second derivative is to be taken."""
     if torch.is_grad_enabled():
-        return torch.addmm(own, left, right)
-    return own.add_(matmul(left, right)) if _pays(left, right) else own.addmm_(left, right)
+        return torch.addmm(own, left, right, alpha=scaling)
+    if _pays(left, right):
+        return own.add_(matmul(left, right), alpha=scaling)
+    return own.addmm_(left, right, alpha=scaling)
 
 
 def add_over_rows(total: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
