@@ -25,7 +25,7 @@ from .cpu import accumulated, linear, matmul
 from .float8 import layer, quantised, through
 from .float8_linear import reference as base
 from .library import composite
-from .updates import by_role, through_updates
+from .updates import by_role, of_updates, through_updates
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -69,13 +69,14 @@ class _Float8LoraLinears(torch.autograd.Function):
         z, hidden, *tensors = ctx.saved_tensors
         weights, scales, _, lora_As, lora_Bs = by_role(tensors, len(dys))
         _, _, *needs = by_role(needs, len(dys))
-        g, scaling, gradients = through_updates(dys, z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
+        g, scaling = through_updates(dys, z, ctx.scalings, lora_Bs)
         dx = dz = None
         if needs_x:
             dx = through(*zip(*[used for used in zip(dys, weights, scales) if used[0] is not None]))
             dx = accumulated(dx, g, torch.cat(lora_As), scaling) if ctx.reads_x else dx
         if needs_z:
             dz = matmul(g, torch.cat(lora_As), scaling)
+        gradients = of_updates(dys, z, hidden, g, ctx.scalings, lora_As, needs)
         return dx, dz, None, *[None] * 2 * len(dys), *gradients
 
 

@@ -26,7 +26,7 @@ from .cpu import accumulated, linear, matmul
 from .dropout import Redraw, can_draw, draw
 from .library import composite
 from .own_forward import factor_of, own_forward
-from .updates import by_role, through_updates
+from .updates import by_role, of_updates, through_updates
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -74,16 +74,18 @@ class _OwnLoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """A layer whose output nobody used has no dy, and its tensors get no gradients."""
+        """A layer whose output nobody used has no dy, and its tensors get no gradients.
+
+        All that does not go into dx comes after it: then no dense weight is there at the same time.
+        """
         mask, x, z, hidden, *tensors = ctx.saved_tensors
         mask = mask if ctx.redraw is None else ctx.redraw(x)
-        z = z if mask is None else torch.where(mask, x, 0)
         needs_x, needs_z, _, _, _, _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # for a second derivative, which the equations have
-            return _derivable(dys, x, z, ctx, tensors)
+            return _derivable(dys, x, z if mask is None else torch.where(mask, x, 0), ctx, tensors)
         numbers, biases, lora_As, lora_Bs = by_role(tensors, len(dys))
         _, *needs = by_role(needs, len(dys))
-        g, scaling, found = through_updates(dys, x if z is None else z, hidden, ctx.scalings, lora_As, lora_Bs, needs)
+        g, scaling = through_updates(dys, x, ctx.scalings, lora_Bs)
         through = None
         if needs_z or (needs_x and (mask is not None or not ctx.apart)):
             through = matmul(g, torch.cat(lora_As), scaling)
@@ -91,6 +93,8 @@ class _OwnLoraLinears(torch.autograd.Function):
         dx = None
         if needs_x:
             dx = _through_layers(dys, x, biases, numbers, ctx.features, None if needs_z else through)
+        z = z if mask is None else torch.where(mask, x, 0)
+        found = of_updates(dys, x if z is None else z, hidden, g, ctx.scalings, lora_As, needs)
         return dx, through if needs_z else None, None, None, None, None, *[None] * len(dys), *found
 
 

@@ -30,26 +30,32 @@ def apart(scalings: Sequence[float]) -> tuple[float, list[float]]:
 
 
 def through_updates(
+    dys: Sequence[Tensor | None], z: Tensor, scalings: Sequence[float], lora_Bs: Sequence[Tensor]
+) -> tuple[Tensor, float]:
+    """g (rows, Σ rᵢ), and s. A layer whose output nobody used has no dy, and zeros in g."""
+    scaling, own = apart(scalings)
+    each = [
+        z.new_zeros(z.shape[0], lora_B.shape[1]) if dy is None else matmul(dy, lora_B, factor)
+        for dy, lora_B, factor in zip(dys, lora_Bs, own)
+    ]
+    return each[0] if len(each) == 1 else torch.cat(each, -1), scaling
+
+
+def of_updates(
     dys: Sequence[Tensor | None],
     z: Tensor,
     hidden: Tensor,
+    g: Tensor,
     scalings: Sequence[float],
     lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
     needs: Sequence[Sequence[bool]],
-) -> tuple[Tensor, float, list[Tensor | None]]:
-    """g (rows, Σ rᵢ), s, and the gradients of all biases, As and Bs: those that are needed, None for the others.
+) -> list[Tensor | None]:
+    """The gradients of all biases, As and Bs: those that are needed, None for the others.
 
-    `hidden` is (rows, Σ rᵢ), too. A layer whose output nobody used has no dy, and its tensors get no gradients.
+    `hidden` and g are (rows, Σ rᵢ). A layer whose output nobody used has no dy, and its tensors get no gradients.
     """
     needs_biases, needs_As, needs_Bs = needs
-    ranks = [lora_A.shape[0] for lora_A in lora_As]
-    scaling, own = apart(scalings)
-    each = [
-        z.new_zeros(z.shape[0], rank) if dy is None else matmul(dy, lora_B, factor)
-        for dy, lora_B, factor, rank in zip(dys, lora_Bs, own, ranks)
-    ]
-    g = each[0] if len(each) == 1 else torch.cat(each, -1)
+    ranks, scaling = [lora_A.shape[0] for lora_A in lora_As], apart(scalings)[0]
     all_As = over_rows(g, z, scaling).split(ranks) if any(needs_As) else [None] * len(dys)
     d_biases = [dy.sum(0) if needed and dy is not None else None for needed, dy in zip(needs_biases, dys)]
     d_As = [d_A if needed and dy is not None else None for d_A, needed, dy in zip(all_As, needs_As, dys)]
@@ -57,4 +63,4 @@ def through_updates(
         over_rows(dy, part, factor) if needed and dy is not None else None
         for needed, dy, part, factor in zip(needs_Bs, dys, hidden.split(ranks, -1), scalings)
     ]
-    return g, scaling, [*d_biases, *d_As, *d_Bs]
+    return [*d_biases, *d_As, *d_Bs]

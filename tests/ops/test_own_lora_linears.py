@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorafx.ops.own_lora_linears import own_lora_linears, reference
+from lorafx.ops.own_lora_linears import of_updates, own_lora_linears, reference
 from lorafx.tree.own_layers import number_of, run_by_itself
 
 DOUBLE = torch.float64
@@ -76,6 +77,21 @@ def test_the_code_runs_once_and_one_dense_weight_is_alive():
     sum(y.sin().sum() for y in ys).backward()
     assert [layer.calls for layer in layers] == [1, 1]
     assert Layer.most == 1 and all(ref() is None for ref in Layer.alive)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_updates_come_when_no_dense_weight_is_there(monkeypatch, dropout):
+    layers, x, biases, lora_As, lora_Bs = given()
+    made = []
+
+    def noted(*args):
+        made.append(len(Layer.alive) > 0 and all(ref() is None for ref in Layer.alive))
+        return of_updates(*args)
+
+    monkeypatch.setattr(sys.modules["lorafx.ops.own_lora_linears"], "of_updates", noted)
+    Layer.alive = []
+    sum(y.sum() for y in call(own_lora_linears, layers, x, biases, None, lora_As, lora_Bs, dropout=dropout)).backward()
+    assert made == [True]
 
 
 def test_an_output_that_nobody_used_gives_no_gradient():
