@@ -10,7 +10,7 @@ Query heads that share keys and values are rows of one block, so that nothing is
 
 torch's kernel goes by 32 or 64 queries of one head at a time, too few for fast products; for long sequences it takes
 more. On two cores of an AMD EPYC that multiplies bfloat16, a training step of the bench's train-bf16 takes 1.031 of the
-frozen base's time by blocks and 1.109 without, one of train-bf16-512 0.955 and 1.120 (docs/performance.md).
+frozen base's time by blocks and 1.109 without, one of train-bf16-512 0.955 and 1.120 (docs/experiments.md).
 """
 
 from __future__ import annotations
