@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..errors import AdapterError, ConfigError, warn
 from ..tree.mirror import mirrored
 from .adaptation import of
 from .adapted_model import AdaptedModel
+from .preprocessing import given, in_mode
 
 _MOST = 1000  # batches
 
@@ -46,12 +46,17 @@ def rows_of_tokens(layer_input: Tensor, mask: Tensor | None, layer_name: str) ->
     return layer_input.flatten(0, -2) if mask is None else layer_input[mask]
 
 
+def by_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Call a model with a batch."""
+    return model(**inputs)
+
+
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: AdaptedModel,
     dataloader: Iterable[Any] | None = None,
     eva_state_dict: Mapping[str, Tensor] | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] = lambda model, inputs: model(**inputs),
+    forward_fn: Callable[[nn.Module, Any], Any] = by_keywords,
     prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = chosen_tokens,
     prepare_layer_inputs_fn: Callable[[Any, Any, str], Tensor] = rows_of_tokens,
     adapter_name: str = "default",
@@ -93,7 +98,7 @@ def initialize_lora_eva_weights(
 def get_eva_state_dict(
     model: AdaptedModel,
     dataloader: Iterable[Any],
-    forward_fn: Callable[[nn.Module, Any], Any] = lambda model, inputs: model(**inputs),
+    forward_fn: Callable[[nn.Module, Any], Any] = by_keywords,
     prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = chosen_tokens,
     prepare_layer_inputs_fn: Callable[[Any, Any, str], Tensor] = rows_of_tokens,
     adapter_name: str = "default",
@@ -107,24 +112,29 @@ def get_eva_state_dict(
     ranks = {site.module: rank(site, config) for site in sites}
     most = max((round(config.start["rho"] * r) for r in ranks.values()), default=0)
     looks = _Looks(base, dict.fromkeys(ranks, most), prepare_layer_inputs_fn)
-    before = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
-        with looks:
-            seen = 0
-            for inputs in tqdm(itertools.cycle(dataloader), "eva", disable=not show_progress_bar):
-                inputs, seen = _placed(inputs, base), seen + 1
-                looks.given = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(inputs, config)
-                forward_fn(base, inputs)
-                found = looks.components(ranks, config.start)
-                if found is not None:
-                    return found
-                if seen > _MOST:
-                    raise AdapterError(f"after {seen} batches the components still turn; lower `tau`")
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-    raise ConfigError("the dataloader is empty")
+    with in_mode(base, training=False), looks:
+        for seen, inputs in enumerate(tqdm(_again_and_again(dataloader), "eva", disable=not show_progress_bar), 1):
+            inputs = _placed(inputs, base)
+            looks.given = None if prepare_model_inputs_fn is None else prepare_model_inputs_fn(inputs, config)
+            forward_fn(base, inputs)
+            if (found := looks.components(ranks, config.start)) is not None:
+                return found
+            if seen == _MOST:
+                raise AdapterError(
+                    f"after {seen} batches the components still turn: lower `tau`, or give batches of more tokens than "
+                    f"{most} that count"
+                )
+    raise ConfigError("the dataloader is empty, or ended and cannot be gone through again")
+
+
+def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches from the first to the last, and from the first again; none if there is none any more."""
+    is_empty = False
+    while not is_empty:
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
 
 
 def _placed(inputs: Any, base: nn.Module) -> Any:
@@ -183,12 +193,13 @@ class _Looks(contextlib.ExitStack):
 
     def __enter__(self) -> _Looks:
         for name in self.found:
-            hook = self.base.get_submodule(name).register_forward_pre_hook(functools.partial(self._look, name))
+            look = functools.partial(self._look, name)
+            hook = self.base.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
             self.callback(hook.remove)
         return self
 
-    def _look(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x, (last, leader) = args[0], self._last
+    def _look(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, (last, leader) = given(args, kwargs), self._last
         leader = self.leaders.setdefault(name, leader if x is last and leader in self.leaders else name)
         self._last = x, leader
         if leader == name:

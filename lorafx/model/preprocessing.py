@@ -7,6 +7,8 @@ beside each weight (`adapters/notes.py`); `compile` and `add_adapter` find it th
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -46,7 +48,8 @@ def preprocess_corda(model: nn.Module, lora_config: Config, run_model: Callable[
     with _prepared(model, lora_config, "corda", training=False) as sites, contextlib.ExitStack() as hooks:
         for site in sites:
             sums[site.name] = [0, 0]
-            hook = model.get_submodule(site.module).register_forward_pre_hook(_counting(site, sums[site.name]))
+            look = functools.partial(_look, sums[site.name])
+            hook = model.get_submodule(site.module).register_forward_pre_hook(look, with_kwargs=True)
             hooks.callback(hook.remove)
         run_model()
     for site in sites:
@@ -55,20 +58,23 @@ def preprocess_corda(model: nn.Module, lora_config: Config, run_model: Callable[
         note(tensor_at(model, site.weight), "corda", total / count)
 
 
-def _counting(site: Site, sums: list[Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
-        x = x / x.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        sums[0], sums[1] = sums[0] + x.t() @ x, sums[1] + 1
+def _look(sums: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = given(args, kwargs).detach().flatten(0, -2).float()
+    x = x / x.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    sums[0], sums[1] = sums[0] + x.t() @ x, sums[1] + 1
 
-    return look
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a linear layer is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callable[[], object]) -> None:
-    """Estimate the gradients of a base's weights, for `init_lora_weights="lora_ga"`, as PEFT's function does.
+    """Look at the gradients of a base's weights, for `init_lora_weights="lora_ga"`, as PEFT's function does.
 
-    Call it before `lorafx.compile(model, lora_config)`, and keep the weights as they are in between. The gradient of
-    each linear layer that the config adapts, of its shape, is kept while the base lives.
+    Call it before `lorafx.compile(model, lora_config)`, and keep the weights as they are in between. Of each linear
+    layer that the config adapts it keeps the mean gradient of its weight over all calls of `backward`, in float32,
+    while the base lives.
 
     Args:
         train_step: runs the base, in training mode, forward and backward on sample data, once or several times; it need
@@ -81,12 +87,14 @@ def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callabl
         found = _gradients(model, list(weights.values()), train_step)
     for (site, weight), gradient in zip(weights.items(), found):
         _require_seen(site, int(gradient is not None), gradient)
-        note(weight, "lora_ga", gradient.float())  # type: ignore[union-attr]
+        note(weight, "lora_ga", gradient)  # type: ignore[arg-type]
 
 
 def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[], object]) -> list[Tensor | None]:
-    """The gradients of these weights by a function that calls backward."""
+    """The mean gradients of these weights by a function that calls backward."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    calls: Counter[Tensor] = Counter()
+    hooks = [weight.register_post_accumulate_grad_hook(lambda each: calls.update([each])) for weight in weights]
     try:
         for parameter in before:
             parameter.grad = None
@@ -95,8 +103,10 @@ def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[],
             weight.requires_grad_()
         with torch.enable_grad():
             train_step()
-        return [weight.grad for weight in weights]
+        return [None if weight.grad is None else weight.grad.float() / calls[weight] for weight in weights]
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, (trains, gradient) in before.items():
             parameter.requires_grad_(trains)
             parameter.grad = gradient
@@ -114,10 +124,17 @@ def _prepared(model: nn.Module, lora_config: Config, init: str, training: bool) 
     for site in sites:
         if site.reading not in (LINEAR, CONV1D) or site.storage != DENSE:
             raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` is for linear layers that are not quantised")
+    with in_mode(model, training):
+        yield sites
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within the `with` block a model is in training or in eval mode; then each module is in its own again."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        yield sites
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

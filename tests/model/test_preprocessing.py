@@ -27,7 +27,7 @@ class Net(nn.Module):
         self.first, self.second, self.idle = nn.Linear(6, 9), Conv1D(5, 9), nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
+        return self.second(x=torch.tanh(self.first(input=x)))
 
 
 def net() -> tuple[Net, list[torch.Tensor]]:
@@ -49,7 +49,8 @@ def product(lora: nn.Module, name: str) -> torch.Tensor:
 def test_corda_takes_what_the_data_uses_most_or_least(method):
     base, data = net()
     given: list[torch.Tensor] = []
-    hook = base.second.register_forward_pre_hook(lambda module, args: given.append(args[0].flatten(0, -2)))
+    look = lambda module, args, kwargs: given.append(kwargs["x"].flatten(0, -2))  # noqa: E731
+    hook = base.second.register_forward_pre_hook(look, with_kwargs=True)
     expected = [base(x) for x in data]
     hook.remove()
     before = base.second.weight.detach().t().clone()
@@ -84,16 +85,18 @@ def test_what_was_found_counts_for_the_weights_as_they_were():
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("scale", ["stable", "gd_scale", "unit"])
 def test_loraga_is_pefts(direction, scale):
-    """A gradient of seven tokens at most has that rank, so that PEFT's random approximation of it is exact."""
+    """The mean of two calls. Weights of six columns at most have gradients of that rank, so that PEFT's random
+    approximation is exact.
+    """
     base, data = net()
     theirs, how = copy.deepcopy(base), {"direction": direction, "scale": scale}
     asked = config("lora_ga", **how)
     settings = asked.to_dict() | {"lora_ga_config": LoraGAConfig(**how), "target_modules": ["first"], "peft_type": None}
     their = peft.LoraConfig(**{key: value for key, value in settings.items() if key in peft.LoraConfig().to_dict()})
-    preprocess_loraga(theirs, their, lambda: theirs(data[0]).square().sum().backward())
+    preprocess_loraga(theirs, their, lambda: [theirs(x).square().sum().backward() for x in data[:2]])
     theirs = peft.get_peft_model(theirs, their)
     base.idle.weight.grad = torch.ones(3, 4)
-    lorafx.preprocess_loraga(base, asked, lambda: base(data[0]).square().sum().backward())
+    lorafx.preprocess_loraga(base, asked, lambda: [base(x).square().sum().backward() for x in data[:2]])
     assert base.idle.weight.grad.eq(1).all() and base.first.weight.grad is None and base.first.bias.requires_grad
     lora = lorafx.compile(base, asked)
     for half in ("lora_A", "lora_B"):  # a singular vector may point either way
