@@ -23,6 +23,11 @@ def noted(weight: Tensor, purpose: str) -> Tensor | None:
     return known[1] if known and known[0] == purpose and known[2] == version_of(weight) else None
 
 
+def forget(weight: Tensor) -> None:
+    """Forget what was noted of a weight: a matrix of its size, or more."""
+    _notes.pop(weight, None)
+
+
 def pass_on(weight: Tensor, copy: Tensor) -> None:
     """Have what is noted of a weight be noted of a copy of it, too."""
     known = _notes.get(weight)

@@ -59,6 +59,11 @@ def _reading(path: str, name: str, module: nn.Module, parameter: nn.Parameter) -
             f"`target_parameters` names {path}, the weight of a {type(module).__name__}: put the module into "
             "`target_modules` instead, which also knows how such a layer reads it"
         )
+    if path == name:
+        raise SelectionError(
+            f"`target_parameters` names {path}, which is the model's own and no layer's: as in PEFT, no adapter can be "
+            "beside that; put the model into a module of yours, which gives it a name"
+        )
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise SelectionError(
             f"`target_parameters` names {path}, which {type(module).__name__} keeps as {parameter.dtype}: "

@@ -15,6 +15,7 @@ from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove
 from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import config_of
+from ..adapters.notes import forget
 from ..adapters.slots import put, used
 from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers
@@ -141,6 +142,7 @@ class Adapters(Scales):
         """Leave base weights with what start values were not taken out of."""
         for site, tensors in rests.items():
             Target(site.weight, storage=site.storage).write(self.tree, tensors)
+            forget(tensor_at(self.tree, site.weight))
 
     def _warn_of_biases(self, adapter: Adapter) -> None:
         """Say that an adapter that trains biases cannot be active beside another that trains the same."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,34 +21,54 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from ..adapters.adapter import plan
+from ..adapters.adapter import Adapter, plan
 from ..adapters.kinds.lora import pattern_value, rank
 from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.site import Site
 from ..errors import AdapterError, ConfigError, warn
+from ..tree.attached import named_own_modules
 from ..tree.mirror import mirrored
 from .adaptation import of
 from .adapted_model import AdaptedModel
-from .preprocessing import given, in_mode
+from .preprocessing import given, in_mode, rows_of
 
 _MOST = 1000  # batches
+_ROUNDING = 1e-5  # of its mean, by which rows may differ that would be one, without rounding
 
 
 def chosen_tokens(inputs: Mapping[str, Tensor], config: Any) -> Tensor:
-    """Which tokens count, (batch, length): those of `attention_mask`, but for those whose label is masked."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    if config.start["use_label_mask"] and "labels" in inputs:
-        mask = mask & (inputs["labels"] != config.start["label_mask_value"])
+    """Which tokens count, (batch, length): those of `attention_mask`, but for those whose label is masked.
+
+    Labels of whole sequences, as a classifier has them, say nothing of tokens.
+    """
+    if not isinstance(inputs, Mapping) or not inputs.keys() & {"attention_mask", "input_ids"}:
+        raise ConfigError(
+            "which tokens count is not told by a batch without `attention_mask` and `input_ids`: give "
+            "`prepare_model_inputs_fn=None` if all do, or a function that says which"
+        )
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    if config.start["use_label_mask"] and labels is not None and labels.shape == mask.shape:
+        mask = mask & (labels != config.start["label_mask_value"])
     return mask
 
 
 def rows_of_tokens(layer_input: Tensor, mask: Tensor | None, layer_name: str) -> Tensor:
     """(batch, length, in), or any (…, in) without a mask -> (n, in): the rows that count."""
-    return layer_input.flatten(0, -2) if mask is None else layer_input[mask]
+    if mask is None:
+        return rows_of(layer_input)
+    if mask.shape != layer_input.shape[:-1]:
+        raise AdapterError(
+            f"{layer_name} is given a tensor {tuple(layer_input.shape)}, and which tokens count is told by one "
+            f"{tuple(mask.shape)}: give a `prepare_layer_inputs_fn` that chooses its rows"
+        )
+    return layer_input[mask]
 
 
 def by_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Call a model with a batch."""
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"a batch is a {type(inputs).__name__}, and no dict: give a `forward_fn(model, batch)`")
     return model(**inputs)
 
 
@@ -77,13 +98,12 @@ def initialize_lora_eva_weights(
         prepare_model_inputs_fn: from a batch and the config, what `prepare_layer_inputs_fn` is given; None for None.
         prepare_layer_inputs_fn: from what a layer is given, that, and the layer's name, rows (n, in) to look at.
 
-    Raises `AdapterError` for an unknown or merged adapter, one that acts with others, and batches that are too small;
-    `ConfigError` for one of other start values. The model is as it was in each case.
+    Raises `AdapterError` for an unknown adapter, one that acts with others, while any is merged, for batches that are
+    too small or not finite, and for values that do not fit; `ConfigError` for one of other start values, and batches
+    that the functions above do not know. The model is as it was in each case.
     """
     adapted = of(model)
-    adapter = adapted._require_unmerged(adapter_name, "giving it start values")
-    if adapter.config.init_lora_weights != "eva":  # type: ignore[attr-defined]
-        raise ConfigError(f'{adapter_name!r} is not of `init_lora_weights="eva"`')
+    _require_eva(model, adapter_name)
     if len(adapted.active_adapters) > 1:
         raise AdapterError("other adapters act, too: activate this one alone first")
     if eva_state_dict is None:
@@ -105,11 +125,9 @@ def get_eva_state_dict(
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
     """A (rank, in) by the name of each linear module that the adapter is at. See `initialize_lora_eva_weights`."""
-    adapted = of(model)
-    adapter, base = adapted._adapter(adapter_name), adapted._lorafx.base
+    adapter, base = _require_eva(model, adapter_name), of(model)._lorafx.base
     config: Any = adapter.config
-    sites = [site for site in adapter.selection if site.reading in (LINEAR, CONV1D)]
-    ranks = {site.module: rank(site, config) for site in sites}
+    ranks = {name: rank(site, config) for name, site in _linear(adapter).items()}
     most = max((round(config.start["rho"] * r) for r in ranks.values()), default=0)
     looks = _Looks(base, dict.fromkeys(ranks, most), prepare_layer_inputs_fn)
     with in_mode(base, training=False), looks:
@@ -120,11 +138,25 @@ def get_eva_state_dict(
             if (found := looks.components(ranks, config.start)) is not None:
                 return found
             if seen == _MOST:
-                raise AdapterError(
-                    f"after {seen} batches the components still turn: lower `tau`, or give batches of more tokens than "
-                    f"{most} that count"
-                )
+                raise AdapterError(f"after {seen} batches {looks.lacking()}")
     raise ConfigError("the dataloader is empty, or ended and cannot be gone through again")
+
+
+def _require_eva(model: AdaptedModel, name: str) -> Adapter:
+    """The adapter of this name, if it can be given start values now."""
+    adapted = of(model)
+    adapter = adapted._adapter(name)
+    if getattr(adapter.config, "init_lora_weights", None) != "eva":
+        raise ConfigError(f'{name!r} is not of `init_lora_weights="eva"`')
+    if merged := adapted._lorafx.ledger.names:
+        raise AdapterError(f"{', '.join(map(repr, merged))} merged into the base: call `unmerge_adapter()` first")
+    return adapter
+
+
+def _linear(adapter: Adapter) -> dict[str, Site]:
+    """The sites that get their start values from data, by the names of their modules."""
+    sites = (site for site in adapter.selection if site.reading in (LINEAR, CONV1D))
+    return {site.module: site for site in sites if site.named == site.module}
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
@@ -140,6 +172,8 @@ def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
 def _placed(inputs: Any, base: nn.Module) -> Any:
     """The inputs where the base's first parameter is."""
     device = next((parameter.device for parameter in base.parameters() if not parameter.is_meta), torch.device("cpu"))
+    if hasattr(inputs, "to"):
+        return inputs.to(device)
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
 
 
@@ -153,9 +187,7 @@ class _Components:
     mean: Any = 0.0
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     directions: Tensor = field(default_factory=lambda: torch.empty(0))
-    steady: Tensor = field(
-        default_factory=lambda: torch.empty(0)
-    )  # by how much each direction has not turned, a cosine
+    steady: Tensor = field(default_factory=lambda: torch.empty(0))  # how little each direction has turned, a cosine
 
     def update(self, rows: Tensor) -> None:
         """Take rows (n, in) in, of which there have to be as many as components."""
@@ -177,8 +209,9 @@ class _Components:
 
     @property
     def explained(self) -> Tensor:
-        """Which share of the rows' variance each component explains, (k,)."""
-        return self.values.square() / self.spread.clamp(min=torch.finfo(self.values.dtype).tiny)
+        """Which share of the rows' variance each component explains, (k,); none where rows differ by rounding alone."""
+        rounding = self.count * (_ROUNDING * self.mean).square().sum()
+        return self.values.square() / self.spread if self.spread > rounding else torch.zeros_like(self.values)
 
 
 class _Looks(contextlib.ExitStack):
@@ -200,10 +233,14 @@ class _Looks(contextlib.ExitStack):
 
     def _look(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, (last, leader) = given(args, kwargs), self._last
-        leader = self.leaders.setdefault(name, leader if x is last and leader in self.leaders else name)
+        shares = x is last and self.rows is rows_of_tokens  # any other function may choose by the layer's name
+        leader = self.leaders.setdefault(name, leader if shares else name)
         self._last = x, leader
         if leader == name:
-            self.found[name].update(self.rows(x.detach(), self.given, name).float())
+            rows = self.rows(x.detach(), self.given, name).float()
+            if not rows.isfinite().all():
+                raise AdapterError(f"{name}: the data gives numbers that are not finite there")
+            self.found[name].update(rows)
 
     def components(self, ranks: Mapping[str, int], start: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """A (rank, in) by name, with as many rows in all as `ranks`; None while components that are needed turn."""
@@ -211,15 +248,26 @@ class _Looks(contextlib.ExitStack):
         if len(found) < len(self.found) or not all(each.count for each in found.values()):
             return None
         given = Counter(_best(found, ranks, start["rho"]))
-        if any((found[name].steady[: given[name]] < start["tau"]).any() for name in found):
+        if not given or any((found[name].steady[: given[name]] < start["tau"]).any() for name in found):
             return None
         return {name: _rows(each, given[name], start["whiten"]) for name, each in found.items()}
+
+    def lacking(self) -> str:
+        """Why there are no components yet."""
+        few = [name for name in self.found if not self.found[self.leaders.get(name, name)].count]
+        if few:
+            return (
+                f"there was none that gave {', '.join(few[:5])} at least {self.found[few[0]].most} rows that count: "
+                "give larger ones that reach all layers, or exclude these"
+            )
+        return "the components still turn, or what layers are given never varies: lower `tau`, or give larger batches"
 
 
 def _best(found: Mapping[str, _Components], ranks: Mapping[str, int], rho: float) -> list[str]:
     """Names of layers, one for each component that explains most of its layer's inputs, as many as there are ranks."""
     pairs = [(float(share), name) for name in found for share in found[name].explained[: round(rho * ranks[name])]]
-    return [name for _, name in sorted(pairs, key=lambda pair: -pair[0])[: sum(ranks.values())]]
+    best = sorted((pair for pair in pairs if pair[0] > 0), key=lambda pair: -pair[0])
+    return [name for _, name in best[: sum(ranks.values())]]
 
 
 def _rows(found: _Components, r: int, whiten: bool) -> Tensor:
@@ -232,39 +280,70 @@ def _give(model: AdaptedModel, name: str, found: Mapping[str, Tensor]) -> None:
     adapted = of(model)
     adapter, active = adapted._adapter(name), adapted.active_adapters
     config: Any = adapter.config
-    sites = {site.module: site for site in adapter.selection}
-    if unknown := sorted(found.keys() - sites.keys()):
-        raise AdapterError(f"{name!r} is not at {', '.join(unknown)}")
-    if rest := sorted(sites.keys() - found.keys()):
+    sites = _linear(adapter)
+    _require_fit(name, sites, found)
+    given = {sites[module]: rows for module, rows in found.items()}
+    if rest := sorted(site.name for site in adapter.selection if site not in given):
         warn(f"EVA is for linear layers; these keep the start values they had: {', '.join(rest)}")
-    ranks = {module: len(found[module]) if module in found else rank(site, config) for module, site in sites.items()}
-    changed = _redistributed(config, sites, ranks)
+    ranks = {site: len(given[site]) if site in given else rank(site, config) for site in adapter.selection}
+    changed = _redistributed(config, ranks, [path for path, _ in named_own_modules(adapted.tree)])
     plan(mirrored(adapted.tree), name, changed)  # which refuses what cannot be, before anything is changed
     kept = {
-        site.module: {suffix: tensor.clone() for suffix, tensor in adapter.tensors_at(adapted.tree, site).items()}
+        site: {suffix: tensor.clone() for suffix, tensor in adapter.tensors_at(adapted.tree, site).items()}
         for site in adapter.selection
     }
+    is_wide = any(tensor.dtype == torch.float32 for tensors in kept.values() for tensor in tensors.values())
     adapted.delete_adapter(name)
-    adapted.add_adapter(name, changed)
+    adapted.add_adapter(name, changed, autocast_adapter_dtype=is_wide)
     adapted.set_adapter(active)
     new = adapted._adapter(name)
     for site in new.selection:
-        tensors = new.tensors_at(adapted.tree, site)
-        for suffix, tensor in tensors.items():
-            if site.module not in found:
-                tensor.copy_(kept[site.module][suffix])
-            elif suffix == "lora_A.weight":
-                tensor.copy_(found[site.module])
+        values = {"lora_A.weight": given[site]} if site in given else kept[site]
+        for suffix, tensor in new.tensors_at(adapted.tree, site).items():
+            if suffix in values and not values[suffix].is_meta:  # as those of an adapter without values are
+                tensor.copy_(values[suffix])
 
 
-def _redistributed(config: Any, sites: Mapping[str, Site], ranks: Mapping[str, int]) -> Any:
-    """The config for these ranks by module: without those of rank 0, and with α that keeps the scale of each."""
-    alphas = {name: pattern_value(config.alpha_pattern, site.named, config.lora_alpha) for name, site in sites.items()}
+def _require_fit(name: str, sites: Mapping[str, Site], found: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterError` for values that are none of an adapter's A."""
+    if unknown := sorted(found.keys() - sites.keys()):
+        raise AdapterError(f"{name!r} is not at {', '.join(unknown)}")
+    for module, rows in found.items():
+        if rows.ndim != 2 or rows.shape[1] != sites[module].in_features or not rows.isfinite().all():
+            raise AdapterError(
+                f"{module}: start values are finite numbers (rank, {sites[module].in_features}), and not "
+                f"{tuple(rows.shape)}{'' if rows.isfinite().all() else ' with others among them'}"
+            )
+
+
+def _redistributed(config: Any, ranks: Mapping[Site, int], modules: Iterable[str]) -> Any:
+    """The config for these ranks: without those of rank 0, and with α that keeps the scale of each.
+
+    `modules` are the names of all that the model has.
+    """
+    alphas = {site: pattern_value(config.alpha_pattern, site.named, config.lora_alpha) for site in ranks}
     if config.start["adjust_scaling_factors"]:
-        alphas = {name: alphas[name] * ranks[name] / rank(site, config) for name, site in sites.items()}
-    left = [name for name, r in ranks.items() if r]
+        alphas = {site: alphas[site] * r / rank(site, config) for site, r in ranks.items()}
+    left = [site for site, r in ranks.items() if r]
+    names = list(dict.fromkeys(site.named for site in left if not site.is_parameter))
+    endings = Counter(ending for module in modules for ending in _endings(module))
+    changes: dict[str, Any] = {"target_modules": tuple(names)}
+    if any(endings[name] > 1 for name in names):  # a list of names would mean those that end so, too
+        pattern = "|".join(map(re.escape, names))
+        changes = {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
+
+    def key(name: str) -> str:
+        return f"^{re.escape(name)}" if endings[name] > 1 else name
+
     return config.replace(
-        target_modules=tuple(left),
-        rank_pattern={name: ranks[name] for name in left if ranks[name] != config.r},
-        alpha_pattern={name: alphas[name] for name in left if alphas[name] != config.lora_alpha},
+        rank_pattern={key(site.named): ranks[site] for site in left if ranks[site] != config.r},
+        alpha_pattern={key(site.named): alphas[site] for site in left if alphas[site] != config.lora_alpha},
+        **changes,
     )
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The name, and what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]

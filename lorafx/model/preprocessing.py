@@ -59,7 +59,9 @@ def preprocess_corda(model: nn.Module, lora_config: Config, run_model: Callable[
 
 
 def _look(sums: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x = given(args, kwargs).detach().flatten(0, -2).float()
+    x = rows_of(given(args, kwargs)).detach().float()
+    if not x.numel():
+        return
     x = x / x.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     sums[0], sums[1] = sums[0] + x.t() @ x, sums[1] + 1
 
@@ -67,6 +69,11 @@ def _look(sums: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dic
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a linear layer is called with, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(…, in) -> (n, in)"""
+    return x.reshape(-1, x.shape[-1])
 
 
 def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callable[[], object]) -> None:
@@ -77,8 +84,9 @@ def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callabl
     while the base lives.
 
     Args:
-        train_step: runs the base, in training mode, forward and backward on sample data, once or several times; it need
-            not clear gradients. Only the weights that will be adapted get one.
+        train_step: runs the base, in training mode, forward and backward on sample data, once or several times. Only
+            the weights that will be adapted get a gradient, which is taken away at once: steps of an optimizer change
+            nothing, and whether gradients are cleared makes no difference.
 
     Raises as `preprocess_corda`; gradients that weights already had, and which parameters train, are as before.
     """
@@ -91,10 +99,18 @@ def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callabl
 
 
 def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[], object]) -> list[Tensor | None]:
-    """The mean gradients of these weights by a function that calls backward."""
+    """The mean gradients of these weights, in float32, by a function that calls backward."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    sums: dict[Tensor, Tensor] = {}
     calls: Counter[Tensor] = Counter()
-    hooks = [weight.register_post_accumulate_grad_hook(lambda each: calls.update([each])) for weight in weights]
+
+    def take(weight: Tensor) -> None:
+        assert weight.grad is not None
+        sums[weight] = sums.get(weight, 0) + weight.grad.float()
+        calls[weight] += 1
+        weight.grad = None
+
+    hooks = [weight.register_post_accumulate_grad_hook(take) for weight in weights]
     try:
         for parameter in before:
             parameter.grad = None
@@ -103,7 +119,7 @@ def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[],
             weight.requires_grad_()
         with torch.enable_grad():
             train_step()
-        return [None if weight.grad is None else weight.grad.float() / calls[weight] for weight in weights]
+        return [sums[weight] / calls[weight] if weight in sums else None for weight in weights]
     finally:
         for hook in hooks:
             hook.remove()
@@ -145,3 +161,5 @@ def _require_seen(site: Site, count: int, found: Any) -> None:
         raise AdapterError(f"{site.name} was not reached by the calls: run data through it, or exclude it")
     if not found.isfinite().all():
         raise AdapterError(f"{site.name}: the data gives numbers that are not finite there")
+    if not found.any():
+        raise AdapterError(f"{site.name}: the data gives nothing but zeros there, which say nothing: exclude it")

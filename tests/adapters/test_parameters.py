@@ -43,3 +43,9 @@ def test_experts_that_are_packed_are_refused_by_name(folder):
         lorafx.compile(model, EXPERTS)
     with pytest.raises(ConfigError, match=r"`modules_to_save` would train .*experts, which keeps .* as torch\.uint8"):
         lorafx.compile(model, ATTENTION | {"modules_to_save": ["experts"]})
+
+
+def test_a_parameter_of_the_model_itself_is_refused():
+    model = torch.nn.ParameterDict({"matrix": torch.zeros(3, 5)})
+    with pytest.raises(SelectionError, match="matrix, which is the model's own"):
+        lorafx.compile(model, {"target_parameters": ["matrix"], "target_modules": []})

@@ -13,6 +13,7 @@ from lorafx.model import eva
 from lorafx.testing import adapter_tensors
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
+ALL = {"prepare_model_inputs_fn": None, "show_progress_bar": False}
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
@@ -78,12 +79,52 @@ def test_a_layer_that_is_always_given_the_same_loses_its_adapter():
     torch.manual_seed(0)
     data = [{"x": torch.randn(40, 8), "other": torch.ones(40, 8)} for _ in range(3)]
     lora = lorafx.compile(Two(), {"r": 2, "target_modules": ["a", "b"], "init_lora_weights": "eva"})
-    how = {"prepare_model_inputs_fn": None, "show_progress_bar": False}
-    lorafx.initialize_lora_eva_weights(lora, data * 20, **how)
+    lorafx.initialize_lora_eva_weights(lora, data * 20, **ALL)
     assert [site.name for site in lora.sites] == ["a"] and lora.a.lora_A.default.weight.shape == (4, 8)
     assert lora.peft_config["default"].target_modules == ("a",) and lora.active_adapters == ["default"]
     assert lora.a.lora_A.default.weight.requires_grad and lora.a.lora_B.default.weight.requires_grad
     torch.testing.assert_close(lora(**data[0]), lora.get_base_model()(**data[0]))
+
+
+class Nested(torch.nn.Module):
+    """(n, 8) -> (n, 7): a layer, and one whose name ends in the name of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.inner = torch.nn.Linear(8, 5), torch.nn.ModuleDict({"a": torch.nn.Linear(5, 7)})
+
+    def forward(self, x):
+        return self.inner["a"](self.a(x))
+
+
+@pytest.mark.parametrize("ranks", [{"a": 3, "inner.a": 2}, {"a": 2, "inner.a": 4}, {"a": 4, "inner.a": 0}])
+def test_ranks_are_of_the_layers_that_are_named_so(ranks):
+    lora = lorafx.compile(Nested(), {"r": 2, "target_modules": ["a"], "init_lora_weights": "eva"})
+    found = {name: torch.randn(r, lora.get_submodule(name).in_features) for name, r in ranks.items()}
+    lorafx.initialize_lora_eva_weights(lora, eva_state_dict=found)
+    now = {site.module: lora.get_submodule(site.module).lora_A.default.weight for site in lora.sites}
+    assert now.keys() == {name for name, r in ranks.items() if r}
+    for name, values in now.items():
+        assert torch.equal(values, found[name])
+
+
+def test_layers_that_are_called_by_another_name_and_adapters_without_values_keep_what_they_had():
+    torch.manual_seed(0)
+    base = Nested()
+    base.attention, base.embedding = torch.nn.MultiheadAttention(8, 2), torch.nn.Embedding(6, 8)
+    asked = {"r": 2, "target_modules": ["a", "attention", "embedding"], "init_lora_weights": "eva"}
+    lora = lorafx.compile(base, asked, low_cpu_mem_usage=True)
+    with pytest.warns(match=r"keep .*attention\.out_proj, embedding"):
+        lorafx.initialize_lora_eva_weights(lora, eva_state_dict={"a": torch.ones(3, 8)})
+    assert not any(tensor.is_meta for tensor in adapter_tensors(lora).values())
+    assert [tuple(lora.attention.out_proj.lora_A.default.weight.shape)] == [(2, 8)]
+
+
+def test_a_layer_that_is_given_rounding_alone_gets_no_rank():
+    rows = 0.1 + 1e-8 * torch.randn(40, 8)
+    found = eva._Components(3)
+    found.update(rows)
+    assert found.spread > 0 and not found.explained.any()
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing():
@@ -95,8 +136,28 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
         lorafx.initialize_lora_eva_weights(lora, [], show_progress_bar=False)
     with pytest.raises(AdapterError, match="is not at nowhere"):
         lorafx.initialize_lora_eva_weights(lora, eva_state_dict={"nowhere": torch.zeros(2, 3)})
+    for wrong in (torch.zeros(2, 3), torch.full((2, 16), torch.inf)):
+        with pytest.raises(AdapterError, match=f"{FIRST}: start values are"):
+            lorafx.initialize_lora_eva_weights(lora, eva_state_dict={FIRST: wrong})
+    how = {"forward_fn": lambda model, batch: model(batch["input_ids"]), "show_progress_bar": False}
+    with pytest.raises(ConfigError, match="prepare_model_inputs_fn"):
+        lorafx.initialize_lora_eva_weights(lora, [torch.ones(2, 3)], **how)
+    with pytest.raises(AdapterError, match="prepare_layer_inputs_fn"):
+        lorafx.initialize_lora_eva_weights(lora, batches(), prepare_model_inputs_fn=lambda *_: torch.ones(96), **how)
+    lora.add_adapter("merged", {"target_modules": ["up_proj"]})
+    lora.merge_adapter(["merged"])
+    with pytest.raises(AdapterError, match="'merged' merged into the base"):
+        lorafx.initialize_lora_eva_weights(lora, batches())
+    lora.unmerge_adapter()
+    lora.delete_adapter("merged")
     with pytest.raises(ConfigError, match="not of"):
         lorafx.initialize_lora_eva_weights(lorafx.compile(models.mlp(), {"target_modules": ["up"]}), batches())
+    scaled = lorafx.compile(models.mlp(), {"peft_type": "IA3", "target_modules": ["up"], "feedforward_modules": []})
+    with pytest.raises(ConfigError, match="not of"):
+        lorafx.get_eva_state_dict(scaled, batches())
+    two = lorafx.compile(Two(), {"r": 2, "target_modules": ["a"], "init_lora_weights": "eva"})
+    with pytest.raises(AdapterError, match="a: the data gives numbers that are not finite"):
+        lorafx.get_eva_state_dict(two, [{"x": torch.full((9, 8), torch.nan), "other": torch.ones(9, 8)}], **ALL)
     with pytest.raises(ConfigError, match="rho"):
         adapted(rho=0.5)
     now = adapter_tensors(lora)

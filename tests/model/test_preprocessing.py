@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
+from lorafx.adapters import notes
 from lorafx.errors import AdapterError, ConfigError, SelectionError
 from lorafx.testing import adapter_tensors
 
@@ -106,6 +107,33 @@ def test_loraga_is_pefts(direction, scale):
     torch.testing.assert_close(lora(data[1]), net()[0](data[1]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_training_step_may_clear_gradients_and_step():
+    asked, found = config("lora_ga"), []
+    for clears in (False, True):
+        base, data = net()
+        optimizer = torch.optim.SGD(base.parameters(), 1.0)
+
+        def train(base=base, data=data, optimizer=optimizer, clears=clears):
+            for x in data:
+                base(x).square().sum().backward()
+                if clears:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        lorafx.preprocess_loraga(base, asked, train)
+        found.append(notes.noted(base.first.weight, "lora_ga"))
+    assert torch.equal(*found)
+
+
+def test_rows_of_a_layer_may_be_a_single_one_and_nothing_is_kept_of_what_was_used():
+    base, data = net()
+    asked = config("corda")
+    lorafx.preprocess_corda(base, asked, lambda: [base(x[0, 0]) for x in data] + [base(data[0][:, :0])])
+    assert base.first.weight in notes._notes
+    lorafx.compile(base, asked)
+    assert base.first.weight not in notes._notes
+
+
 def test_random_directions_are_those_of_the_seed():
     starts = []
     for _ in range(2):
@@ -125,6 +153,12 @@ def test_what_cannot_be_asked_is_refused_and_changes_nothing():
         lorafx.preprocess_corda(base, {**config("corda").to_dict(), "target_modules": ["idle"]}, lambda: base(data[0]))
     with pytest.raises(AdapterError, match=r"first: .*not finite"):
         lorafx.preprocess_corda(base, config("corda"), lambda: base(data[0] * torch.nan))
+    with pytest.raises(AdapterError, match=r"first: .*nothing but zeros"):
+        lorafx.preprocess_corda(base, config("corda"), lambda: base(data[0] * 0))
+    wide = {**config("lora_ga").to_dict(), "r": 3}  # and 2 · 3 directions are more than the 5 of the second layer
+    lorafx.preprocess_loraga(base, wide, lambda: base(data[0]).square().sum().backward())
+    with pytest.raises(ConfigError, match=r"second: .*at most rank 2"):
+        lorafx.compile(base, wide)
     with pytest.raises(SelectionError):
         lorafx.preprocess_loraga(base, {**config("lora_ga").to_dict(), "target_modules": ["none"]}, lambda: None)
     with pytest.raises(ConfigError, match="corda_method"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, MergeError
+from ...errors import AdapterError, ConfigError, MergeError
 from ...ops import lora_linear
 from ...ops.modes import autocast_dtype
 from ..combining import Combination
@@ -160,6 +160,8 @@ class Lora(Kind):
             found = _found(site, init, weight)
             found = found.t() if site.reading.transposed and init == "lora_ga" else found
             a, b = from_data(matrix, found, r, scaling, init, config.start, rng)
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise AdapterError(f"{site.name}: what data says of it gives no finite start values; exclude it")
             rest = matrix - scaling * b @ a
         else:
             a, b, rest = taken(matrix, r, scaling, init, config.loftq, rng)
@@ -192,7 +194,8 @@ class Lora(Kind):
             "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
             "alpha_pattern": {key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
         }
-        return config.replace(init_lora_weights=True, loftq_config={}, **changes), joined
+        of_start: dict[str, Any] = {"loftq_config": {}, "corda_config": None, "lora_ga_config": None}
+        return config.replace(init_lora_weights=True, **of_start, **changes), joined
 
     def combined_config(
         self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Combination
@@ -310,8 +313,9 @@ def _require_takable(site: Site, config: LoraConfig, scaling: float) -> None:
         )
     if scaling <= 0:
         raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` needs a `lora_alpha` above 0")
-    if rank(site, config) > min(sizes):
-        raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` gives at most rank {min(sizes)} there")
+    most = min(sizes) // 2 if init == "lora_ga" else min(sizes)  # A and B of LoRA-GA are of different directions
+    if rank(site, config) > most:
+        raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` gives at most rank {most} there")
 
 
 def rank(site: Site, config: Any) -> int:
