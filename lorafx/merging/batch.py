@@ -77,6 +77,7 @@ def merge(root: nn.Module, entries: Sequence[Entry], memory: Memory | None = Non
     except BaseException:
         for entry in entries:
             _undo(root, entry)
+            entry.kept.clear()
         raise
 
 
@@ -165,6 +166,8 @@ class _Block:
 
 def _restored(entry: Entry, kept: Kept, rows: Tensor, guess: Tensor | None) -> Tensor:
     found = kept.restored(rows, guess)
+    if found is None and kept.is_original(rows):
+        return rows
     if found is None:
         raise MergeError(
             f"{entry.target.path} cannot be restored exactly: it has been changed since the merge, or what its "

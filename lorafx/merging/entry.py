@@ -47,7 +47,7 @@ class Target:
 class Entry:
     """One base parameter: what is merged into it, and how to restore the tensors that hold it.
 
-    `dtype` and `device` are those it had. `kept` has the blocks of each of these tensors, once they are merged. `lost`
+    `dtype` and `device` are those it had. `kept` has the blocks of each of these tensors that are merged. `lost`
     is the share of the merged weight that its storage cannot hold, as the Frobenius norm of the one to that of the
     other.
     """
@@ -72,6 +72,11 @@ class Entry:
         """Bytes kept for this parameter; copies of adapters' tensors count with the weight, not again with the bias."""
         copied = sum(source.nbytes for source in self.sources) if self.target.role == "weight" else 0
         return copied + sum(each.nbytes for blocks in self.kept.values() for each in blocks)
+
+    def is_restored(self, root: nn.Module) -> bool:
+        """Whether some of it is as it was before the merge."""
+        tensors = self.target.stored(root)
+        return any(each.is_original(tensors[name][each.rows]) for name in self.kept for each in self.kept[name])
 
     def check(self, root: nn.Module) -> None:
         """Raise `MergeError` where a look at the parameter, but not at its values, says that it cannot be restored."""

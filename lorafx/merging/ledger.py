@@ -113,9 +113,13 @@ class Ledger:
             self._set(root, targets, scratch, safe, progressbar)
         except BaseException:
             then = {target: before.get(target.path) for target in targets}
-            changed = {target: entry for target, entry in then.items() if self.entries.get(target.path) is not entry}
+            changed = {target: entry for target, entry in then.items() if self._is_changed(root, target, entry)}
             self._set(root, {target: entry.sources if entry else () for target, entry in changed.items()}, scratch)
             raise
+
+    def _is_changed(self, root: nn.Module, target: Target, before: Entry | None) -> bool:
+        """Whether a parameter is another than before; an interrupt may come between its restore and the note of it."""
+        return self.entries.get(target.path) is not before or (before is not None and before.is_restored(root))
 
     def _set(
         self,
@@ -133,8 +137,8 @@ class Ledger:
                 del self.entries[entry.target.path]
         with tqdm(total=len(targets), desc="merging", disable=not progressbar) as bar:
             for batch in batches(root, [Entry.of(root, target, s) for target, s in targets.items() if s]):
+                self.entries |= {entry.target.path: entry for entry in batch}  # before an interrupt can come in between
                 merge(root, batch, scratch, safe=safe)
-                self.entries |= {entry.target.path: entry for entry in batch}
                 bar.update(len(batch))
 
 

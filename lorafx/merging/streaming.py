@@ -1,6 +1,6 @@
 """merge: adapters onto a checkpoint on disk, tensor by tensor, without the model in memory.
 
-    W' = round(W + ΔW)        in float64, one rounding, as `merge_and_unload` does it
+    W' = round(W + ΔW)        as `merge_and_unload` does it
 
 What is written is the base's checkpoint: the same files, the same tensors in them, and in some of these other numbers.
 """

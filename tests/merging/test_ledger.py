@@ -10,7 +10,7 @@ from torch import nn
 
 import lorafx
 from lorafx.errors import AdapterError, MergeError
-from lorafx.merging import steps
+from lorafx.merging import ledger, steps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -206,6 +206,27 @@ def test_a_failure_in_unmerging_leaves_it_merged(small_blocks, monkeypatch, fail
     assert bits(model) == merged and lora.merged_adapters == ["default"]
     lora.unmerge_adapter()
     assert bits(model) == original
+
+
+@pytest.mark.parametrize("step", ["merge", "unmerge"])
+def test_an_interrupt_right_after_a_batch_was_written_is_undone_too(small_blocks, monkeypatch, step):
+    model, lora = wide(torch.bfloat16)
+    original = bits(model)
+    if step == "unmerge":
+        lora.merge_adapter()
+    before, real = bits(model), getattr(ledger, step)
+
+    def interrupted(*args, **kwargs):
+        real(*args, **kwargs)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledger, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(lora, f"{step}_adapter")()
+    assert bits(model) == before and bool(lora.merged_adapters) == (step == "unmerge")
+    with lora.disable_adapter():
+        assert bits(model) == original
 
 
 @pytest.mark.parametrize("small", [False, True])
