@@ -18,6 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
 from ..pipeline import Context
+from ..tree.attached import Held
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost
 from .call_key import is_of
@@ -61,7 +62,8 @@ class SiteTable:
     by the path of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers`
     are those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
     `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many
-    calls of a kind were looked at, function by function. Tables for adapters of one form share these two.
+    calls of a kind were looked at, function by function. Tables for adapters of one form share these two. `held` tells
+    whether the adapters' own modules are still those whose tensors are looked up.
     """
 
     weights: tuple[Place, ...]
@@ -70,6 +72,7 @@ class SiteTable:
     acting: dict[str, tuple[tuple[Adapter, Site], ...]]
     owned: dict[str, tuple[list[Place], list[Place]]]
     context: Context
+    held: tuple[Held, ...] = ()
     numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
     hidden: set[Any] = field(default_factory=set)
@@ -84,7 +87,7 @@ class SiteTable:
         for number, places in enumerate((weights, replaced)):
             for place in places:
                 owned.setdefault(place.path.rpartition(".")[0], ([], []))[number].append(place)
-        return cls(weights, replaced, copies, acting, owned, context, _numbers(context))
+        return cls(weights, replaced, copies, acting, owned, context, _held(tree, context), _numbers(context))
 
     def of_others(self, tree: nn.Module, context: Context) -> SiteTable:
         """The table of other adapters of the same form (`is_like`), in the same modules.
@@ -93,7 +96,7 @@ class SiteTable:
         """
         other = object.__new__(SiteTable)
         named = {"context": context, "acting": _acting(context), "copies": _copies(tree, context)}
-        vars(other).update(vars(self), **named, numbers=_numbers(context), reads={})
+        vars(other).update(vars(self), **named, held=_held(tree, context), numbers=_numbers(context), reads={})
         for (func, weight), reads in self.reads.copy().items():
             adapters = [adapter for adapter, _ in other.around(weight)]
             other.reads[func, weight] = tuple([each.of_others(tree, adapters) for each in reads])
@@ -110,6 +113,11 @@ class SiteTable:
             return False  # where rows choose their adapters, weights are read in another way
         pairs = zip(context.adapters, mine.adapters)
         return all(a.is_like(b) and (a.name in context.merged) == (b.name in mine.merged) for a, b in pairs)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether no module of the adapters' has been replaced since."""
+        return all(each.is_in_place for each in self.held)
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
@@ -143,6 +151,10 @@ def _copies(tree: nn.Module, context: Context) -> dict[str, Place]:
         for base, copy in adapter.replaced.items():
             copies.setdefault(base, Place.of(tree, copy))
     return copies
+
+
+def _held(tree: nn.Module, context: Context) -> tuple[Held, ...]:
+    return tuple([Held(tree, adapter.ways) for adapter in context.adapters])
 
 
 def _numbers(context: Context) -> dict[str, int]:
@@ -180,7 +192,7 @@ class SiteTables:
         key = modules, tuple(adapter.call_key for adapter in context.adapters), context.merged, context.numbers
         with self._lock:
             table = self._kept.get(key)
-            if table is None:
+            if table is None or not table.is_in_place:
                 table = self._kept[key] = self._made(tree, context, modules)
                 if len(self._kept) > _TABLES:
                     self._kept.popitem(last=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ class Attached(nn.Module):
 
     What it has of an adapter is found by the adapter's name, as in PEFT's dicts: `q_proj.lora_A["default"]`.
     """
+
+    replaced: ClassVar[int] = 0  # how often somebody has put a module in the place of one in any of these
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._modules.get(name) not in (None, value):
+            Attached.replaced += 1
+        super().__setattr__(name, value)
 
     def __getitem__(self, name: str) -> Any:
         return self._held()[name]
@@ -200,30 +207,40 @@ def trained_paths(root: nn.Module) -> frozenset[str]:
 class Held:
     """What holds an adapter's tensors in a tree, for who asks again and again: the ways there are walked once.
 
-    They are walked anew when a module on these ways has been replaced, and where they lead through somebody's wrapper.
-    What `attach` has made stays where it is.
+    They are to be walked anew when a module on these ways has been replaced, be it one of the adapter's own, and where
+    they lead through somebody's wrapper.
     """
 
     def __init__(self, root: nn.Module, ways: Ways):
         self.root, self.ways = root, ways
         modules = ways.modules(root)
         steps = [(modules[parent], atom, child) for (parent, atom), child in zip(ways.children, modules[1:])]
-        inner = [(parent._modules, atom, child) for parent, atom, child in steps if isinstance(parent, nn.Module)]
-        own = [step for step in inner if not (isinstance(step[2], Attached) and step[0].get(step[1]) is step[2])]
+        own = [(parent._modules, atom, child) for parent, atom, child in steps if _is_watched(parent, atom, child)]
         self._parents, self._atoms = [parent for parent, *_ in own], [atom for _, atom, _ in own]
-        self._children = [child for *_, child in own]
+        self._children, self._replaced = [child for *_, child in own], Attached.replaced
         self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
         self._names = [name for _, name in ways.ends]
 
     def is_of(self, ways: Ways) -> bool:
         """Whether it holds the tensors of these ways, and none has changed."""
-        return self.ways is ways and all(map(is_, map(dict.get, self._parents, self._atoms), self._children))
+        return self.ways is ways and self.is_in_place
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the modules on the ways are those that were there when they were walked."""
+        same = self._replaced == Attached.replaced
+        return same and all(map(is_, map(dict.get, self._parents, self._atoms), self._children))
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors that are there now, or None."""
         found = list(map(dict.get, self._owners, self._names))
         is_there = not any(map(is_, found, repeat(None)))
         return found if is_there else self.ways.tensors(self.root)  # some are no parameters
+
+
+def _is_watched(parent: Any, atom: str, child: Any) -> bool:
+    """Whether a step of a way is to be looked at again. What `attach` has made counts itself what is replaced in it."""
+    return isinstance(parent, nn.Module) and not (isinstance(parent, Attached) and parent._modules.get(atom) is child)
 
 
 def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:

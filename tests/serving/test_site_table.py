@@ -1,5 +1,6 @@
 """The site table: where what the adapters act on lies in a tree."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -39,6 +40,29 @@ def test_weights_copies_and_the_adapters_at_each():
     assert found.copies["second.bias"].tensor is lora.second.trained_bias.default.bias
     weights, replaced = found.owned["second"]
     assert [place.path for place in (*weights, *replaced)] == ["second.weight", "second.bias"]
+
+
+@pytest.mark.parametrize("capture", ["sites", "auto"])
+def test_a_module_of_an_adapters_that_is_replaced_is_looked_up_anew(capture):
+    lora, x = lorafx.compile(Chain(), RANDOM, capture=capture), torch.linspace(-1, 2, 20).view(5, 4)
+    lora.add_adapter("other", RANDOM)
+    for name in ("other", "default"):
+        lora.set_adapter(name)
+        lora(x)
+    for owner, name in ((lora.second.lora_B, "default"), (lora.second, "lora_B"), (lora.first.lora_A, "default")):
+        before = lora(x)
+        new = copy.deepcopy(getattr(owner, name))
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.mul_(-3).sub_(1)
+        setattr(owner, name, new)
+        assert not torch.allclose(lora(x), before)
+        torch.testing.assert_close(lora(x), copy.deepcopy(lora)(x))
+    new = lora.first.lora_A.default.weight
+    lora.set_adapter("other")
+    assert not new.requires_grad
+    lora.set_adapter("default")
+    assert new.requires_grad
 
 
 class ByHand(nn.Linear):

@@ -155,6 +155,13 @@ def test_what_holds_tensors_is_good_until_a_module_is_another():
     vars(owner)["weight"] = weight.detach()
     assert same() and held.is_of(ways)
 
+    model.layers[1].up.lora_A.default = nn.Linear(4, 3)
+    assert not held.is_of(ways)
+    held = Held(model, ways)
+    assert same() and held.is_of(ways)
+    model.layers[1].up.lora_A = nn.ModuleDict({"default": nn.Linear(4, 3)})
+    assert not held.is_of(ways)
+    held = Held(model, ways)
     model.layers[0] = nn.Sequential(model.layers[0])
     assert not held.is_of(ways)
 
