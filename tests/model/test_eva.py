@@ -9,7 +9,7 @@ import torch
 
 import lorafx
 from lorafx.errors import AdapterError, ConfigError
-from lorafx.model import eva
+from lorafx.model import components
 from lorafx.testing import adapter_tensors
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -52,18 +52,6 @@ def test_ranks_are_pefts_and_directions_nearly(tmp_path, rho):
     torch.testing.assert_close(again(**x).logits, lora(**x).logits)
 
 
-def test_components_are_those_of_all_rows_at_once():
-    torch.manual_seed(0)
-    rows = torch.randn(120, 10) * torch.logspace(0, -3, 10) + torch.arange(10.0)
-    found = eva._Components(3)
-    for batch in rows.split(30):
-        found.update(batch)
-    _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    torch.testing.assert_close((found.directions @ vh[:3].t()).abs(), torch.eye(3), rtol=0, atol=2e-2)
-    torch.testing.assert_close(found.values, s[:3], rtol=1e-2, atol=0)
-    torch.testing.assert_close(found.explained, s[:3] ** 2 / (s**2).sum(), rtol=2e-2, atol=0)
-
-
 class Two(torch.nn.Module):
     """(n, 8), (n, 8) -> (n, 5): two layers, each with an input of its own."""
 
@@ -84,6 +72,17 @@ def test_a_layer_that_is_always_given_the_same_loses_its_adapter():
     assert lora.peft_config["default"].target_modules == ("a",) and lora.active_adapters == ["default"]
     assert lora.a.lora_A.default.weight.requires_grad and lora.a.lora_B.default.weight.requires_grad
     torch.testing.assert_close(lora(**data[0]), lora.get_base_model()(**data[0]))
+
+
+def test_a_base_can_be_looked_at_first_and_each_layer_by_a_function_of_its_own():
+    lora, data = adapted(rho=1.0), batches()
+    wanted = lorafx.get_eva_state_dict(lora, data, show_progress_bar=False)
+    found = lorafx.get_eva_state_dict(models.llama(), data, lora.peft_config["default"], show_progress_bar=False)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    chosen = {FIRST: lambda x, mask, name: x[mask][::2]}  # and all other layers by all rows
+    found = lorafx.get_eva_state_dict(lora, data, prepare_layer_inputs_fn=chosen, show_progress_bar=False)
+    other = FIRST.replace("q_proj", "k_proj")
+    assert torch.equal(wanted[FIRST], wanted[other]) and not torch.allclose(found[FIRST], found[other])
 
 
 class Nested(torch.nn.Module):
@@ -120,14 +119,7 @@ def test_layers_that_are_called_by_another_name_and_adapters_without_values_keep
     assert [tuple(lora.attention.out_proj.lora_A.default.weight.shape)] == [(2, 8)]
 
 
-def test_a_layer_that_is_given_rounding_alone_gets_no_rank():
-    rows = 0.1 + 1e-8 * torch.randn(40, 8)
-    found = eva._Components(3)
-    found.update(rows)
-    assert found.spread > 0 and not found.explained.any()
-
-
-def test_what_cannot_be_is_refused_and_changes_nothing():
+def test_what_cannot_be_is_refused_and_changes_nothing(monkeypatch):
     lora = adapted()
     before = {name: tensor.clone() for name, tensor in adapter_tensors(lora).items()}
     with pytest.raises(ConfigError, match="dataloader"):
@@ -152,6 +144,12 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
     lora.delete_adapter("merged")
     with pytest.raises(ConfigError, match="not of"):
         lorafx.initialize_lora_eva_weights(lorafx.compile(models.mlp(), {"target_modules": ["up"]}), batches())
+    with pytest.raises(ConfigError, match="names nowhere"):
+        lorafx.initialize_lora_eva_weights(lora, batches(), prepare_layer_inputs_fn={"nowhere": components.all_rows})
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="each process"):
+        patched.setattr(torch.distributed, "is_initialized", lambda: True)
+        patched.setattr(torch.distributed, "get_world_size", lambda: 2)
+        lorafx.initialize_lora_eva_weights(lora, batches())
     scaled = lorafx.compile(models.mlp(), {"peft_type": "IA3", "target_modules": ["up"], "feedforward_modules": []})
     with pytest.raises(ConfigError, match="not of"):
         lorafx.get_eva_state_dict(scaled, batches())
