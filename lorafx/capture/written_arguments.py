@@ -112,8 +112,11 @@ def pour(old: Any, new: Any) -> Any:
         items = list(map(pour, old, new)) + list(new)[len(old) :]
         old.clear()
         old.extend(items)
-    elif isinstance(old, (dict, UserDict)):
+    elif isinstance(old, dict):
         _pour_items(old, old.items(), new.items())
+    elif isinstance(old, UserDict):  # a batch, of which `new` has the dict, and attributes that are plain
+        pour(old.data, new.data)
+        vars(old).update({name: value for name, value in vars(new).items() if name != "data"})
     elif type(old) in pytree.SUPPORTED_NODES and hasattr(old, "__dict__"):
         _pour_items(vars(old), vars(old).items(), vars(new).items())
     else:

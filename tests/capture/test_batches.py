@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from graphs import adapted
 from torch import nn
 from transformers import BatchEncoding
 
+import lorafx
 from lorafx.errors import CaptureError
 
 
@@ -44,6 +46,25 @@ def test_batches_of_a_tokenizer_are_one_kind_of_call():
         torch.testing.assert_close(given["found"].detach(), (model.up(words) + 3 * update).mean(1))
     first = lora.explain().calls[0]
     assert (first.served_by, first.hits) == ("graph", 2)
+
+
+def test_what_a_model_notes_on_a_batch_is_there_after_a_graph():
+    class Scaled(UserDict):
+        def __getitem__(self, name):
+            return 2 * self.data[name]
+
+    class Counts(nn.Sequential):
+        def forward(self, batch):
+            batch.calls, batch["y"] = batch.calls + 1, super().forward(batch["x"])
+
+    x = torch.randn(4, 5)
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(Counts(nn.Linear(5, 3)), {"target_modules": ["0"]}, capture=capture)
+        given = Scaled(x=x)
+        given.calls = 3
+        lora(given)
+        torch.testing.assert_close(given.data["y"], lora[0](2 * x))
+        assert given.calls == 4 and given.data["x"] is x
 
 
 def test_a_model_that_reads_encodings_has_no_graph():
