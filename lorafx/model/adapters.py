@@ -128,8 +128,10 @@ class Adapters(Scales):
 
     def _require_own_memory(self, adapter: Adapter) -> None:
         """Raise `AdapterError` where taking start values out of a base weight would take them out of another, too."""
+        if not adapter.takes_from_base:
+            return
         shared = Shared(self.tree)
-        for site in adapter.selection if adapter.takes_from_base else ():
+        for site in adapter.selection:
             if objection := shared.objection(site.weight, tensor_at(self.tree, site.weight)):
                 raise AdapterError(f"cannot take start values out of {objection}")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import is_wrapped
+from .attached import named_own_modules
 from .watched import PLAIN_TENSORS
 
 
@@ -27,13 +28,17 @@ def whole_storage_of(tensor: Tensor) -> int:
 
 
 class Shared:
-    """Which tensors of a tree lie in the memory of others: parameters of one storage are no tied weight."""
+    """Which tensors of a model lie in the memory of others: parameters of one storage are no tied weight.
+
+    Those of adapters, of which there may be many, have memory of their own.
+    """
 
     def __init__(self, tree: nn.Module):
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, tensor in (*tree.named_parameters(), *tree.named_buffers()):
-            if _lies_in_memory(tensor):
-                self._by_storage.setdefault(storage_of(tensor), []).append((name, tensor))
+        for path, module in named_own_modules(tree):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and _lies_in_memory(tensor):
+                    self._by_storage.setdefault(storage_of(tensor), []).append((f"{path}.{name}".lstrip("."), tensor))
 
     def objection(self, name: str, tensor: Tensor) -> str:
         """Why a write into a tensor would change more than its own numbers; empty if it would not."""

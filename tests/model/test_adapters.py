@@ -6,6 +6,7 @@ from graphs import Chain, adapted
 
 import lorafx
 from lorafx.errors import AdapterError, ConfigError
+from lorafx.tree import memory
 from lorafx.tree.attached import Held
 
 
@@ -167,6 +168,16 @@ def test_switching_looks_at_the_tensors_of_no_third_adapter(monkeypatch):
     monkeypatch.setattr(Held, "tensors", lambda self: looked.extend(self.ways.paths) or [])
     lora.set_adapter("e")
     assert looked and not [path for path in looked if ".default." not in path and ".e." not in path]
+
+
+def test_adding_and_merging_look_at_the_memory_of_no_other_adapter(monkeypatch):
+    looked, lora = [], adapted(Chain())
+    lora.add_adapter("b", {"target_modules": ["first", "second"]})
+    monkeypatch.setattr(memory, "storage_of", lambda tensor: looked.append(tensor) or 0)
+    lora.add_adapter("c", {"target_modules": ["first", "second"]})
+    assert not looked
+    lora.merge_adapter()
+    assert looked and {id(tensor) for tensor in looked} <= {id(tensor) for tensor in lora.get_base_model().parameters()}
 
 
 def test_several_are_deleted_at_once_or_none():
