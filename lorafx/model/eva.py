@@ -123,11 +123,13 @@ def get_eva_state_dict(
     Before there is an adapter, `model` is the base, and `peft_config` the config that it is to have.
     """
     base, config, sites = _asked(model, peft_config, adapter_name)
-    ranks = {name: rank(site, config) for name, site in _linear(sites).items()}
+    linear = _linear(sites)
+    ranks = {name: rank(site, config) for name, site in linear.items()}
     if isinstance(prepare_layer_inputs_fn, Mapping) and (unknown := prepare_layer_inputs_fn.keys() - ranks.keys()):
         raise ConfigError(f"`prepare_layer_inputs_fn` names {', '.join(sorted(unknown))}, where no adapter will be")
     most = max((round(config.start["rho"] * r) for r in ranks.values()), default=0)
-    looks = Looks(base, dict.fromkeys(ranks, most), prepare_layer_inputs_fn)
+    components = {name: min(most, site.in_features) for name, site in linear.items()}
+    looks = Looks(base, components, prepare_layer_inputs_fn)
     with in_mode(base, training=False), looks:
         for seen, inputs in enumerate(tqdm(_again_and_again(dataloader), "eva", disable=not show_progress_bar), 1):
             inputs = _placed(inputs, base)

@@ -163,6 +163,8 @@ def test_what_cannot_be_asked_is_refused_and_changes_nothing():
         lorafx.preprocess_loraga(base, {**config("lora_ga").to_dict(), "target_modules": ["none"]}, lambda: None)
     with pytest.raises(ConfigError, match="corda_method"):
         config("corda", corda_method="both")
+    with pytest.raises(ConfigError, match="stable_gamma"):
+        config("lora_ga", stable_gamma=0)
     with pytest.raises(ConfigError, match=r"lora_ga_config.* has no gamma"):
         config("lora_ga", gamma=3)
     with pytest.warns(match='`corda_config` has no effect without `init_lora_weights="corda"`'):

@@ -63,9 +63,11 @@ def _check_data(config: LoraConfig) -> None:
                 require(isinstance(value, bool), f"{name}[{key!r}]", value, "True or False")
             else:
                 require(is_number(value), f"{name}[{key!r}]", value, "a number")
-    numbers = config.start if config.init_lora_weights == "eva" else {"rho": 1, "tau": 1}
-    require(numbers["rho"] >= 1, "eva_config['rho']", numbers["rho"], "a number from 1")
-    require(0 <= numbers["tau"] <= 1, "eva_config['tau']", numbers["tau"], "a number from 0 to 1")
+    eva, lora_ga = (_DATA[name] | _fields(getattr(config, name)) for name in ("eva_config", "lora_ga_config"))
+    require(eva["rho"] >= 1, "eva_config['rho']", eva["rho"], "a number from 1")
+    require(0 <= eva["tau"] <= 1, "eva_config['tau']", eva["tau"], "a number from 0 to 1")
+    gamma = lora_ga["stable_gamma"]
+    require(gamma > 0, "lora_ga_config['stable_gamma']", gamma, "a number above 0")
 
 
 def _check_numbers(config: LoraConfig) -> None:
