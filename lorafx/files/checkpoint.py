@@ -355,8 +355,9 @@ def name_of(model: nn.Module) -> str | None:
 
 def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
-    others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
-    if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):
+    chosen = set(sites)
+    others = {name for name, _ in root.named_modules(remove_duplicate=False)} - chosen
+    if not any(name[place + 1 :] in chosen for name in others for place, letter in enumerate(name) if letter == "."):
         return {"target_modules": sites}
     # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
     return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
