@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +77,21 @@ class Selection(Sequence[Site], InNotebooks):
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
+
+    @functools.cached_property
+    def wrappers(self) -> Counter[str]:
+        """In how many layers PEFT wraps each module: one for the module itself, one for each parameter of it."""
+        modules = {site.module for site in self.sites if not site.is_parameter}
+        return Counter(modules) + Counter(site.module for site in self.sites if site.is_parameter)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, list[Site]]:
+        """The sites that are parameters which a config named, in order, by their module."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.is_parameter:
+                found.setdefault(site.module, []).append(site)
+        return found
 
     def __or__(self, other: Selection) -> Selection:
         """The sites of both, each once."""

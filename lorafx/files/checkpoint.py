@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,8 +70,8 @@ def _key_of_site(adapter: Adapter, site: Site) -> str:
 
     PEFT wraps a module for each of these, so that the one that the module has last is outermost.
     """
-    wrapped = [other for other in adapter.selection if other.module == site.module and other.is_parameter]
-    if site in wrapped:
+    if site.is_parameter:
+        wrapped = adapter.selection.parameters[site.module]
         return _key(adapter, site.module) + ".base_layer" * (len(wrapped) - 1 - wrapped.index(site))
     return f"{_key(adapter, site.module)}{site.name.removeprefix(site.module)}"
 
@@ -102,9 +101,7 @@ def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[st
 
 def _key(adapter: Adapter, path: str) -> str:
     """PEFT's key of a module or base tensor: PEFT wraps adapted modules, and what they own is in a `base_layer`."""
-    atoms, sites = path.split("."), adapter.selection
-    wrappers = Counter({site.module for site in sites if not site.is_parameter})
-    wrappers.update(site.module for site in sites if site.is_parameter)
+    atoms, wrappers = path.split("."), adapter.selection.wrappers
     key = atoms[:1]
     for depth, atom in enumerate(atoms[1:], 1):
         key += [*["base_layer"] * wrappers[".".join(atoms[:depth])], atom]
@@ -358,8 +355,9 @@ def name_of(model: nn.Module) -> str | None:
 
 def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
-    others = {name for name, _ in root.named_modules(remove_duplicate=False)}.difference(sites)
-    if not any(name.endswith(tuple(f".{site}" for site in sites)) for name in others):
+    chosen = set(sites)
+    others = {name for name, _ in root.named_modules(remove_duplicate=False)} - chosen
+    if not any(name[place + 1 :] in chosen for name in others for place, letter in enumerate(name) if letter == "."):
         return {"target_modules": sites}
     # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
     return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
