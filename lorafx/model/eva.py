@@ -24,7 +24,7 @@ from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select
 from ..adapters.site import Site
 from ..errors import AdapterError, ConfigError, warn
-from ..tree.attached import named_own_modules
+from ..files.checkpoint import targets_by_name
 from ..tree.mirror import mirrored
 from .adaptation import of
 from .adapted_model import AdaptedModel
@@ -198,7 +198,7 @@ def _give(model: AdaptedModel, name: str, found: Mapping[str, Tensor]) -> None:
     if rest := sorted(site.name for site in adapter.selection if site not in given):
         warn(f"EVA is for linear layers; these keep the start values they had: {', '.join(rest)}")
     ranks = {site: len(given[site]) if site in given else rank(site, config) for site in adapter.selection}
-    changed = _redistributed(config, ranks, [path for path, _ in named_own_modules(adapted.tree)])
+    changed = _redistributed(adapted.tree, config, ranks)
     plan(mirrored(adapted.tree), name, changed)  # which refuses what cannot be, before anything is changed
     kept = {
         site: {suffix: tensor.clone() for suffix, tensor in adapter.tensors_at(adapted.tree, site).items()}
@@ -228,29 +228,22 @@ def _require_fit(name: str, sites: Mapping[str, Site], found: Mapping[str, Tenso
             )
 
 
-def _redistributed(config: Any, ranks: Mapping[Site, int], modules: Iterable[str]) -> Any:
-    """The config for these ranks: without those of rank 0, and with α that keeps the scale of each.
-
-    `modules` are the names of all that the model has.
-    """
+def _redistributed(root: nn.Module, config: Any, ranks: Mapping[Site, int]) -> Any:
+    """The config for these ranks: without those of rank 0, and with α that keeps the scale of each."""
     alphas = {site: pattern_value(config.alpha_pattern, site.named, config.lora_alpha) for site in ranks}
     if config.start["adjust_scaling_factors"]:
         alphas = {site: alphas[site] * r / rank(site, config) for site, r in ranks.items()}
     left = [site for site, r in ranks.items() if r]
     names = list(dict.fromkeys(site.named for site in left if not site.is_parameter))
-    endings = Counter(ending for module in modules for ending in _endings(module))
-    changes: dict[str, Any] = {"target_modules": tuple(names)}
-    if any(endings[name] > 1 for name in names):  # a list of names would mean those that end so, too
-        pattern = "|".join(map(re.escape, names))
-        changes = {"target_modules": pattern, "layers_to_transform": None, "layers_pattern": None}
+    endings = Counter(ending for site in ranks for ending in _endings(site.named))
 
-    def key(name: str) -> str:
+    def key(name: str) -> str:  # a pattern is for all names that end so
         return f"^{re.escape(name)}" if endings[name] > 1 else name
 
     return config.replace(
+        **targets_by_name(root, names),
         rank_pattern={key(site.named): ranks[site] for site in left if ranks[site] != config.r},
         alpha_pattern={key(site.named): alphas[site] for site in left if alphas[site] != config.lora_alpha},
-        **changes,
     )
 
 
