@@ -195,7 +195,6 @@ class Adapters(Scales):
         held, ways = self._lorafx.held, self._adapter(name).ways
         if name not in held or not held[name].is_of(ways):
             held[name] = Held(self.tree, ways)
-            self._lorafx.first.pop(name, None)  # which is looked up again, too
         return held[name].tensors()
 
     @between_calls

@@ -155,9 +155,11 @@ def _require_eva(model: nn.Module, name: str) -> Adapter:
 
 def _asked(model: nn.Module, config: Any, name: str) -> tuple[nn.Module, Any, Iterable[Site]]:
     """The base to run, and the config and sites to run it for: an adapter's, or those of a config for a base."""
-    if config is None or isinstance(model, AdaptedModel):
+    if config is None:
         adapter = _require_eva(model, name)
         return of(model)._lorafx.base, adapter.config, adapter.selection
+    if isinstance(model, AdaptedModel):
+        raise ConfigError("`peft_config` is for a base; the adapters of this model have configs: give `adapter_name`")
     config = config_of(config)
     if getattr(config, "init_lora_weights", None) != "eva":
         raise ConfigError('this is for a `LoraConfig` of `init_lora_weights="eva"`')
@@ -196,7 +198,7 @@ def _give(model: AdaptedModel, name: str, found: Mapping[str, Tensor]) -> None:
     _require_fit(name, sites, found)
     given = {sites[module]: rows for module, rows in found.items()}
     if rest := sorted(site.name for site in adapter.selection if site not in given):
-        warn(f"EVA is for linear layers; these keep the start values they had: {', '.join(rest)}")
+        warn(f"there is nothing for {', '.join(rest)}, which keep the start values they had: EVA is for linear layers")
     ranks = {site: len(given[site]) if site in given else rank(site, config) for site in adapter.selection}
     changed = _redistributed(adapted.tree, config, ranks)
     plan(mirrored(adapted.tree), name, changed)  # which refuses what cannot be, before anything is changed
@@ -204,6 +206,7 @@ def _give(model: AdaptedModel, name: str, found: Mapping[str, Tensor]) -> None:
         site: {suffix: tensor.clone() for suffix, tensor in adapter.tensors_at(adapted.tree, site).items()}
         for site in adapter.selection
     }
+    # The new one gets the dtype of the old, which may have been chosen for it.
     is_wide = any(tensor.dtype == torch.float32 for tensors in kept.values() for tensor in tensors.values())
     adapted.delete_adapter(name)
     adapted.add_adapter(name, changed, autocast_adapter_dtype=is_wide)

@@ -113,7 +113,7 @@ def test_layers_that_are_called_by_another_name_and_adapters_without_values_keep
     base.attention, base.embedding = torch.nn.MultiheadAttention(8, 2), torch.nn.Embedding(6, 8)
     asked = {"r": 2, "target_modules": ["a", "attention", "embedding"], "init_lora_weights": "eva"}
     lora = lorafx.compile(base, asked, low_cpu_mem_usage=True)
-    with pytest.warns(match=r"keep .*attention\.out_proj, embedding"):
+    with pytest.warns(match=r"attention\.out_proj, embedding, inner\.a, which keep"):
         lorafx.initialize_lora_eva_weights(lora, eva_state_dict={"a": torch.ones(3, 8)})
     assert not any(tensor.is_meta for tensor in adapter_tensors(lora).values())
     assert [tuple(lora.attention.out_proj.lora_A.default.weight.shape)] == [(2, 8)]
@@ -144,6 +144,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(monkeypatch):
     lora.delete_adapter("merged")
     with pytest.raises(ConfigError, match="not of"):
         lorafx.initialize_lora_eva_weights(lorafx.compile(models.mlp(), {"target_modules": ["up"]}), batches())
+    with pytest.raises(ConfigError, match="for a base"):
+        lorafx.get_eva_state_dict(lora, batches(), lora.peft_config["default"])
     with pytest.raises(ConfigError, match="names nowhere"):
         lorafx.initialize_lora_eva_weights(lora, batches(), prepare_layer_inputs_fn={"nowhere": components.all_rows})
     with monkeypatch.context() as patched, pytest.raises(ConfigError, match="each process"):
