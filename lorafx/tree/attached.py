@@ -215,19 +215,22 @@ class Held:
         self.root, self.ways = root, ways
         modules = ways.modules(root)
         steps = [(modules[parent], atom, child) for (parent, atom), child in zip(ways.children, modules[1:])]
-        own = [(parent._modules, atom, child) for parent, atom, child in steps if _is_watched(parent, atom, child)]
-        self._parents, self._atoms = [parent for parent, *_ in own], [atom for _, atom, _ in own]
+        inner = [step for step in steps if isinstance(step[0], nn.Module)]
+        direct = [step for step in inner if step[0]._modules.get(step[1]) is step[2]]
+        own = [step for step in direct if not isinstance(step[0], Attached)]  # which count what is replaced in them
+        self._parents, self._atoms = [parent._modules for parent, *_ in own], [atom for _, atom, _ in own]
         self._children, self._replaced = [child for *_, child in own], Attached.replaced
+        self._is_direct = len(direct) == len(inner)
         self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
         self._names = [name for _, name in ways.ends]
 
     def is_of(self, ways: Ways) -> bool:
         """Whether it holds the tensors of these ways, and none has changed."""
-        return self.ways is ways and self.is_in_place
+        return self.ways is ways and self._is_direct and self.is_in_place
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the modules on the ways are those that were there when they were walked."""
+        """Whether the modules on the ways are those that were there when they were walked, wrappers aside."""
         same = self._replaced == Attached.replaced
         return same and all(map(is_, map(dict.get, self._parents, self._atoms), self._children))
 
@@ -236,11 +239,6 @@ class Held:
         found = list(map(dict.get, self._owners, self._names))
         is_there = not any(map(is_, found, repeat(None)))
         return found if is_there else self.ways.tensors(self.root)  # some are no parameters
-
-
-def _is_watched(parent: Any, atom: str, child: Any) -> bool:
-    """Whether a step of a way is to be looked at again. What `attach` has made counts itself what is replaced in it."""
-    return isinstance(parent, nn.Module) and not (isinstance(parent, Attached) and parent._modules.get(atom) is child)
 
 
 def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:
