@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
+from ..errors import AdapterError
 from ..lowering.backend import Backend
 from ..merging.ledger import Ledger
 from ..pipeline import Context
@@ -101,3 +102,11 @@ class Configs(Mapping[str, AdapterConfig]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AdapterError(
+            "the configs of a model's adapters are not written to, as peft's own functions would: "
+            "`add_adapter(name, config)` puts another adapter on the model, `delete_adapter(name)` removes one"
+        )
+
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse

@@ -1,10 +1,12 @@
 """What an adapted model is besides a module tree: who acts, in which order, and what its configs look like."""
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import lorafx
+from lorafx.errors import AdapterError
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def test_configs_are_those_of_now_and_not_to_be_written_to(lora):
     configs = lora.peft_config
     lora.delete_adapter("b")
     assert list(configs) == ["a"] and len(configs) == 1 and configs["a"].r == 2
-    with pytest.raises(TypeError):
+    with pytest.raises(AdapterError, match="add_adapter"):
         configs["b"] = configs["a"]
+    with pytest.raises(AdapterError, match="add_adapter"):
+        peft.get_peft_model(lora, peft.LoraConfig(target_modules=["0"]))
     with pytest.raises(KeyError):
         configs["b"]
