@@ -25,7 +25,7 @@ from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
 from ..errors import CheckpointError, ConfigError
-from ..tree.lookup import given_by, tensor_at
+from ..tree.lookup import endings, given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
 from .disk import Content
 from .folder import replace_folder
@@ -357,7 +357,7 @@ def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
     """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
     chosen = set(sites)
     others = {name for name, _ in root.named_modules(remove_duplicate=False)} - chosen
-    if not any(name[place + 1 :] in chosen for name in others for place, letter in enumerate(name) if letter == "."):
+    if chosen.isdisjoint(ending for name in others for ending in endings(name)):
         return {"target_modules": sites}
     # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
     return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}

@@ -25,11 +25,12 @@ from ..adapters.selection import select
 from ..adapters.site import Site
 from ..errors import AdapterError, ConfigError, warn
 from ..files.checkpoint import targets_by_name
+from ..tree.lookup import endings
 from ..tree.mirror import mirrored
+from ..tree.modes import in_mode
 from .adaptation import of
 from .adapted_model import AdaptedModel
 from .components import Chosen, Looks, rows_of_tokens
-from .preprocessing import in_mode
 
 _MOST = 1000  # batches
 
@@ -238,20 +239,13 @@ def _redistributed(root: nn.Module, config: Any, ranks: Mapping[Site, int]) -> A
         alphas = {site: alphas[site] * r / rank(site, config) for site, r in ranks.items()}
     left = [site for site, r in ranks.items() if r]
     names = list(dict.fromkeys(site.named for site in left if not site.is_parameter))
-    endings = Counter(ending for site in ranks for ending in _endings(site.named))
+    shared = Counter(ending for site in ranks for ending in endings(site.named))
 
     def key(name: str) -> str:  # a pattern is for all names that end so
-        return f"^{re.escape(name)}" if endings[name] > 1 else name
+        return f"^{re.escape(name)}" if shared[name] > 1 else name
 
     return config.replace(
         **targets_by_name(root, names),
         rank_pattern={key(site.named): ranks[site] for site in left if ranks[site] != config.r},
         alpha_pattern={key(site.named): alphas[site] for site in left if alphas[site] != config.lora_alpha},
     )
-
-
-def _endings(name: str) -> Iterator[str]:
-    """The name, and what is left of it after each dot."""
-    while name:
-        yield name
-        name = name.partition(".")[2]

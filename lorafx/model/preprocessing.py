@@ -22,10 +22,13 @@ from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, warn
 from ..tree.lookup import tensor_at
+from ..tree.modes import in_mode
 from ..tree.wrappers import innermost
 
+# What PEFT's `CordaConfig` says of files, and of how they are made.
+_WITHOUT_EFFECT = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
 Config = AdapterConfig | Mapping[str, Any] | Any
 
 
@@ -131,29 +134,19 @@ def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[],
 @contextlib.contextmanager
 def _prepared(model: nn.Module, lora_config: Config, init: str, training: bool) -> Iterator[list[Site]]:
     """The sites of a config for start values by this name, with the base in one mode; then as it was."""
-    config = config_of(lora_config)
+    config: Any = config_of(lora_config)
     if getattr(config, "init_lora_weights", None) != init:
         raise ConfigError(f'this is for a `LoraConfig` of `init_lora_weights="{init}"`')
     if hasattr(innermost(model), "peft_config"):
         raise AdapterError("the model is adapted already: look at the base, before `compile`")
+    if ignored := [name for name in _WITHOUT_EFFECT if config.start.get(name)]:
+        warn(f"`corda_config`'s {', '.join(ignored)} have no effect here: what is found is kept in memory, in float32")
     sites = [site for site in select(model, config) if not site.reading.lookup]
     for site in sites:
         if site.reading not in (LINEAR, CONV1D) or site.storage != DENSE:
             raise ConfigError(f"{site.name}: `init_lora_weights={init!r}` is for linear layers that are not quantised")
     with in_mode(model, training):
         yield sites
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within the `with` block a model is in training or in eval mode; then each module is in its own again."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _require_seen(site: Site, count: int, found: Any) -> None:

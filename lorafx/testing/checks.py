@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .. import api
 from ..model.adaptation import of
 from ..model.adapted_model import AdaptedModel
 from ..tree.lookup import tensor_at
+from ..tree.modes import in_mode
 
 Call = Callable[[nn.Module], Any]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -288,13 +289,6 @@ def assert_roundtrip(lora: AdaptedModel, tmp_path: Path) -> None:
             assert file.read_bytes() == (tmp_path / "second" / place / file.name).read_bytes(), f"{file.name} changed"
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Eval mode within a `with` block; afterwards each module is in the mode that it was in before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return in_mode(model, training=False)

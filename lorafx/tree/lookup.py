@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,13 @@ def tensor_at(root: nn.Module, path: str) -> Tensor:
     found = find_tensor(root, path)
     assert found is not None, path
     return found
+
+
+def endings(path: str) -> Iterator[str]:
+    """The path, and what is left of it after each dot."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:

@@ -291,13 +291,19 @@ class OfCodes(nn.Linear):
         return nn.functional.linear(x, self.weight.codes * self.weight.scale, self.bias)
 
 
-@pytest.mark.parametrize("capture", ["graph", "sites"])
-def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
-    base, x = Layers(OfCodes, depth=2), torch.randn(3, 64)
+def assert_served(make, capture: str) -> lorafx.AdaptedModel:
+    """An adapted model of two such layers, which gives the formula's numbers and trains."""
+    base, x = Layers(make, depth=2), torch.randn(3, 64)
     lora = lorafx.compile(base, CONFIG, capture=capture)
     torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
     lora(x).sum().backward()
     assert all(parameter.grad is not None for parameter in trained(lora))
+    return lora
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_a_weight_of_a_librarys_own_class_of_tensors(capture):
+    assert_served(OfCodes, capture)
 
 
 def rounding(inputs, outputs):
@@ -319,10 +325,6 @@ def rounding(inputs, outputs):
 
 @pytest.mark.parametrize("capture", ["graph", "sites"])
 def test_an_adapter_sees_the_input_of_a_layer_that_rounds_its_own(capture):
-    base, x = Layers(rounding, depth=2), torch.randn(3, 64)
-    lora = lorafx.compile(base, CONFIG, capture=capture)
-    torch.testing.assert_close(lora(x), formula(base, lora, x), **CLOSE)
-    lora(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in trained(lora))
+    lora = assert_served(rounding, capture)
     with pytest.raises(MergeError, match="only the module itself"):
         lora.merge_adapter()

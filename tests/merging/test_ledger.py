@@ -5,37 +5,14 @@ import copy
 import pytest
 import torch
 from graphs import Chain, adapted, change
+from merged_weights import bits, rescale, wide
 from modules import DeeperTied, Tied
 from torch import nn
 
 import lorafx
 from lorafx.errors import AdapterError, MergeError
-from lorafx.merging import ledger, steps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    """Every tensor's bytes: what 'bit for bit' means."""
-    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items()}
-
-
-def wide(dtype=torch.float32, scale=0.05, rank=8) -> tuple[nn.Module, lorafx.AdaptedModel]:
-    """Two layers large enough for byte counts to mean something, ΔW at `scale` of W's scale."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(300, 260), nn.Tanh(), nn.Linear(260, 120)).to(dtype)
-    lora = adapted(model, r=rank, lora_alpha=8)
-    rescale(lora, "default", scale)
-    return model, lora
-
-
-def rescale(lora: lorafx.AdaptedModel, name: str, scale: float) -> None:
-    adapter = lora._lorafx.adapters[name]
-    with torch.no_grad():
-        for site in adapter.selection:
-            added = change(lora, name, site)["weight"].std()
-            factor = scale * lora.get_parameter(site.weight).double().std() / added
-            lora.get_parameter(adapter.tensors[site.name]["lora_B.weight"]).mul_(factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,78 +132,6 @@ def test_safe_merge_refuses_what_is_not_finite(bad):
     assert not model[2].weight.isfinite().all()
     lora.unmerge_adapter()
     assert bits(model) == before
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Weights of a dozen blocks."""
-    monkeypatch.setattr(steps, "_ON_CPU", 10_000)
-
-
-def failing(monkeypatch, model: nn.Module, fails_at: int) -> None:
-    """Let the write of one block of a weight, by number, fail."""
-    real, writes = torch.Tensor.copy_, iter(range(1, 100))
-    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-
-    def copy_(target, *args):
-        if target.untyped_storage().data_ptr() in weights and next(writes) == fails_at:
-            raise RuntimeError("out of memory")
-        return real(target, *args)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
-
-
-@pytest.mark.parametrize("merged_before", [False, True])
-@pytest.mark.parametrize("fails_at", [1, 3, 10])
-def test_a_failure_half_way_leaves_every_weight_as_it_was(small_blocks, monkeypatch, merged_before, fails_at):
-    model, lora = wide(torch.bfloat16)
-    lora.add_adapter("b", {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False})
-    if merged_before:
-        lora.merge_adapter(["b"])
-    before = bits(model)
-    failing(monkeypatch, model, fails_at)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        lora.merge_adapter(["default"])
-    assert bits(model) == before
-    assert lora.merged_adapters == (["b"] if merged_before else [])
-    lora.merge_adapter(["default"])
-    lora.unmerge_adapter()
-    assert bits(model) == bits(wide(torch.bfloat16)[0])
-
-
-@pytest.mark.parametrize("fails_at", [1, 4, 8, 12])
-def test_a_failure_in_unmerging_leaves_it_merged(small_blocks, monkeypatch, fails_at):
-    model, lora = wide(torch.bfloat16)
-    original = bits(model)
-    lora.merge_adapter()
-    merged = bits(model)
-    failing(monkeypatch, model, fails_at)
-    with pytest.raises(RuntimeError):
-        lora.unmerge_adapter()
-    assert bits(model) == merged and lora.merged_adapters == ["default"]
-    lora.unmerge_adapter()
-    assert bits(model) == original
-
-
-@pytest.mark.parametrize("step", ["merge", "unmerge"])
-def test_an_interrupt_right_after_a_batch_was_written_is_undone_too(small_blocks, monkeypatch, step):
-    model, lora = wide(torch.bfloat16)
-    original = bits(model)
-    if step == "unmerge":
-        lora.merge_adapter()
-    before, real = bits(model), getattr(ledger, step)
-
-    def interrupted(*args, **kwargs):
-        real(*args, **kwargs)
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ledger, step, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        getattr(lora, f"{step}_adapter")()
-    assert bits(model) == before and bool(lora.merged_adapters) == (step == "unmerge")
-    with lora.disable_adapter():
-        assert bits(model) == original
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -418,36 +323,3 @@ def test_a_dtype_without_an_order_of_its_bits_is_refused():
     lora = adapted(nn.Sequential(nn.Linear(4, 3, bias=False).to(torch.complex64)))
     with pytest.raises(MergeError, match=r"0.weight is torch.complex64, which cannot be merged into exactly"):
         lora.merge_adapter()
-
-
-@pytest.mark.parametrize("weight", ["the same", "transposed", "a part"])
-def test_a_weight_in_the_memory_of_another_is_not_merged_into(weight):
-    """ΔW would be in both, though the adapter acts in one: two parameters of one storage are no tied weight."""
-    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-    shared = torch.randn(6, 5)
-    of_other = {"the same": shared[:5], "transposed": shared[:5].T, "a part": shared[1:]}[weight]
-    net[0].weight, net[2].weight = nn.Parameter(shared[:5]), nn.Parameter(of_other)
-    lora, before = adapted(net, target_modules=["2"]), bits(net)
-    with pytest.raises(MergeError, match=r"2\.weight shares its memory with 0\.weight.*clone"):
-        lora.merge_adapter()
-    assert bits(net) == before and not lora.get_model_status().merged_adapters
-    with pytest.raises(AdapterError, match=r"take start values out of 2\.weight shares"):
-        lora.add_adapter("pissa", lorafx.LoraConfig(r=2, target_modules=["2"], init_lora_weights="pissa"))
-    assert bits(net) == before and list(lora.peft_config) == ["default"]
-
-
-def test_weights_side_by_side_in_one_buffer_are_merged_into_and_expanded_ones_are_not():
-    """Rows and columns of a fused weight: what lies between the numbers of one may be those of another."""
-    net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
-    buffer = torch.randn(7, 8)
-    net[0].weight, net[2].weight = nn.Parameter(buffer[:, ::2]), nn.Parameter(buffer[:, 1::2].T[:3])
-    lora, before, x = adapted(net), bits(net), torch.randn(5, 4)
-    expected = lora(x)
-    lora.merge_adapter()
-    torch.testing.assert_close(lora(x), expected)
-    lora.unmerge_adapter()
-    assert bits(net) == before and net[2].weight.stride() == (2, 8)
-    net[0].weight = nn.Parameter(torch.randn(7, 1).expand(7, 4))
-    with pytest.raises(MergeError, match=r"0\.weight is expanded.*Nothing was changed"):
-        lora.merge_adapter()
-    assert bits(net)["2.weight"] == before["2.weight"]

@@ -67,6 +67,12 @@ def test_corda_takes_what_the_data_uses_most_or_least(method):
     assert not torch.allclose(base.second.weight.t(), before, atol=1e-3)
 
 
+def test_what_peft_does_with_files_is_said_to_have_no_effect():
+    base, data = net()
+    with pytest.warns(match="cache_file, verbose have no effect"):
+        lorafx.preprocess_corda(base, config("corda", cache_file="c.pt", verbose=True), lambda: base(data[0]))
+
+
 def test_what_was_found_counts_for_the_weights_as_they_were():
     base, data = net()
     asked = config("corda")

@@ -292,7 +292,7 @@ def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: to
 
 def _fill_orthogonal(a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
     """B A = 0 with neither zero: A's rows mix one half of an orthogonal basis of the rank, B's columns the other."""
-    basis, _ = torch.linalg.qr(torch.randn(len(a), len(a), dtype=a.dtype, generator=rng))
+    basis = nn.init.orthogonal_(a.new_empty(len(a), len(a)), generator=rng)
     half = len(a) // 2
     a.copy_(basis[::2].t() @ torch.randn(half, a.shape[1], dtype=a.dtype, generator=rng) / 10)
     b.copy_(torch.randn(len(b), half, dtype=b.dtype, generator=rng) @ basis[1::2] / 10)
