@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.kinds.lora_config import CORDA_FILES
 from ..adapters.notes import note
 from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select
@@ -27,8 +28,6 @@ from ..tree.lookup import tensor_at
 from ..tree.modes import in_mode
 from ..tree.wrappers import innermost
 
-# What PEFT's `CordaConfig` says of files, and of how they are made.
-_WITHOUT_EFFECT = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
 Config = AdapterConfig | Mapping[str, Any] | Any
 
 
@@ -98,7 +97,8 @@ def preprocess_loraga(model: nn.Module, lora_config: Config, train_step: Callabl
         found = _gradients(model, list(weights.values()), train_step)
     for (site, weight), gradient in zip(weights.items(), found):
         _require_seen(site, int(gradient is not None), gradient)
-        note(weight, "lora_ga", gradient)  # type: ignore[arg-type]
+        assert gradient is not None, "what was reached has one"
+        note(weight, "lora_ga", gradient.t() if site.reading.transposed else gradient)
 
 
 def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[], object]) -> list[Tensor | None]:
@@ -139,7 +139,7 @@ def _prepared(model: nn.Module, lora_config: Config, init: str, training: bool) 
         raise ConfigError(f'this is for a `LoraConfig` of `init_lora_weights="{init}"`')
     if hasattr(innermost(model), "peft_config"):
         raise AdapterError("the model is adapted already: look at the base, before `compile`")
-    if ignored := [name for name in _WITHOUT_EFFECT if config.start.get(name)]:
+    if ignored := [name for name in CORDA_FILES if config.start.get(name)]:
         warn(f"`corda_config`'s {', '.join(ignored)} have no effect here: what is found is kept in memory, in float32")
     sites = [site for site in select(model, config) if not site.reading.lookup]
     for site in sites:

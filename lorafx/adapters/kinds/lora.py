@@ -157,9 +157,7 @@ class Lora(Kind):
         matrix = weight.t() if site.reading.transposed else weight
         r, scaling, init = rank(site, config), self.numbers(site, config)["scaling"], str(config.init_lora_weights)
         if init in FROM_DATA:
-            found = _found(site, init, weight)
-            found = found.t() if site.reading.transposed and init == "lora_ga" else found
-            a, b = from_data(matrix, found, r, scaling, init, config.start, rng)
+            a, b = from_data(matrix, _found(site, init, weight), r, scaling, init, config.start, rng)
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise AdapterError(f"{site.name}: what data says of it gives no finite start values; exclude it")
             rest = matrix - scaling * b @ a
@@ -258,12 +256,9 @@ def _found(site: Site, init: str, weight: Tensor) -> Tensor:
     """What data said of a weight; `ConfigError` if nobody has asked it."""
     found = noted(weight, init)
     if found is None:
-        call = (
-            "preprocess_corda(model, config, run_model)" if init == "corda" else "preprocess_loraga(model, config, …)"
-        )
         raise ConfigError(
             f"{site.name}: `init_lora_weights={init!r}` starts from what data says of this weight as it is now: call "
-            f"`lorafx.{call}` first"
+            f"`lorafx.{FROM_DATA[init]}` first"
         )
     return found
 

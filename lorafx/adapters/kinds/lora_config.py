@@ -48,12 +48,13 @@ _ONE_OF = {
     "scale": ("stable", "weight_svd", "gd_scale", "unit"),
 }
 # Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
-_CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields")
+CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
+_NO_VALUES = (*CORDA_FILES, "prune_temporary_fields")
 
 
 def _check_data(config: LoraConfig) -> None:
     for name, defaults in _DATA.items():
-        given = {key: value for key, value in _fields(getattr(config, name)).items() if key not in _CORDA_FILES}
+        given = {key: value for key, value in _fields(getattr(config, name)).items() if key not in _NO_VALUES}
         if unknown := sorted(given.keys() - defaults.keys()):
             raise ConfigError(f"`{name}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")
         for key, value in given.items():

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FROM_DATA = ("corda", "lora_ga")
+# Their names, and which of lorafx's functions asks the data.
+FROM_DATA = {
+    "corda": "preprocess_corda(model, config, run_model)",
+    "lora_ga": "preprocess_loraga(model, config, train_step)",
+}
 
 
 def from_data(
