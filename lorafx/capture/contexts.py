@@ -30,7 +30,10 @@ def outside_transforms() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """Keep Python from collecting garbage: it would walk over large graphs, and tracing makes hardly any cycles."""
+    """Keep Python from collecting garbage: it would walk over large graphs, and tracing makes hardly any cycles.
+
+    What others have left to be collected may close files, which would look as if the model did that.
+    """
     before = gc.isenabled()
     gc.disable()
     try:

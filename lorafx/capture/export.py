@@ -42,7 +42,7 @@ from ..tree.own_layers import own_forward_of, show_own_layers
 from .arguments import argument_names, images
 from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, parts, register_caches
-from .contexts import outside_transforms, plain_operators, quiet, without_global_hooks
+from .contexts import collecting_later, outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
 from .outside_use import OutsideUse
@@ -160,6 +160,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:  # function modes must leave in the reverse order, whatever happens
+            stack.enter_context(collecting_later())
             stack.enter_context(layers.shown() if layers else contextlib.nullcontext())
             stack.enter_context(unchanging(part))
             stack.enter_context(contextlib.nullcontext() if unroll else no_unrolling(part))
