@@ -19,6 +19,7 @@ from .naming import require_usable
 from .selection import saved_modules, select, whole_modules
 from .site import Selection, Site
 from .storages import DENSE, weights_of
+from .tying import with_twins
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 SHARED = "shared"  # what a tensor is called in the module that all of its sites have below them
@@ -30,7 +31,8 @@ class Adapter:
 
     `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
     base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
-    `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
+    `modules_to_save`, where modules whose weight stays tied have one. `scales` maps a site's name to the path of its
+    scaling, once `scaled` has made that a tensor.
     `idle` has the names of sites at which a slot that holds the adapter has tensors and the adapter none (`slots.py`).
     `shared` are the tensors that all sites share, by the kind's name for them; each has a path at each site.
     """
@@ -54,7 +56,7 @@ class Adapter:
         """Paths of all tensors of the adapter."""
         for by_suffix in self.tensors.values():
             yield from by_suffix.values()
-        yield from self.replaced.values()
+        yield from dict.fromkeys(self.replaced.values())  # modules whose weight is tied may have one
         yield from self.scales.values()
 
     @functools.cached_property
@@ -331,7 +333,8 @@ def placed(site: Site, suffix: str, name: str) -> str:
 
 def _replacements(root: nn.Module, name: str, config: AdapterConfig, selection: Selection) -> Iterator[tuple[str, str]]:
     saved = saved_modules(root, config)
-    yield from _copies_of(root, saved, f"{SAVED}.{name}")
+    copies = dict(_copies_of(root, saved, f"{SAVED}.{name}"))
+    yield from (with_twins(root, copies, f"{SAVED}.{name}") if config.ties else copies).items()
     for path in _trained_biases(root, config, selection):
         if not any(path.startswith(f"{module}.") for module in saved):
             owner, _, last = path.rpartition(".")

@@ -50,7 +50,6 @@ ASKED = {
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
-    "ensure_weight_tying": True,
     "init_lora_weights": "mica",
     "peft_type": "XLORA",
 }

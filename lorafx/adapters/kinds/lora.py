@@ -96,6 +96,9 @@ class Lora(Kind):
         r, alpha = rank(site, config), pattern_value(config.alpha_pattern, site.named, config.lora_alpha)
         return {"scaling": alpha / (math.sqrt(r) if config.use_rslora else r)}
 
+    def repeats(self, site: Site, config: LoraConfig) -> bool:
+        return config.ties and site.reading.lookup
+
     def check(self, site: Site, config: LoraConfig) -> None:
         if site.reading.lookup and config.lora_bias:
             raise ConfigError(f"{site.name} is an embedding, which has no `lora_bias`; exclude it or leave it False")
@@ -266,7 +269,9 @@ def _found(site: Site, init: str, weight: Tensor) -> Tensor:
 def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
     """Start values that the base has no part in."""
     a, b = tensors["lora_A"], tensors["lora_B"]
-    if site.reading.lookup:
+    if config.ties and site.tied and site.reading.lookup and config.init_lora_weights:
+        a, b = b.t(), a.t()  # of a tied head, which PEFT starts last
+    elif site.reading.lookup:
         nn.init.normal_(b, generator=rng)
         _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
         return

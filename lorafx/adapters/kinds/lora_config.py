@@ -178,6 +178,8 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
         target_parameters: parameters to adapt besides, by their names or endings of these, as "experts.down_proj":
             weights that stack experts, and matrices of modules that are no linear layers.
+        ensure_weight_tying: where other modules have the input embedding's weight, an adapter of one of them is the
+            embedding's and acts in all, and so does a copy (`modules_to_save`); files have it for each, as PEFT's.
     """
 
     peft_type: str = "LORA"
@@ -200,6 +202,7 @@ class LoraConfig(AdapterConfig):
     lora_ga_config: Any = None
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
@@ -212,7 +215,6 @@ class LoraConfig(AdapterConfig):
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
-    ensure_weight_tying: bool = False
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
     common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
@@ -251,6 +253,10 @@ class LoraConfig(AdapterConfig):
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(self.target_parameters or ())
+
+    @property
+    def ties(self) -> bool:
+        return self.ensure_weight_tying
 
     def besides(self, embedding: str) -> tuple[str, ...]:
         """The modules of which some tokens train."""
@@ -295,5 +301,4 @@ NOT_YET = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
