@@ -95,7 +95,7 @@ def test_an_adapter_starts_as_the_heads():
     lora = lorafx.compile(base_model(), TIED | {"target_modules": ["embed_tokens"], "init_lora_weights": True})
     own = {name.split(".")[-2]: p for name, p in lora.named_parameters() if "lora_embedding" in name}
     assert not own["lora_embedding_A"].any()
-    b = own["lora_embedding_B"]  # (out, r), the head's A transposed: uniform up to 1 / √in, where an embedding's is normal
+    b = own["lora_embedding_B"]  # (out, r): the head's A transposed, uniform up to 1 / √in; an embedding's is normal
     assert 0.5 < b.abs().max() * len(b) ** 0.5 <= 1
 
 
