@@ -13,6 +13,7 @@ from ..errors import AdapterError, ConfigError, SelectionError, warn
 from ..graph.modules import taken_names
 from ..tree.attached import detach
 from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
+from ..tree.replication import REPLICATED
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -237,6 +238,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
+    _require_layers(root, config)
     kind = kind_of(config)
     config = kind.settled(config, getattr(getattr(root, "config", None), "model_type", None))
     selection = Selection() if kind.whole else select(root, config)
@@ -260,6 +262,18 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
         _replacements(root, name, config, selection)
     )
     return Adapter(name, config, kind, selection, tensors, replaced, shared=shared)
+
+
+def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
+    """Raise `ConfigError` unless the model has the layers that the config asks for."""
+    found = vars(root).get(REPLICATED, ())
+    if config.replicates != found:
+        has = f"was made with {[list(pair) for pair in found]}" if found else "has its own layers"
+        raise ConfigError(
+            f"`layer_replication` is {[list(pair) for pair in config.replicates] or None}, and the model {has}: all "
+            "adapters of a model have the same, which `compile` and `load` put there with the first; a checkpoint on "
+            "disk keeps the layers that it has"
+        )
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:

@@ -45,6 +45,11 @@ class Merges(Part):
 
     def _merge(self, adapters: list[Adapter], **how: bool) -> None:
         """Merge adapters in this order."""
+        if adapters and self._lorafx.replicas is not None:
+            raise MergeError(
+                f"{adapters[0].name!r} cannot be merged: `layer_replication` has layers share their weights, and each "
+                "has an adapter of its own. Nothing was changed"
+            )
         for adapter in adapters:
             adapter.require_in_place(self.tree)
             require_not_packed_since(self.tree, adapter.selection)
@@ -185,7 +190,8 @@ class Merges(Part):
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does.
 
-        Weights that start values were taken out of (PiSSA, OLoRA, LoftQ) stay so, with a warning, as in PEFT.
+        Weights that start values were taken out of (PiSSA, OLoRA, LoftQ) stay so, with a warning, as in PEFT. With
+        `layer_replication` it is a model with these layers, which shares the weights of the base.
         """
         self._lorafx.ledger.unmerge(self.tree)
         self._warn_of_rests(self._lorafx.adapters.values())

@@ -180,6 +180,8 @@ class LoraConfig(AdapterConfig):
             weights that stack experts, and matrices of modules that are no linear layers.
         ensure_weight_tying: where other modules have the input embedding's weight, an adapter of one of them is the
             embedding's and acts in all, and so does a copy (`modules_to_save`); files have it for each, as PEFT's.
+        layer_replication: ranges of the layers that the model has instead of its own, as [[0, 4], [2, 5]]: those that
+            are there twice share their weights, and each has adapters of its own.
     """
 
     peft_type: str = "LORA"
@@ -203,6 +205,7 @@ class LoraConfig(AdapterConfig):
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
     ensure_weight_tying: bool = False
+    layer_replication: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
@@ -211,7 +214,6 @@ class LoraConfig(AdapterConfig):
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: Any = None
-    layer_replication: Any = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -258,6 +260,10 @@ class LoraConfig(AdapterConfig):
     def ties(self) -> bool:
         return self.ensure_weight_tying
 
+    @property
+    def replicates(self) -> tuple[tuple[int, int], ...]:
+        return tuple((start, end) for start, end in self.layer_replication or ())
+
     def besides(self, embedding: str) -> tuple[str, ...]:
         """The modules of which some tokens train."""
         tokens = self.trainable_token_indices
@@ -297,7 +303,6 @@ NOT_YET = (
     "alora_invocation_tokens",
     "use_qalora",
     "monteclora_config",
-    "layer_replication",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
