@@ -24,15 +24,17 @@ from .equation import BOUND, Equation
 from .kinds import Kind, Operands
 
 aten = torch.ops.aten
-ROWS = "lorafx_rows"  # of a call: the number of each row's adapter, (rows,) of int64; 0 is the base alone
+# Of a call: the number of each row's adapter, (rows,) of int64, or each token's, (rows, tokens); 0 is the base alone.
+ROWS = "lorafx_rows"
 
 
 @dataclass(frozen=True)
 class RowEquations:
-    """The equations of adapters at one place, and the numbers that rows choose them by."""
+    """The equations of adapters at one place, and the numbers that rows choose them by; with `by_token`, tokens do."""
 
     equations: tuple[Equation, ...]
     numbers: tuple[int, ...]
+    by_token: bool = False
 
     def before(self) -> Graph:
         """The graph that computes x', as `Equation.before` gives it, of several; `rows` is one more input."""
@@ -55,7 +57,7 @@ class RowEquations:
         result = x
         for equation, number, at in zip(self.equations, self.numbers, ats):
             found = equation.x_of(x, dtype, result_dtype, at)
-            result = result if found is x else _selected(rows, number, found, result)
+            result = result if found is x else _selected(self._asked(rows, equation), number, found, result)
         return result
 
     def y_of(self, y: Any, x: Any, rows: Any, dtype: Any, result_dtype: Any, ats: Sequence[Operands]) -> Any:
@@ -65,13 +67,14 @@ class RowEquations:
             equations, numbers, given = zip(*group)
             together = None
             if _is_of_same_class(kind):
-                together = kind.by_row(result, equations[0].cast(x, dtype), rows, numbers, given)
+                own = self._asked(rows, equations[0])
+                together = kind.by_row(result, equations[0].cast(x, dtype), own, numbers, given)
             if together is not None:
                 result = aten.to.dtype(together, result_dtype)
                 continue
             for equation, number, at in group:
                 found = equation.y_of(y, x, dtype, result_dtype, at)
-                result = result if found is y else _selected(rows, number, found, result)
+                result = result if found is y else _selected(self._asked(rows, equation), number, found, result)
         return result
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any], rows: Any) -> dict[str, Any]:
@@ -81,6 +84,11 @@ class RowEquations:
             for name, value in equation.given(dtype, bindings).items():
                 values[name if name == "dtype" or name.startswith(BOUND) else _of(place, name)] = value
         return values
+
+    def _asked(self, rows: Any, equation: Equation) -> Any:
+        """What says where an equation holds: rows, or tokens for an adapter that may act on some of a row's alone."""
+        is_of_tokens = equation.adapter.kind.invocation(equation.adapter.config)
+        return aten.select.int(rows, 1, -1) if self.by_token and not is_of_tokens else rows
 
     def _names(self, *first: str) -> list[str]:
         bound = dict.fromkeys(f"{BOUND}{name}" for equation in self.equations for name in equation.bound)
@@ -130,14 +138,18 @@ def follows(x: Tensor, rows: Tensor, one_token: bool, turned: bool = False) -> b
 
     A matrix may be the tokens of some rows, as an expert's. It is the rows if each has `one_token`, or if it is seen to
     be another tensor with the rows first, flattened: each row's numbers lie together in memory. If rows may be
-    `turned`, to come second, they are known to come first only where the other sizes are not as large.
+    `turned`, to come second, they are known to come first only where the other sizes are not as large. Where tokens
+    have adapters of their own, so it is with the tokens of a single row, too.
     """
     if is_wrapped(x):  # vmap hides one of its sizes, which may be the rows
         return False
     count, base = rows.shape[0], base_of(x)
     if turned and count > 1 and count in x.shape[1 : x.ndim - x.is_floating_point()]:
         return False
-    if count == 1 or (x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())):
+    if rows.ndim == 2 and x.ndim > 2 and x.shape[1] > rows.shape[1]:
+        return False
+    is_first = x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())
+    if is_first or (count == 1 and rows.ndim == 1):
         return True
     if base is None or base.ndim < 3 or base.shape[0] != count or base.numel() != x.numel():
         return False

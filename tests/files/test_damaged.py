@@ -43,7 +43,6 @@ ASKED = {
     "megatron_config": {"a": 1},
     "loftq_config": {"loftq_bits": 4},
     "velora_config": {"num_groups": 2},
-    "alora_invocation_tokens": [3],
     "use_qalora": True,
     "monteclora_config": {"num_experts": 2},
     "use_bdlora": {"nblocks": 2},

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .activated_lora import ActivatedLora
 from .adalora import AdaLora
 from .adalora_config import AdaLoraConfig
 from .boft import Boft, BOFTConfig
@@ -88,6 +89,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 for _kind in (
     *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
     *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens, DoraWithTokens),
+    ActivatedLora,
 ):
     register(_kind)
 

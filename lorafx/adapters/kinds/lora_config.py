@@ -182,6 +182,8 @@ class LoraConfig(AdapterConfig):
             embedding's and acts in all, and so does a copy (`modules_to_save`); files have it for each, as PEFT's.
         layer_replication: ranges of the layers that the model has instead of its own, as [[0, 4], [2, 5]]: those that
             are there twice share their weights, and each has adapters of its own.
+        alora_invocation_tokens: tokens from whose last occurrence in a row on the adapter acts; rows without are the
+            base's.
     """
 
     peft_type: str = "LORA"
@@ -206,11 +208,11 @@ class LoraConfig(AdapterConfig):
     target_parameters: Sequence[str] | None = None
     ensure_weight_tying: bool = False
     layer_replication: Any = None
+    alora_invocation_tokens: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     velora_config: Any = None
-    alora_invocation_tokens: Any = None
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: Any = None
@@ -300,7 +302,6 @@ STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", 
 NOT_YET = (
     "megatron_config",
     "velora_config",
-    "alora_invocation_tokens",
     "use_qalora",
     "monteclora_config",
     "use_bdlora",
