@@ -64,8 +64,7 @@ def _wrap(gm: GraphModule, base: Node, rows: Node, acting: list[tuple[Adapter, S
     """Wrap the equations of adapters around a base operator."""
     at = [Equation.at(gm, base, adapter, site) for adapter, site, _ in acting]
     bindings, site = at[0][1].bindings, acting[0][1]
-    equations, numbers = tuple(equation for equation, _ in at), tuple(number for *_, number in acting)
-    joint = RowEquations(equations, numbers, by_token=rows.meta["val"].ndim == 2)
+    joint = RowEquations(tuple(equation for equation, _ in at), tuple(number for *_, number in acting))
     x: Node = bindings["x"]
     if not (at[0][0].operator.is_of_rows and _has_rows_first(x, rows)):
         raise UncoveredOperatorError(

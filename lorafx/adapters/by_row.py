@@ -30,11 +30,10 @@ ROWS = "lorafx_rows"
 
 @dataclass(frozen=True)
 class RowEquations:
-    """The equations of adapters at one place, and the numbers that rows choose them by; with `by_token`, tokens do."""
+    """The equations of adapters at one place, and the numbers that rows, or tokens, choose them by."""
 
     equations: tuple[Equation, ...]
     numbers: tuple[int, ...]
-    by_token: bool = False
 
     def before(self) -> Graph:
         """The graph that computes x', as `Equation.before` gives it, of several; `rows` is one more input."""
@@ -57,7 +56,7 @@ class RowEquations:
         result = x
         for equation, number, at in zip(self.equations, self.numbers, ats):
             found = equation.x_of(x, dtype, result_dtype, at)
-            result = result if found is x else _selected(self._asked(rows, equation), number, found, result)
+            result = result if found is x else _selected(rows, number, found, result)
         return result
 
     def y_of(self, y: Any, x: Any, rows: Any, dtype: Any, result_dtype: Any, ats: Sequence[Operands]) -> Any:
@@ -67,14 +66,13 @@ class RowEquations:
             equations, numbers, given = zip(*group)
             together = None
             if _is_of_same_class(kind):
-                own = self._asked(rows, equations[0])
-                together = kind.by_row(result, equations[0].cast(x, dtype), own, numbers, given)
+                together = kind.by_row(result, equations[0].cast(x, dtype), rows, numbers, given)
             if together is not None:
                 result = aten.to.dtype(together, result_dtype)
                 continue
             for equation, number, at in group:
                 found = equation.y_of(y, x, dtype, result_dtype, at)
-                result = result if found is y else _selected(self._asked(rows, equation), number, found, result)
+                result = result if found is y else _selected(rows, number, found, result)
         return result
 
     def given(self, dtype: torch.dtype | None, bindings: dict[str, Any], rows: Any) -> dict[str, Any]:
@@ -84,11 +82,6 @@ class RowEquations:
             for name, value in equation.given(dtype, bindings).items():
                 values[name if name == "dtype" or name.startswith(BOUND) else _of(place, name)] = value
         return values
-
-    def _asked(self, rows: Any, equation: Equation) -> Any:
-        """What says where an equation holds: rows, or tokens for an adapter that may act on some of a row's alone."""
-        is_of_tokens = equation.adapter.kind.invocation(equation.adapter.config)
-        return aten.select.int(rows, 1, -1) if self.by_token and not is_of_tokens else rows
 
     def _names(self, *first: str) -> list[str]:
         bound = dict.fromkeys(f"{BOUND}{name}" for equation in self.equations for name in equation.bound)

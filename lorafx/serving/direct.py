@@ -167,7 +167,7 @@ class Direct:
                 "`exclude_modules`"
             )
         numbers = tuple(self.table.numbers[each.equation.adapter.name] for each in read.evaluations)
-        joint = RowEquations(tuple(each.equation for each in read.evaluations), numbers, rows.ndim == 2)
+        joint = RowEquations(tuple(each.equation for each in read.evaluations), numbers)
         ats = [each.operands(dtype, bound) for each in read.evaluations]
         y = read.operator.pattern(**bound | {"x": joint.x_of(x, rows, dtype, x.dtype, ats)})
         return joint.y_of(y, x, rows, dtype, y.dtype, ats)
