@@ -47,7 +47,6 @@ ASKED = {
     "use_qalora": True,
     "monteclora_config": {"num_experts": 2},
     "layer_replication": [[0, 1], [0, 1]],
-    "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
     "ensure_weight_tying": True,

@@ -136,6 +136,9 @@ class KindCase:
 LORA = {"r": 2, "lora_alpha": 3}
 IA3 = {"feedforward_modules": ["down"]}
 DORA = LORA | {"use_dora": True}
+BLOCKS = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2}
+ON_LLAMA = {"use_bdlora": BLOCKS | {"target_modules_bd_a": ["q_", "v_"]}}
+BDLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.4, "use_bdlora": BLOCKS}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
     "lora addmm": KindCase("addmm", "LoraConfig", LORA | {"fan_in_fan_out": True}),
@@ -150,6 +153,7 @@ CASES = {
     "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
     "dora groups": KindCase("groups", "LoraConfig", DORA | {"r": 4}, merges=False),
+    "bdlora linear": KindCase("linear", "LoraConfig", BDLORA, dropout=True, on_llama=ON_LLAMA),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),

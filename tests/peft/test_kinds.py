@@ -126,12 +126,12 @@ def _by_role(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # One row of each kind, with dropout where there is one.
 ON_LINEAR = {
-    case.config + str(case.fields.get("use_dora", "")): case
+    case.config + getattr(case.ours(), "variant", ""): case
     for name, case in CASES.items()
     if name.endswith((" linear", " dropout")) and case.layers == "linear"
 }
 # One kind that is fused, and those that read the weight, turn, scale, and share a tensor: a graph for each way.
-IN_GRAPHS = ["LoraConfig", "LoraConfigTrue", "OFTConfig", "IA3Config", "VeraConfig"]
+IN_GRAPHS = ["LoraConfig", "LoraConfiguse_dora", "OFTConfig", "IA3Config", "VeraConfig"]
 FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
 
 

@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .adalora import AdaLora
 from .adalora_config import AdaLoraConfig
+from .bdlora import BdLora
 from .boft import Boft, BOFTConfig
 from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
@@ -28,7 +29,7 @@ from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
-from .lora_with_tokens import DoraWithTokens, LoraWithTokens
+from .lora_with_tokens import WITH_TOKENS
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .randlora import RandLora, RandLoraConfig
@@ -86,8 +87,8 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens, DoraWithTokens),
+    *(Lora, Dora, BdLora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, *WITH_TOKENS),
 ):
     register(_kind)
 

@@ -74,6 +74,11 @@ class Operands:
                 return known[name]
         raise AttributeError(f"there is no {name!r} at {self.site.name}: {[*self.tensors, *self.numbers]}")
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the operator reads the weight transposed, with A and B in each other's place."""
+        return self.operator is not None and self.operator.transposed != self.site.reading.transposed
+
     def narrow(self, x: Any, a: Any) -> Any:
         """The operator with A in place of its weight: (…, in) -> (…, r), or (batch, in, …) -> (batch, r, …)."""
         assert self.operator is not None

@@ -1,4 +1,4 @@
-"""LoRA, or DoRA, with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
+"""LoRA, or a variant of it, with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
 
 Each site has the equation of one of the two kinds (`lora.py`, `trainable_tokens.py`). `trainable_token_indices` is a
 list of the tokens of the model's input embedding, or one list for each module by the ending of its name.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..config import is_named
 from ..site import Selection, Site
+from .bdlora import BdLora
 from .dora import Dora
 from .kind import Kind, Operands, Spec
 from .lora import Lora
@@ -120,6 +121,14 @@ class DoraWithTokens(LoraWithTokens):
         super().check(site, config)
         if site.tied and self._of(site, config)[0] is self.beside:
             raise ConfigError(f"{site.name} is tied to {site.tied[0]}, and `use_dora` is for one of both; exclude it")
+
+
+def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
+    """The same beside a variant of LoRA."""
+    return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind()})
+
+
+WITH_TOKENS = (LoraWithTokens, DoraWithTokens, _beside(BdLora))
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:
