@@ -65,7 +65,7 @@ def test_the_page_about_migration_runs_from_top_to_bottom(capsys, tmp_path, monk
     exec(compile("\n".join(blocks(ROOT / "docs/migration.md")), "migration.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "trainable params: 5,760 ||" in printed
-    assert "lorafx does not implement this yet, and will not ignore it: use_qalora=True" in printed
+    assert "lorafx does not implement this yet, and will not ignore it: megatron_config={'fp16': True}" in printed
 
 
 def test_the_page_about_quantised_bases_runs_from_top_to_bottom(capsys):

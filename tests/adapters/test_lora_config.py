@@ -89,7 +89,7 @@ def test_a_known_field_that_is_not_implemented_is_refused_at_compile(field):
 
 
 def _bools(field: str) -> dict:
-    return {field: True} if field in ("use_qalora", "ensure_weight_tying") else {}
+    return {field: True} if field == "ensure_weight_tying" else {}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def adapted(**fields):
     ("fields", "said"),
     [
         ({"use_bdlora": BLOCKS, "use_dora": True}, "`use_dora` and `use_bdlora` are variants"),
+        ({"use_qalora": True, "qalora_group_size": 4}, "first has 6 inputs, which are no groups of"),
+        ({"use_qalora": True, "qalora_group_size": 2, "lora_bias": True}, "`use_qalora` has no `lora_bias`"),
         ({"use_bdlora": BLOCKS, "r": 3}, r"first: lora_A of shape \(3, 6\) has no 2 diagonal blocks"),
         ({"use_bdlora": BLOCKS | {"nblocks": 0}}, "nblocks"),
         ({"use_bdlora": BLOCKS | {"n_blocks": 2}}, "`use_bdlora` has no n_blocks"),

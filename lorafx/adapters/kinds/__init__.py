@@ -32,6 +32,7 @@ from .lora_config import LoraConfig
 from .lora_with_tokens import WITH_TOKENS
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
+from .qalora import QaLora
 from .randlora import RandLora, RandLoraConfig
 from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
@@ -87,10 +88,12 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, *WITH_TOKENS),
+    *(Lora, Dora, BdLora, QaLora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)
+for _with_tokens in WITH_TOKENS:
+    register(_with_tokens)
 
 __all__ = [
     "KINDS",

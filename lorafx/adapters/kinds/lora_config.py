@@ -129,6 +129,7 @@ class LoraConfig(AdapterConfig):
         use_dora: train the norms of the weight's rows as well.
         use_bdlora: have A, or B, be `nblocks` diagonal blocks where a module's name contains one of these strings:
             {"target_modules_bd_a": [...], "target_modules_bd_b": [...], "nblocks": 2, "match_strict": True}.
+        use_qalora: have A read groups of `qalora_group_size` inputs.
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
         eva_config, corda_config, lora_ga_config: numbers of start values from data, as dicts; see these functions.
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
@@ -157,13 +158,13 @@ class LoraConfig(AdapterConfig):
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
     use_bdlora: Any = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     velora_config: Any = None
     alora_invocation_tokens: Any = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
     monteclora_config: Any = None
     layer_replication: Any = None
     arrow_config: Any = None
@@ -256,7 +257,7 @@ class LoraConfig(AdapterConfig):
 
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
-VARIANTS = ("use_dora", "use_bdlora")
+VARIANTS = ("use_dora", "use_bdlora", "use_qalora")
 
 # Start values that have a name in PEFT. lorafx does not implement the last.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
@@ -266,7 +267,6 @@ NOT_YET = (
     "megatron_config",
     "velora_config",
     "alora_invocation_tokens",
-    "use_qalora",
     "monteclora_config",
     "layer_replication",
     "arrow_config",

@@ -20,6 +20,7 @@ from .dora import Dora
 from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .qalora import QaLora
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 TOKENS = TrainableTokens()
@@ -128,7 +129,7 @@ def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind()})
 
 
-WITH_TOKENS = (LoraWithTokens, DoraWithTokens, _beside(BdLora))
+WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, (BdLora, QaLora)))
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:

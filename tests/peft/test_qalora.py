@@ -1,0 +1,69 @@
+"""QA-LoRA beside PEFT's, which has it for GPTQ's layers alone; here such a layer wraps one that is not quantised."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from kind_cases import CLOSE, KindCase, shake, step
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from safetensors.torch import load_file
+from torch import nn
+
+import lorafx
+from lorafx.serving import early_calls
+
+FIELDS = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.3, "use_qalora": True, "qalora_group_size": 4}
+CASE = KindCase("linear", "LoraConfig", FIELDS)
+
+
+def theirs() -> peft.LoraConfig:
+    config = CASE.theirs()
+    config._register_custom_module({nn.Linear: GPTQLoraLinear})
+    return config
+
+
+@pytest.mark.slow
+def test_it_computes_trains_and_files_what_pefts_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_calls, "REPEATS", 1)
+    base, x = CASE.base(), CASE.x()
+    model = peft.get_peft_model(copy.deepcopy(base), theirs())
+    shake(model)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = lorafx.load(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    for _ in range(2):  # by sites, then by a graph
+        (expected, wanted), (found, gradients) = step(model, CASE.inputs), step(ours, CASE.inputs)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(gradients[name], gradient, **CLOSE)
+    assert ours.explain().calls[-1].served_by == "graph"
+
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", config=theirs()).eval()
+    expected, before = model.eval()(x), {name: t.clone() for name, t in ours.state_dict().items()}
+    assert torch.equal(again(x), expected)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[1][key], files[0][key]) for key in files[0])
+    ours.eval().merge_adapter()  # which PEFT has not for such layers
+    torch.testing.assert_close(ours(x), expected, **CLOSE)
+    ours.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_groups_of_inputs_are_pooled_on_4_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from quantised import quantised
+
+    base = quantised(tmp_path / "base", "nf4")
+    lora = lorafx.compile(base, {**FIELDS, "target_modules": ["q_proj"], "init_lora_weights": False}, random_state=0)
+    layer = lora.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features)
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    pooled = x.unflatten(1, (-1, 4)).mean(2) * a.shape[1]
+    with torch.no_grad():
+        expected = base.model.layers[0].self_attn.q_proj(x) + pooled @ a.T @ b.T * (5 / 3)
+        torch.testing.assert_close(lora.eval().model.layers[0].self_attn.q_proj(x), expected, rtol=1e-5, atol=1e-5)
