@@ -47,7 +47,6 @@ ASKED = {
     "monteclora_config": {"num_experts": 2},
     "layer_replication": [[0, 1], [0, 1]],
     "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1.0},
     "ensure_weight_tying": True,
     "init_lora_weights": "mica",
     "peft_type": "XLORA",

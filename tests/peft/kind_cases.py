@@ -22,6 +22,8 @@ import lorafx
 
 PREFIX = "base_model.model."
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # of sums of at most a few hundred products in float64
+# Where PEFT computes something in float32, whatever the model's dtype: a Fourier transform, singular values.
+IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Pair(nn.Module):
@@ -139,6 +141,7 @@ DORA = LORA | {"use_dora": True}
 BLOCKS = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2}
 ON_LLAMA = {"use_bdlora": BLOCKS | {"target_modules_bd_a": ["q_", "v_"]}}
 BDLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.4, "use_bdlora": BLOCKS}
+KASA = LORA | {"lora_dropout": 0.4, "rank_pattern": {"up": 3}, "kasa_config": {"beta": 0.1, "gamma": 0.2}}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
     "lora addmm": KindCase("addmm", "LoraConfig", LORA | {"fan_in_fan_out": True}),
@@ -154,6 +157,7 @@ CASES = {
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
     "dora groups": KindCase("groups", "LoraConfig", DORA | {"r": 4}, merges=False),
     "bdlora linear": KindCase("linear", "LoraConfig", BDLORA, dropout=True, on_llama=ON_LLAMA),
+    "kasa patterns": KindCase("linear", "LoraConfig", KASA, starts_at_zero=False, dropout=True, close=IN_FLOAT32),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),

@@ -23,6 +23,7 @@ from .fourierft import FourierFT, FourierFTConfig
 from .hira import Hira, HiraConfig
 from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
+from .kasa import Kasa
 from .kind import SCALING, Kind, Operands, Spec
 from .ln_tuning import LNTuning, LNTuningConfig
 from .loha import LoHa, LoHaConfig
@@ -88,7 +89,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, QaLora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(Lora, Dora, BdLora, QaLora, Kasa, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
     *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)

@@ -119,7 +119,7 @@ class Lora(Kind):
             )
         if config.loftq_config and config.init_lora_weights != "loftq":
             raise ConfigError('`loftq_config` needs `init_lora_weights="loftq"`; set that, or leave the config out')
-        if self.takes_from_base(site, config) or config.init_lora_weights == "loftq":
+        if (_is_taken(config) and not site.reading.lookup) or config.init_lora_weights == "loftq":
             _require_takable(site, config, self.numbers(site, config)["scaling"])
         if config.init_lora_weights == "orthogonal" and rank(site, config) % 2:
             raise ConfigError(f'{site.name}: `init_lora_weights="orthogonal"` halves the rank, which is odd there')
@@ -158,7 +158,7 @@ class Lora(Kind):
         weight: Tensor | None,
     ) -> Tensor | None:
         if not self.takes_from_base(site, config):
-            _fill(site, config, tensors, rng)
+            fill(site, config, tensors, rng)
             return None
         assert weight is not None, "what takes from the base is given it"
         matrix = weight.t() if site.reading.transposed else weight
@@ -272,7 +272,7 @@ def _found(site: Site, init: str, weight: Tensor) -> Tensor:
     return found
 
 
-def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
+def fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
     """Start values that the base has no part in."""
     a, b = tensors["lora_A"], tensors["lora_B"]
     if site.reading.lookup:

@@ -130,6 +130,8 @@ class LoraConfig(AdapterConfig):
         use_bdlora: have A, or B, be `nblocks` diagonal blocks where a module's name contains one of these strings:
             {"target_modules_bd_a": [...], "target_modules_bd_b": [...], "nblocks": 2, "match_strict": True}.
         use_qalora: have A read groups of `qalora_group_size` inputs.
+        kasa_config: take the r smallest singular values out of the base's weight, and train others: {"beta": 1e-4,
+            "gamma": 1e-3}, which weigh what `get_penalty` gives.
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
         eva_config, corda_config, lora_ga_config: numbers of start values from data, as dicts; see these functions.
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
@@ -160,6 +162,7 @@ class LoraConfig(AdapterConfig):
     use_bdlora: Any = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    kasa_config: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
@@ -168,7 +171,6 @@ class LoraConfig(AdapterConfig):
     monteclora_config: Any = None
     layer_replication: Any = None
     arrow_config: Any = None
-    kasa_config: Any = None
     ensure_weight_tying: bool = False
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
@@ -257,7 +259,7 @@ class LoraConfig(AdapterConfig):
 
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
-VARIANTS = ("use_dora", "use_bdlora", "use_qalora")
+VARIANTS = ("use_dora", "use_bdlora", "use_qalora", "kasa_config")
 
 # Start values that have a name in PEFT. lorafx does not implement the last.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
@@ -270,6 +272,5 @@ NOT_YET = (
     "monteclora_config",
     "layer_replication",
     "arrow_config",
-    "kasa_config",
     "ensure_weight_tying",
 )

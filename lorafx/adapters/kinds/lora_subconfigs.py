@@ -25,6 +25,7 @@ OF_DATA: dict[str, dict[str, Any]] = {
 # What a variant of LoRA is like.
 OF_VARIANTS: dict[str, dict[str, Any]] = {
     "use_bdlora": {"target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True},
+    "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
 }
 # Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
 CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
@@ -68,6 +69,10 @@ def _above_zero(value: Any) -> bool:
     return is_number(value) and value > 0
 
 
+def _not_negative(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
 def _names(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value))
 
@@ -80,4 +85,6 @@ _HOLDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules_bd_a": (_names, "a list of strings or None"),
     "target_modules_bd_b": (_names, "a list of strings or None"),
     "nblocks": (is_count, "a positive int"),
+    "beta": (_not_negative, "a number from 0"),
+    "gamma": (_not_negative, "a number from 0"),
 }

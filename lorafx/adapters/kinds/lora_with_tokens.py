@@ -6,7 +6,7 @@ list of the tokens of the model's input embedding, or one list for each module b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from ..config import is_named
 from ..site import Selection, Site
 from .bdlora import BdLora
 from .dora import Dora
+from .kasa import Kasa
 from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -85,6 +86,9 @@ class LoraWithTokens(Kind):
         kind, own = self._of(site, config)
         return kind.takes_from_base(site, own)
 
+    def penalty(self, config: LoraConfig, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
+        return self.beside.penalty(config, [tensors for tensors in sites if "rows" not in tensors])
+
     def init(
         self,
         site: Site,
@@ -126,10 +130,11 @@ class DoraWithTokens(LoraWithTokens):
 
 def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     """The same beside a variant of LoRA."""
-    return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind()})
+    said = {name: getattr(kind, name) for name in ("adds_penalty", "only_beside_its_own")}
+    return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
 
 
-WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, (BdLora, QaLora)))
+WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, (BdLora, QaLora, Kasa)))
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:

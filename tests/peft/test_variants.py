@@ -1,19 +1,24 @@
-"""QA-LoRA beside PEFT's, which has it for GPTQ's layers alone; here such a layer wraps one that is not quantised."""
+"""What variants of LoRA have beside their equation, as PEFT's have it. The rest is in `test_kinds.py`.
+
+PEFT has QA-LoRA for GPTQ's layers alone; here such a layer wraps one that is not quantised.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from kind_cases import CLOSE, KindCase, shake, step
+from kind_cases import CASES, CLOSE, IN_FLOAT32, KindCase, both, shake, step, trained
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file
 from torch import nn
 
 import lorafx
+from lorafx.errors import AdapterError
 from lorafx.serving import early_calls
 
 FIELDS = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.3, "use_qalora": True, "qalora_group_size": 4}
@@ -27,7 +32,7 @@ def theirs() -> peft.LoraConfig:
 
 
 @pytest.mark.slow
-def test_it_computes_trains_and_files_what_pefts_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qalora_computes_trains_and_files_what_pefts_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early_calls, "REPEATS", 1)
     base, x = CASE.base(), CASE.x()
     model = peft.get_peft_model(copy.deepcopy(base), theirs())
@@ -67,3 +72,26 @@ def test_groups_of_inputs_are_pooled_on_4_bits(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = base.model.layers[0].self_attn.q_proj(x) + pooled @ a.T @ b.T * (5 / 3)
         torch.testing.assert_close(lora.eval().model.layers[0].self_attn.q_proj(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_kasa_trains_with_its_penalty_as_pefts_does(tmp_path: Path) -> None:
+    case = CASES["kasa patterns"]
+    pair = both(dataclasses.replace(case, fields=case.fields | {"lora_dropout": 0.0}), tmp_path)
+    optimizers = [torch.optim.Adam(trained(model).values(), 0.02) for model in (pair.ours, pair.theirs)]
+    for _ in range(3):
+        losses = []
+        for model, optimizer in zip((pair.ours, pair.theirs), optimizers):
+            penalty = model.get_penalty() if model is pair.ours else model._get_kasa_loss()
+            losses.append(model.train()(pair.case.x()).square().mean() + penalty)
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(*losses, **IN_FLOAT32)
+    assert float(pair.ours.get_penalty("default")) > 0.5
+    with pytest.raises(AdapterError, match=r"'default' changes the base's weights for good \(Kasa\)"):
+        pair.ours.add_adapter("lora", {"r": 2, "target_modules": ["up"]})
+    pair.ours.add_adapter("other", pair.case.ours())
+    pair.ours.set_adapter(["default", "other"])
+    with pytest.raises(AttributeError, match="get_penalty"):
+        pair.ours._get_kasa_loss()
