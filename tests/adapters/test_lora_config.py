@@ -97,7 +97,6 @@ def _bools(field: str) -> dict:
     [
         ("pissa_niter_x", "no start value; nearest: pissa_niter_4"),
         ("pisa", "no start value; nearest: pissa"),
-        ("mica", "not implement"),
         ("nonsense", "no start value; there are gaussian, orthogonal"),
     ],
 )

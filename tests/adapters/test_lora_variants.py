@@ -31,6 +31,8 @@ def adapted(**fields):
         ({"use_bdlora": BLOCKS, "use_dora": True}, "`use_dora` and `use_bdlora` are variants"),
         ({"use_qalora": True, "qalora_group_size": 4}, "first has 6 inputs, which are no groups of"),
         ({"use_qalora": True, "qalora_group_size": 2, "lora_bias": True}, "`use_qalora` has no `lora_bias`"),
+        ({"init_lora_weights": "mica", "r": 7}, 'first: `init_lora_weights="mica"` gives at most rank 6'),
+        ({"init_lora_weights": "mica", "use_dora": True}, "`use_dora` and `mica` are variants"),
         ({"kasa_config": {}, "r": 6}, "first: `kasa_config` needs a rank below 6"),
         ({"kasa_config": {"beta": -1}}, "beta"),
         ({"use_bdlora": BLOCKS, "r": 3}, r"first: lora_A of shape \(3, 6\) has no 2 diagonal blocks"),

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import models
 import peft
 import pytest
 import torch
@@ -95,3 +96,35 @@ def test_kasa_trains_with_its_penalty_as_pefts_does(tmp_path: Path) -> None:
     pair.ours.set_adapter(["default", "other"])
     with pytest.raises(AttributeError, match="get_penalty"):
         pair.ours._get_kasa_loss()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*saved along")
+def test_mica_starts_trains_and_files_what_pefts_does(tmp_path: Path) -> None:
+    """In float32: PEFT takes singular vectors of nothing wider."""
+    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "mica"}
+    base, call = models.llama(num_hidden_layers=1), models.call("llama", labels=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
+    pair = [lorafx.compile(copy.deepcopy(base), fields, capture="graph"), theirs]
+    optimizers = [torch.optim.SGD(trained(model).values(), 0.1) for model in pair]
+    assert all("lora_B" not in name and "embedding_B" not in name for name in trained(pair[0]))
+    for _ in range(3):
+        (found, gradients), (expected, wanted) = (step(model, call) for model in pair)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert gradients.keys() == wanted.keys()
+        for optimizer in optimizers:
+            optimizer.step()
+    for model, name in zip(pair, ("ours", "theirs")):
+        lorafx.of(model).save_pretrained(tmp_path / name) if name == "ours" else model.save_pretrained(tmp_path / name)
+    ours, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    again = lorafx.load(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
+    assert trained(again).keys() == trained(theirs).keys()
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", is_trainable=True)
+    assert trained(read).keys() == trained(theirs).keys()
+    with torch.no_grad():
+        results = [models.logits(models.run(model.eval(), call)) for model in (pair[0], read, again, theirs)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[2], results[3], rtol=1e-5, atol=1e-5)

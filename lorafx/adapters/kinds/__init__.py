@@ -31,6 +31,7 @@ from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
 from .lora_with_tokens import WITH_TOKENS
+from .mica import Mica
 from .miss import Bat, Miss, MissConfig
 from .oft import Oft, OFTConfig
 from .qalora import QaLora
@@ -89,7 +90,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, QaLora, Kasa, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
     *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)

@@ -123,7 +123,8 @@ class LoraConfig(AdapterConfig):
         init_lora_weights: the start values. True: A at random, B zero. False: both at random, so that the adapter acts
             at once. "gaussian": A normal. "orthogonal": both at random, with B A zero. "eva": A is what
             `initialize_lora_eva_weights` finds. "pissa", "pissa_niter_4", "olora", "loftq": taken out of the base's
-            weight; so are "corda" and "lora_ga", after `preprocess_corda` and `preprocess_loraga`.
+            weight; so are "corda" and "lora_ga", after `preprocess_corda` and `preprocess_loraga`. "mica": B is what
+            the base's weight uses least, and stays so; A trains.
         rank_pattern: other ranks, by a regex that a module's name ends in.
         alpha_pattern: other α, so too.
         use_dora: train the norms of the weight's rows as well.
@@ -221,7 +222,6 @@ class LoraConfig(AdapterConfig):
                 f"the adapter started from values that `init_lora_weights={init!r}` took out of its base's weights: it "
                 "fits the base as that left it, or has to be saved with `path_initial_model_for_weight_conversion`"
             )
-        if init in FROM_DATA or (init == "mica" and self.inference_mode):
             return self.replace(init_lora_weights=True, corda_config=None, lora_ga_config=None)
         return self
 
@@ -255,13 +255,13 @@ class LoraConfig(AdapterConfig):
         if not (isinstance(init, bool) or init in STARTS or is_taken(init)):
             known = nearest(str(init), STARTS, f"there are {', '.join(STARTS)}, True and False")
             raise ConfigError(f"init_lora_weights={init!r} is no start value; {known}")
-        return asked | ({"init_lora_weights": init} if init == "mica" else {})
+        return asked
 
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
 VARIANTS = ("use_dora", "use_bdlora", "use_qalora", "kasa_config")
 
-# Start values that have a name in PEFT. lorafx does not implement the last.
+# Start values that have a name in PEFT; the last says what trains, too.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
 
 # Known to PEFT, refused by `compile` unless they hold their default.

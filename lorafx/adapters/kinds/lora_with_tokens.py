@@ -21,6 +21,7 @@ from .kasa import Kasa
 from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .mica import Mica
 from .qalora import QaLora
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
@@ -134,7 +135,8 @@ def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
 
 
-WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, (BdLora, QaLora, Kasa)))
+_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica)
+WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, _VARIANTS))
 
 
 def _is_target(site: Site, config: LoraConfig) -> bool:
