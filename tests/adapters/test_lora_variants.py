@@ -35,6 +35,7 @@ def adapted(**fields):
         ({"init_lora_weights": "mica", "use_dora": True}, "`use_dora` and `mica` are variants"),
         ({"kasa_config": {}, "r": 6}, "first: `kasa_config` needs a rank below 6"),
         ({"kasa_config": {"beta": -1}}, "beta"),
+        ({"monteclora_config": {"num_samples": 0}}, "num_samples"),
         ({"use_bdlora": BLOCKS, "r": 3}, r"first: lora_A of shape \(3, 6\) has no 2 diagonal blocks"),
         ({"use_bdlora": BLOCKS | {"nblocks": 0}}, "nblocks"),
         ({"use_bdlora": BLOCKS | {"n_blocks": 2}}, "`use_bdlora` has no n_blocks"),

@@ -44,7 +44,6 @@ ASKED = {
     "loftq_config": {"loftq_bits": 4},
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [3],
-    "monteclora_config": {"num_experts": 2},
     "layer_replication": [[0, 1], [0, 1]],
     "arrow_config": {"top_k": 2},
     "ensure_weight_tying": True,

@@ -33,6 +33,7 @@ from .lora_config import LoraConfig
 from .lora_with_tokens import WITH_TOKENS
 from .mica import Mica
 from .miss import Bat, Miss, MissConfig
+from .monteclora import Monteclora
 from .oft import Oft, OFTConfig
 from .qalora import QaLora
 from .randlora import RandLora, RandLoraConfig
@@ -90,8 +91,8 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
+    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira),
+    *(Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)
 for _with_tokens in WITH_TOKENS:

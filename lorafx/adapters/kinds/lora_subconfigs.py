@@ -26,6 +26,14 @@ OF_DATA: dict[str, dict[str, Any]] = {
 OF_VARIANTS: dict[str, dict[str, Any]] = {
     "use_bdlora": {"target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True},
     "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
+    "monteclora_config": {
+        "num_samples": 8,
+        "use_entropy": False,
+        "dirichlet_prior": 0.1,
+        "sample_scaler": 1e-4,
+        "kl_loss_weight": 1e-5,
+        "buffer_size": 150,
+    },
 }
 # Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
 CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
@@ -85,6 +93,9 @@ _HOLDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules_bd_a": (_names, "a list of strings or None"),
     "target_modules_bd_b": (_names, "a list of strings or None"),
     "nblocks": (is_count, "a positive int"),
+    "num_samples": (is_count, "a positive int"),
+    "dirichlet_prior": (_above_zero, "a number above 0"),
+    "buffer_size": (is_count, "a positive int"),
     "beta": (_not_negative, "a number from 0"),
     "gamma": (_not_negative, "a number from 0"),
 }

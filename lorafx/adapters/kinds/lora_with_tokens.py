@@ -22,6 +22,7 @@ from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
 from .mica import Mica
+from .monteclora import Monteclora
 from .qalora import QaLora
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
@@ -135,7 +136,7 @@ def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
 
 
-_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica)
+_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica, Monteclora)
 WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, _VARIANTS))
 
 
