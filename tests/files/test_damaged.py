@@ -42,7 +42,6 @@ from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits
 ASKED = {
     "megatron_config": {"a": 1},
     "loftq_config": {"loftq_bits": 4},
-    "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [3],
     "layer_replication": [[0, 1], [0, 1]],
     "arrow_config": {"top_k": 2},

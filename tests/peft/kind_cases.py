@@ -144,6 +144,8 @@ ON_LLAMA = {"use_bdlora": BLOCKS | {"target_modules_bd_a": ["q_", "v_"]}}
 BDLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.4, "use_bdlora": BLOCKS}
 KASA = LORA | {"lora_dropout": 0.4, "rank_pattern": {"up": 3}, "kasa_config": {"beta": 0.1, "gamma": 0.2}}
 MONTECLORA = LORA | {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.2, "buffer_size": 1}}
+VELORA = LORA | {"velora_config": {"num_groups": 3, "scale": 0.7}}  # of 8 features a group has 3, the last with a zero
+RANDOM = {"num_groups": 4, "init_type": "random"}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
     "lora addmm": KindCase("addmm", "LoraConfig", LORA | {"fan_in_fan_out": True}),
@@ -161,6 +163,8 @@ CASES = {
     "bdlora linear": KindCase("linear", "LoraConfig", BDLORA, dropout=True, on_llama=ON_LLAMA),
     "kasa patterns": KindCase("linear", "LoraConfig", KASA, starts_at_zero=False, dropout=True, close=IN_FLOAT32),
     "monteclora samples": KindCase("linear", "LoraConfig", MONTECLORA, dropout=True, close=IN_FLOAT32),
+    "velora average": KindCase("linear", "LoraConfig", VELORA | {"lora_dropout": 0.4}, dropout=True, close=IN_FLOAT32),
+    "velora random": KindCase("linear", "LoraConfig", LORA | {"velora_config": RANDOM}, close=IN_FLOAT32),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),

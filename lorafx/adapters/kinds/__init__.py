@@ -40,6 +40,7 @@ from .randlora import RandLora, RandLoraConfig
 from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .velora import Velora
 from .vera import Vera, VeraConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
@@ -91,8 +92,9 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira),
-    *(Hira, Miss, Bat, FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
+    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, Velora),
+    *(AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)
 for _with_tokens in WITH_TOKENS:

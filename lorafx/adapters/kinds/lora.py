@@ -45,9 +45,12 @@ class Lora(Kind):
         return config.variant == self.variant
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        hidden = at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
-        update = at.wide(hidden, at.lora_B, at.tensors.get("lora_bias"))
+        update = at.wide(self.hidden(x, at), at.lora_B, at.tensors.get("lora_bias"))
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
+
+    def hidden(self, x: Any, at: Operands) -> Any:
+        """What B is given: (…, in) -> (…, r)."""
+        return at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
 
     def fused(self, x: Any, at: Operands) -> Any | None:
         tensors, bound = at.tensors, at.bound  # each call of each site comes here

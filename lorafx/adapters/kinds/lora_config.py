@@ -135,6 +135,8 @@ class LoraConfig(AdapterConfig):
             "gamma": 1e-3}, which weigh what `get_penalty` gives.
         monteclora_config: have training add noise to A, whose spread trains, too: {"num_samples": 8, "use_entropy":
             False, "dirichlet_prior": 0.1, "sample_scaler": 1e-4, "kl_loss_weight": 1e-5}; `get_penalty` goes with it.
+        velora_config: keep a compressed x for the gradient of A: {"num_groups": 64, "scale": 1.0, "init_type":
+            "batch_average"}, or "random".
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
         eva_config, corda_config, lora_ga_config: numbers of start values from data, as dicts; see these functions.
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
@@ -167,10 +169,10 @@ class LoraConfig(AdapterConfig):
     qalora_group_size: int = 16
     kasa_config: Any = None
     monteclora_config: Any = None
+    velora_config: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    velora_config: Any = None
     alora_invocation_tokens: Any = None
     layer_replication: Any = None
     arrow_config: Any = None
@@ -261,7 +263,7 @@ class LoraConfig(AdapterConfig):
 
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
-VARIANTS = ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+VARIANTS = ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config")
 
 # Start values that have a name in PEFT; the last says what trains, too.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
@@ -269,7 +271,6 @@ STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", 
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (
     "megatron_config",
-    "velora_config",
     "alora_invocation_tokens",
     "layer_replication",
     "arrow_config",

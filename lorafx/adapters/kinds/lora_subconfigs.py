@@ -34,11 +34,13 @@ OF_VARIANTS: dict[str, dict[str, Any]] = {
         "kl_loss_weight": 1e-5,
         "buffer_size": 150,
     },
+    "velora_config": {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"},
 }
 # Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
 CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
 _NO_VALUES = (*CORDA_FILES, "prune_temporary_fields")
 _ONE_OF = {
+    "init_type": ("batch_average", "batch_average_once", "random"),
     "corda_method": ("ipm", "kpm"),
     "direction": ("ArBr", "A2rBr", "ArB2r", "random"),
     "scale": ("stable", "weight_svd", "gd_scale", "unit"),
@@ -63,7 +65,7 @@ def check_subconfigs(config: Any) -> None:
             raise ConfigError(f"`{field}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")
         for key, value in given.items():
             name = f"{field}[{key!r}]"
-            if key in _ONE_OF:
+            if isinstance(defaults[key], str):
                 require(value in _ONE_OF[key], name, value, f"one of {', '.join(_ONE_OF[key])}")
             elif key in _HOLDS:
                 require(_HOLDS[key][0](value), name, value, _HOLDS[key][1])
@@ -93,6 +95,7 @@ _HOLDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules_bd_a": (_names, "a list of strings or None"),
     "target_modules_bd_b": (_names, "a list of strings or None"),
     "nblocks": (is_count, "a positive int"),
+    "num_groups": (is_count, "a positive int"),
     "num_samples": (is_count, "a positive int"),
     "dirichlet_prior": (_above_zero, "a number above 0"),
     "buffer_size": (is_count, "a positive int"),

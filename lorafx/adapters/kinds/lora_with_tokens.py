@@ -25,6 +25,7 @@ from .mica import Mica
 from .monteclora import Monteclora
 from .qalora import QaLora
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .velora import Velora
 
 TOKENS = TrainableTokens()
 BELOW = "token_adapter."  # where PEFT's files have tokens' rows, beside LoRA
@@ -136,7 +137,7 @@ def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
 
 
-_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica, Monteclora)
+_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica, Monteclora, Velora)
 WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, _VARIANTS))
 
 
