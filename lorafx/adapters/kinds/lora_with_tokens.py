@@ -133,7 +133,7 @@ class DoraWithTokens(LoraWithTokens):
 
 def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     """The same beside a variant of LoRA."""
-    said = {name: getattr(kind, name) for name in ("adds_penalty", "only_beside_its_own")}
+    said = {name: getattr(kind, name) for name in ("adds_penalty", "only_beside_its_own", "derives")}
     return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
 
 
