@@ -23,6 +23,7 @@ from .serving.dispatcher import Dispatcher
 from .tree.attached import ATTACHED
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
+from .tree.replication import replicated
 from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
@@ -74,9 +75,9 @@ def compile(
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
-    adapter = plan(_plain(model), adapter_name, config_of(config))
+    adapter = plan(_plain(model, config := config_of(config)), adapter_name, config)
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
-    adapted = adapt(model, dispatcher, autocast_adapter_dtype)
+    adapted = adapt(model, dispatcher, autocast_adapter_dtype, config.replicates)
     try:
         rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
         of(adapted).set_adapter(adapter_name)
@@ -124,9 +125,9 @@ def load(
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
-    fitted, values, embeddings = checkpoint.fit(_plain(model), adapter_name, found, is_trainable)
+    fitted, values, embeddings = checkpoint.fit(_plain(model, found.config), adapter_name, found, is_trainable)
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
-    adapted = adapt(model, dispatcher, autocast_adapter_dtype)
+    adapted = adapt(model, dispatcher, autocast_adapter_dtype, found.config.replicates)
     try:
         rests = of(adapted)._install(fitted, values=values)
         of(adapted).set_adapter(adapter_name)
@@ -179,7 +180,8 @@ def _pipeline(
     return chosen
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    """What the config is planned for: the model without wrappers, with the layers that the config asks for."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"the model is {model!r:.60}, a {type(model).__name__}; it has to be a torch module, loaded already"
@@ -192,6 +194,8 @@ def _plain(model: nn.Module) -> nn.Module:
             raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))
     require_tensors_in_place(unwrapped(model))
+    if config.replicates:
+        return replicated(model, config.replicates)[0]
     if isinstance(model, torch.fx.GraphModule):
         return model
     return mirrored(model)

@@ -8,7 +8,6 @@ The operator is found by the patterns of the site (`adapters/equation.py`); `bef
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +16,7 @@ from torch.fx import GraphModule, Node
 from lorafx.adapters.adapter import Adapter
 from lorafx.adapters.equation import Equation
 from lorafx.adapters.site import Site
+from lorafx.adapters.tying import parted
 from lorafx.errors import ConfigError
 from lorafx.graph import ADAPTED_BY, SITE, Provenance, describe, fake_mode_of, write
 from lorafx.pipeline import Context, Pass
@@ -115,15 +115,14 @@ def _require_own_weight(base: Node, site: Site, adapter: Adapter, merged: frozen
 
 def _read_own_copies(gm: GraphModule, adapter: Adapter, mode: FakeTensorMode) -> int:
     """Make reads of base tensors that the adapter has its own copies of read those."""
-    copies: dict[int, list[tuple[str, str]]] = {}  # of a tied tensor several, each for the reads within its own module
+    copies: dict[int, list[tuple[str, str]]] = {}  # of a tied tensor one for each module, for the reads in it
     for base, copy in adapter.replaced.items():
         copies.setdefault(id(tensor_at(gm, base)), []).append((base, copy))
-    owners = Counter(id(p) for module in gm.modules() for p in module._parameters.values()) if copies else Counter()
-    count = 0
+    apart, count = parted(gm, adapter.replaced), 0
     for node in gm.graph.find_nodes(op="get_attr"):
         tensor = id(find_tensor(gm, node.target))
         for base, copy in copies.get(tensor, ()):
-            users = [user for user in node.users if owners[tensor] <= 1 or _is_within(user, node, base)]
+            users = [user for user in node.users if tensor not in apart or _is_within(user, node, base)]
             if users:
                 _redirect(gm, node, users, copy, Provenance(InsertAdapters.name, base, adapter.name), mode)
                 count += len(users)

@@ -85,6 +85,7 @@ INSIDE = {
             "site",
             "kinds",
             "parameters",
+            "tying",
             "selection",
             "adapter",
             "start_values",

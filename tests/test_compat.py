@@ -363,7 +363,6 @@ def test_more_fields_of_the_config_arrive():
         {"finetune_vision_layers": True},
         {"loftq_config": {"loftq_bits": 4}},
         {"init_lora_weights": "loftq"},
-        {"ensure_weight_tying": True},
         {"r": 0},
     ],
     ids=lambda asked: next(iter(asked)),

@@ -13,12 +13,14 @@ from ..errors import AdapterError, ConfigError, SelectionError, warn
 from ..graph.modules import taken_names
 from ..tree.attached import detach
 from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
+from ..tree.replication import REPLICATED
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
 from .selection import saved_modules, select, whole_modules
 from .site import Selection, Site
 from .storages import DENSE, weights_of
+from .tying import with_twins
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
 SHARED = "shared"  # what a tensor is called in the module that all of its sites have below them
@@ -30,7 +32,8 @@ class Adapter:
 
     `tensors` maps a site's name to the paths of its tensors by suffix (`lora_A.weight`). `replaced` maps the path of a
     base tensor to the path of the adapter's own trainable copy, which graphs read instead: biases (`bias=`) and
-    `modules_to_save`. `scales` maps a site's name to the path of its scaling, once `scaled` has made that a tensor.
+    `modules_to_save`, where modules whose weight stays tied have one. `scales` maps a site's name to the path of its
+    scaling, once `scaled` has made that a tensor.
     `idle` has the names of sites at which a slot that holds the adapter has tensors and the adapter none (`slots.py`).
     `shared` are the tensors that all sites share, by the kind's name for them; each has a path at each site.
     """
@@ -54,7 +57,7 @@ class Adapter:
         """Paths of all tensors of the adapter."""
         for by_suffix in self.tensors.values():
             yield from by_suffix.values()
-        yield from self.replaced.values()
+        yield from dict.fromkeys(self.replaced.values())  # modules whose weight is tied may have one
         yield from self.scales.values()
 
     @functools.cached_property
@@ -235,6 +238,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     if config.unsupported:
         asked = ", ".join(f"{key}={value!r}" for key, value in config.unsupported.items())
         raise ConfigError(f"lorafx does not implement this yet, and will not ignore it: {asked}")
+    _require_layers(root, config)
     kind = kind_of(config)
     config = kind.settled(config, getattr(getattr(root, "config", None), "model_type", None))
     selection = Selection() if kind.whole else select(root, config)
@@ -258,6 +262,18 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
         _replacements(root, name, config, selection)
     )
     return Adapter(name, config, kind, selection, tensors, replaced, shared=shared)
+
+
+def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
+    """Raise `ConfigError` unless the model has the layers that the config asks for."""
+    found = vars(root).get(REPLICATED, ())
+    if config.replicates != found:
+        has = f"was made with {[list(pair) for pair in found]}" if found else "has its own layers"
+        raise ConfigError(
+            f"`layer_replication` is {[list(pair) for pair in config.replicates] or None}, and the model {has}: all "
+            "adapters of a model have the same, which `compile` and `load` put there with the first; a checkpoint on "
+            "disk keeps the layers that it has"
+        )
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
@@ -331,7 +347,8 @@ def placed(site: Site, suffix: str, name: str) -> str:
 
 def _replacements(root: nn.Module, name: str, config: AdapterConfig, selection: Selection) -> Iterator[tuple[str, str]]:
     saved = saved_modules(root, config)
-    yield from _copies_of(root, saved, f"{SAVED}.{name}")
+    copies = dict(_copies_of(root, saved, f"{SAVED}.{name}"))
+    yield from (with_twins(root, copies, f"{SAVED}.{name}") if config.ties else copies).items()
     for path in _trained_biases(root, config, selection):
         if not any(path.startswith(f"{module}.") for module in saved):
             owner, _, last = path.rpartition(".")

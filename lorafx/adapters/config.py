@@ -100,6 +100,16 @@ class AdapterConfig:
         """Parameters to adapt besides `target_modules`, by their names or endings of these."""
         return ()
 
+    @property
+    def ties(self) -> bool:
+        """Whether adapters and copies of modules whose weight is tied to the input embedding's are tied, too."""
+        return False
+
+    @property
+    def replicates(self) -> tuple[tuple[int, int], ...]:
+        """The layers that the model has instead of its own, as ranges of their numbers; none for its own."""
+        return ()
+
     def besides(self, embedding: str) -> tuple[str, ...]:
         """Modules to adapt besides `target_modules`, by endings of names; `embedding` names the input embedding."""
         return ()

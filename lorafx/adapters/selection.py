@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, SelectionError, warn
-from ..tree.lookup import given_by, tensor_at
+from ..tree.lookup import tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig, is_named
 from .parameters import Named, named_parameters
 from .readings import CONV1D, LINEAR, READINGS, Reading
 from .site import Selection, Site
 from .storages import DENSE, Storage, weights_of
+from .tying import input_embedding, tied_to_embedding
 
 CLASSIFIER_HEADS = ("classifier", "score")
 # The modules that PEFT trains as a whole for a task, where the model has them.
@@ -31,8 +32,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matches, besides = _matcher(model, config), config.besides(_input_embedding(model))
-    matched = [name for name in modules if name and (matches(name) or is_named(besides, name))]
+    matches, besides = _matcher(model, config), config.besides(input_embedding(model))
+    tied = tied_to_embedding(model)
+    _require_once(modules, matches, besides, tied)
+    wanted = [name for name in modules if name and (matches(name) or is_named(besides, name))]
+    led = {name: tied[0] for name in tied if config.ties and not is_named(besides, name)}
+    matched = list(dict.fromkeys(led.get(name, name) for name in wanted))
     if missing := [each for each in besides if not any(is_named((each,), name) for name in modules)]:
         raise SelectionError(f"the config asks for {', '.join(missing)}, which the model does not have")
     unfit = {name: modules[name] for name in matched if not _can_be_adapted(modules[name])}
@@ -66,7 +71,7 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
     """`target_modules`, or PEFT's default for the model or its architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:
         return config.target_modules  # type: ignore[return-value]
-    if config.for_embeddings and (embedding := _input_embedding(model)):
+    if config.for_embeddings and (embedding := input_embedding(model)):
         return (embedding,)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type not in config.default_targets and config.parameters:
@@ -77,12 +82,6 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
             f'name the modules, or use "all-linear" ({_candidates(dict(model.named_modules()))})'
         )
     return config.default_targets[model_type]
-
-
-def _input_embedding(model: nn.Module) -> str:
-    """The name of the model's input embedding; empty if it does not tell."""
-    embedding = given_by(model, "get_input_embeddings")
-    return next((name for name, module in model.named_modules() if module is embedding), "")
 
 
 def saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
@@ -110,9 +109,11 @@ def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     targets = targets_of(model, config)
     saved = wanted_saved_names(config)
     all_linear = _all_linear(model, config) if config.all_linear else None
+    tied = tied_to_embedding(model) if config.ties and saved else ()
+    twins = tied if any(_is_saved(saved, name) for name in tied) else ()
 
     def matches(name: str) -> bool:
-        if is_named(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):
+        if is_named(config.exclude_modules, name) or _is_saved(saved, name) or name in twins:
             return False
         if all_linear is not None:
             return name in all_linear and _in_layers(config, name)
@@ -120,6 +121,10 @@ def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
         return exactly or (is_named(targets, name) and _in_layers(config, name))
 
     return matches
+
+
+def _is_saved(saved: Sequence[str], name: str) -> bool:
+    return any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in saved)
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
@@ -148,6 +153,18 @@ def _all_linear(model: nn.Module, config: AdapterConfig) -> set[str]:
         for path, module in model.named_modules(remove_duplicate=False)
         if module is not head and any(r in (LINEAR, CONV1D) and name != TOKEN for name, r, _ in weights_of(module))
     }
+
+
+def _require_once(
+    modules: dict[str, nn.Module], matches: Callable[[str], bool], besides: Sequence[str], tied: Sequence[str]
+) -> None:
+    """Raise `ConfigError` for a module that is to be adapted in two ways, be it by a tie."""
+    named = [name for name in modules if name and is_named(besides, name)]
+    for name in dict.fromkeys(other for each in named for other in (tied if each in tied else (each,))):
+        if matches(name):
+            raise ConfigError(
+                f"{name} is in `target_modules` and in `trainable_token_indices`; leave it out of one of them"
+            )
 
 
 def _can_be_adapted(module: nn.Module) -> bool:
@@ -225,12 +242,15 @@ def _remarks(
 ) -> Iterator[str]:
     """What to say once about a selection: weights that are tied, or will not be, and names that pick nothing."""
     for site in selection:
-        if site.tied:
+        if site.tied and not config.ties:
             yield (
                 f"{site.name} shares its weight with {', '.join(site.tied)}: they are one site, and its adapter acts "
                 "wherever the weight is read (PEFT adapts only the named module until it merges)"
             )
-    for untied, others in _untied(modules, saved_modules(model, config)):
+    saved = saved_modules(model, config)
+    if config.ties and (remark := _remark_of_tying(model, selection, saved)):
+        yield remark
+    for untied, others in _untied(modules, saved) if not config.ties else ():
         yield (
             f"`modules_to_save` trains {untied} by itself, which the model ties to {', '.join(others)}: on this model "
             "they are tied no longer"
@@ -242,6 +262,20 @@ def _remarks(
             yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)})"
     if idle_layers := _idle_layers(model, modules, config):
         yield f"`layers_to_transform` numbers that pick no module: {idle_layers}"
+
+
+def _remark_of_tying(model: nn.Module, selection: Selection, saved: Sequence[str]) -> str:
+    """What to say of `ensure_weight_tying` where it has no effect; empty if it has."""
+    tied = tied_to_embedding(model)
+    if not tied:
+        return "`ensure_weight_tying` has no effect: no other module has the input embedding's weight"
+    touched = {site.module for site in selection if site.tied}.union(name for name in tied if _is_within(saved, name))
+    idle = f"`ensure_weight_tying` has no effect: none of {', '.join(tied)}, which are tied, is adapted or saved"
+    return "" if touched.intersection(tied) else idle
+
+
+def _is_within(outer: Sequence[str], name: str) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in outer)
 
 
 def _idle(field: str, modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:

@@ -24,6 +24,7 @@ from ..adapters.kinds import config_of
 from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
+from ..adapters.tying import turned
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import endings, given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
@@ -83,20 +84,32 @@ def _key_of_copy(adapter: Adapter, base: str) -> str:
     return PREFIX + copy.replace(below, f".{whole}.") if whole and below in copy else _key(adapter, base)
 
 
-def _without_repeats(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_repeats(root: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors without those that PEFT writes more than once, if they are the same numbers.
 
     These are what all sites share, of some kinds, and tensors of a weight that is tied, of others.
     """
-    again: dict[str, str] = {}
+    again = repeats(root, adapter, tensors)
     for site in adapter.selection:
         own = _key(adapter, site.module)
-        again |= {f"{own}.{spec.suffix}": f"{SHARED_PREFIX}{spec.suffix}" for spec in adapter.shared.values()}
+        first = {f"{own}.{spec.suffix}": f"{SHARED_PREFIX}{spec.suffix}" for spec in adapter.shared.values()}
         for spec in adapter.kind.tensors(site, adapter.config).values():
-            again |= {f"{_key(adapter, twin)}.{spec.suffix}": f"{own}.{spec.suffix}" for twin in site.tied}
-    same = {key for key, of in again.items() if key in tensors and of in tensors}
-    same = {key for key in same if torch.equal(tensors[key], tensors[again[key]])}
+            first |= {f"{_key(adapter, twin)}.{spec.suffix}": f"{own}.{spec.suffix}" for twin in site.tied}
+        again |= {key: tensors[of] for key, of in first.items() if of in tensors}
+    same = {key for key, value in again.items() if key in tensors and torch.equal(tensors[key], value)}
     return {key: tensor for key, tensor in tensors.items() if key not in same}
+
+
+def repeats(root: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT's files have once more for other modules of a tied weight, by key, as `tensors`, by key, has it."""
+    again: dict[str, Tensor] = {}
+    for site in adapter.selection:
+        if adapter.kind.repeats(site, adapter.config):
+            named = {name: f"{_key_of_site(adapter, site)}.{spec.suffix}" for name, spec in adapter.specs(site).items()}
+            own = {name: tensors[key] for name, key in named.items() if key in tensors}
+            found = turned(root, adapter.kind, adapter.config, site, own) if own.keys() == named.keys() else ()
+            again |= {f"{_key(adapter, module)}.{suffix}": value for module, suffix, value in found}
+    return again
 
 
 def _key(adapter: Adapter, path: str) -> str:
@@ -197,7 +210,7 @@ def fit(
         for site in adapter.selection
         for spec in adapter.specs(site).values()
     }
-    whole = adapter.kind.unfiled(adapter.config, _without_repeats(adapter, found.tensors))
+    whole = adapter.kind.unfiled(adapter.config, without_repeats(root, adapter, found.tensors))
     found = replace(found, tensors=whole)
     for base, path in adapter.replaced.items():
         tensor = tensor_at(root, base)
@@ -221,6 +234,7 @@ def gather(
     whole = {path: _plain(values[path] if path in values else tensor_at(root, path)) for path in paths.values()}
     own = without_room(adapter, whole)
     tensors = {key: own[path].contiguous() for key, path in paths.items()}
+    tensors |= {key: value.contiguous() for key, value in repeats(root, adapter, tensors).items()}
     return tensors | {_key(adapter, path): _plain(tensor) for path, tensor in base_weights.items()}
 
 

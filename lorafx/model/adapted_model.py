@@ -20,6 +20,7 @@ from ..torch_private.compilers import not_traced, uncompiled
 from ..torch_private.tensors import ENTRANCE
 from ..tree.holdings import leads_to
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
+from ..tree.replication import Ranges, replicated
 from .adaptation import Adaptation, of
 from .calls import WITHIN_DYNAMO, PartCall, serve
 from .like_peft import INSTEAD
@@ -103,15 +104,16 @@ def _serves(value: Any, tree: nn.Module) -> bool:
     return value is type(tree).forward or (isinstance(value, PartCall) and value.tree is tree and not value.path)
 
 
-def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool) -> AdaptedModel:
-    """An AdaptedModel over `base` with no adapter yet."""
+def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool, layers: Ranges = ()) -> AdaptedModel:
+    """An AdaptedModel over `base` with no adapter yet; with `layers`, over a mirror of it that has these layers."""
+    base, replicas = replicated(base, layers) if layers else (base, None)
     register_caches(base)
     tree = mirrored(base)
     keep_own_layers(tree)
     prepare_base(base)
     tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
-    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags)
+    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags, replicas)
     tree.requires_grad_(False)
     if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]

@@ -56,6 +56,8 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
         outer.see_all()
         with outer.suspended():
             return _serve(tree, state, path, args, kwargs)
+    if state.replicas is not None:
+        state.replicas.follow()
     context, choice = state.context, chosen_for(state)
     names = state.acting
     if choice is not None:

@@ -111,7 +111,10 @@ class LikePeft(Adapters):
 
         A quantised weight counts as the numbers that it stands for, not as what they are packed into.
         """
-        counts = [(name, self._numbers_in(name, p), p.requires_grad) for name, p in self.tree.named_parameters()]
+        replicas = self._lorafx.replicas
+        again = replicas.numbers if replicas is not None else ()  # what lies in another's memory counts once
+        own = [(name, parameter) for name, parameter in self.tree.named_parameters() if id(parameter) not in again]
+        counts = [(name, self._numbers_in(name, parameter), parameter.requires_grad) for name, parameter in own]
         total = sum(number for name, number, _ in counts if TRAINED_BIAS not in name.split("."))
         return sum(number for _, number, trainable in counts if trainable), total
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, remove
 from ..adapters.storages import require_not_packed_since
@@ -45,6 +45,11 @@ class Merges(Part):
 
     def _merge(self, adapters: list[Adapter], **how: bool) -> None:
         """Merge adapters in this order."""
+        if adapters and self._lorafx.replicas is not None:
+            raise MergeError(
+                f"{adapters[0].name!r} cannot be merged: `layer_replication` has layers share their weights, and each "
+                "has an adapter of its own. Nothing was changed"
+            )
         for adapter in adapters:
             adapter.require_in_place(self.tree)
             require_not_packed_since(self.tree, adapter.selection)
@@ -185,7 +190,8 @@ class Merges(Part):
     def unload(self) -> nn.Module:
         """Return the base model object as it was before any adapter. Raises `MergeError` as `unmerge_adapter` does.
 
-        Weights that start values were taken out of (PiSSA, OLoRA, LoftQ) stay so, with a warning, as in PEFT.
+        Weights that start values were taken out of (PiSSA, OLoRA, LoftQ) stay so, with a warning, as in PEFT. With
+        `layer_replication` it is a model with these layers, which shares the weights of the base.
         """
         self._lorafx.ledger.unmerge(self.tree)
         self._warn_of_rests(self._lorafx.adapters.values())
@@ -238,18 +244,24 @@ def _with_layers(base: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 def _keep_replaced(tree: nn.Module, adapter: Adapter) -> None:
     """Replace base tensors by the adapter's own copies, in the base's dtype.
 
-    A tied tensor is untied: its other modules keep the old one, each by itself, for transformers would save one of
-    them alone, and tie the others to the new tensor when it loads that.
+    A tied tensor of which not all modules have one copy is untied: the others keep the old one, each by itself, for
+    transformers would save one of them alone, and tie the others to the new tensor when it loads that.
     """
-    for base, path in adapter.replaced.items():
-        owner, _, last = base.rpartition(".")
-        module, old = tree.get_submodule(owner), tensor_at(tree, base)
-        copy = tensor_at(tree, path).detach().to(old.dtype, copy=True)
-        others = [m._parameters for m in tree.modules() if m is not module]
-        ends = [(tensors, name) for tensors in others for name, tensor in tensors.items() if tensor is old]
-        for tensors, name in ends[1:]:
-            tensors[name] = nn.Parameter(old.detach().clone(), old.requires_grad)
-        if last in module._parameters:
-            module._parameters[last] = nn.Parameter(copy)
-        else:
-            module._buffers[last] = copy
+    kept: dict[tuple[int, str], Tensor] = {}
+    bases = [(tree.get_submodule(base.rpartition(".")[0]), base, path) for base, path in adapter.replaced.items()]
+    for module, base, path in bases:
+        last, old = base.rpartition(".")[2], tensor_at(tree, base)
+        if (id(old), path) not in kept:
+            copy = tensor_at(tree, path).detach().to(old.dtype, copy=True)
+            kept[id(old), path] = nn.Parameter(copy) if last in module._parameters else copy
+            mine = {id(owner) for owner, _, other in bases if other == path}
+            _untie(old, [m._parameters for m in tree.modules() if id(m) not in mine])
+        own = module._parameters if last in module._parameters else module._buffers
+        own[last] = kept[id(old), path]  # type: ignore[assignment]
+
+
+def _untie(old: Tensor, modules: list[dict[str, nn.Parameter | None]]) -> None:
+    """Give each but the first of these modules that have a tensor a copy of its own."""
+    ends = [(tensors, name) for tensors in modules for name, tensor in tensors.items() if tensor is old]
+    for tensors, name in ends[1:]:
+        tensors[name] = nn.Parameter(old.detach().clone(), old.requires_grad)

@@ -113,7 +113,8 @@ class Saving(Merges):
         paths, given = checkpoint.keys(adapter), state_dict or {}
         whole = {path: given[path] if path in given else self._without_merged(path) for path in paths.values()}
         own = without_room(adapter, whole)
-        return {key: own[path] for key, path in paths.items()}
+        tensors = {key: own[path] for key, path in paths.items()}
+        return tensors | checkpoint.repeats(self.tree, adapter, tensors)
 
     def _without_merged(self, path: str) -> Tensor:
         ledger = self._lorafx.ledger
@@ -127,8 +128,8 @@ class Saving(Merges):
         """
         adapter = used(self._require_unmerged(adapter_name, "loading other values into it"))
         paths, own = checkpoint.keys(adapter), self.adapter_state_dict(adapter_name)
-        expected = {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in own.items()}
-        values = adapter.kind.unfiled(adapter.config, values)
+        expected = {key: (tuple(own[key].shape), own[key].is_floating_point()) for key in paths}
+        values = adapter.kind.unfiled(adapter.config, checkpoint.without_repeats(self.tree, adapter, values))
         given = checkpoint.Checkpoint(Path("state_dict"), adapter.config, values)
         embeddings = checkpoint.check(given, expected, self.tree)
         put(self.tree, adapter, {path: values[key] for key, path in paths.items()})
@@ -201,7 +202,8 @@ def _since(
     adapter: Adapter, tensors: dict[str, Tensor], start: checkpoint.Checkpoint, tree: nn.Module
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """The adapter for the base as it was before start values were taken out of it, and its tensors by key."""
-    own = [key for key in checkpoint.keys(adapter) if key in tensors]
+    named = {**checkpoint.keys(adapter), **checkpoint.repeats(tree, adapter, tensors)}
+    own = [key for key in named if key in tensors]
     expected = {key: (tuple(tensors[key].shape), tensors[key].is_floating_point()) for key in own}
     checkpoint.check(start, expected, tree)
     config, joined = adapter.kind.since(adapter.config, tensors, start.tensors)

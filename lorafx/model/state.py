@@ -16,21 +16,24 @@ from ..merging.ledger import Ledger
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import Held
+from ..tree.replication import Replicas
 
 
 @dataclass
 class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
-    `base_requires_grad` has the base's flags by path, before lorafx froze it. While the adapters are `disabled`, none
-    acts, and `active` says which will when that is over. `trained` are those that lorafx has let train and not frozen
-    since. `compiled` has a dispatcher for each torch.compile around the model; a copy makes its own.
+    `base_requires_grad` has the base's flags by path, before lorafx froze it; `replicas` are its layers in the memory
+    of others. While the adapters are `disabled`, none acts, and `active` says which will when that is over. `trained`
+    are those that lorafx has let train and not frozen since. `compiled` has a dispatcher for each torch.compile around
+    the model; a copy makes its own.
     """
 
     base: nn.Module
     dispatcher: Dispatcher
     autocast_adapter_dtype: bool
     base_requires_grad: dict[str, bool]
+    replicas: Replicas | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.tying import parted
 from ..pipeline import Context
 from ..tree.lookup import tensor_at
 
@@ -49,11 +50,8 @@ class Concerned(NamedTuple):
 
     def _replaces(self, base: str) -> bool:
         """Whether the copy of a base tensor acts here: a tied tensor is replaced in the module that owns the name."""
-        tensor, owner = tensor_at(self.tree, base), base.rpartition(".")[0]
-        if id(tensor) not in self.tensors:
-            return False
-        elsewhere = any(
-            module is not self.tree.get_submodule(owner) and any(p is tensor for p in module._parameters.values())
-            for module in self.tree.modules()
-        )
-        return not elsewhere or self.part == owner
+        tensor = id(tensor_at(self.tree, base))
+        return tensor in self.tensors and (tensor not in self._parted() or self.part == base.rpartition(".")[0])
+
+    def _parted(self) -> set[int]:
+        return parted(self.tree, {b: copy for each in self.context.adapters for b, copy in each.replaced.items()})

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import functools
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..adapters.by_row import ROWS
+from ..adapters.tying import parted
 from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
 from ..capture.purity import place_of
@@ -326,9 +326,8 @@ class SiteInterpreter(TorchFunctionMode):
 
     @functools.cached_property
     def shared(self) -> bool:
-        """Whether a base tensor that an adapter has a copy of is in several modules, and the copy for one of them."""
-        owners = Counter(id(p) for module in self.tree.modules() for p in module._parameters.values())
-        return any(owners[tensor] > 1 for tensor in self.replaced)
+        """Whether a base tensor that an adapter has a copy of is in several modules, and not all read one copy."""
+        return bool(parted(self.tree, {base: copy.path for base, copy in self.table.copies.items()}))
 
     def _require_one_mode(self, leaves: Iterable[Any]) -> None:
         """Raise `AdapterError` if the base's own module reads a weight, in another mode than the adapted model's."""

@@ -43,9 +43,7 @@ ASKED = {
     "megatron_config": {"a": 1},
     "loftq_config": {"loftq_bits": 4},
     "alora_invocation_tokens": [3],
-    "layer_replication": [[0, 1], [0, 1]],
     "arrow_config": {"top_k": 2},
-    "ensure_weight_tying": True,
     "peft_type": "XLORA",
 }
 

@@ -38,7 +38,8 @@ def _is_mask(value: Any) -> bool:
 
 
 def _check_of_lora(config: AdaLoraConfig) -> None:
-    for name in ("use_dora", "loftq_config", "lora_bias", "trainable_token_indices", "target_parameters"):
+    absent = "use_dora", "loftq_config", "lora_bias", "trainable_token_indices", "target_parameters"
+    for name in (*absent, "ensure_weight_tying"):
         if getattr(config, name):
             raise ConfigError(f"AdaLoRA has no `{name}`; leave it out, or use a LoraConfig")
     init = config.init_lora_weights

@@ -96,6 +96,11 @@ class Dora(Lora):
         super().check(site, config)
         if config.lora_bias:
             raise ConfigError("`use_dora` has no `lora_bias`, as in PEFT; leave one of them False")
+        if config.ties and site.tied:
+            raise ConfigError(
+                f"{site.name} is tied to {site.tied[0]}, and `use_dora` with `ensure_weight_tying` would have a "
+                "magnitude for each of them, which no tied weight has; leave one of both out"
+            )
 
 
 def _of_rows(gain: Any, x: Any) -> Any:

@@ -103,6 +103,9 @@ class Lora(Kind):
         r, alpha = rank(site, config), pattern_value(config.alpha_pattern, site.named, config.lora_alpha)
         return {"scaling": alpha / (math.sqrt(r) if config.use_rslora else r)}
 
+    def repeats(self, site: Site, config: LoraConfig) -> bool:
+        return config.ties and site.reading.lookup
+
     def check(self, site: Site, config: LoraConfig) -> None:
         if len(config.variants) > 1:
             both = " and ".join(f"`{name}`" for name in config.variants)
@@ -115,6 +118,12 @@ class Lora(Kind):
             )
         if site.is_parameter:
             _require_plain(site, config)
+        if config.replicates and (config.bias != "none" or self.takes_from_base(site, config)):
+            field = "bias" if config.bias != "none" else "init_lora_weights"
+            raise ConfigError(
+                f"`layer_replication` makes layers that share their weights, and `{field}={getattr(config, field)!r}` "
+                "would change those of each: leave it out"
+            )
         if rank(site, config) % site.groups:
             raise ConfigError(
                 f"{site.name} has groups={site.groups}, and rank {rank(site, config)} is no multiple of it; "
@@ -278,7 +287,9 @@ def _found(site: Site, init: str, weight: Tensor) -> Tensor:
 def fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
     """Start values that the base has no part in."""
     a, b = tensors["lora_A"], tensors["lora_B"]
-    if site.reading.lookup:
+    if config.ties and site.tied and site.reading.lookup and config.init_lora_weights:
+        a, b = b.t(), a.t()  # of a tied head, which PEFT starts last
+    elif site.reading.lookup:
         nn.init.normal_(b, generator=rng)
         _ = nn.init.zeros_(a) if config.init_lora_weights else nn.init.normal_(a, generator=rng)
         return

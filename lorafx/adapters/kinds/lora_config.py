@@ -142,6 +142,10 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
         target_parameters: parameters to adapt besides, by their names or endings of these, as "experts.down_proj":
             weights that stack experts, and matrices of modules that are no linear layers.
+        ensure_weight_tying: where other modules have the input embedding's weight, an adapter of one of them is the
+            embedding's and acts in all, and so does a copy (`modules_to_save`); files have it for each, as PEFT's.
+        layer_replication: ranges of the layers that the model has instead of its own, as [[0, 4], [2, 5]]: those that
+            are there twice share their weights, and each has adapters of its own.
     """
 
     peft_type: str = "LORA"
@@ -170,13 +174,13 @@ class LoraConfig(AdapterConfig):
     kasa_config: Any = None
     monteclora_config: Any = None
     velora_config: Any = None
+    ensure_weight_tying: bool = False
+    layer_replication: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     alora_invocation_tokens: Any = None
-    layer_replication: Any = None
     arrow_config: Any = None
-    ensure_weight_tying: bool = False
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
     common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
@@ -233,6 +237,14 @@ class LoraConfig(AdapterConfig):
     def parameters(self) -> tuple[str, ...]:
         return tuple(self.target_parameters or ())
 
+    @property
+    def ties(self) -> bool:
+        return self.ensure_weight_tying
+
+    @property
+    def replicates(self) -> tuple[tuple[int, int], ...]:
+        return tuple((start, end) for start, end in self.layer_replication or ())
+
     def besides(self, embedding: str) -> tuple[str, ...]:
         """The modules of which some tokens train."""
         tokens = self.trainable_token_indices
@@ -272,7 +284,5 @@ STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", 
 NOT_YET = (
     "megatron_config",
     "alora_invocation_tokens",
-    "layer_replication",
     "arrow_config",
-    "ensure_weight_tying",
 )

@@ -67,9 +67,10 @@ class LoraWithTokens(Kind):
     def check(self, site: Site, config: LoraConfig) -> None:
         kind, own = self._of(site, config)
         kind.check(site, own)
-        if kind is TOKENS and _is_target(site, config):
+        if len({tuple(tokens) for tokens in _given(site, config)}) > 1:
             raise ConfigError(
-                f"{site.name} is in `target_modules` and in `trainable_token_indices`; leave it out of one of them"
+                f"{site.name} is tied to {', '.join(site.tied)}, and `trainable_token_indices` has other tokens for "
+                "these: give it the same ones, or none"
             )
 
     def remarks(self, selection: Selection, config: LoraConfig) -> Iterator[str]:
@@ -84,6 +85,10 @@ class LoraWithTokens(Kind):
     def numbers(self, site: Site, config: LoraConfig) -> dict[str, float]:
         kind, own = self._of(site, config)
         return kind.numbers(site, own)
+
+    def repeats(self, site: Site, config: LoraConfig) -> bool:
+        kind, own = self._of(site, config)
+        return kind.repeats(site, own)
 
     def takes_from_base(self, site: Site, config: LoraConfig) -> bool:
         kind, own = self._of(site, config)
@@ -110,8 +115,7 @@ class LoraWithTokens(Kind):
         """The kind at a site, and its config."""
         given = config.trainable_token_indices
         if isinstance(given, Mapping):
-            names = site.named, *site.tied
-            tokens = next((given[key] for key in given if any(is_named((key,), name) for name in names)), None)
+            tokens = next(iter(_given(site, config)), None)
         else:  # of the model's input embedding, which is a site for this alone
             tokens = given if site.reading.lookup and not _is_target(site, config) else None
         if tokens is None:
@@ -131,6 +135,17 @@ class DoraWithTokens(LoraWithTokens):
             raise ConfigError(f"{site.name} is tied to {site.tied[0]}, and `use_dora` is for one of both; exclude it")
 
 
+def _given(site: Site, config: LoraConfig) -> list[Any]:
+    """The lists of tokens that a dict has for a site, by any of its names."""
+    given, names = config.trainable_token_indices, (site.named, *site.tied)
+    named = given if isinstance(given, Mapping) else {}
+    return [tokens for key, tokens in named.items() if any(is_named((key,), name) for name in names)]
+
+
+def _is_target(site: Site, config: LoraConfig) -> bool:
+    return is_named(config.target_modules, site.named)  # type: ignore[arg-type]
+
+
 def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
     """The same beside a variant of LoRA."""
     said = {name: getattr(kind, name) for name in ("adds_penalty", "only_beside_its_own", "derives")}
@@ -139,7 +154,3 @@ def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
 
 _VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica, Monteclora, Velora)
 WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, _VARIANTS))
-
-
-def _is_target(site: Site, config: LoraConfig) -> bool:
-    return is_named(config.target_modules, site.named)  # type: ignore[arg-type]
