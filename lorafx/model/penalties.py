@@ -39,8 +39,8 @@ class Penalties(Part):
     def get_penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
         """What these adapters' kinds have a training script add to its loss: one number, 0.0 if they have nothing.
 
-        `adapter_names` are the active ones if None. Of KaSA it is what `kasa_config` weighs. Kinds whose penalty is in
-        a call's loss already, as AdaLoRA's, have nothing. Raises `AdapterError` for a name that is unknown.
+        `adapter_names` are the active ones if None. It is what `kasa_config` and `monteclora_config` weigh; kinds whose
+        penalty is in a call's loss already, as AdaLoRA's, have nothing. Raises `AdapterError` for an unknown name.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         adapters = [self._adapter(name) for name in (self._lorafx.active if names is None else names)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from pathlib import Path
 
 import models
@@ -16,12 +15,10 @@ import pytest
 import torch
 from kind_cases import CASES, CLOSE, IN_FLOAT32, KindCase, both, shake, step, trained
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from safetensors.torch import load_file
 from torch import nn
 
 import lorafx
-from lorafx.adapters.kinds import monteclora
 from lorafx.errors import AdapterError
 from lorafx.serving import early_calls
 
@@ -131,36 +128,3 @@ def test_mica_starts_trains_and_files_what_pefts_does(tmp_path: Path) -> None:
         results = [models.logits(models.run(model.eval(), call)) for model in (pair[0], read, again, theirs)]
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[2], results[3], rtol=1e-5, atol=1e-5)
-
-
-def test_monteclora_has_pefts_penalty_and_noise_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's is that of the call before, so both are given one diagonal and shares; it reports once that they are."""
-    fields = {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False}
-    fields["monteclora_config"] = {"num_samples": 3, "use_entropy": True, "kl_loss_weight": 0.3, "buffer_size": 1}
-    case = KindCase("linear", "LoraConfig", fields)
-    theirs, ours = peft.get_peft_model(case.base(), case.theirs()).train(), lorafx.compile(case.base(), fields)
-    with torch.no_grad():
-        for name, parameter in trained(ours).items():
-            parameter.copy_(trained(theirs)[name])
-    monkeypatch.setattr(BufferedMontecloraSampler, "get", same)
-    monkeypatch.setattr(monteclora, "_normal", lambda like, shape: torch.full(shape, 0.7, dtype=like.dtype))
-    theirs(case.x())
-    expected, found = theirs.base_model._get_monteclora_loss(), ours.get_penalty()
-    torch.testing.assert_close(found, expected, **IN_FLOAT32)
-    for loss, model in ((expected, theirs), (found, ours)):
-        loss.backward()
-        gradients = {name: p.grad for name, p in trained(model).items() if "prior" in name}
-    for name, parameter in trained(theirs).items():
-        if "prior" in name:
-            torch.testing.assert_close(gradients[name], parameter.grad, **IN_FLOAT32)
-    monkeypatch.undo()
-    x = case.x()
-    assert not torch.equal(ours.train()(x), ours(x)) and torch.equal(ours.eval()(x), ours(x))
-
-
-def same(sampler: BufferedMontecloraSampler) -> dict[str, torch.Tensor]:
-    own = sampler.model
-    normal = functools.partial(torch.full, fill_value=0.7, dtype=own.dtype)
-    diagonal = normal((own.out_features, own.out_features)).square().sum(-1).diag()
-    samples = normal((own.num_samples, own.in_features, own.out_features))
-    return {"z_wishart": diagonal, "z_mvn": samples, "z_dirichlet": normal((own.num_samples,))}
