@@ -1,12 +1,13 @@
 """Configs in fields of `LoraConfig`: PEFT's fields and defaults, checked by name."""
 
 import dataclasses
+import json
 
 import peft
 import pytest
 
 import lorafx
-from lorafx.adapters.kinds.lora_subconfigs import OF_VARIANTS, whole
+from lorafx.adapters.kinds.lora_subconfigs import OF_VARIANTS
 from lorafx.errors import ConfigError
 
 CLASSES = {"use_bdlora": "BdLoraConfig", "kasa_config": "KasaConfig"}
@@ -16,10 +17,11 @@ CLASSES |= {"monteclora_config": "MontecloraConfig", "velora_config": "VeloraCon
 @pytest.mark.parametrize("field", CLASSES)
 def test_fields_and_defaults_are_pefts(field):
     theirs = getattr(peft, CLASSES[field])()
-    assert OF_VARIANTS[field] == dataclasses.asdict(theirs) == whole(field, theirs)
-    given = lorafx.LoraConfig.of(peft.LoraConfig(**{field: theirs}))
-    assert given.variant == field == lorafx.LoraConfig(**{field: {}}).variant
-    assert given.subconfig(field) == OF_VARIANTS[field]
+    assert OF_VARIANTS[field] == dataclasses.asdict(theirs)
+    given = [lorafx.LoraConfig(**{field: value}) for value in (theirs, {})]
+    for config in (*given, lorafx.LoraConfig.of(peft.LoraConfig(**{field: theirs}))):
+        assert config.variant == field and config.subconfig(field) == OF_VARIANTS[field]
+        assert json.loads(json.dumps(config.to_dict())) == config.to_dict(), "a file can hold it"
 
 
 @pytest.mark.parametrize(

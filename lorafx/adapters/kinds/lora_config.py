@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from ...errors import ConfigError, nearest, warn
@@ -60,7 +60,7 @@ def check_patterns(config: Any) -> None:
 def _check_not_implemented(config: LoraConfig) -> None:
     """What is refused when a model is compiled, and what has no effect without it, must make sense all the same."""
     for names, fits, expected in (
-        (_CONFIGS, lambda v: isinstance(v, Mapping) or is_dataclass(v), "a dict or None"),
+        (_CONFIGS, lambda v: isinstance(v, Mapping), "a dict or None"),
         (("megatron_core",), lambda v: isinstance(v, str), "a string or None"),
         (("target_parameters",), _list_of(str), "a list of strings or None"),
         (("alora_invocation_tokens",), _list_of(int), "a list of ints or None"),
@@ -190,7 +190,7 @@ class LoraConfig(AdapterConfig):
 
     @property
     def loftq(self) -> dict[str, int]:
-        """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
+        """The numbers of `loftq_config`, with PEFT's defaults."""
         return {"loftq_bits": 4, "loftq_iter": 1} | fields_of(self.loftq_config)
 
     @property

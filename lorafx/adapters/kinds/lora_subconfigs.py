@@ -1,9 +1,8 @@
-"""Configs in a field of `LoraConfig`, as dicts or dataclasses of PEFT's: what they may hold, with PEFT's defaults."""
+"""Configs in a field of `LoraConfig`: what they may hold, with PEFT's defaults. They are kept as dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 from ...errors import ConfigError
@@ -48,8 +47,8 @@ _ONE_OF = {
 
 
 def fields_of(value: Any) -> dict[str, Any]:
-    """A config in a field of another: a dict, or a dataclass of PEFT's."""
-    return dict(value) if isinstance(value, Mapping) else dict(vars(value)) if is_dataclass(value) else {}
+    """What a config in a field of another says; nothing if it is None."""
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def whole(name: str, value: Any) -> dict[str, Any]:
