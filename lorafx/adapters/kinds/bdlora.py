@@ -32,8 +32,7 @@ class BdLora(FactoredLora):
     def factor(self, role: str, tensor: Any, at: Operands) -> Any:
         if role not in _in_blocks(at.site, at.config):
             return tensor
-        rows, columns = self.tensors(at.site, at.config)[role].shape
-        return _block_diagonal(tensor, at.config.subconfig(self.variant)["nblocks"], rows, columns)
+        return _block_diagonal(tensor, at.config.subconfig(self.variant)["nblocks"])
 
     def tensors(self, site: Site, config: LoraConfig) -> dict[str, Spec]:
         specs, n = super().tensors(site, config), config.subconfig(self.variant)["nblocks"]
@@ -84,8 +83,8 @@ def _in_blocks(site: Site, config: LoraConfig) -> tuple[str, ...]:
     return tuple(role for role, parts_of in parts.items() if any(part in name for part in parts_of or ()))
 
 
-def _block_diagonal(blocks: Any, n: int, rows: int, columns: int) -> Any:
+def _block_diagonal(blocks: Any, n: int) -> Any:
     """(rows, columns) -> (rows, n · columns): the blocks, which lie one below the other, along the diagonal."""
-    by_block = aten.view.default(blocks, [n, rows // n, columns])
-    diagonal = aten.diag_embed.default(aten.permute.default(by_block, [1, 2, 0]))
-    return aten.reshape.default(aten.permute.default(diagonal, [2, 0, 3, 1]), [rows, n * columns])
+    by_block = aten.permute.default(aten.unflatten.int(blocks, 0, [n, -1]), [1, 2, 0])
+    diagonal = aten.permute.default(aten.diag_embed.default(by_block), [2, 0, 3, 1])  # (n, rows / n, n, columns)
+    return aten.flatten.using_ints(aten.flatten.using_ints(diagonal, 2), 0, 1)

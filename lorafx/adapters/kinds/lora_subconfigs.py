@@ -35,6 +35,7 @@ OF_VARIANTS: dict[str, dict[str, Any]] = {
     },
     "velora_config": {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"},
 }
+_DEFAULTS = OF_DATA | OF_VARIANTS
 # Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
 CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
 _NO_VALUES = (*CORDA_FILES, "prune_temporary_fields")
@@ -53,12 +54,12 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 def whole(name: str, value: Any) -> dict[str, Any]:
     """All that a config in the field `name` says, with PEFT's defaults."""
-    return (OF_DATA | OF_VARIANTS)[name] | fields_of(value)
+    return _DEFAULTS[name] | fields_of(value)
 
 
 def check_subconfigs(config: Any) -> None:
     """Raise `ConfigError` for what such a config has not, or may not be, naming it."""
-    for field, defaults in (OF_DATA | OF_VARIANTS).items():
+    for field, defaults in _DEFAULTS.items():
         given = {key: value for key, value in fields_of(getattr(config, field)).items() if key not in _NO_VALUES}
         if unknown := sorted(given.keys() - defaults.keys()):
             raise ConfigError(f"`{field}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")

@@ -29,10 +29,9 @@ class QaLora(FactoredLora):
     def factor(self, role: str, tensor: Any, at: Operands) -> Any:
         if role == "lora_B":
             return tensor
-        r, groups = self.tensors(at.site, at.config)[role].shape
         size = at.config.qalora_group_size
-        columns = aten.unsqueeze.default(aten.mul.Tensor(tensor, groups / size), -1)
-        return aten.reshape.default(aten.expand.default(columns, [r, groups, size]), [r, groups * size])
+        columns = aten.unsqueeze.default(aten.mul.Tensor(tensor, at.site.in_features / size**2), -1)
+        return aten.flatten.using_ints(aten.expand.default(columns, [-1, -1, size]), 1)
 
     def tensors(self, site: Site, config: LoraConfig) -> dict[str, Spec]:
         specs = super().tensors(site, config)
