@@ -79,6 +79,9 @@ class AdapterConfig:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            if dataclasses.is_dataclass(value := getattr(self, each.name)) and not isinstance(value, type):
+                object.__setattr__(self, each.name, dataclasses.asdict(value))  # a config of PEFT's in a field
         for name in self.tuples:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set, frozenset)):

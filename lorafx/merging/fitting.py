@@ -16,8 +16,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, MergeError
 from ..files.base import CONFIG, BaseFolder
 from ..files.checkpoint import Checkpoint, fit
 from ..files.shards import same_bytes
@@ -61,11 +62,22 @@ def fitted(base: BaseFolder, found: Sequence[Checkpoint], dtype: torch.dtype | N
         except (CheckpointError, ConfigError) as error:
             unfit = unfit or error
         else:
+            _require_whole_base(found, fits)
             return Fitted(model, loading, [Values(*each) for each in fits])
     raise unfit or CheckpointError(
         f"{base.folder / CONFIG} names no class of transformers ({base.config.get('architectures')}): load the model "
         "yourself, then lorafx.load, merge_and_unload, save_pretrained"
     )
+
+
+def _require_whole_base(found: Sequence[Checkpoint], fits: Sequence[tuple[Adapter, Any, Any]]) -> None:
+    """Raise `MergeError` for an adapter that belongs to what its start values left of the base, which no file has."""
+    for checkpoint, (adapter, *_) in zip(found, fits):
+        if adapter.takes_from_base:
+            raise MergeError(
+                f"{checkpoint.folder} took start values out of the base's weights, and the base's files still have "
+                "them: load both (`lorafx.load`), then `merge_and_unload` and `save_pretrained`"
+            )
 
 
 def _models(base: BaseFolder, found: Sequence[Checkpoint], dtype: torch.dtype | None) -> Iterator[PreTrainedModel]:

@@ -19,13 +19,14 @@ from .allocation import Allocation
 from .graphs import Graphs
 from .hotswap import HotSwap
 from .like_peft import LikePeft
+from .penalties import Penalties
 from .report import Call, Explanation, Report
 from .saving import Saving
 from .trainers import Trainable
 from .weighted import Weighted
 
 
-class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Trainable, Graphs):
+class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Penalties, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
     The model has these names as well, as far as its base does not use them for something of its own.

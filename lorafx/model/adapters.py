@@ -116,6 +116,7 @@ class Adapters(Scales):
                 f"{', '.join(map(repr, state.ledger.names))} merged into the weights that {adapter.name!r} takes its "
                 "start values from; call `unmerge_adapter()` first"
             )
+        self._require_company(adapter)
         self._require_own_memory(adapter)
         self._warn_of_biases(adapter)
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
@@ -125,6 +126,17 @@ class Adapters(Scales):
         serve_parts(self.tree, adapter)
         self._freeze([adapter.name])  # until it is active
         return rests
+
+    def _require_company(self, adapter: Adapter) -> None:
+        """Raise `AdapterError` where a kind cannot be on a model beside another."""
+        for other in self._lorafx.adapters.values():
+            if other.kind is not adapter.kind and (other.kind.only_beside_its_own or adapter.kind.only_beside_its_own):
+                alone, beside = (other, adapter) if other.kind.only_beside_its_own else (adapter, other)
+                raise AdapterError(
+                    f"{alone.name!r} changes the base's weights for good ({type(alone.kind).__name__}), so that "
+                    f"{beside.name!r}, of another kind, would mean something else: delete {other.name!r} and load the "
+                    "base again"
+                )
 
     def _require_own_memory(self, adapter: Adapter) -> None:
         """Raise `AdapterError` where taking start values out of a base weight would take them out of another, too."""

@@ -23,6 +23,8 @@ from .adapters import Adapters
 from .trainers import Inner
 
 INSTEAD = {
+    "_get_kasa_loss": "`get_penalty()`",
+    "_get_monteclora_loss": "`get_penalty()`",
     "from_pretrained": "`lorafx.load(model, folder)`, or `load_adapter` for one more adapter",
     "get_model_config": "`model.config.to_dict()`",
     "get_prompt": "prompt learning is not implemented",

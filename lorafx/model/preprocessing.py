@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
-from ..adapters.kinds.lora_config import CORDA_FILES
+from ..adapters.kinds.lora_subconfigs import CORDA_FILES
 from ..adapters.notes import note
 from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select

@@ -84,12 +84,8 @@ def test_a_known_field_that_is_not_implemented_is_refused_at_compile(field):
     model = Chain()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ConfigError, match=field):
-        lorafx.compile(model, {"target_modules": ["first"], field: "something"} | _bools(field))
+        lorafx.compile(model, {"target_modules": ["first"], field: "something"})
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-
-
-def _bools(field: str) -> dict:
-    return {field: True} if field == "use_qalora" else {}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +93,6 @@ def _bools(field: str) -> dict:
     [
         ("pissa_niter_x", "no start value; nearest: pissa_niter_4"),
         ("pisa", "no start value; nearest: pissa"),
-        ("mica", "not implement"),
         ("nonsense", "no start value; there are gaussian, orthogonal"),
     ],
 )

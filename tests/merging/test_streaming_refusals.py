@@ -61,8 +61,10 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, pair):
     assert_refused(SelectionError, "query", base, adapter, tmp_path / "out")
     set_config(adapter, target_modules=["q_proj", "v_proj"])
     assert_refused(CheckpointError, "lacks 2 keys", base, adapter, tmp_path / "out")
-    set_config(adapter, target_modules=["q_proj"], use_qalora=True)
-    assert_refused(ConfigError, "use_qalora", base, adapter, tmp_path / "out")
+    set_config(adapter, target_modules=["q_proj"], megatron_config={"fp16": True})
+    assert_refused(ConfigError, "megatron_config", base, adapter, tmp_path / "out")
+    set_config(adapter, megatron_config=None, init_lora_weights="pissa")
+    assert_refused(MergeError, "took start values out of the base", base, adapter, tmp_path / "out")
 
 
 def test_an_adapter_of_a_larger_model_is_refused(tmp_path, pair):

@@ -117,7 +117,7 @@ def test_a_layer_checkpointed_in_training_has_the_same_gradients():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"use_dora": True}, "`use_dora` on all"),
+        ({"use_dora": True}, "variants of LoRA of which an adapter can be one"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"modules_to_save": ["norm"]}, "`modules_to_save` on all"),

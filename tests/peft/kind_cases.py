@@ -6,6 +6,7 @@ Models are in float64, and an adapter's values random, as PEFT saved them: what 
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ import lorafx
 
 PREFIX = "base_model.model."
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # of sums of at most a few hundred products in float64
+# Where PEFT computes something in float32, whatever the model's dtype: a Fourier transform, singular values.
+IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class Pair(nn.Module):
@@ -136,6 +139,13 @@ class KindCase:
 LORA = {"r": 2, "lora_alpha": 3}
 IA3 = {"feedforward_modules": ["down"]}
 DORA = LORA | {"use_dora": True}
+BLOCKS = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2}
+ON_LLAMA = {"use_bdlora": BLOCKS | {"target_modules_bd_a": ["q_", "v_"]}}
+BDLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.4, "use_bdlora": BLOCKS}
+KASA = LORA | {"lora_dropout": 0.4, "rank_pattern": {"up": 3}, "kasa_config": {"beta": 0.1, "gamma": 0.2}}
+MONTECLORA = LORA | {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.2, "buffer_size": 1}}
+VELORA = LORA | {"velora_config": {"num_groups": 3, "scale": 0.7}}  # of 8 features a group has 3, the last with a zero
+RANDOM = {"num_groups": 4, "init_type": "random"}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
     "lora addmm": KindCase("addmm", "LoraConfig", LORA | {"fan_in_fan_out": True}),
@@ -150,6 +160,11 @@ CASES = {
     "dora conv2d": KindCase("conv2d", "LoraConfig", DORA | {"lora_dropout": 0.4}, dropout=True),
     "dora conv3d": KindCase("conv3d", "LoraConfig", DORA),
     "dora groups": KindCase("groups", "LoraConfig", DORA | {"r": 4}, merges=False),
+    "bdlora linear": KindCase("linear", "LoraConfig", BDLORA, dropout=True, on_llama=ON_LLAMA),
+    "kasa patterns": KindCase("linear", "LoraConfig", KASA, starts_at_zero=False, dropout=True, close=IN_FLOAT32),
+    "monteclora samples": KindCase("linear", "LoraConfig", MONTECLORA, dropout=True, close=IN_FLOAT32),
+    "velora average": KindCase("linear", "LoraConfig", VELORA | {"lora_dropout": 0.4}, dropout=True, close=IN_FLOAT32),
+    "velora random": KindCase("linear", "LoraConfig", LORA | {"velora_config": RANDOM}, close=IN_FLOAT32),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),
     "loha conv2d": KindCase("conv2d", "LoHaConfig", {"r": 1}),
@@ -213,6 +228,15 @@ def both(case: KindCase, folder: Path, base: nn.Module | None = None, **options:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
     ours = lorafx.load(copy.deepcopy(base), folder, is_trainable=True, **options)
     return Both(case, base, folder, theirs, ours)
+
+
+def drawn(sampler: Any) -> dict[str, Tensor]:
+    """What a sampler of PEFT's MonteCLoRA is to give in a call: of a Wishart matrix its diagonal counts."""
+    own = sampler.model
+    normal = functools.partial(torch.randn, dtype=own.dtype)
+    diagonal = normal(own.out_features, own.out_features).square().sum(-1)
+    samples = normal(own.num_samples, own.in_features, own.out_features)
+    return {"z_wishart": diagonal.diag(), "z_mvn": samples, "z_dirichlet": normal(own.num_samples)}
 
 
 def shake(model: nn.Module) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from kind_cases import KindCase
+from kind_cases import IN_FLOAT32, KindCase
 
 ADDMM = {"fan_in_fan_out": True}
 ADALORA = {"init_r": 3, "lora_alpha": 5, "total_step": 10}
 # PEFT writes projections once for each site, too: `tests/proofs/test_randlora.py`.
 RANDLORA = {"r": 3, "randlora_alpha": 5, "save_projection": False}
-# PEFT transforms in float32, whatever the model's dtype.
-IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 # Of C3A, PEFT's derivative with respect to x is another function's, as `gradcheck` says.
 CASES = {
     "adalora linear": KindCase("linear", "AdaLoraConfig", ADALORA),

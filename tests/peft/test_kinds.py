@@ -13,8 +13,9 @@ import peft
 import pytest
 import torch
 from kind_cases import CASES as FIRST
-from kind_cases import CLOSE, Both, KindCase, both, shake, step, trained
+from kind_cases import CLOSE, Both, KindCase, both, drawn, shake, step, trained
 from more_kind_cases import CASES as MORE
+from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from safetensors.torch import load_file
 
 import lorafx
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.slow  # real PEFT beside lorafx
 CASES = FIRST | MORE
 WEIGHTS = "adapter_model.safetensors"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(autouse=True)
+def draw_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's MonteCLoRA draws ahead; here it draws in each call, what lorafx draws and in its order."""
+    monkeypatch.setattr(BufferedMontecloraSampler, "get", drawn)
 
 
 @pytest.fixture
@@ -126,12 +133,12 @@ def _by_role(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # One row of each kind, with dropout where there is one.
 ON_LINEAR = {
-    case.config + str(case.fields.get("use_dora", "")): case
+    case.config + getattr(case.ours(), "variant", ""): case
     for name, case in CASES.items()
     if name.endswith((" linear", " dropout")) and case.layers == "linear"
 }
 # One kind that is fused, and those that read the weight, turn, scale, and share a tensor: a graph for each way.
-IN_GRAPHS = ["LoraConfig", "LoraConfigTrue", "OFTConfig", "IA3Config", "VeraConfig"]
+IN_GRAPHS = ["LoraConfig", "LoraConfiguse_dora", "OFTConfig", "IA3Config", "VeraConfig"]
 FLAT = lorafx.passes.default.without("outline_blocks", "checkpoint_blocks")
 
 

@@ -15,6 +15,7 @@ from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
 from .activated_lora import ActivatedLora
 from .adalora import AdaLora
 from .adalora_config import AdaLoraConfig
+from .bdlora import BdLora
 from .boft import Boft, BOFTConfig
 from .c3a import C3A, C3AConfig
 from .delora import Delora, DeloraConfig
@@ -23,19 +24,24 @@ from .fourierft import FourierFT, FourierFTConfig
 from .hira import Hira, HiraConfig
 from .hra import Hra, HRAConfig
 from .ia3 import Ia3, IA3Config
+from .kasa import Kasa
 from .kind import SCALING, Kind, Operands, Spec
 from .ln_tuning import LNTuning, LNTuningConfig
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
 from .lora import Lora
 from .lora_config import LoraConfig
-from .lora_with_tokens import DoraWithTokens, LoraWithTokens
+from .lora_with_tokens import WITH_TOKENS
+from .mica import Mica
 from .miss import Bat, Miss, MissConfig
+from .monteclora import Monteclora
 from .oft import Oft, OFTConfig
+from .qalora import QaLora
 from .randlora import RandLora, RandLoraConfig
 from .road import Road, RoadConfig
 from .shira import Shira, ShiraConfig
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .velora import Velora
 from .vera import Vera, VeraConfig
 
 # By PEFT type, the `peft_type` of configs and files: the kinds that share its config class, the latest first.
@@ -87,11 +93,13 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
-    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens, LoraWithTokens, DoraWithTokens),
-    ActivatedLora,
+    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, Velora, ActivatedLora),
+    *(AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
+    *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):
     register(_kind)
+for _with_tokens in WITH_TOKENS:
+    register(_with_tokens)
 
 __all__ = [
     "KINDS",

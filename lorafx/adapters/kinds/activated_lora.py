@@ -9,11 +9,8 @@ they are tokens that have chosen the adapter, as rows choose theirs (`adapters/b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ...errors import ConfigError, MergeError
-from ..combining import Combination
-from ..site import Selection, Site
+from ..site import Site
 from .kind import require_linear
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -23,9 +20,7 @@ class ActivatedLora(Lora):
     """What `alora_invocation_tokens` makes of LoRA; see the module's docstring for its equation."""
 
     additive = False
-
-    def serves(self, config: LoraConfig) -> bool:
-        return bool(config.alora_invocation_tokens)
+    variant = "alora_invocation_tokens"
 
     def invocation(self, config: LoraConfig) -> tuple[int, ...]:
         return tuple(config.alora_invocation_tokens)
@@ -33,7 +28,7 @@ class ActivatedLora(Lora):
     def check(self, site: Site, config: LoraConfig) -> None:
         super().check(site, config)
         require_linear(site, config)
-        for name in ("use_dora", "trainable_token_indices", "target_parameters", "modules_to_save", "lora_bias"):
+        for name in ("trainable_token_indices", "target_parameters", "modules_to_save", "lora_bias"):
             if getattr(config, name):
                 raise ConfigError(f"`alora_invocation_tokens` has an adapter act on some tokens, and `{name}` on all")
         if config.bias != "none" or self.takes_from_base(site, config):
@@ -50,8 +45,3 @@ class ActivatedLora(Lora):
             f"{site.name}: an adapter with `alora_invocation_tokens` acts on some tokens alone, which no weight does, "
             "and cannot be merged"
         )
-
-    def combined_config(
-        self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Combination
-    ) -> LoraConfig:
-        raise ConfigError("adapters with `alora_invocation_tokens` act on tokens of their own, and cannot be combined")

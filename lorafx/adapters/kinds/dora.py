@@ -34,6 +34,7 @@ aten = torch.ops.aten
 class Dora(Lora):
     """What `use_dora=True` makes of LoRA; see the module's docstring for its equation."""
 
+    variant = "use_dora"
     additive = False
     reads_weight = True
     derives = False  # the norms of W + s B A are constants for backward
@@ -43,16 +44,13 @@ class Dora(Lora):
     since = Kind.since
     unmerged = Kind.unmerged
 
-    def serves(self, config: LoraConfig) -> bool:
-        return config.use_dora
-
     def before(self, x: Any, at: Operands) -> Any:
-        if not _is_turned(at) or at.operator.lookup:  # type: ignore[union-attr]
+        if not at.is_turned or at.operator.lookup:  # type: ignore[union-attr]
             return x
         return aten.type_as.default(aten.mul.Tensor(x, _gain(at, at.weight)), x)
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        if _is_turned(at):
+        if at.is_turned:
             updated = super().after(y, self.before(x, at), at)
             return aten.mul.Tensor(updated, _of_rows(_gain(at, at.weight), x)) if at.operator.lookup else updated  # type: ignore[union-attr]
         gain = at.outputs(_gain(at, at.weight))
@@ -105,11 +103,6 @@ class Dora(Lora):
             )
 
 
-def _is_turned(at: Operands) -> bool:
-    """Whether the operator reads the weight transposed, with A and B in each other's place."""
-    return at.operator is not None and at.operator.transposed != at.site.reading.transposed
-
-
 def _of_rows(gain: Any, x: Any) -> Any:
     """g of the rows that are looked up, (…, 1)."""
     return aten.unsqueeze.default(aten.index.Tensor(gain, [x]), -1)
@@ -125,6 +118,6 @@ def _gain(at: Operands, weight: Any) -> Any:
 
 def _norms(at: Operands, weight: Any) -> Any:
     """‖W + s · B A‖ of each row, (out,)."""
-    a, b = (aten.t.default(at.lora_B), aten.t.default(at.lora_A)) if _is_turned(at) else (at.lora_A, at.lora_B)
+    a, b = (aten.t.default(at.lora_B), aten.t.default(at.lora_A)) if at.is_turned else (at.lora_A, at.lora_B)
     a, b = aten.flatten.using_ints(a, 1), aten.flatten.using_ints(b, 1)
     return torch.ops.lorafx.row_norms.default(at.matrix(weight), a, aten.mul.Tensor(b, at.scaling))

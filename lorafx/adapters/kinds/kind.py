@@ -74,6 +74,11 @@ class Operands:
                 return known[name]
         raise AttributeError(f"there is no {name!r} at {self.site.name}: {[*self.tensors, *self.numbers]}")
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the operator reads the weight transposed, with A and B in each other's place."""
+        return self.operator is not None and self.operator.transposed != self.site.reading.transposed
+
     def narrow(self, x: Any, a: Any) -> Any:
         """The operator with A in place of its weight: (…, in) -> (…, r), or (batch, in, …) -> (batch, r, …)."""
         assert self.operator is not None
@@ -141,6 +146,8 @@ class Kind:
     that does not depend on the weight: then `delta` is all that merging needs, and such adapters can be merged in any
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
     `derives` says that backward gives the equation's derivative, and holds nothing in it fixed that moves.
+    `adds_penalty` says that a call's loss has the penalty in it, which else somebody adds (`get_penalty`).
+    `only_beside_its_own` says that no adapter of another kind can be on a model that has one of this.
     `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too. A kind with a name for
     `whole` has no equation: it trains copies of whole modules, which files have under that name. `about_values` are
     fields of a config that only say something of the values, as which of them are zeros.
@@ -151,6 +158,8 @@ class Kind:
     reads_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
     derives: ClassVar[bool] = True
+    adds_penalty: ClassVar[bool] = True
+    only_beside_its_own: ClassVar[bool] = False
     saves_embeddings: ClassVar[bool] = True
     whole: ClassVar[str] = ""
     about_values: ClassVar[tuple[str, ...]] = ()
@@ -245,7 +254,7 @@ class Kind:
     def penalty(self, config: Any, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
         """What is added to the loss that a call of the model gives while the adapter trains: one number, or None.
 
-        `sites` are the tensors at each site, by name.
+        Without `adds_penalty` it is for who trains to add. `sites` are the tensors at each site, by name.
         """
         return None
 

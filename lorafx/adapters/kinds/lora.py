@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ...errors import AdapterError, ConfigError, MergeError
 from ...ops import lora_linear
 from ...ops.modes import autocast_dtype
 from ..combining import Combination
-from ..config import defaults_of, is_pattern_of
+from ..config import is_pattern_of
 from ..low_rank import LowRank
 from ..notes import noted
 from ..readings import CONV1D, IN_PROJ, LINEAR
@@ -39,11 +39,18 @@ class Lora(Kind):
 
     config = LoraConfig
     additive = True
+    variant: ClassVar[str] = ""  # what of the config asks for the kind, if it is not LoRA itself
+
+    def serves(self, config: LoraConfig) -> bool:
+        return config.variant == self.variant
 
     def after(self, y: Any, x: Any, at: Operands) -> Any:
-        hidden = at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
-        update = at.wide(hidden, at.lora_B, at.tensors.get("lora_bias"))
+        update = at.wide(self.hidden(x, at), at.lora_B, at.tensors.get("lora_bias"))
         return aten.add.Tensor(y, aten.mul.Tensor(update, at.scaling))
+
+    def hidden(self, x: Any, at: Operands) -> Any:
+        """What B is given: (…, in) -> (…, r)."""
+        return at.narrow(at.dropout(x, at.config.lora_dropout), at.lora_A)
 
     def fused(self, x: Any, at: Operands) -> Any | None:
         tensors, bound = at.tensors, at.bound  # each call of each site comes here
@@ -100,6 +107,9 @@ class Lora(Kind):
         return config.ties and site.reading.lookup
 
     def check(self, site: Site, config: LoraConfig) -> None:
+        if len(config.variants) > 1:
+            both = " and ".join(f"`{name}`" for name in config.variants)
+            raise ConfigError(f"{both} are variants of LoRA of which an adapter can be one, as in PEFT; leave one out")
         if site.reading.lookup and config.lora_bias:
             raise ConfigError(f"{site.name} is an embedding, which has no `lora_bias`; exclude it or leave it False")
         if site.reading == IN_PROJ and config.lora_bias:
@@ -115,7 +125,7 @@ class Lora(Kind):
             )
         if config.loftq_config and config.init_lora_weights != "loftq":
             raise ConfigError('`loftq_config` needs `init_lora_weights="loftq"`; set that, or leave the config out')
-        if self.takes_from_base(site, config) or config.init_lora_weights == "loftq":
+        if (_is_taken(config) and not site.reading.lookup) or config.init_lora_weights == "loftq":
             _require_takable(site, config, self.numbers(site, config)["scaling"])
         if config.init_lora_weights == "orthogonal" and rank(site, config) % 2:
             raise ConfigError(f'{site.name}: `init_lora_weights="orthogonal"` halves the rank, which is odd there')
@@ -154,7 +164,7 @@ class Lora(Kind):
         weight: Tensor | None,
     ) -> Tensor | None:
         if not self.takes_from_base(site, config):
-            _fill(site, config, tensors, rng)
+            fill(site, config, tensors, rng)
             return None
         assert weight is not None, "what takes from the base is given it"
         matrix = weight.t() if site.reading.transposed else weight
@@ -203,6 +213,8 @@ class Lora(Kind):
     ) -> LoraConfig:
         if any(config.use_dora for config in configs):
             raise ConfigError("adapters with `use_dora` rescale whole weights, and cannot be combined into one")
+        if varied := [config.variant for config in configs if config.variant not in ("", "mica")]:
+            raise ConfigError(f"adapters with `{varied[0]}` cannot be combined into one")
         if any(config.parameters for config in configs):
             raise ConfigError("adapters with `target_parameters` cannot be combined into one, as in PEFT")
         r = rank_of([max(rank(site, c) for site in sites) for c, sites in zip(configs, selections)], how)
@@ -236,12 +248,12 @@ class Lora(Kind):
 
 def _require_plain(site: Site, config: LoraConfig) -> None:
     """Raise `ConfigError` for what an update of a parameter itself cannot have: nothing but A, B and a number."""
-    for name in ("lora_dropout", "lora_bias", "use_dora"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"{site.weight} is one of `target_parameters`, for which there is no `{name}`, as in PEFT: leave it "
-                f"{defaults_of(LoraConfig)[name]}, or give the parameter an adapter of its own"
-            )
+    asked = [name for name in ("lora_dropout", "lora_bias") if getattr(config, name)]
+    for name in (*asked, *config.variants):
+        raise ConfigError(
+            f"{site.weight} is one of `target_parameters`, for which there is no `{name}`, as in PEFT: leave that out, "
+            "or give the parameter an adapter of its own"
+        )
 
 
 def _is_linear(at: Operands) -> bool:
@@ -266,7 +278,7 @@ def _found(site: Site, init: str, weight: Tensor) -> Tensor:
     return found
 
 
-def _fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
+def fill(site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], rng: torch.Generator | None) -> None:
     """Start values that the base has no part in."""
     a, b = tensors["lora_A"], tensors["lora_B"]
     if config.ties and site.tied and site.reading.lookup and config.init_lora_weights:

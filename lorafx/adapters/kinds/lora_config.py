@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from ...errors import ConfigError, nearest, warn
@@ -21,54 +21,13 @@ from ..config import (
 )
 from .lora_from_data import FROM_DATA
 from .lora_start import is_taken
+from .lora_subconfigs import OF_DATA, check_subconfigs, fields_of, whole
 
 # Fields that hold a config of their own.
 _CONFIGS = (
     *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
 )
-
-
-# The fields of those that say how start values come out of data, with their defaults and what they may be.
-_DATA: dict[str, dict[str, Any]] = {
-    "eva_config": {
-        "rho": 2.0,
-        "tau": 0.99,
-        "use_label_mask": True,
-        "label_mask_value": -100,
-        "whiten": False,
-        "adjust_scaling_factors": True,
-    },
-    "corda_config": {"corda_method": "ipm"},
-    "lora_ga_config": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16},
-}
-_ONE_OF = {
-    "corda_method": ("ipm", "kpm"),
-    "direction": ("ArBr", "A2rBr", "ArB2r", "random"),
-    "scale": ("stable", "weight_svd", "gd_scale", "unit"),
-}
-# Of PEFT's `CordaConfig`: where its function keeps files, and how it goes about it. They say nothing of the values.
-CORDA_FILES = ("cache_file", "covariance_file", "verbose", "use_float16_for_covariance")
-_NO_VALUES = (*CORDA_FILES, "prune_temporary_fields")
-
-
-def _check_data(config: LoraConfig) -> None:
-    for name, defaults in _DATA.items():
-        given = {key: value for key, value in _fields(getattr(config, name)).items() if key not in _NO_VALUES}
-        if unknown := sorted(given.keys() - defaults.keys()):
-            raise ConfigError(f"`{name}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")
-        for key, value in given.items():
-            if key in _ONE_OF:
-                require(value in _ONE_OF[key], f"{name}[{key!r}]", value, f"one of {', '.join(_ONE_OF[key])}")
-            elif isinstance(defaults[key], bool):
-                require(isinstance(value, bool), f"{name}[{key!r}]", value, "True or False")
-            else:
-                require(is_number(value), f"{name}[{key!r}]", value, "a number")
-    eva, lora_ga = (_DATA[name] | _fields(getattr(config, name)) for name in ("eva_config", "lora_ga_config"))
-    require(eva["rho"] >= 1, "eva_config['rho']", eva["rho"], "a number from 1")
-    require(0 <= eva["tau"] <= 1, "eva_config['tau']", eva["tau"], "a number from 0 to 1")
-    gamma = lora_ga["stable_gamma"]
-    require(gamma > 0, "lora_ga_config['stable_gamma']", gamma, "a number above 0")
 
 
 def _check_numbers(config: LoraConfig) -> None:
@@ -101,7 +60,7 @@ def check_patterns(config: Any) -> None:
 def _check_not_implemented(config: LoraConfig) -> None:
     """What is refused when a model is compiled, and what has no effect without it, must make sense all the same."""
     for names, fits, expected in (
-        (_CONFIGS, lambda v: isinstance(v, Mapping) or is_dataclass(v), "a dict or None"),
+        (_CONFIGS, lambda v: isinstance(v, Mapping), "a dict or None"),
         (("megatron_core",), lambda v: isinstance(v, str), "a string or None"),
         (("target_parameters",), _list_of(str), "a list of strings or None"),
         (("alora_invocation_tokens",), _list_of(int), "a list of ints or None"),
@@ -119,18 +78,13 @@ def _check_not_implemented(config: LoraConfig) -> None:
 def _check_loftq(config: LoraConfig) -> None:
     if config.init_lora_weights != "loftq":
         return
-    given = _fields(config.loftq_config)
+    given = fields_of(config.loftq_config)
     if not given:
         raise ConfigError('`init_lora_weights="loftq"` needs a `loftq_config`, such as {"loftq_bits": 4}')
     known = given.keys() <= {"loftq_bits", "loftq_iter"}
     require(known, "loftq_config", given, 'a dict of "loftq_bits" and "loftq_iter"')
     require(given.get("loftq_bits", 4) in (4, 8), "loftq_bits", given.get("loftq_bits"), "4 or 8, as in PEFT 0.21")
     require(is_count(given.get("loftq_iter", 1)), "loftq_iter", given.get("loftq_iter"), "a positive int")
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    """A config in a field of another: a dict, or a dataclass of PEFT's."""
-    return dict(config) if isinstance(config, Mapping) else dict(vars(config)) if is_dataclass(config) else {}
 
 
 def _list_of(kind: type) -> Callable[[Any], bool]:
@@ -169,10 +123,20 @@ class LoraConfig(AdapterConfig):
         init_lora_weights: the start values. True: A at random, B zero. False: both at random, so that the adapter acts
             at once. "gaussian": A normal. "orthogonal": both at random, with B A zero. "eva": A is what
             `initialize_lora_eva_weights` finds. "pissa", "pissa_niter_4", "olora", "loftq": taken out of the base's
-            weight; so are "corda" and "lora_ga", after `preprocess_corda` and `preprocess_loraga`.
+            weight; so are "corda" and "lora_ga", after `preprocess_corda` and `preprocess_loraga`. "mica": B is what
+            the base's weight uses least, and stays so; A trains.
         rank_pattern: other ranks, by a regex that a module's name ends in.
         alpha_pattern: other α, so too.
         use_dora: train the norms of the weight's rows as well.
+        use_bdlora: have A, or B, be `nblocks` diagonal blocks where a module's name contains one of these strings:
+            {"target_modules_bd_a": [...], "target_modules_bd_b": [...], "nblocks": 2, "match_strict": True}.
+        use_qalora: have A read groups of `qalora_group_size` inputs.
+        kasa_config: take the r smallest singular values out of the base's weight, and train others: {"beta": 1e-4,
+            "gamma": 1e-3}, which weigh what `get_penalty` gives.
+        monteclora_config: have training add noise to A, whose spread trains, too: {"num_samples": 8, "use_entropy":
+            False, "dirichlet_prior": 0.1, "sample_scaler": 1e-4, "kl_loss_weight": 1e-5}; `get_penalty` goes with it.
+        velora_config: keep a compressed x for the gradient of A: {"num_groups": 64, "scale": 1.0, "init_type":
+            "batch_average"}, or "random".
         loftq_config: {"loftq_bits": 4, "loftq_iter": 1}, of "loftq".
         eva_config, corda_config, lora_ga_config: numbers of start values from data, as dicts; see these functions.
         trainable_token_indices: tokens whose embeddings train, as a list, or as lists by module name.
@@ -206,41 +170,59 @@ class LoraConfig(AdapterConfig):
     lora_ga_config: Any = None
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
+    use_bdlora: Any = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    kasa_config: Any = None
+    monteclora_config: Any = None
+    velora_config: Any = None
     ensure_weight_tying: bool = False
     layer_replication: Any = None
     alora_invocation_tokens: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    velora_config: Any = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: Any = None
-    use_bdlora: Any = None
     arrow_config: Any = None
-    kasa_config: Any = None
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
     common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
-    checks = (*common_checks, check_patterns, _check_loftq, _check_data)
+    checks = (*common_checks, check_patterns, _check_loftq, check_subconfigs)
     tuples = (*AdapterConfig.tuples, "target_parameters")
     null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
 
     @property
     def loftq(self) -> dict[str, int]:
-        """The numbers of `loftq_config`, which may be a dict or PEFT's `LoftQConfig`, with PEFT's defaults."""
-        return {"loftq_bits": 4, "loftq_iter": 1} | _fields(self.loftq_config)
+        """The numbers of `loftq_config`, with PEFT's defaults."""
+        return {"loftq_bits": 4, "loftq_iter": 1} | fields_of(self.loftq_config)
 
     @property
     def idle(self) -> list[str]:
         """The fields for start values from data that have no effect, as `init_lora_weights` asks for others."""
-        return [name for name in _DATA if getattr(self, name) and f"{self.init_lora_weights}_config" != name]
+        return [name for name in OF_DATA if getattr(self, name) and f"{self.init_lora_weights}_config" != name]
 
     @property
     def start(self) -> dict[str, Any]:
         """The numbers of start values from data, with PEFT's defaults: of "eva", "corda" or "lora_ga"."""
         name = f"{self.init_lora_weights}_config"
-        return _DATA[name] | _fields(getattr(self, name))
+        return whole(name, getattr(self, name))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What the config asks for that changes LoRA's equation, or what of it trains: fields, as in PEFT one at most.
+
+        In PEFT's files an empty list, too, means that a field is not set.
+        """
+        asked = [name for name in VARIANTS if getattr(self, name) not in (None, False, [], ())]
+        return (*asked, *(["mica"] if self.init_lora_weights == "mica" else []))
+
+    @property
+    def variant(self) -> str:
+        """The first of `variants`, "" for LoRA itself."""
+        return next(iter(self.variants), "")
+
+    def subconfig(self, name: str) -> dict[str, Any]:
+        """All that the config in a field says, with PEFT's defaults: `subconfig("use_bdlora")`."""
+        return whole(name, getattr(self, name))
 
     def with_values(self) -> Self:
         """Values that came out of data cannot be found again: the base has to be the one that was left by that."""
@@ -250,7 +232,6 @@ class LoraConfig(AdapterConfig):
                 f"the adapter started from values that `init_lora_weights={init!r}` took out of its base's weights: it "
                 "fits the base as that left it, or has to be saved with `path_initial_model_for_weight_conversion`"
             )
-        if init in FROM_DATA or (init == "mica" and self.inference_mode):
             return self.replace(init_lora_weights=True, corda_config=None, lora_ga_config=None)
         return self
 
@@ -292,19 +273,20 @@ class LoraConfig(AdapterConfig):
         if not (isinstance(init, bool) or init in STARTS or is_taken(init)):
             known = nearest(str(init), STARTS, f"there are {', '.join(STARTS)}, True and False")
             raise ConfigError(f"init_lora_weights={init!r} is no start value; {known}")
-        return asked | ({"init_lora_weights": init} if init == "mica" else {})
+        return asked
 
 
-# Start values that have a name in PEFT. lorafx does not implement the last.
+# Fields that ask for another equation than LoRA's, or for another way to train it.
+VARIANTS = (
+    *("use_dora", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config"),
+    "alora_invocation_tokens",
+)
+
+# Start values that have a name in PEFT; the last says what trains, too.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
 
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (
     "megatron_config",
-    "velora_config",
-    "use_qalora",
-    "monteclora_config",
-    "use_bdlora",
     "arrow_config",
-    "kasa_config",
 )

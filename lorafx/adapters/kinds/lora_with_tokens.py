@@ -1,4 +1,4 @@
-"""LoRA, or DoRA, with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
+"""LoRA, or a variant of it, with `trainable_token_indices`: at most sites LoRA, and at some embeddings rows that train.
 
 Each site has the equation of one of the two kinds (`lora.py`, `trainable_tokens.py`). `trainable_token_indices` is a
 list of the tokens of the model's input embedding, or one list for each module by the ending of its name.
@@ -6,7 +6,7 @@ list of the tokens of the model's input embedding, or one list for each module b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,17 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..config import is_named
 from ..site import Selection, Site
+from .bdlora import BdLora
 from .dora import Dora
+from .kasa import Kasa
 from .kind import Kind, Operands, Spec
 from .lora import Lora
 from .lora_config import LoraConfig
+from .mica import Mica
+from .monteclora import Monteclora
+from .qalora import QaLora
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .velora import Velora
 
 TOKENS = TrainableTokens()
 BELOW = "token_adapter."  # where PEFT's files have tokens' rows, beside LoRA
@@ -88,6 +94,9 @@ class LoraWithTokens(Kind):
         kind, own = self._of(site, config)
         return kind.takes_from_base(site, own)
 
+    def penalty(self, config: LoraConfig, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
+        return self.beside.penalty(config, [tensors for tensors in sites if "rows" not in tensors])
+
     def init(
         self,
         site: Site,
@@ -135,3 +144,13 @@ def _given(site: Site, config: LoraConfig) -> list[Any]:
 
 def _is_target(site: Site, config: LoraConfig) -> bool:
     return is_named(config.target_modules, site.named)  # type: ignore[arg-type]
+
+
+def _beside(kind: type[Lora]) -> type[LoraWithTokens]:
+    """The same beside a variant of LoRA."""
+    said = {name: getattr(kind, name) for name in ("adds_penalty", "only_beside_its_own", "derives")}
+    return type(f"{kind.__name__}WithTokens", (LoraWithTokens,), {"beside": kind(), **said})
+
+
+_VARIANTS: tuple[type[Lora], ...] = (BdLora, QaLora, Kasa, Mica, Monteclora, Velora)
+WITH_TOKENS: tuple[type[LoraWithTokens], ...] = (LoraWithTokens, DoraWithTokens, *map(_beside, _VARIANTS))

@@ -1,0 +1,28 @@
+"""VeLoRA where PEFT has no number; its outputs and gradients are held to PEFT's in tests/peft/test_kinds.py."""
+
+import pytest
+import torch
+from torch import nn
+
+import lorafx
+
+FIELDS = {"r": 3, "target_modules": ["0"], "velora_config": {"num_groups": 2}}
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_velora_keeps_two_numbers_a_token_of_sixteen(capture):
+    lora = lorafx.compile(nn.Sequential(nn.Linear(16, 12)), FIELDS, capture=capture)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda t: t):
+        lora(torch.randn(20, 16))
+    assert {tuple(shape) for shape in kept if shape[0] == 20} == {(20, 2), (20, 3)}, "the last is for B"
+
+
+def test_tokens_that_average_to_nothing_train_by_an_even_direction():
+    """As in PEFT: x and -x have no direction, and A's gradient is finite."""
+    lora = lorafx.compile(nn.Sequential(nn.Linear(16, 12)), FIELDS | {"init_lora_weights": False})
+    half = torch.ones(1, 16)
+    lora(torch.cat([half, -half])).square().sum().backward()
+    gradient = lora[0].lora_A.default.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    assert torch.equal(gradient[:, :8], gradient[:, :1].expand(3, 8)), "a group has one number"
