@@ -18,6 +18,7 @@ from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
 from .model.adaptation import of
 from .model.adapted_model import AdaptedModel, adapt
+from .model.rows import acting_in
 from .pipeline import Observer, Pass, Pipeline
 from .serving.dispatcher import Dispatcher
 from .tree.attached import ATTACHED
@@ -157,8 +158,8 @@ def _ready(
             f"example_inputs is a {kind}; give a tuple, as (ids,), or a mapping by name: {{'input_ids': ids}}"
         )
     args, kwargs = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
-    state = adapted._lorafx
-    state.dispatcher.program(adapted, state.context, args, kwargs)
+    context, kwargs = acting_in(adapted, args, kwargs)
+    adapted._lorafx.dispatcher.program(adapted, context, args, kwargs)
 
 
 def _pipeline(

@@ -2,9 +2,9 @@
 
 x, W -> operator -> y        ->        x -> before of the rows -> operator (as it was) -> after of the rows -> y'
 
-Which adapter a row has is an input of the graph, (rows,) of numbers, so that one graph serves all choices. At each site
-it has to be known which rows are which. The sizes in the graph, which are symbols, prove it: a first size is the number
-of rows if it is that symbol, and not because it happens to be as large.
+Which adapter a row has is an input of the graph, (rows,) of numbers, so that one graph serves all choices; or which a
+token has, (rows, tokens). At each site it has to be known which rows are which. The sizes in the graph, which are
+symbols, prove it: a first size is the number of rows if it is that symbol, and not because it happens to be as large.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _has_rows_first(node: Node, rows: Node) -> bool:
     count, value = rows.meta["val"].shape[0], node.meta.get("val")
     if not isinstance(value, Tensor) or not value.ndim:
         return False
-    if count == 1 or _same(value.shape[0], count):
+    if (count == 1 and rows.meta["val"].ndim == 1) or _same(value.shape[0], count):
         return True
     if node.target in _RESHAPES:
         source = node.all_input_nodes[0]

@@ -247,6 +247,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     _require_weights(kind, selection, config)
     for site in selection:
         kind.check(site, config)
+    _require_unshared(kind, config, selection)
     for remark in kind.remarks(selection, config):
         warn(remark)
     _require_free_names(kind, config, selection)
@@ -273,6 +274,17 @@ def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
             f"`layer_replication` is {[list(pair) for pair in config.replicates] or None}, and the model {has}: all "
             "adapters of a model have the same, which `compile` and `load` put there with the first; a checkpoint on "
             "disk keeps the layers that it has"
+        )
+
+
+def _require_unshared(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
+    """Raise `ConfigError` for what would change weights that layers share."""
+    fields = {"bias": getattr(config, "bias", "none") != "none"}
+    fields["init_lora_weights"] = any(kind.takes_from_base(site, config) for site in selection)
+    if config.replicates and (field := next((name for name, changes in fields.items() if changes), None)):
+        raise ConfigError(
+            f"`layer_replication` makes layers that share their weights, and `{field}={getattr(config, field)!r}` "
+            "would change those of each: leave it out"
         )
 
 

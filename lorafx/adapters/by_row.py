@@ -24,12 +24,13 @@ from .equation import BOUND, Equation
 from .kinds import Kind, Operands
 
 aten = torch.ops.aten
-ROWS = "lorafx_rows"  # of a call: the number of each row's adapter, (rows,) of int64; 0 is the base alone
+# Of a call: the number of each row's adapter, (rows,) of int64, or each token's, (rows, tokens); 0 is the base alone.
+ROWS = "lorafx_rows"
 
 
 @dataclass(frozen=True)
 class RowEquations:
-    """The equations of adapters at one place, and the numbers that rows choose them by."""
+    """The equations of adapters at one place, and the numbers that rows, or tokens, choose them by."""
 
     equations: tuple[Equation, ...]
     numbers: tuple[int, ...]
@@ -130,14 +131,18 @@ def follows(x: Tensor, rows: Tensor, one_token: bool, turned: bool = False) -> b
 
     A matrix may be the tokens of some rows, as an expert's. It is the rows if each has `one_token`, or if it is seen to
     be another tensor with the rows first, flattened: each row's numbers lie together in memory. If rows may be
-    `turned`, to come second, they are known to come first only where the other sizes are not as large.
+    `turned`, to come second, they are known to come first only where the other sizes are not as large. Where tokens
+    have adapters of their own, so it is with the tokens of a single row, too.
     """
     if is_wrapped(x):  # vmap hides one of its sizes, which may be the rows
         return False
     count, base = rows.shape[0], base_of(x)
     if turned and count > 1 and count in x.shape[1 : x.ndim - x.is_floating_point()]:
         return False
-    if count == 1 or (x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())):
+    if rows.ndim == 2 and x.ndim > 2 and x.shape[1] > rows.shape[1]:
+        return False
+    is_first = x.shape[0] == count and (x.ndim > 2 or one_token or not x.is_floating_point())
+    if is_first or (count == 1 and rows.ndim == 1):
         return True
     if base is None or base.ndim < 3 or base.shape[0] != count or base.numel() != x.numel():
         return False

@@ -169,9 +169,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             looks = (ForeignTensors(model, bare), AutogradUse(), layout, no_question_of_inference(), OutsideUse())
             for look in looks if watched else ():
                 stack.enter_context(look)
-            if (rows := kwargs.pop(ROWS, None)) is not None:  # the graph's own: the model knows nothing of it
-                first = first_tensor((*args, *kwargs.values()))
-                declare(first is not None and first.shape[0] == rows.shape[0])
+            _declare_sizes(kwargs.pop(ROWS, None), first_tensor((*args, *kwargs.values())))
             return function(*args, **kwargs)
 
     called = _as_called(call, part.forward, args, kwargs)
@@ -188,6 +186,13 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
     if layout.asked and not all_contiguous(pytree.tree_leaves((args, kwargs))):
         raise CaptureError("it asks how a tensor lies in memory, and an argument is not contiguous")
     return gm
+
+
+def _declare_sizes(rows: Tensor | None, first: Tensor | None) -> None:
+    """Have the rows of a graph's own input, and their tokens, be those of the call; the model knows nothing of it."""
+    if rows is not None:
+        declare(first is not None and first.shape[0] == rows.shape[0])
+        declare(rows.ndim == 1 or (first is not None and first.shape[1] == rows.shape[1]))
 
 
 def _part_of(bare: nn.Module, model: nn.Module, path: str) -> nn.Module:

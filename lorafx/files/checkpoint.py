@@ -217,8 +217,19 @@ def fit(
         expected[path] = tuple(tensor.shape), tensor.is_floating_point()
     named = keys(adapter)
     embeddings = check(found, {key: expected[path] for key, path in named.items()}, root)
+    _require_one_value(found, named)
     values = completed(root, adapter, {path: found.tensors[key] for key, path in named.items()})
     return adapter, values, embeddings
+
+
+def _require_one_value(found: Checkpoint, named: Mapping[str, str]) -> None:
+    """Raise `CheckpointError` where modules whose weight is tied have one copy, and the file two."""
+    first: dict[str, str] = {}
+    for key, path in named.items():
+        if not torch.equal(found.tensors[key], found.tensors[first.setdefault(path, key)]):
+            raise CheckpointError(
+                f"{_weights_file(found.folder)}: {key} is not {first[path]}, and `ensure_weight_tying` makes them one"
+            )
 
 
 def gather(

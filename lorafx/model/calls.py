@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from ..tree.wrappers import innermost
 from .backward import prepare
 from .bounds import keep_within_bounds
 from .penalties import add_penalties
-from .rows import NAMES, as_chosen, chosen, means_rows, named
+from .rows import NAMES, as_chosen, choice_of, named
 from .state import State
 
 # What Dynamo says where somebody wants a graph of more than the adapted model.
@@ -34,19 +34,14 @@ WITHIN_DYNAMO = (
 
 @not_traced(WITHIN_DYNAMO)
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a call of the module at `path`. With `adapter_names`, each row has its own adapter (`rows.py`)."""
+    """Run a call of the module at `path`; rows may have adapters of their own (`rows.py`)."""
     state: State = vars(tree)[STATE]
-    if NAMES in kwargs and means_rows(_parameters(tree, path), kwargs):
-        names = kwargs[NAMES]
-        kwargs = {name: value for name, value in kwargs.items() if name != NAMES}
-        if names is not None:
-            with choosing(chosen(state, names)):
+    if NAMES in kwargs or (chosen_for(state) is None and SiteInterpreter.running(tree) is None):
+        choice, kwargs = choice_of(tree, path, args, kwargs)
+        if choice is not None:
+            with choosing(choice):
                 return _serve(tree, state, path, args, kwargs)
     return _serve(tree, state, path, args, kwargs)
-
-
-def _parameters(tree: nn.Module, path: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(innermost(module_at(tree, path))).forward).parameters
 
 
 def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

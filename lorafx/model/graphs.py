@@ -12,6 +12,7 @@ from ..graph.modules import refresh
 from ..serving.programs import Program
 from ..showing import View, heats, record, view, write_page
 from .part import Part
+from .rows import acting_in
 
 
 class Graphs(Part):
@@ -48,7 +49,8 @@ class Graphs(Part):
         return shown
 
     def _with_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        program = self._lorafx.dispatcher.program(self.tree, self._lorafx.context, args, kwargs)
+        context, kwargs = acting_in(self.tree, args, kwargs)
+        program = self._lorafx.dispatcher.program(self.tree, context, args, kwargs)
         if program.gm is None:
             raise CaptureError(f"this call is served by sites, there is no graph of the whole: {program.reason}")
         return program

@@ -1,14 +1,16 @@
 """Rows: a call in which each row of the batch has its own adapter, `adapter_names=["a", "b", "__base__"]`.
 
 Here names become numbers. A graph has all adapters that rows may choose, and the numbers are a tensor that it is given,
-so that other rows are other numbers and no other graph.
+so that other rows are other numbers and no other graph. Where an adapter acts on some tokens of a row alone
+(`activation.py`), there is a number for each token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,10 @@ from ..errors import AdapterError
 from ..pipeline import Context
 from ..serving.call_key import in_one_order
 from ..serving.choosing import Choice, choosing
+from ..tree.lookup import module_at
 from ..tree.mirror import STATE
+from ..tree.wrappers import innermost
+from .activation import OFFSETS, by_token, started, tokens_of, waiting, waits
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
@@ -69,13 +74,23 @@ def as_chosen(
     if any(state.adapters[name].replaced for name in wanted):  # then all rows have the same
         return Context((state.adapters[wanted[0]],)), kwargs
     adapters = {name: each for name, each in state.adapters.items() if not each.replaced}
-    if len(adapters) > max(_FEW, len(choice.names)):
+    if len(adapters) > max(_FEW, len(choice.names)) or (choice.starts is not None and len(wanted) == 1):
         adapters = {name: adapters[name] for name in adapters if name in wanted}
     numbers = {name: number for number, name in enumerate(adapters, 1)}
     chosen = [numbers.get(name, 0) for name in choice.names for _ in range(repeats)]  # type: ignore[arg-type]
     assert first is not None, "it has as many rows as there are names"
     rows = torch.tensor(chosen, dtype=torch.int64, device=first.device)
+    if choice.starts is not None:
+        rows = by_token(rows, choice.starts.repeat_interleave(repeats), args, kwargs)
     return Context(tuple(adapters.values()), numbers=tuple(numbers.values())), kwargs | {ROWS: rows}
+
+
+def acting_in(tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Context, dict[str, Any]]:
+    """What acts in a call of an adapted model, and the arguments by name that its graph is given."""
+    choice, kwargs = choice_of(tree, "", args, kwargs)
+    if choice is None:
+        return vars(tree)[STATE].context, kwargs
+    return as_chosen(tree, choice, args, in_one_order(type(tree), kwargs))
 
 
 def _repeats(choice: Choice, first: Tensor | None) -> int:
@@ -86,9 +101,33 @@ def _repeats(choice: Choice, first: Tensor | None) -> int:
     raise AdapterError(f"{NAMES} has {names} names, and the batch has {rows} rows: name an adapter for each")
 
 
-def means_rows(parameters: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call says what rows choose, to a model whose forward means nothing else by that name."""
-    return NAMES in kwargs and NAMES not in parameters
+def choice_of(
+    tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool = False
+) -> tuple[Choice | None, dict[str, Any]]:
+    """What a call has rows choose, of a module of an adapted model or of its `generate`, and its other keywords.
+
+    Rows choose by `adapter_names`; or all have the active adapter, where that acts on some of their tokens. None if
+    nothing is chosen.
+    """
+    state: State = vars(tree)[STATE]
+    names, offsets, others = None, None, kwargs
+    if NAMES in kwargs or OFFSETS in kwargs:
+        meant = inspect.signature(type(innermost(module_at(tree, path))).forward).parameters
+        own = {name: kwargs[name] for name in (NAMES, OFFSETS) if name in kwargs and name not in meant}
+        names, offsets = own.get(NAMES), own.get(OFFSETS)
+        others = {name: value for name, value in kwargs.items() if name not in own}
+    active = waiting(state) if names is None else ""
+    if names is None and not active:
+        return None, others
+    cls = type(tree) if generates else type(module_at(tree, path))
+    given = in_one_order(cls, others)
+    if names is None:
+        names = [active] * len(tokens_of(args, given))
+    choice = chosen(state, names, repeats=generates)
+    first = first_tensor((*args, *given.values()))
+    if generates and first is not None:  # before beams make several rows of each
+        _repeats(replace(choice, repeats=False), first)
+    return (started(choice, args, given, offsets) if waits(choice) else choice), others
 
 
 def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,16 +135,8 @@ def generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not means_rows(inspect.signature(type(self).forward).parameters, kwargs):
-            return generate(self, *args, **kwargs)
-        names = kwargs.pop(NAMES)
-        if names is None:
-            return generate(self, *args, **kwargs)
-        choice, named = chosen(vars(self)[STATE], names, repeats=True), in_one_order(type(self), kwargs)
-        prompts = first_tensor((*args, *named.values()))
-        if prompts is not None:  # before beams make several rows of each
-            _repeats(replace(choice, repeats=False), prompts)
-        with choosing(choice):
+        choice, kwargs = choice_of(self, "", args, kwargs, generates=True)
+        with contextlib.nullcontext() if choice is None else choosing(choice):
             return generate(self, *args, **kwargs)
 
     return with_rows

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..adapters.by_row import first_tensor
 from .call_key import Call
 
@@ -20,12 +22,14 @@ from .call_key import Call
 class Choice:
     """The name of each row's adapter, None for the base alone, for calls of one model, told by its state.
 
-    With `repeats`, a batch may have each row several times in succession, as beams are.
+    With `repeats`, a batch may have each row several times in succession, as beams are. `starts`, (rows,), has the
+    places from which on the adapters of rows act, counted from where a cache begins; None if all act from the first.
     """
 
     state: Any
     names: tuple[str | None, ...]
     repeats: bool = False
+    starts: Tensor | None = None
 
 
 class _Now(threading.local):

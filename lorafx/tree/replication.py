@@ -46,11 +46,7 @@ class Replicas:
         """Have them follow the source's, where these have been moved, cast or replaced since."""
         for own, its in self._pairs:
             for name, parameter in its.items():
-                if (
-                    parameter is not None
-                    and type(parameter) is nn.Parameter
-                    and _is_elsewhere(own.get(name), parameter)
-                ):
+                if type(parameter) is nn.Parameter and _is_elsewhere(own.get(name), parameter):
                     own[name] = _beside(parameter)
 
 

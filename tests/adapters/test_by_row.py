@@ -101,6 +101,14 @@ def test_which_tensors_have_the_rows_first():
     assert not follows(hidden.view(-1, 5)[[1, 0, 2]], rows, one_token=False)
 
 
+def test_tokens_of_a_single_row_are_told_as_those_of_several():
+    hidden = torch.randn(1, 4, 5)
+    for tokens, is_told in ((torch.tensor([1]), True), (torch.ones(1, 4, dtype=torch.int64), False)):
+        assert follows(hidden, tokens, one_token=False) and follows(hidden.view(-1, 5), tokens, one_token=False)
+        assert follows(torch.randn(2, 5), tokens, one_token=False) == is_told  # some expert's
+        assert follows(torch.randn(1, 6, 5), tokens, one_token=False) == is_told  # another sequence
+
+
 def test_rows_are_not_told_where_vmap_hides_a_size():
     rows, seen = torch.zeros(3, dtype=torch.long), []
     torch.vmap(lambda x: seen.append(follows(x, rows, one_token=False)) or x)(torch.zeros(2, 3, 4, 5))

@@ -6,10 +6,10 @@ import warnings
 import models
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lorafx
-from lorafx.errors import ConfigError
+from lorafx.errors import CheckpointError, ConfigError
 
 WEIGHTS = "adapter_model.safetensors"
 TIED = {"r": 3, "lora_alpha": 0.3, "init_lora_weights": False, "ensure_weight_tying": True}
@@ -89,6 +89,23 @@ def test_an_adapters_values_by_key_have_both_ends_and_go_back():
     moved = {key: 2 * value.detach() for key, value in values.items()}
     lorafx.set_peft_model_state_dict(lora, moved)
     assert torch.equal(lorafx.get_peft_model_state_dict(lora)[head], moved[head])
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"target_modules": ["lm_head"]}, "lm_head.lora_A.weight"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head.weight"),
+    ],
+    ids=["target", "saved"],
+)
+def test_a_file_that_has_two_of_one_is_refused(fields, key, tmp_path):
+    lorafx.compile(base_model(), TIED | fields).save_pretrained(tmp_path, save_embedding_layers=False)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[f"base_model.model.{key}"] += 1
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=key):
+        lorafx.load(base_model(), tmp_path)
 
 
 def test_an_adapter_starts_as_the_heads():

@@ -42,7 +42,6 @@ from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits
 ASKED = {
     "megatron_config": {"a": 1},
     "loftq_config": {"loftq_bits": 4},
-    "alora_invocation_tokens": [3],
     "arrow_config": {"top_k": 2},
     "peft_type": "XLORA",
 }

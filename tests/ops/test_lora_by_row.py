@@ -88,6 +88,22 @@ def test_rows_are_told_in_tokens_and_in_images():
     assert torch.ops.lorafx.is_of_row.default(rows, torch.empty(3), 0).tolist() == [False, True, False]
 
 
+def test_tokens_of_a_row_may_have_adapters_of_their_own():
+    tokens, like = torch.tensor([[0, 2, 2], [0, 0, 2], [1, 1, 1]]), torch.randn(3, 3, 4)
+    expected = torch.tensor([[False, True, True], [False, False, True], [False] * 3])
+    assert torch.equal(is_of_row(tokens, like, 2), expected.unsqueeze(-1))
+    assert torch.equal(is_of_row(tokens, like.view(9, 4), 2), expected.view(9, 1))
+    assert torch.equal(is_of_row(tokens, like[:, -1:], 2), expected[:, -1:, None]), "fewer tokens are the last"
+    a, b = torch.randn(5, 4), torch.randn(6, 5)
+    for x in (like, like.view(9, 4), like.unsqueeze(2).expand(-1, -1, 2, -1)):
+        y = torch.randn(*x.shape[:-1], 6)
+        found = torch.ops.lorafx.lora_by_row.default(y, x, tokens, [2], [a], [b], [0.5], [0.0])
+        acts = expected.view(*x.shape[: x.ndim - 1 if x.ndim < 4 else 2], *([1] if x.ndim < 4 else [1, 1]))
+        torch.testing.assert_close(found, torch.where(acts, y + 0.5 * x @ a.t() @ b.t(), y))
+    with pytest.raises(ValueError, match="more tokens than"):
+        is_of_row(tokens, torch.randn(3, 4, 4), 2)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_dropout_divides_what_it_keeps(shared):
     assert lorafx

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..config import NOT_WRITTEN, AdapterConfig, defaults_of
+from .activated_lora import ActivatedLora
 from .adalora import AdaLora
 from .adalora_config import AdaLoraConfig
 from .bdlora import BdLora
@@ -92,7 +93,7 @@ def _refuse_unknown(fields: Mapping[str, Any], config: type[AdapterConfig]) -> N
 
 
 for _kind in (
-    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, Velora),
+    *(Lora, Dora, BdLora, QaLora, Kasa, Mica, Monteclora, Velora, ActivatedLora),
     *(AdaLora, Ia3, LoHa, LoKr, Oft, Boft, Hra, Vera, Shira, Hira, Miss, Bat),
     *(FourierFT, Delora, RandLora, C3A, Road, LNTuning, TrainableTokens),
 ):

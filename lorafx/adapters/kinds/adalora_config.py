@@ -39,7 +39,7 @@ def _is_mask(value: Any) -> bool:
 
 def _check_of_lora(config: AdaLoraConfig) -> None:
     absent = "use_dora", "loftq_config", "lora_bias", "trainable_token_indices", "target_parameters"
-    for name in (*absent, "ensure_weight_tying"):
+    for name in (*absent, "ensure_weight_tying", "alora_invocation_tokens"):
         if getattr(config, name):
             raise ConfigError(f"AdaLoRA has no `{name}`; leave it out, or use a LoraConfig")
     init = config.init_lora_weights

@@ -241,6 +241,10 @@ class Kind:
         """The adapter's tensors of what a file has, by key; what does not fit stays as it is."""
         return dict(tensors)
 
+    def invocation(self, config: Any) -> tuple[int, ...]:
+        """The tokens from whose last occurrence in a row on the adapter acts there; none if it acts on all."""
+        return ()
+
     def repeats(self, site: Site, config: Any) -> bool:
         """Whether PEFT's files have a site's tensors once more for each other module that has its weight."""
         return False

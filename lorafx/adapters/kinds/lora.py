@@ -118,12 +118,6 @@ class Lora(Kind):
             )
         if site.is_parameter:
             _require_plain(site, config)
-        if config.replicates and (config.bias != "none" or self.takes_from_base(site, config)):
-            field = "bias" if config.bias != "none" else "init_lora_weights"
-            raise ConfigError(
-                f"`layer_replication` makes layers that share their weights, and `{field}={getattr(config, field)!r}` "
-                "would change those of each: leave it out"
-            )
         if rank(site, config) % site.groups:
             raise ConfigError(
                 f"{site.name} has groups={site.groups}, and rank {rank(site, config)} is no multiple of it; "

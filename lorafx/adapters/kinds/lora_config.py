@@ -146,6 +146,8 @@ class LoraConfig(AdapterConfig):
             embedding's and acts in all, and so does a copy (`modules_to_save`); files have it for each, as PEFT's.
         layer_replication: ranges of the layers that the model has instead of its own, as [[0, 4], [2, 5]]: those that
             are there twice share their weights, and each has adapters of its own.
+        alora_invocation_tokens: tokens from whose last occurrence in a row on the adapter acts; rows without are the
+            base's.
     """
 
     peft_type: str = "LORA"
@@ -176,10 +178,10 @@ class LoraConfig(AdapterConfig):
     velora_config: Any = None
     ensure_weight_tying: bool = False
     layer_replication: Any = None
+    alora_invocation_tokens: Any = None
     # not implemented yet: listed by `unsupported` if set
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    alora_invocation_tokens: Any = None
     arrow_config: Any = None
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
@@ -275,7 +277,15 @@ class LoraConfig(AdapterConfig):
 
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
-VARIANTS = ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config")
+VARIANTS = (
+    "alora_invocation_tokens",
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
 
 # Start values that have a name in PEFT; the last says what trains, too.
 STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", *FROM_DATA, "mica")
@@ -283,6 +293,5 @@ STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", 
 # Known to PEFT, refused by `compile` unless they hold their default.
 NOT_YET = (
     "megatron_config",
-    "alora_invocation_tokens",
     "arrow_config",
 )

@@ -1,0 +1,107 @@
+"""Activation: on which tokens of a call an adapter acts that waits for an invocation (`alora_invocation_tokens`).
+
+It acts on a row from the last occurrence of the invocation on. That is looked for in the ids of each call; `generate`
+looks in its prompts, and has the adapter act on all that comes after. Places are counted from where a cache begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..serving.choosing import Choice
+from .state import State
+
+OFFSETS = (
+    "alora_offsets"  # PEFT's keyword of a call: of each row how many of its last tokens an adapter acts on, or None
+)
+_NEVER = torch.iinfo(torch.int64).max
+
+
+def invocation(state: State, name: str | None) -> tuple[int, ...]:
+    """What an adapter waits for; nothing if it acts on all tokens."""
+    adapter = state.adapters[name] if name is not None else None
+    return () if adapter is None else adapter.kind.invocation(adapter.config)
+
+
+def waits(choice: Choice) -> bool:
+    """Whether an adapter that some row has chosen waits for an invocation."""
+    return any(invocation(choice.state, name) for name in set(choice.names))
+
+
+def waiting(state: State) -> str:
+    """The name of the active adapter if that waits for an invocation; empty if none does.
+
+    Raises `AdapterError` if it is active along with others.
+    """
+    found = next((name for name in state.acting if invocation(state, name)), "")
+    if found and len(state.acting) > 1:
+        raise AdapterError(
+            f"{found!r} acts from its invocation on, and only alone: make it the one active adapter, or name one for "
+            "each row of a call (`adapter_names`)"
+        )
+    return found
+
+
+def started(choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Any = None) -> Choice:
+    """The choice with where each row's adapter starts: by the ids of a call, or as `offsets` count from its end."""
+    tokens, past = tokens_of(args, kwargs), _past(kwargs)
+    rows = len(choice.names)
+    if offsets is not None:
+        if len(offsets) != rows:
+            raise AdapterError(f"{OFFSETS} has {len(offsets)} numbers, and the batch {rows} rows: give one for each")
+        places = [_NEVER if offset is None else tokens.shape[1] - int(offset) for offset in offsets]
+        return replace(choice, starts=_moved(torch.tensor(places, device=tokens.device), past))
+    starts = torch.zeros(rows, dtype=torch.int64, device=tokens.device)
+    for name in dict.fromkeys(choice.names):
+        if wanted := invocation(choice.state, name):
+            if tokens.is_floating_point():
+                raise AdapterError(
+                    f"{name!r} acts from its invocation on, which is looked for in `input_ids`, and there are none: "
+                    f"pass `{OFFSETS}`, of each row how many of its last tokens the adapter acts on"
+                )
+            mine = torch.tensor([other == name for other in choice.names], device=tokens.device)
+            starts = torch.where(mine, _moved(_found(tokens, wanted), past), starts)
+    return replace(choice, starts=starts)
+
+
+def by_token(numbers: Tensor, starts: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The number of each token's adapter, (rows, tokens), of those of rows; 0 before the adapter starts."""
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise AdapterError("`logits_to_keep` as a tensor chooses tokens of which nobody can tell whether adapters act")
+    tokens = tokens_of(args, kwargs)
+    places = torch.arange(tokens.shape[1], device=tokens.device) + _past(kwargs)
+    return torch.where(places >= starts[:, None], numbers[:, None], 0)
+
+
+def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """A call's ids (rows, tokens), or what is embedded in their place (rows, tokens, features)."""
+    given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+    found = next((each for each in given if isinstance(each, Tensor) and each.ndim > 1), None)
+    if found is None:
+        raise AdapterError("an adapter that acts from its invocation on needs a call with the tokens of each row")
+    return found
+
+
+def _found(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """Where the last occurrence of some tokens begins in each row of ids, (rows,)."""
+    if ids.shape[1] < len(wanted):
+        return ids.new_full(ids.shape[:1], _NEVER, dtype=torch.int64)
+    found = (ids.unfold(1, len(wanted), 1) == torch.tensor(wanted, device=ids.device)).all(-1)
+    places = torch.where(found, torch.arange(found.shape[1], device=ids.device), -1).amax(1)
+    return torch.where(places < 0, _NEVER, places)
+
+
+def _moved(starts: Tensor, past: Any) -> Tensor:
+    return torch.where(starts == _NEVER, starts, starts + past)
+
+
+def _past(kwargs: Mapping[str, Any]) -> Any:
+    """How many tokens a call's cache has."""
+    length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+    return 0 if length is None else length()

@@ -1,0 +1,147 @@
+"""Adapters that act from an invocation on (`alora_invocation_tokens`), beside PEFT's."""
+
+import copy
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorafx
+from lorafx.errors import AdapterError, ConfigError, MergeError
+
+INVOCATION = [3, 4]
+PLAIN = {"r": 3, "lora_alpha": 0.5, "init_lora_weights": False, "target_modules": ["q_proj", "up_proj", "lm_head"]}
+WAITING = {**PLAIN, "r": 2, "alora_invocation_tokens": INVOCATION}
+
+
+def base_model():
+    return models.llama(num_hidden_layers=1)
+
+
+def prompts():
+    """Rows with the invocation once, twice and not at all, the last of which has half of it."""
+    ids = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids[0, 2:4] = ids[1, 0:2] = ids[1, 4:6] = torch.tensor(INVOCATION)
+    ids[2, 6] = INVOCATION[0]
+    return ids, [2, 4, 7]
+
+
+def waiting(**options):
+    return lorafx.compile(base_model(), WAITING, capture="sites", random_state=0, **options).eval()
+
+
+def generated(model, ids, **options):
+    options = {"do_sample": False, "max_new_tokens": 4, **options}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def losses(model, ids):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    found = []
+    for _ in range(3):
+        found.append(model.train()(input_ids=ids, labels=ids).loss)
+        found[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(found).detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_it_acts_where_pefts_does(capture, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, (ids, _) = base_model(), prompts()
+    torch.manual_seed(0)
+    made = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**WAITING, task_type="CAUSAL_LM"))
+    made.add_adapter("plain", peft.LoraConfig(**PLAIN, task_type="CAUSAL_LM"))
+    made.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    theirs.load_adapter(tmp_path / "plain", "plain")
+    lora = lorafx.load(base, tmp_path, is_trainable=True, capture=capture)
+    torch.testing.assert_close(losses(lora, ids), losses(theirs, ids), rtol=1e-5, atol=1e-5)
+    lora.save_pretrained(tmp_path / "ours")
+    assert (
+        load_file(tmp_path / "ours" / "adapter_model.safetensors").keys()
+        == load_file(tmp_path / "adapter_model.safetensors").keys()
+    )
+    lora.load_adapter(tmp_path / "plain", "plain")
+    chosen = {"input_ids": ids, "adapter_names": ["default", "plain", "__base__"]}
+    with torch.no_grad():
+        ours, expected = (model.eval()(**chosen).logits for model in (lora, theirs))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        if capture == "graph":  # each kind of call is a capture
+            return
+        told = {"input_ids": ids, "alora_offsets": [1, None, 5]}
+        torch.testing.assert_close(lora(**told).logits, theirs(**told).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(generated(lora, ids), generated(theirs, ids))
+
+
+def test_tokens_before_the_invocation_are_the_bases_bit_for_bit():
+    lora, (ids, starts) = waiting(), prompts()
+    with torch.no_grad():
+        found = lora(input_ids=ids).logits
+        with lora.disable_adapter():
+            base = lora(input_ids=ids).logits
+        alone = lora(input_ids=ids[:1]).logits
+    for row, start in enumerate(starts):
+        assert torch.equal(found[row, :start], base[row, :start])
+        assert (found[row, start:] != base[row, start:]).any(-1).all()
+    torch.testing.assert_close(alone, found[:1])
+
+
+def test_all_that_is_generated_comes_after_it():
+    lora, (ids, _) = waiting(), prompts()
+    expected = generated(lora, ids, use_cache=False)
+    assert torch.equal(generated(lora, ids), expected)
+    assert torch.equal(generated(lora, ids, cache_implementation="static"), expected)
+    beams = generated(lora, ids, num_beams=2, use_cache=False)
+    assert torch.equal(generated(lora, ids, num_beams=2), beams)
+    step = lora(input_ids=ids, use_cache=True)  # by hand it is as PEFT has it: what a call says of itself
+    told = lora(input_ids=expected[:, 7:8], past_key_values=step.past_key_values, alora_offsets=[1, 1, None])
+    torch.testing.assert_close(told.logits.argmax(-1), expected[:, 8:9])
+
+
+def test_a_layer_checkpointed_in_training_has_the_same_gradients():
+    ids, _ = prompts()
+    found = []
+    for checkpointing in (False, True):
+        lora = waiting().train()
+        if checkpointing:
+            lora.gradient_checkpointing_enable()
+        lora(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in lora.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_dora": True}, "`alora_invocation_tokens` and `use_dora` are variants"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"modules_to_save": ["norm"]}, "`modules_to_save` on all"),
+        ({"target_modules": ["embed_tokens"]}, "is for linear layers"),
+        ({"task_type": "SEQ_CLS"}, "for causal language models"),
+    ],
+    ids=str,
+)
+def test_what_would_act_on_all_tokens_is_refused(fields, said):
+    with pytest.raises(ConfigError, match=said):
+        lorafx.compile(base_model(), WAITING | fields)
+
+
+def test_where_nobody_can_tell_which_tokens_these_are_is_an_error():
+    lora, (ids, _) = waiting(), prompts()
+    with pytest.raises(AdapterError, match="there are none: pass `alora_offsets`"):
+        lora(inputs_embeds=torch.randn(3, 7, lora.config.hidden_size))
+    with pytest.raises(AdapterError, match="`logits_to_keep` as a tensor"):
+        lora(input_ids=ids, logits_to_keep=torch.tensor([1, 2]))
+    with pytest.raises(AdapterError, match="2 numbers, and the batch 3 rows"):
+        lora(input_ids=ids, alora_offsets=[1, 2])
+    with pytest.raises(MergeError, match="acts on some tokens alone"):
+        lora.merge_adapter()
+    lora.add_adapter("plain", PLAIN)
+    lora.set_adapter(["default", "plain"])
+    with pytest.raises(AdapterError, match="only alone"):
+        lora(input_ids=ids)
