@@ -82,3 +82,15 @@ def test_a_gradient_that_is_wrong_is_seen(on_disk, config, monkeypatch):
         dict(Subject(base_of(str(on_disk[0] / "base")).eval(), config).tests())[
             "gradients are what outputs change by"
         ]()
+
+
+def test_an_adapter_that_waits_is_invoked_and_layers_are_those_that_were_asked_for(on_disk, config, monkeypatch):
+    monkeypatch.setattr(check, "_SIZES", ((2, 9), (2, 1)))
+    fields = {"target_modules": ["down_proj"], "alora_invocation_tokens": [3, 4], "layer_replication": [[0, 1], [0, 1]]}
+    with open(config, "w") as file:
+        json.dump(fields, file)
+    subject = Subject(base_of(str(on_disk[0] / "base")).eval(), config)
+    subject.capture, subject.lora = "sites", subject._adapted("sites")
+    tests = dict(subject.tests())
+    tests["switched off, the adapter leaves the base's outputs"]()
+    tests["gradients are what outputs change by"]()
