@@ -227,7 +227,7 @@ def _require_one_value(found: Checkpoint, named: Mapping[str, str]) -> None:
     first: dict[str, str] = {}
     for key, path in named.items():
         one, other = (found.tensors[each] for each in (first.setdefault(path, key), key))
-        if one is not other and not torch.equal(one.float(), other.float()):  # torch compares no float8
+        if one is not other and not torch.equal(one.double(), other.double()):  # torch compares no float8
             raise CheckpointError(
                 f"{_weights_file(found.folder)}: {key} is not {first[path]}, and `ensure_weight_tying` makes them one"
             )
