@@ -131,7 +131,9 @@ class Subject:
     def _is_the_base_when_off(self) -> None:
         with of(self.lora).disable_adapter():
             limits = testing.tolerance(self.lora, self._outputs)
-            base = self.plain if self.lora._lorafx.replicas is None else self.lora._lorafx.base
+            state = self.lora._lorafx
+            is_other = state.replicas is not None or any(each.takes_from_base for each in state.adapters.values())
+            base = state.base if is_other else self.plain
             testing.assert_close(self._outputs(self.lora), self._outputs(base), limits)
 
     @torch.no_grad()

@@ -94,3 +94,13 @@ def test_an_adapter_that_waits_is_invoked_and_layers_are_those_that_were_asked_f
     tests = dict(subject.tests())
     tests["switched off, the adapter leaves the base's outputs"]()
     tests["gradients are what outputs change by"]()
+
+
+def test_an_adapter_that_takes_from_its_base_is_held_to_what_it_left(on_disk, config):
+    with open(config, "w") as file:
+        json.dump({"target_modules": ["down_proj"], "kasa_config": {}}, file)
+    subject = Subject(base_of(str(on_disk[0] / "base")).eval(), config)
+    subject.capture, subject.lora = "sites", subject._adapted("sites")
+    subject._is_the_base_when_off()
+    weights = (model.model.layers[0].mlp.down_proj.weight for model in (subject.lora, subject.plain))
+    assert not torch.equal(*weights)

@@ -117,7 +117,7 @@ def test_a_layer_checkpointed_in_training_has_the_same_gradients():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"use_dora": True}, "variants of LoRA of which an adapter can be one"),
+        ({"use_dora": True}, "`alora_invocation_tokens` and `use_dora` are variants"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"modules_to_save": ["norm"]}, "`modules_to_save` on all"),

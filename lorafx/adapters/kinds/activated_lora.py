@@ -9,8 +9,11 @@ they are tokens that have chosen the adapter, as rows choose theirs (`adapters/b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...errors import ConfigError, MergeError
-from ..site import Site
+from ..combining import Combination
+from ..site import Selection, Site
 from .kind import require_linear
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -19,8 +22,8 @@ from .lora_config import LoraConfig
 class ActivatedLora(Lora):
     """What `alora_invocation_tokens` makes of LoRA; see the module's docstring for its equation."""
 
-    additive = False
     variant = "alora_invocation_tokens"
+    additive = False
 
     def invocation(self, config: LoraConfig) -> tuple[int, ...]:
         return tuple(config.alora_invocation_tokens)
@@ -45,3 +48,8 @@ class ActivatedLora(Lora):
             f"{site.name}: an adapter with `alora_invocation_tokens` acts on some tokens alone, which no weight does, "
             "and cannot be merged"
         )
+
+    def combined_config(
+        self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Combination
+    ) -> LoraConfig:
+        raise ConfigError("adapters with `alora_invocation_tokens` act on tokens of their own, and cannot be combined")

@@ -278,8 +278,8 @@ class LoraConfig(AdapterConfig):
 
 # Fields that ask for another equation than LoRA's, or for another way to train it.
 VARIANTS = (
-    *("use_dora", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config", "velora_config"),
-    "alora_invocation_tokens",
+    *("alora_invocation_tokens", "use_dora", "use_bdlora", "use_qalora"),
+    *("kasa_config", "monteclora_config", "velora_config"),
 )
 
 # Start values that have a name in PEFT; the last says what trains, too.
