@@ -35,7 +35,8 @@ class Replicas:
             own.__dict__["_parameters"] = {
                 name: None if p is None else _beside(p) for name, p in its._parameters.items()
             }
-            self._pairs.append((own._parameters, its._parameters))
+            if its._parameters:
+                self._pairs.append((own._parameters, its._parameters))
 
     @property
     def numbers(self) -> set[int]:
@@ -123,5 +124,5 @@ def _beside(parameter: nn.Parameter) -> nn.Parameter:
 def _is_elsewhere(own: Any, parameter: nn.Parameter) -> bool:
     if type(own) is not nn.Parameter:  # sharded since, say, each by itself
         return False
-    where = own.data_ptr(), own.dtype, own.device, own.shape
-    return where != (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape)
+    same = own.data_ptr() == parameter.data_ptr() and own.dtype == parameter.dtype
+    return not same or own.device != parameter.device

@@ -9,11 +9,8 @@ they are tokens that have chosen the adapter, as rows choose theirs (`adapters/b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ...errors import ConfigError, MergeError
-from ..combining import Combination
-from ..site import Selection, Site
+from ..site import Site
 from .kind import require_linear
 from .lora import Lora
 from .lora_config import LoraConfig
@@ -48,8 +45,3 @@ class ActivatedLora(Lora):
             f"{site.name}: an adapter with `alora_invocation_tokens` acts on some tokens alone, which no weight does, "
             "and cannot be merged"
         )
-
-    def combined_config(
-        self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Combination
-    ) -> LoraConfig:
-        raise ConfigError("adapters with `alora_invocation_tokens` act on tokens of their own, and cannot be combined")
