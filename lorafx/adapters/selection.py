@@ -254,6 +254,7 @@ def _remarks(
         yield (
             f"`modules_to_save` trains {untied} by itself, which the model ties to {', '.join(others)}: on this model "
             "they are tied no longer"
+            + (" (`ensure_weight_tying` keeps them so)" if hasattr(config, "ensure_weight_tying") else "")
         )
     if config.all_linear and (computed := [name for name, module in modules.items() if _is_computed(module)]):
         yield f'"all-linear" leaves out {", ".join(computed[:5])}: {_COMPUTED}'
