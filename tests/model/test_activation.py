@@ -32,8 +32,8 @@ def waiting(**options):
 
 
 def generated(model, ids, **options):
-    options = {"do_sample": False, "max_new_tokens": 4, **options}
-    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    told = {"do_sample": False, "max_new_tokens": 4, "attention_mask": torch.ones_like(ids)}
+    return model.generate(input_ids=ids, **told | options)
 
 
 def losses(model, ids):
@@ -74,7 +74,10 @@ def test_it_acts_where_pefts_does(capture, tmp_path):
             return
         told = {"input_ids": ids, "alora_offsets": [1, None, 5]}
         torch.testing.assert_close(lora(**told).logits, theirs(**told).logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(generated(lora, ids), generated(theirs, ids))
+    padded = torch.ones_like(ids)
+    padded[0, :2] = padded[2, :3] = 0
+    ours, expected = (generated(model, ids, attention_mask=padded) for model in (lora, theirs))
+    assert torch.equal(ours, expected)
 
 
 def test_tokens_before_the_invocation_are_the_bases_bit_for_bit():
@@ -95,6 +98,9 @@ def test_all_that_is_generated_comes_after_it():
     expected = generated(lora, ids, use_cache=False)
     assert torch.equal(generated(lora, ids), expected)
     assert torch.equal(generated(lora, ids, cache_implementation="static"), expected)
+    with lora.disable_adapter(), torch.no_grad():  # the base has read what comes before
+        cache = lora(input_ids=ids[:1, :2], use_cache=True).past_key_values
+    assert torch.equal(generated(lora, ids[:1], past_key_values=cache), expected[:1])
     beams = generated(lora, ids, num_beams=2, use_cache=False)
     assert torch.equal(generated(lora, ids, num_beams=2), beams)
     step = lora(input_ids=ids, use_cache=True)  # by hand it is as PEFT has it: what a call says of itself
