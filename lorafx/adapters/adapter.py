@@ -279,13 +279,10 @@ def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
 
 def _require_unshared(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
     """Raise `ConfigError` for what would change weights that layers share."""
-    fields = {"bias": getattr(config, "bias", "none") != "none"}
-    fields["init_lora_weights"] = any(kind.takes_from_base(site, config) for site in selection)
-    if config.replicates and (field := next((name for name, changes in fields.items() if changes), None)):
-        raise ConfigError(
-            f"`layer_replication` makes layers that share their weights, and `{field}={getattr(config, field)!r}` "
-            "would change those of each: leave it out"
-        )
+    bias, taken = getattr(config, "bias", "none"), any(kind.takes_from_base(site, config) for site in selection)
+    if config.replicates and (bias != "none" or taken):
+        what = "start values that are taken out of these" if bias == "none" else f"`bias={bias!r}`"
+        raise ConfigError(f"`layer_replication` makes layers that share their weights, and {what} would change those")
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:

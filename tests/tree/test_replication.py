@@ -106,7 +106,7 @@ def test_what_a_config_says_of_each_layer_goes_with_the_layer():
     [
         ({"layer_replication": [[0, 4]]}, r"has \[0, 4\], and the model has 3 layers"),
         ({"bias": "all"}, "bias='all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa"}, "start values that are taken"),
     ],
     ids=str,
 )
