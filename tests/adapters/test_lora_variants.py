@@ -34,7 +34,7 @@ def adapted(**fields):
         ({"init_lora_weights": "mica", "r": 7}, 'first: `init_lora_weights="mica"` gives at most rank 6'),
         ({"init_lora_weights": "mica", "use_dora": True}, "`use_dora` and `mica` are variants"),
         ({"kasa_config": {}, "r": 6}, "first: `kasa_config` needs a rank below 6"),
-        ({"velora_config": {"init_type": "batch_average_once"}}, '"batch_average_once"}` is not implemented'),
+        ({"velora_config": {}, "target_modules": ["embed"]}, "`velora_config` is for linear layers"),
         ({"use_bdlora": BLOCKS, "r": 3}, r"first: lora_A of shape \(3, 6\) has no 2 diagonal blocks"),
         ({"use_bdlora": BLOCKS | {"target_modules_bd_a": []}}, "first is named by neither"),
         ({"use_bdlora": BLOCKS | {"target_modules_bd_a": ["s"]}}, "second is named by both"),

@@ -145,6 +145,7 @@ BDLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.4, "use_bdlora": BLOCKS}
 KASA = LORA | {"lora_dropout": 0.4, "rank_pattern": {"up": 3}, "kasa_config": {"beta": 0.1, "gamma": 0.2}}
 MONTECLORA = LORA | {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.2, "buffer_size": 1}}
 VELORA = LORA | {"velora_config": {"num_groups": 3, "scale": 0.7}}  # of 8 features a group has 3, the last with a zero
+ONCE = {"num_groups": 2, "init_type": "batch_average_once"}
 RANDOM = {"num_groups": 4, "init_type": "random"}
 CASES = {
     "lora linear": KindCase("linear", "LoraConfig", LORA),
@@ -164,6 +165,7 @@ CASES = {
     "kasa patterns": KindCase("linear", "LoraConfig", KASA, starts_at_zero=False, dropout=True, close=IN_FLOAT32),
     "monteclora samples": KindCase("linear", "LoraConfig", MONTECLORA, dropout=True, close=IN_FLOAT32),
     "velora average": KindCase("linear", "LoraConfig", VELORA | {"lora_dropout": 0.4}, dropout=True, close=IN_FLOAT32),
+    "velora once": KindCase("linear", "LoraConfig", LORA | {"velora_config": ONCE}, close=IN_FLOAT32),
     "velora random": KindCase("linear", "LoraConfig", LORA | {"velora_config": RANDOM}, close=IN_FLOAT32),
     "loha linear": KindCase("linear", "LoHaConfig", {"r": 2, "alpha": 3}),
     "loha rank 4": KindCase("linear", "LoHaConfig", {"r": 4, "init_weights": False}, starts_at_zero=False),

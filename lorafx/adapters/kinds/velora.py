@@ -3,7 +3,8 @@
     y as in LoRA;  ∂A = ∂hᵀ x̂        h = x Aᵀ;  x̂ = τ · (x_g · e) e  of each of G groups of x's features, τ = `scale`
 
 So a token has G numbers for backward, and not as many as it has features. e (features / G,) has norm 1: the average of
-all groups of all tokens of a call ("batch_average"), or random and fixed ("random"). Features that fill no group are
+all groups of all tokens of a call ("batch_average"), that of the first call in training ("batch_average_once"), or
+random ("random"). The last two are kept; zeros say that there was no such call yet. Features that fill no group are
 followed by zeros.
 
 Autograd is told of this by a sum that is zero: h = x A'ᵀ + (t - t'), where t = τ · c (A e)ᵀ, c (tokens, G) are the
@@ -64,11 +65,6 @@ class Velora(Lora):
         super().check(site, config)
         if site.reading not in (LINEAR, CONV1D):
             raise ConfigError(f"{site.name} is read by {site.reading}, and `velora_config` is for linear layers")
-        if config.subconfig(self.variant)["init_type"] == "batch_average_once":
-            raise ConfigError(
-                '`velora_config={"init_type": "batch_average_once"}` is not implemented: it hands what the first batch '
-                'was on to all others, which a graph does not; there are "batch_average" and "random"'
-            )
 
     def init(
         self,
@@ -100,10 +96,20 @@ def _in_groups(matrix: Any, at: Operands) -> Any:
 
 
 def _direction(groups: Any, at: Operands) -> Any:
-    """e (features of a group,), of the dtype of x; where the average is zero, all its numbers are equal."""
-    if at.config.subconfig(Velora.variant)["init_type"] == "random":
+    """e (features of a group,), of the dtype of x; where the average is zero, all its numbers are equal.
+
+    That of the first call is written where it is kept, and read from a tensor of the call's own, for another call may
+    come before backward.
+    """
+    kind = at.config.subconfig(Velora.variant)["init_type"]
+    if kind == "random":
         return aten.type_as.default(at.embed, groups)
     by_group = aten.reshape.default(groups, [-1, _features(at.site, at.config)])
     average = aten.mean.dim(by_group, [0], dtype=torch.float32)
     average = aten.add.Tensor(average, aten.eq.Scalar(aten.linalg_vector_norm.default(average), 0))
-    return aten.type_as.default(aten.div.Tensor(average, aten.linalg_vector_norm.default(average)), groups)
+    found = aten.div.Tensor(average, aten.linalg_vector_norm.default(average))
+    if kind == "batch_average_once":
+        is_known = aten.gt.Scalar(aten.linalg_vector_norm.default(at.embed), 0)
+        found = aten.where.self(is_known, at.embed, aten.type_as.default(found, at.embed))
+        aten.copy_.default(at.embed, found)
+    return aten.type_as.default(found, groups)
