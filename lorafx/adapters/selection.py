@@ -31,7 +31,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matches, besides = _matcher(model, config), config.besides(_input_embedding(model))
+    matches, besides = _matcher(model, config), config.besides(input_embedding(model))
     matched = [name for name in modules if name and (matches(name) or is_named(besides, name))]
     if missing := [each for each in besides if not any(is_named((each,), name) for name in modules)]:
         raise SelectionError(f"the config asks for {', '.join(missing)}, which the model does not have")
@@ -66,7 +66,7 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
     """`target_modules`, or PEFT's default for the model or its architecture; `ConfigError` if there is none."""
     if config.target_modules is not None:
         return config.target_modules  # type: ignore[return-value]
-    if config.for_embeddings and (embedding := _input_embedding(model)):
+    if config.for_embeddings and (embedding := input_embedding(model)):
         return (embedding,)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if model_type not in config.default_targets and config.parameters:
@@ -79,7 +79,7 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
     return config.default_targets[model_type]
 
 
-def _input_embedding(model: nn.Module) -> str:
+def input_embedding(model: nn.Module) -> str:
     """The name of the model's input embedding; empty if it does not tell."""
     embedding = given_by(model, "get_input_embeddings")
     return next((name for name, module in model.named_modules() if module is embedding), "")

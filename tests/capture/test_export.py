@@ -189,3 +189,13 @@ def test_what_a_model_notes_in_its_config_for_good_is_no_obstacle():
     with pytest.raises(CaptureError, match="it changes config"):
         lorafx.trace(model, x)
     assert model.config == SimpleNamespace(kind=None, calls=0), "nothing is left of two tries"
+
+
+def test_hidden_states_are_captured_before_the_model_has_ever_given_any():
+    model, tokens = tiny_llama(num_hidden_layers=2), ids(2, 5)
+    graph = lorafx.trace(model, input_ids=tokens, output_hidden_states=True)
+    found = graph(input_ids=tokens, output_hidden_states=True).hidden_states
+    expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert len(expected) == 3
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -71,6 +71,15 @@ def test_all_linear_is_written_as_names(tmp_path: Path) -> None:
     assert SITE in names and "lm_head" not in names and len(names) == 7
 
 
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_names_that_are_written_leave_out_what_other_fields_ask_for(tmp_path: Path, targets: str | None) -> None:
+    lora = adapted(target_modules=targets, trainable_token_indices=[3, 1])
+    lora.save_pretrained(tmp_path)
+    assert not any("embed" in name for name in config_of(tmp_path)["target_modules"])
+    lora.load_adapter(tmp_path, "again")
+    assert set(lora.adapter_state_dict("again")) == set(lora.adapter_state_dict("default"))
+
+
 def test_the_architectures_default_is_written_as_names(tmp_path: Path) -> None:
     adapted(target_modules=None).save_pretrained(tmp_path)
     assert config_of(tmp_path)["target_modules"] == [SITE, SITE.replace("q_proj", "v_proj")]
