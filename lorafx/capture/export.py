@@ -46,6 +46,7 @@ from .caches import branchless_windows, parts, register_caches
 from .contexts import collecting_later, outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
+from .module_stacks import name_from_the_root
 from .outside_use import OutsideUse
 from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
 from .purity import Changed, ForGood, innermost_line, no_unrolling, pure, unchanging
@@ -184,6 +185,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
         bare.__class__ = nn.Module  # type: ignore[assignment]
     exported = _export(bare, args, kwargs, free)
     read_parameters(exported)
+    name_from_the_root(exported, bare)
     gm = rooted(exported, model)
     if layers:
         fold(gm)

@@ -1,4 +1,4 @@
-"""hidden_states: the hooks by which transformers' models give hidden states, which the first call for these hangs up."""
+"""hidden_states: the hooks that have transformers' models record hidden states, hung up by the first call for these."""
 
 from __future__ import annotations
 
