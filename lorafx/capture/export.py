@@ -46,7 +46,6 @@ from .caches import branchless_windows, parts, register_caches
 from .contexts import collecting_later, outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
-from .module_stacks import name_from_the_root
 from .outside_use import OutsideUse
 from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
 from .purity import Changed, ForGood, innermost_line, no_unrolling, pure, unchanging
@@ -185,12 +184,10 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
         bare.__class__ = nn.Module  # type: ignore[assignment]
     exported = _export(bare, args, kwargs, free)
     read_parameters(exported)
-    name_from_the_root(exported, bare)
     gm = rooted(exported, model)
     if layers:
         fold(gm)
-    gm.meta[FILLS], gm.meta[CONTIGUOUS] = called.fills, layout.asked  # type: ignore[attr-defined]
-    gm.meta[ENVIRONMENT] = frozenset(environment.names)
+    gm.meta |= {FILLS: vars(called)["fills"], CONTIGUOUS: layout.asked, ENVIRONMENT: frozenset(environment.names)}
     if layout.asked and not all_contiguous(pytree.tree_leaves((args, kwargs))):
         raise CaptureError("it asks how a tensor lies in memory, and an argument is not contiguous")
     return gm
