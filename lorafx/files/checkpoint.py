@@ -309,8 +309,13 @@ def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
 
 def _embedding_path(key: str, base: nn.Module) -> str | None:
     """Path of the base's embedding weight that a key stands for, or None."""
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    path = base_path(key)
     return path if path in embedding_weights(base) else None
+
+
+def base_path(key: str) -> str:
+    """Path of the base's tensor that a key stands for, if it stands for one."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:

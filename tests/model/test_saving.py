@@ -220,6 +220,17 @@ def test_what_is_saved_besides_the_adapter_is_said(tmp_path: Path) -> None:
         plain.save_pretrained(tmp_path / "plain", save_embedding_layers=True)
 
 
+def test_what_trains_and_is_not_saved_is_said(tmp_path: Path) -> None:
+    lora = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lora.save_pretrained(tmp_path)
+    lora.get_parameter("model.norm.weight").requires_grad_()
+    lora.get_input_embeddings().weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"^model.embed_tokens.weight and 1 more of the base may train, .* alone"):
+        lora.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"^model.norm.weight of the base may train"):
+        lora.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
 def test_what_is_saved_while_merged_is_what_is_saved_unmerged(tmp_path: Path) -> None:
     lora = adapted(target_modules=["embed_tokens", "q_proj"])
     lora.save_pretrained(tmp_path / "plain")
