@@ -13,7 +13,7 @@ from . import passes  # type: ignore[attr-defined]
 from .adapters.adapter import plan
 from .adapters.config import AdapterConfig
 from .adapters.kinds import config_of
-from .errors import AdapterError, ConfigError, warn
+from .errors import AdapterError, ConfigError, PipelineError, warn
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
 from .model.adaptation import of
@@ -71,7 +71,7 @@ def compile(
     Raises:
         ConfigError: a field that is wrong or not implemented.
         SelectionError: nothing, or something unfit, matches.
-        PipelineError: passes in a wrong order.
+        PipelineError: passes in a wrong order, something that is no pass, or none that inserts adapters.
         CaptureError: `capture="graph"` fails on `example_inputs`.
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
@@ -178,6 +178,11 @@ def _pipeline(
         insert = passes.InsertAdapters(str(adapter_compute_dtype).removeprefix("torch."))
         chosen = Pipeline(*(insert if each.name == insert.name else each for each in chosen))
     chosen.check()
+    if "adapters" not in chosen.facts:
+        raise PipelineError(
+            "no pass of the pipeline establishes `adapters`, so that calls would run without any: "
+            "`insert_adapters` does, and what it requires is in `lorafx.passes.default`"
+        )
     return chosen
 
 

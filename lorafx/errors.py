@@ -40,7 +40,7 @@ class UncoveredOperatorError(CaptureError):
 
 
 class PipelineError(LorafxError, ValueError):
-    """A pipeline whose text does not parse, or whose passes stand in a wrong order."""
+    """A pipeline whose text does not parse, whose passes stand in a wrong order, or one of whose passes fails."""
 
 
 class DeferredError(LorafxError, RuntimeError):

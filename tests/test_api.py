@@ -42,6 +42,20 @@ def test_compile_checks_the_order_first():
         lorafx.compile(Chain(), {"target_modules": ["first"]}, pipeline="insert_adapters, canonicalize")
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ((), "no pass of the pipeline establishes `adapters`, so that calls would run without any"),
+        (["canonicalize"], "'canonicalize' is no pass"),
+        (5, "5 is no pass"),
+        ((*default, type(default[0])), "Canonicalize'> is no pass"),
+    ],
+)
+def test_a_pipeline_that_is_none_or_inserts_no_adapter_is_refused(pipeline, message):
+    with pytest.raises(PipelineError, match=message):
+        lorafx.compile(Chain(), {"target_modules": ["first"]}, pipeline=pipeline)
+
+
 def test_the_pipeline_is_the_users():
     x, config = torch.randn(5, 4), {"target_modules": ["first"], "init_lora_weights": False}
     plain = lorafx.compile(Chain(), config, pipeline=default.without("fuse_lora", "fold_scaling"))

@@ -67,8 +67,8 @@ INSIDE = {
         *("float8", "float8_linear", "float8_lora_linears"),
     ],
     "graph": [
-        *("description", "match", "emit", "blocks", "writes", "effects", "rule", "modules", "regions", "outline"),
-        *("masks", "verify", "printing"),
+        *("description", "match", "emit", "blocks", "writes", "effects", "rule"),
+        *("module_stacks", "modules", "regions", "outline", "masks", "verify", "printing"),
     ],
     "adapters": [
         *(

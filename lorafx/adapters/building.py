@@ -20,6 +20,7 @@ from .start_values import Rests, drawn, start_values, unsaved
 _WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+@torch.inference_mode(False)  # or nobody could ever train what is made for calls that only infer
 def build(
     root: nn.Module,
     adapter: Adapter,

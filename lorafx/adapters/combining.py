@@ -94,7 +94,7 @@ class Combination:
         if self.density == 1:
             return tensor
         # drawn on the CPU: the same random numbers, whatever the device
-        kept = torch.bernoulli(torch.full(tensor.shape, self.density, dtype=tensor.dtype), generator=rng)
+        kept = torch.bernoulli(torch.full(tensor.shape, self.density, dtype=tensor.dtype, device="cpu"), generator=rng)
         return tensor * kept.to(tensor.device) / self.density
 
     def factors(self, matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ def add_idle(root: nn.Module, slot: Adapter, planned: Iterable[Adapter], autocas
     for other in planned:
         fresh = other.restricted_to([site.weight for site in other.selection if site.name not in known], ())
         known |= set(fresh.tensors)
-        zeros = {path: torch.zeros(spec.shape) for _, spec, path in _places(fresh)}
+        zeros = {path: torch.zeros(spec.shape, device="cpu") for _, spec, path in _places(fresh)}
         build(root, fresh, values=zeros, autocast_adapter_dtype=autocast_adapter_dtype)
 
 

@@ -24,6 +24,7 @@ from ..graph.modules import rooted, taken_names
 from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.guards import conditions_written_at_once
+from ..torch_private.hidden_states import record_as_asked
 from ..torch_private.tensors import is_wrapped
 from ..torch_private.tracing import (
     IntWrapper,
@@ -104,7 +105,10 @@ def trace_part(
     try:
         return _trace_once(wanted, once)
     except CaptureError as error:
-        if not isinstance(cause := error.__cause__, ForGood):
+        cause = error.__cause__
+        if isinstance(cause, Changed) and record_as_asked(model.get_submodule(path), cause.names):
+            return trace_part(model, path, args, kwargs, free, unroll, once)  # the model has its recorders for good now
+        if not isinstance(cause, ForGood):
             raise
         try:  # once more: what the model has noted in its config may be there for good, and a warning may come once
             return _trace_once(wanted, once)
@@ -181,8 +185,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
     gm = rooted(exported, model)
     if layers:
         fold(gm)
-    gm.meta[FILLS], gm.meta[CONTIGUOUS] = called.fills, layout.asked  # type: ignore[attr-defined]
-    gm.meta[ENVIRONMENT] = frozenset(environment.names)
+    gm.meta |= {FILLS: vars(called)["fills"], CONTIGUOUS: layout.asked, ENVIRONMENT: frozenset(environment.names)}
     if layout.asked and not all_contiguous(pytree.tree_leaves((args, kwargs))):
         raise CaptureError("it asks how a tensor lies in memory, and an argument is not contiguous")
     return gm

@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,18 @@ class ForGood(CaptureError):
 
 
 class Changed(CaptureError):
-    """A call changes what the model's modules hold. Everything is as it was."""
+    """A call changes what the model's modules hold, under these dotted names. Everything is as it was."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__(f"it changes {names[0]} of the model, which a graph would not do again")
+        self.names = names
 
 
 class Noted(Changed, ForGood):
     """A call changes only objects that a mirror shares with the model, such as its config. They are still changed."""
 
-    def __init__(self, message: str, put_back: Callable[[], None]):
-        super().__init__(message)
+    def __init__(self, names: Sequence[str], put_back: Callable[[], None]):
+        super().__init__(names)
         self.put_back = put_back  # type: ignore[method-assign]
 
 
@@ -93,11 +97,10 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         name for name in before | after if name not in before or name not in after or before[name] != after[name]
     ]
     if different:
-        message = f"it changes {different[0]} of the model, which a graph would not do again"
         if all(name in _shared(model) for name in different):
-            raise Noted(message, put_back)
+            raise Noted(different, put_back)
         put_back()
-        raise Changed(message)
+        raise Changed(different)
 
 
 def _shared(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, plan
-from ..adapters.config import AdapterConfig
+from ..adapters.config import AdapterConfig, is_named
 from ..adapters.kinds import config_of
 from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
-from ..adapters.tying import turned
+from ..adapters.tying import input_embedding, turned
 from ..errors import CheckpointError, ConfigError
 from ..tree.lookup import endings, given_by, tensor_at
 from ..tree.mirror import MIRRORED_AS
@@ -334,8 +334,13 @@ def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
 
 def _embedding_path(key: str, base: nn.Module) -> str | None:
     """Path of the base's embedding weight that a key stands for, or None."""
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    path = base_path(key)
     return path if path in embedding_weights(base) else None
+
+
+def base_path(key: str) -> str:
+    """Path of the base's tensor that a key stands for, if it stands for one."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def embedding_weights(base: nn.Module) -> tuple[str, ...]:
@@ -361,7 +366,7 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     values = adapter.config.to_dict()
     expanded = adapter.config.all_linear
     if expanded or adapter.config.target_modules is None:
-        values |= targets_by_name(root, sorted(site.name for site in adapter.selection if not site.is_parameter))
+        values |= targets_by_name(root, sorted(_targeted(root, adapter)))
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
@@ -372,6 +377,14 @@ def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
         cls = getattr(type(root), MIRRORED_AS, type(root))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def _targeted(root: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """The sites that are there because of `target_modules`, by name: other fields of the config ask for the rest."""
+    besides = adapter.config.besides(input_embedding(root))
+    for site in adapter.selection:
+        if not site.is_parameter and not any(is_named(besides, name) for name in (site.named, *site.tied)):
+            yield site.name
 
 
 def name_of(model: nn.Module) -> str | None:

@@ -102,7 +102,7 @@ class Shard:
         assert entry.torch_dtype is not None, f"{key} is {entry.dtype}"
         stop = entry.rows if stop is None else stop
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        tensor = torch.empty(shape, dtype=entry.torch_dtype)
+        tensor = torch.empty(shape, dtype=entry.torch_dtype, device="cpu")
         row = entry.nbytes // max(entry.rows, 1)
         with open(self.file, "rb", buffering=0) as source:
             source.seek(entry.begin + start * row)

@@ -14,6 +14,7 @@ from ..torch_private.graphs import GUARDS, codegen_of
 from ..tree.lookup import find_tensor
 from . import resolve
 from .blocks import LAYERS
+from .module_stacks import name_from_the_root
 
 CAPTURED = "captured"
 PLAIN = "plain"  # in a graph module's meta: names of tensors it reads that are plain attributes of the tree's root
@@ -34,6 +35,7 @@ def rooted(exported: GraphModule, tree: nn.Module) -> GraphModule:
 
     The rest is what only the graph has: lifted constants, guards, bodies of control-flow operators.
     """
+    name_from_the_root(exported, tree)
     private = nn.Module()
     for node in exported.graph.nodes:
         if node.op == "get_attr" and not node.users:  # torch.export reads every tensor, used or not

@@ -50,12 +50,12 @@ class Change:
         Computed in float32 or a wider dtype of the two, as in memory. Raises `MergeError`, naming it as `what`, if it
         does not fit `dtype`.
         """
-        like, count = torch.empty((), dtype=dtype).expand(shape), shape[0] if shape else 1
+        like, count = torch.empty((), dtype=dtype, device="cpu").expand(shape), shape[0] if shape else 1
         whole = blocks(self.sources, like)
         parts = (self._rows(read, *_ends(rows, count), dtype, what) for rows in whole)
         first = next(parts)
         wide = torch.promote_types(torch.promote_types(dtype, first.dtype), torch.float32)
-        like = torch.empty((), dtype=wide).expand(shape)
+        like = torch.empty((), dtype=wide, device="cpu").expand(shape)
         does = steps([self.sources], self.role, like, whole, fresh) if self.sources else ()
         for part, step in itertools.zip_longest(itertools.chain([first], parts), does):
             yield rounded(part if step is None else step.merged(part[None])[0], dtype, what)

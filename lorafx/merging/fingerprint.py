@@ -62,5 +62,5 @@ def _sums(tensor: Tensor) -> Tensor:
 def _matrix(device: torch.device) -> Tensor:
     """(4096, 8): the same numbers in every process."""
     rng = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-_LARGEST, _LARGEST + 1, (_SUMS, _ROW), dtype=torch.int8, generator=rng)
+    numbers = torch.randint(-_LARGEST, _LARGEST + 1, (_SUMS, _ROW), dtype=torch.int8, generator=rng, device="cpu")
     return numbers.to(device).t()

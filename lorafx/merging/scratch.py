@@ -37,7 +37,7 @@ class Scratch:
     def _part(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         whole, count = self._whole.get((name, dtype)), math.prod(shape)
         if whole is None or whole.numel() < count:
-            whole = self._whole[name, dtype] = torch.empty(count, dtype=dtype)
+            whole = self._whole[name, dtype] = torch.empty(count, dtype=dtype, device="cpu")
             self._parts = {key: part for key, part in self._parts.items() if key[:2] != (name, dtype)}
         part = self._parts[name, dtype, shape] = whole[:count].view(shape)
         return part

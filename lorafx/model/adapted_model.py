@@ -56,6 +56,11 @@ class AdaptedModel(OwnNamesFirst, SeenAsPeft, _Interface):
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (getattr(type(self), MIRRORED_AS),), self.__dict__
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As ever; in a process that has only loaded the model, and made none, as one that `torch.load` gave."""
+        getattr(type(self), MIRRORED_AS).__setstate__(self, state)
+        _prepare(state[STATE].base)
+
     def __copy__(self) -> AdaptedModel:
         other = _empty(getattr(type(self), MIRRORED_AS))
         other.__setstate__(self.__dict__)
@@ -107,10 +112,9 @@ def _serves(value: Any, tree: nn.Module) -> bool:
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool, layers: Ranges = ()) -> AdaptedModel:
     """An AdaptedModel over `base` with no adapter yet; with `layers`, over a mirror of it that has these layers."""
     base, replicas = replicated(base, layers) if layers else (base, None)
-    register_caches(base)
     tree = mirrored(base)
     keep_own_layers(tree)
-    prepare_base(base)
+    _prepare(base)
     tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
     tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags, replicas)
@@ -126,13 +130,19 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool,
     return tree  # type: ignore[return-value]
 
 
+def _prepare(base: nn.Module) -> None:
+    """What a process needs before it serves a model: pytrees know its caches, and its layers leave weights alone."""
+    register_caches(base)
+    prepare_base(base)
+
+
 def _empty(base: type[nn.Module]) -> AdaptedModel:
     """An AdaptedModel without attributes, for copy and pickle to fill."""
     return object.__new__(_class_for(base))  # type: ignore[arg-type]
 
 
 # What an adapted model is for Python, whatever its base says of itself.
-_ALWAYS = ("__new__", "__reduce__", "__copy__", "__deepcopy__", "__repr__")
+_ALWAYS = ("__new__", "__reduce__", "__setstate__", "__copy__", "__deepcopy__", "__repr__")
 _CALLS = ("__call__", ENTRANCE)  # the second is what `Module.compile` has compiled
 # These libraries say how any model of theirs is saved and given adapters; of an adapted model lorafx says so.
 _LIBRARIES = (

@@ -64,7 +64,8 @@ class Components:
             torch.manual_seed(0)
             _, values, directions = torch.svd_lowrank(stack, min(2 * self.most, *stack.shape), niter=4)
         self.values, self.directions = values[: self.most], directions.t()[: self.most]
-        self.steady = F.cosine_similarity(self.directions, before).abs() if self.count else torch.zeros(self.most)
+        first = self.directions.new_zeros(self.most)
+        self.steady = F.cosine_similarity(self.directions, before).abs() if self.count else first
         self.spread = self.spread + centred.square().sum() + apart.square().sum()
         self.mean = (self.count * self.mean + n * mean) / (self.count + n)
         self.count += n

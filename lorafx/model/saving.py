@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,23 @@ class Saving(Merges):
             self._gathered(adapter, values | self._unmerged_values(adapter), save_embedding_layers, given, start)
             for adapter, values in zip(adapters, values_of)
         ]
+        self._warn_of_what_is_left_out({checkpoint.base_path(key) for _, tensors in gathered for key in tensors})
         for adapter, tensors in gathered if is_main_process else ():
             if adapter.is_rescaled(self.tree):
                 warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
             folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
+
+    def _warn_of_what_is_left_out(self, written: Container[str]) -> None:
+        """Warn of parameters that train and are no adapter's: what they have learnt is in no folder of an adapter."""
+        of_adapters = {path for adapter in self._lorafx.adapters.values() for path in adapter.paths}
+        trained = [name for name, parameter in self.tree.named_parameters() if parameter.requires_grad]
+        if left := [name for name in trained if name not in of_adapters and name not in written]:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            warn(
+                f"{left[0]}{more} of the base may train, and what is saved are adapters alone: name such modules in "
+                "`modules_to_save`, or save the model's `state_dict()` too"
+            )
 
     def _unmerged_values(self, adapter: Adapter) -> dict[str, Tensor]:
         """The adapter's copies of base tensors that others are merged into, as they are without these."""

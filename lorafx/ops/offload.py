@@ -82,7 +82,7 @@ def to_host(tensor: Tensor) -> Tensor:
     stream = _stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         host.copy_(tensor.detach(), non_blocking=True)
     tensor.record_stream(stream)
     return host

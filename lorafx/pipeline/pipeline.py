@@ -10,7 +10,7 @@ import networkx as nx
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ..errors import PipelineError, VerifyError
+from ..errors import LorafxError, PipelineError, VerifyError
 from ..graph import SITE
 from ..graph.blocks import LAYERS, block_calls, blocks_of, layers_of
 from ..graph.modules import copied, copied_graph
@@ -52,8 +52,16 @@ class Pipeline(tuple[Pass, ...]):
 
     @classmethod
     def of(cls, passes: Pipeline | Iterable[Pass] | str) -> Pipeline:
-        """A pipeline from itself, an iterable of passes, or its text (see `parse`)."""
-        return cls.parse(passes) if isinstance(passes, str) else cls(*passes)
+        """A pipeline from itself, an iterable of passes, or its text (see `parse`); `PipelineError` for all else."""
+        if isinstance(passes, str):
+            return cls.parse(passes)
+        every = list(passes) if isinstance(passes, Iterable) else [passes]
+        if wrong := [each for each in every if not isinstance(each, Pass)]:
+            raise PipelineError(
+                f"{wrong[0]!r} is no pass. A pipeline is instances of passes, as "
+                "`lorafx.passes.default + (MyPass(),)`, or their names as one text, parted by commas"
+            )
+        return cls(*every)
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -122,8 +130,8 @@ class Pipeline(tuple[Pass, ...]):
 
         Observers are called `(previous, graph, next)` before each pass and after the last, None standing for either
         end. Returns what each pass did. Raises `PipelineError` as `check` does and for a pass that does not return how
-        often it rewrote, what a pass raises, and `VerifyError` for a broken invariant, naming the pass at fault and
-        those before it, with a diff.
+        often it rewrote, or raises an error that is none of lorafx's, and `VerifyError` for a broken invariant, with a
+        diff; both name the pass at fault and those before it.
         """
         self.check()
         context = context or Context()
@@ -155,17 +163,23 @@ class Pipeline(tuple[Pass, ...]):
                     part.recompile()
                 verify(part, before.snapshot, within.adapters, facts | current.establishes, within.trained)
             except VerifyError as error:
-                so_far = ", ".join(step.name for step in done) or "nothing"
-                where = (
-                    f" in {part.meta['name']} (run by {', '.join(part.meta[LAYERS])})" if LAYERS in part.meta else ""
-                )
-                raise VerifyError(
-                    f"after {current}{where} (before it: {so_far}): {error}\n{diff(before.copy, part)}"
-                ) from error
+                so_far = _so_far(part, done)
+                raise VerifyError(f"after {current}: {error}{so_far}\n{diff(before.copy, part)}") from error
+            except LorafxError:
+                raise
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                raise PipelineError(f"the pass {current} raised {what}{_so_far(part, done)}") from error
             rewrites += here * len(layers_of(part))
             after[part] = _Before.of(part) if changed else before
         milliseconds = 1e3 * (time.perf_counter() - start)
         return after, _step(current, rewrites, states, after, milliseconds)
+
+
+def _so_far(part: GraphModule, done: Sequence[Step]) -> str:
+    """Which graph a pass was given, if it is a block, and which passes were before."""
+    where = f"\nin {part.meta['name']}, run by {', '.join(part.meta[LAYERS])}" if LAYERS in part.meta else ""
+    return f"{where}\nbefore it: {', '.join(step.name for step in done) or 'nothing'}"
 
 
 def _counted(current: Pass, rewrites: object) -> int:

@@ -341,7 +341,10 @@ class Dispatcher:
         program.reason = self.sites.reason_against_a_graph(program.key, self.tree.state(call.tree), kept) or changing
         if program.reason and self.capture == "graph":
             name = type(call.tree.get_submodule(call.path)).__name__
-            raise CaptureError(f"{name} is not served by a graph: {program.reason}")
+            raise CaptureError(
+                f'{name} is not served by a graph: {program.reason}. With `capture="auto"` its own Python serves '
+                "such calls, with the adapters at their sites"
+            )
         if program.reason:
             return
         try:

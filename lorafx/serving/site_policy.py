@@ -53,8 +53,9 @@ class SitePolicy:
         """
         if self.capture == "sites" and key.part not in self._graphs:
             return "asked for by capture='sites'"
-        if state.is_hooked_within(key.part):
-            return "somebody's hooks on inner modules expect to be called"
+        if hooked := state.hooked_within(key.part):
+            more = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+            return f"somebody's hooks on {hooked[0] or 'all modules'}{more} expect to be called"
         if state.sharded:
             return "its parameters are sharded, and whole only while a module's own forward runs"
         if key.part in self._interpreted[key.layout] and key.part not in self._graphs:

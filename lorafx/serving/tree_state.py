@@ -48,9 +48,9 @@ class TreeState(NamedTuple):
     hooked_adapters: tuple[str, ...] = ()  # modules of adapters' tensors that somebody watches
     modules: int = 0
 
-    def is_hooked_within(self, part: str) -> bool:
-        """Whether somebody watches modules below the one at a path, whose own hooks are run by whoever calls it."""
-        return any(not (part and path) or path.startswith(f"{part}.") for path in self.hooked)
+    def hooked_within(self, part: str) -> tuple[str, ...]:
+        """The paths that somebody watches below the module at a path, whose own hooks are run by whoever calls it."""
+        return tuple(path for path in self.hooked if not (part and path) or path.startswith(f"{part}."))
 
 
 class TreeGuards:

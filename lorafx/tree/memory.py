@@ -69,7 +69,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype:
         return True
     size, start = one.element_size(), min(first, others_first)
-    marks = torch.zeros((max(end, others_end) - start) // size, dtype=torch.bool)
+    marks = torch.zeros((max(end, others_end) - start) // size, dtype=torch.bool, device="cpu")
     marks.as_strided(one.shape, one.stride(), (first - start) // size).fill_(True)
     return bool(marks.as_strided(other.shape, other.stride(), (others_first - start) // size).any())
 

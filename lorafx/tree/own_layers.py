@@ -132,7 +132,8 @@ def number_of(module: nn.Module) -> Tensor:
     """The tensor that has an own layer's number: a copy of a model has numbers of its own."""
     number = vars(module).get(NUMBER)
     if number is None or _LAYERS.get(int(number)) is not module:
-        number = torch.tensor(secrets.randbits(62))  # of no other process either, which may load an exported model
+        # of no other process either, which may load an exported model
+        number = torch.tensor(secrets.randbits(62), device="cpu")
         _LAYERS[int(number)] = module
         module.__dict__[NUMBER] = number
     return number

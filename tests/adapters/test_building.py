@@ -65,3 +65,12 @@ def test_what_cannot_be_hung_leaves_nothing_behind():
     with pytest.raises((KeyError, AttributeError, TypeError)):
         build(base, adapter)
     assert {name for name, _ in base.named_modules()} == before
+
+
+def test_an_adapter_that_is_added_for_inference_may_train_later():
+    lora = lorafx.compile(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), VERA, capture="sites")
+    with torch.inference_mode():
+        lora.add_adapter("later", {"r": 2, "target_modules": ["1"], "modules_to_save": ["0"]})
+    lora.set_adapter("later")
+    lora(torch.randn(4, 5)).sum().backward()
+    assert lora[1].lora_B.later.weight.grad is not None

@@ -189,3 +189,38 @@ def test_what_a_model_notes_in_its_config_for_good_is_no_obstacle():
     with pytest.raises(CaptureError, match="it changes config"):
         lorafx.trace(model, x)
     assert model.config == SimpleNamespace(kind=None, calls=0), "nothing is left of two tries"
+
+
+def test_hidden_states_are_captured_before_the_model_has_ever_given_any():
+    model, tokens = tiny_llama(num_hidden_layers=2), ids(2, 5)
+    graph = lorafx.trace(model, input_ids=tokens, output_hidden_states=True)
+    found = graph(input_ids=tokens, output_hidden_states=True).hidden_states
+    expected = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert len(expected) == 3
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+class Rounds(nn.Module):
+    """A layer with numbered layers within."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x):
+        for step in self.steps:
+            x = x + torch.tanh(step(x))
+        return x
+
+
+def test_layers_within_a_shared_layer_are_named_from_the_root():
+    """torch.export names them from the layer on, and whoever looked for `steps.0` at the root found none."""
+    torch.manual_seed(0)
+    shared, x = Rounds(), torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
+    expected = model(x)
+    torch.testing.assert_close(adapted(model, init_lora_weights=True).graph(x)(x), expected)
+    stacks = [node.meta.get("nn_module_stack", {}) for node in lorafx.trace(model, x).graph.nodes]
+    paths = {path.partition("@")[0] for stack in stacks for path, _ in stack.values()}
+    assert paths <= {name for name, _ in model.named_modules(remove_duplicate=False)} and "1.steps.0" in paths

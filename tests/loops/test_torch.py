@@ -7,9 +7,11 @@ import pickle
 import models
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 from twins import trained, twins
 
 import lorafx
+from lorafx.capture.caches import is_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated")
 
@@ -83,6 +85,40 @@ def saved_and_loaded(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def test_a_process_that_has_only_loaded_a_model_knows_its_caches():
+    file = pickle.dumps(lorafx.compile(models.mlp(), {"r": 2, "target_modules": "all-linear"}))
+
+    class OfLater(DynamicCache):
+        pass
+
+    assert not is_cache(OfLater())
+    pickle.loads(file)
+    assert is_cache(OfLater())
+
+
+def test_the_default_device_is_for_what_the_user_makes(tmp_path):
+    """Not for what lorafx makes, which would have no values on the meta device."""
+
+    def merged(base, device):
+        torch.set_default_device(device)
+        try:
+            lora = lorafx.compile(base, config, random_state=0, capture="sites")
+            lora.add_weighted_adapter(["default"] * 2, [0.5, 0.7], "b", "dare_linear", density=0.5, random_state=0)
+            lora.save_pretrained(tmp_path)
+            lora.load_adapter(tmp_path / "b", "c")
+            lora.set_adapter(["default", "b", "c"])
+            lora.merge_adapter()
+            weights = {name: value.clone() for name, value in lora.state_dict().items()}
+            lora.unmerge_adapter()
+        finally:
+            torch.set_default_device(None)
+        return weights
+
+    config = {"r": 3, "target_modules": "all-linear", "init_lora_weights": False}
+    expected, found = merged(models.mlp(), None), merged(models.mlp(), "meta")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved_and_loaded}

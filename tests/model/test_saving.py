@@ -71,6 +71,15 @@ def test_all_linear_is_written_as_names(tmp_path: Path) -> None:
     assert SITE in names and "lm_head" not in names and len(names) == 7
 
 
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_names_that_are_written_leave_out_what_other_fields_ask_for(tmp_path: Path, targets: str | None) -> None:
+    lora = adapted(target_modules=targets, trainable_token_indices=[3, 1])
+    lora.save_pretrained(tmp_path)
+    assert not any("embed" in name for name in config_of(tmp_path)["target_modules"])
+    lora.load_adapter(tmp_path, "again")
+    assert set(lora.adapter_state_dict("again")) == set(lora.adapter_state_dict("default"))
+
+
 def test_the_architectures_default_is_written_as_names(tmp_path: Path) -> None:
     adapted(target_modules=None).save_pretrained(tmp_path)
     assert config_of(tmp_path)["target_modules"] == [SITE, SITE.replace("q_proj", "v_proj")]
@@ -209,6 +218,17 @@ def test_what_is_saved_besides_the_adapter_is_said(tmp_path: Path) -> None:
     plain = lorafx.compile(nn.Sequential(nn.Embedding(9, 4)), {"target_modules": ["0"]})
     with pytest.warns(UserWarning, match="saves none"):
         plain.save_pretrained(tmp_path / "plain", save_embedding_layers=True)
+
+
+def test_what_trains_and_is_not_saved_is_said(tmp_path: Path) -> None:
+    lora = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lora.save_pretrained(tmp_path)
+    lora.get_parameter("model.norm.weight").requires_grad_()
+    lora.get_input_embeddings().weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"^model.embed_tokens.weight and 1 more of the base may train, .* alone"):
+        lora.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"^model.norm.weight of the base may train"):
+        lora.save_pretrained(tmp_path, save_embedding_layers=True)
 
 
 def test_what_is_saved_while_merged_is_what_is_saved_unmerged(tmp_path: Path) -> None:

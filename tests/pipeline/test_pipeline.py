@@ -155,12 +155,22 @@ def test_steps_count_nodes_and_parameters():
     assert all(step.milliseconds > 0 for step in steps.values())
 
 
-def test_a_pass_that_does_not_say_how_often_it_rewrote_is_named():
+@pytest.mark.parametrize(
+    ("rewrite", "message"),
+    [
+        (lambda gm: None, "`rewrite` of the pass odd returned None"),
+        (
+            lambda gm: {}["first"],
+            r"the pass odd raised KeyError: 'first'\nbefore it: canonicalize, .*, checkpoint_blocks$",
+        ),
+    ],
+)
+def test_a_pass_that_does_not_say_how_often_it_rewrote_or_fails_is_named(rewrite, message):
     @dataclass(frozen=True)
-    class Forgets(Pass):
+    class Odd(Pass):
         def rewrite(self, gm, context):
-            return None
+            return rewrite(gm)
 
-    lora = lorafx.compile(Chain(), {"target_modules": ["second"]}, pipeline=default + (Forgets(),))
-    with pytest.raises(PipelineError, match="`rewrite` of the pass forgets returned None"):
+    lora = lorafx.compile(Chain(), {"target_modules": ["second"]}, pipeline=default + (Odd(),))
+    with pytest.raises(PipelineError, match=message):
         lora(torch.randn(5, 4))

@@ -109,7 +109,7 @@ class AdaLora(Kind):
         for name, mask in config.rank_pattern.items():
             found = _at_site(tensors, name)
             if len(found) == len(_ALONG) and len(found[SINGULAR][1]) == len(mask):
-                left = torch.tensor(mask) | (found[SINGULAR][1][:, 0] != 0)
+                left = torch.tensor(mask, device=found[SINGULAR][1].device) | (found[SINGULAR][1][:, 0] != 0)
                 pattern[name] = left.tolist()
                 places = left.nonzero()[:, 0]
                 kept |= {key: tensor.index_select(_ALONG[role], places) for role, (key, tensor) in found.items()}
@@ -119,7 +119,7 @@ class AdaLora(Kind):
         """With zeros for the directions that a file leaves out."""
         whole = dict(tensors)
         for name, mask in (config.rank_pattern or {}).items():
-            places = torch.tensor(mask).nonzero()[:, 0]
+            places = torch.tensor(mask, device="cpu").nonzero()[:, 0]
             for role, (key, tensor) in _at_site(tensors, name).items():
                 along = _ALONG[role]
                 if tensor.shape[along] == len(places) < len(mask):

@@ -49,7 +49,7 @@ class Allocator:
             return _masked(sites, left)
         if config.rank_pattern:
             masks = {name: config.rank_pattern.get(f"{name}.{SINGULAR}") for name in sites}
-            _masked(sites, {name: torch.tensor(mask) for name, mask in masks.items() if mask is not None})
+            _masked(sites, {name: torch.tensor(mask, device="cpu") for name, mask in masks.items() if mask is not None})
             return None
         raise AdapterError(
             f"step {step} is past the last allocation, at {config.last_allocation}, and no step before it was given: "
@@ -73,7 +73,7 @@ class Allocator:
     def _left(self, sites: Sites, budget: int) -> dict[str, Tensor]:
         """Which directions are left, by site: the most important ones, exactly as many as the budget says."""
         importance = torch.stack([self._importance(site) for site in sites])
-        left = torch.zeros(importance.numel(), dtype=torch.bool)
+        left = torch.zeros_like(importance.flatten(), dtype=torch.bool)
         left[importance.flatten().argsort(descending=True, stable=True)[: max(budget, 0)]] = True
         return dict(zip(sites, left.view_as(importance)))
 

@@ -46,7 +46,7 @@ def combined(parts: Parts, how: Combination, specs: dict[str, Spec], rng: torch.
         found["lora_bias"] = (
             how.combined([bias for _, bias in biases], [weight for weight, _ in biases], rng)
             if biases
-            else torch.zeros(specs["lora_bias"].shape)
+            else torch.zeros(specs["lora_bias"].shape, device="cpu")
         )
     tensors = {name: found[name].new_empty(spec.shape) for name, spec in specs.items()}
     for name, tensor in tensors.items():

@@ -195,7 +195,7 @@ def _weights(queries: Tensor, keys: Tensor, first: int, is_causal: bool) -> Tens
     scores = torch.bmm(queries, keys.mT)
     if is_causal:
         size = keys.shape[1] - first
-        later = torch.ones(size, size, dtype=torch.bool).triu_(1)
+        later = torch.ones(size, size, dtype=torch.bool, device=keys.device).triu_(1)
         scores.unflatten(1, (-1, size))[..., first:].masked_fill_(later, -torch.inf)
     return torch.softmax(scores, -1)
 
