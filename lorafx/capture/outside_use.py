@@ -106,13 +106,15 @@ class OutsideUse(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, frame: FrameType, event: str, called: Any) -> None:
-        if self.seen:
-            return
-        if event == "c_call" and called.__name__ in _NAMES:
+        if event == "c_call":  # this is asked a million times
+            if called.__name__ not in _NAMES:
+                return
             does = _does(called)
+        elif event == "call" and frame.f_code is _LOGS:
+            does = "logs a message"
         else:
-            does = "logs a message" if event == "call" and frame.f_code is _LOGS else ""
-        if does and (caller := _caller(frame, through_torch=_is_source(called))):
+            return
+        if does and not self.seen and (caller := _caller(frame, through_torch=_is_source(called))):
             self.seen = f"{does}, which a graph would not do again{place_of(traceback.extract_stack(caller))}"
 
 

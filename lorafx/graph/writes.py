@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -18,7 +20,12 @@ def writes(node: Node, gm: torch.nn.Module) -> bool:
     """Whether a node writes into a tensor, itself or in the graphs that it runs."""
     if isinstance(node.target, torch._ops.HigherOrderOperator) or is_block_call(node):
         return any(_body_writes(argument, gm) for argument in node.args if isinstance(argument, Node))
-    schema = schema_of(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and _operator_writes(node.target)
+
+
+@functools.cache  # passes ask of every node, again and again
+def _operator_writes(operator: torch._ops.OpOverload) -> bool:
+    schema = schema_of(operator)
     return bool(schema and (schema.is_mutable or any(norm in schema.name for norm in _NORMS)))
 
 

@@ -9,17 +9,18 @@ get it as it is.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from .. import ops
 from ..graph import resolve
-from ..graph.blocks import blocks_of
+from ..graph.blocks import blocks_of, is_block_call
 from ..graph.modules import by_leaves
 from ..torch_private.graphs import C_FUNCTIONS, schema_of
 
@@ -52,56 +53,71 @@ def direct(gm: GraphModule) -> GraphModule:
     for each in (other, *blocks_of(other)):
         for node in each.graph.nodes:
             node.target = _FUNCTIONS.get(node.target, node.target)
-        _read_together(each)
+        read_together(each)
         each.recompile()
     return other
 
 
-def _read_together(gm: GraphModule) -> None:
-    """Put one call of a `reader` in the place of all reads of tensors below the root's children."""
-    reads = [node for node in gm.graph.find_nodes(op="get_attr") if _is_below_a_child(gm, str(node.target))]
-    if not reads:
-        return
-    children = list(dict.fromkeys(str(node.target).partition(".")[0] for node in reads))
-    paths = list(dict.fromkeys(str(node.target) for node in reads))
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    with gm.graph.inserting_before(first):
-        roots = tuple(map(gm.graph.get_attr, children))
-        together = gm.graph.call_function(reader(children, paths), roots)
-        tensors = {path: gm.graph.call_function(operator.getitem, (together, at)) for at, path in enumerate(paths)}
-    for node in reads:
-        node.replace_all_uses_with(tensors[str(node.target)])
-        gm.graph.erase_node(node)
+def read_together(gm: GraphModule) -> None:
+    """Put one call of a `reader` in the place of all reads of layers, and of tensors below the root's children.
+
+    What else is read, as the block that all layers run, is read once.
+    """
+    layers = {call.args[1] for call in gm.graph.nodes if is_block_call(call)}
+    first: dict[str, Node] = {}
+    tensors, modules = [], []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        if node in layers:
+            modules.append(node)
+        elif "." in path and isinstance(resolve(gm, path), Tensor):
+            tensors.append(node)
+        elif first.setdefault(path, node) is not node:
+            node.replace_all_uses_with(first[path])
+            gm.graph.erase_node(node)
+    if tensors or modules:
+        _call_reader(gm.graph, tensors, modules)
 
 
-def _is_below_a_child(gm: GraphModule, path: str) -> bool:
-    return "." in path and isinstance(resolve(gm, path), Tensor)
+def _call_reader(graph: Graph, tensors: list[Node], modules: list[Node]) -> None:
+    children = list(dict.fromkeys(str(node.target).partition(".")[0] for node in (*tensors, *modules)))
+    paths = [list(dict.fromkeys(str(node.target) for node in nodes)) for nodes in (tensors, modules)]
+    places = enumerate(itertools.chain(*paths))
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(start):
+        roots = tuple(map(graph.get_attr, children))
+        together = graph.call_function(reader(children, *paths), roots)
+        values = {path: graph.call_function(operator.getitem, (together, at)) for at, path in places}
+    for node in (*tensors, *modules):
+        node.replace_all_uses_with(values[str(node.target)])
+        graph.erase_node(node)
 
 
-def reader(roots: list[str], paths: list[str]) -> Callable[..., list[Tensor]]:
-    """A function of the modules named by `roots` that gives the tensors at `paths`, as they are when it is called."""
+def reader(roots: list[str], tensors: list[str], modules: Sequence[str] = ()) -> Callable[..., list[Any]]:
+    """A function of the modules named by `roots`: it gives tensors, then modules, that are at these paths then."""
     places = {name: place for place, name in enumerate(roots)}
-    modules: list[tuple[int, str]] = []  # of each further module: where its parent is, and its name there
+    further: list[tuple[int, str]] = []  # of each further module: where its parent is, and its name there
 
     def place_of(path: str) -> int:
         if path not in places:
             parent, _, name = path.rpartition(".")
-            modules.append((place_of(parent), name))
+            further.append((place_of(parent), name))
             places[path] = len(places)
         return places[path]
 
-    owners = [path.rpartition(".") for path in paths]
-    tensors = [(place_of(owner), name) for owner, _, name in owners]
+    owners = [path.rpartition(".") for path in tensors]
+    owned = [(place_of(owner), name) for owner, _, name in owners]
+    wanted = [place_of(path) for path in modules]
 
-    def read(*given: nn.Module) -> list[Tensor]:
+    def read(*given: nn.Module) -> list[Any]:
         found: list[Any] = list(given)
-        for parent, name in modules:
+        for parent, name in further:
             child = found[parent]._modules.get(name)
             found.append(getattr(found[parent], name) if child is None else child)  # a wrapper gives what is within it
         values = []
-        for owner, name in tensors:
+        for owner, name in owned:
             value = found[owner]._parameters.get(name)
             values.append(getattr(found[owner], name) if value is None else value)
-        return values
+        return values + [found[place] for place in wanted]
 
     return read

@@ -25,7 +25,7 @@ from ..ops.deferral import heads, is_deferral
 from ..torch_private.graphs import output_spec_of
 from .backend import Backend
 from .cuda_graphs import Cuda, Replayed, device_of
-from .eager import direct
+from .eager import direct, read_together
 from .errors_in_graphs import naming_compiled, naming_lines
 from .pieces import Compiled, CompiledBlock, Piece
 
@@ -85,6 +85,7 @@ class Lowering:
             title = f"{len(nodes)} operators outside layers"
             pieces.add_module(name, Compiled(self._piece(title, graph_of(region), compiler)))
             call_module_instead(graph, region, f"{CAPTURED}.{name}")
+        read_together(outer)
         outer.recompile()
         return outer
 

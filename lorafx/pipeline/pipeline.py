@@ -16,7 +16,7 @@ from ..graph.blocks import LAYERS, block_calls, blocks_of, layers_of
 from ..graph.modules import copied, copied_graph
 from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
-from ..graph.verify import Snapshot, snapshot, verify
+from ..graph.verify import Snapshot, is_changed, snapshot, verify
 from ..torch_private.graphs import set_unused_graph
 from .context import Context
 from .definition import Pass
@@ -158,10 +158,11 @@ class Pipeline(tuple[Pass, ...]):
             before = states.get(part) or _Before.of(part)
             try:
                 here = _counted(current, current.rewrite(part, within))
-                changed = here or part not in states or snapshot(part).nodes != before.snapshot.nodes
+                changed = bool(here) or part not in states or is_changed(part, before.snapshot)
                 if changed:
                     part.recompile()
-                verify(part, before.snapshot, within.adapters, facts | current.establishes, within.trained)
+                known = facts | current.establishes
+                verify(part, before.snapshot, within.adapters, known, within.trained, changed)
             except VerifyError as error:
                 so_far = _so_far(part, done)
                 raise VerifyError(f"after {current}: {error}{so_far}\n{diff(before.copy, part)}") from error

@@ -20,12 +20,27 @@ __all__ = [
 POST_PASS = "post_grad_custom_post_pass"
 
 
-def let_inductor_call(operator: Any) -> None:
-    """Have Inductor call an operator that it would write out otherwise. Without it, sums would take new memory.
+def let_inductor_call(operator: Any, name: str) -> None:
+    """Have Inductor call an operator that writes in place by this name. Without it, sums would take new memory.
 
-    By itself it refuses operators of ATen that it does not know where the environment has CI set.
+    By itself it would write ATen's operators out where it can, and call others by their overloads, which takes longer.
     """
-    from torch._inductor.lowering import lowerings, make_fallback  # takes seconds; a pass runs when it is there
+    from torch._inductor.ir import FallbackKernel  # takes seconds; a pass runs when it is there
+    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.virtualized import V
+
+    class Called(FallbackKernel):
+        def set_python_kernel_name(self, python_kernel_name: str | None) -> None:
+            self.python_kernel_name = name
+
+        @classmethod
+        def process_kernel(cls, *given: Any, **named: Any) -> Any:
+            return None, *super().process_kernel(*given, **named)[1:]  # a name for the result would keep its memory
+
+    def call(written: Any, *args: Any, **kwargs: Any) -> None:
+        written.realize()
+        V.graph.mark_buffer_mutated(written.get_name())  # or whoever reads it would compute it anew
+        Called.create(operator, written, *args, **kwargs)
 
     if operator not in lowerings:
-        make_fallback(operator, warn=False)
+        register_lowering(operator, type_promotion_kind=None)(call)

@@ -217,9 +217,10 @@ class Held:
         steps = [(modules[parent], atom, child) for (parent, atom), child in zip(ways.children, modules[1:])]
         inner = [step for step in steps if isinstance(step[0], nn.Module)]
         direct = [step for step in inner if step[0]._modules.get(step[1]) is step[2]]
-        own = [step for step in direct if not isinstance(step[0], Attached)]  # which count what is replaced in them
-        self._parents, self._atoms = [parent._modules for parent, *_ in own], [atom for _, atom, _ in own]
-        self._children, self._replaced = [child for *_, child in own], Attached.replaced
+        own = dict.fromkeys(step[0] for step in direct if not isinstance(step[0], Attached))
+        self._parents = [parent._modules for parent in own]
+        self._children = [children.copy() for children in self._parents]
+        self._replaced = Attached.replaced  # modules that `attach` made count what is replaced in them
         self._is_direct = len(direct) == len(inner)
         self._owners = [getattr(modules[owner], "_parameters", {}) for owner, _ in ways.ends]
         self._names = [name for _, name in ways.ends]
@@ -231,8 +232,7 @@ class Held:
     @property
     def is_in_place(self) -> bool:
         """Whether the modules on the ways are those that were there when they were walked, wrappers aside."""
-        same = self._replaced == Attached.replaced
-        return same and all(map(is_, map(dict.get, self._parents, self._atoms), self._children))
+        return self._replaced == Attached.replaced and self._parents == self._children
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors that are there now, or None."""
@@ -244,5 +244,6 @@ class Held:
 def set_trainable(tensors: Iterable[Tensor | None], trains: bool) -> None:
     """Set or clear `requires_grad` on the parameters among these; buffers never train."""
     for tensor in tensors:
-        if tensor is not None and tensor.requires_grad != trains:  # to ask for the class takes longer than all else
-            tensor.requires_grad = trains and isinstance(tensor, nn.Parameter)
+        if tensor is not None and tensor.requires_grad != trains:
+            # To ask `isinstance` of a parameter takes longer than all else.
+            tensor.requires_grad = trains and (type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter))

@@ -160,10 +160,11 @@ def show_own_layers(bare: nn.Module, tree: nn.Module) -> None:
 
     It gets tensors without values for theirs, which a tracer could not look at.
     """
-    twins = dict(bare.named_modules(remove_duplicate=False))
-    for path, module in tree.named_modules(remove_duplicate=False):
-        forward = own_forward_of(module)
-        if forward is None or path not in twins:
+    named = tree.named_modules(remove_duplicate=False)
+    own = [(path, module, forward) for path, module in named if (forward := own_forward_of(module)) is not None]
+    twins = dict(bare.named_modules(remove_duplicate=False)) if own else {}
+    for path, module, forward in own:
+        if path not in twins:
             continue
         twin = twins[path]
         if forward.parameter == TOKEN:

@@ -59,6 +59,7 @@ def test_it_computes_the_same_and_leaves_the_graph_as_it_is(layers):
     assert torch.mul in targets(runs) and torch.ops.aten.mul.Tensor in targets(gm)
     read = [node.target for node in runs.graph.find_nodes(op="get_attr")]
     assert not any(path.endswith(("weight", "shift")) for path in read) and "scale" in read, "the root's own"
+    assert layers == 1 or sorted(read) == ["captured.block_0", "head", "layers", "scale"], "the block once"
 
 
 ARGUMENTS = {  # as captured graphs give them, x being (2, 3, 4)

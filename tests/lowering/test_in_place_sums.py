@@ -72,6 +72,10 @@ def a_product_of_float8(x, w, _, h, b, row):
     return torch.addmm(aten._scaled_mm.default(left, right, scale, scale, None, None, x.dtype), h, b)
 
 
+def a_product_times_a_number(x, w, v, h, b, row):
+    return torch.addmm(row * torch.nan, w.t(), v, beta=0, alpha=2.0).relu()
+
+
 CASES = {
     an_update: 1,
     a_product_of_float8: 1,
@@ -111,6 +115,16 @@ def test_what_is_read_once_is_written_to(function, mode):
     assert all(map(torch.equal, given, before))
 
 
+@pytest.mark.parametrize(("mode", "count"), [("real", 1), ("symbolic", 0)])
+def test_a_product_of_known_sizes_times_a_number_gets_memory_of_its_own(mode, count):
+    gm = make_fx(a_product_times_a_number, tracing_mode=mode)(*(given := matrices()))
+    SumsInPlace()(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=aten.addmm_.default)) == count
+    torch.testing.assert_close(gm(*given), a_product_times_a_number(*given), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tuned", ["max_autotune", "max_autotune_gemm"])
 def test_products_that_are_tuned_add_by_themselves(tuned):
     gm = make_fx(an_update, tracing_mode="fake")(*matrices())
@@ -121,9 +135,11 @@ def test_products_that_are_tuned_add_by_themselves(tuned):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "function", [an_update, a_sum_of_three, read_again, a_sum_read_again], ids=lambda function: function.__name__
+    ("function", "count"),
+    [(an_update, 1), (a_sum_of_three, 2), (read_again, 0), (a_sum_read_again, 1), (a_product_times_a_number, 1)],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_inductor_reads_what_was_added(function, monkeypatch):
+def test_inductor_reads_what_was_added(function, count, monkeypatch):
     """Values that are there before the sum, and memory that is free after it, would both show in the numbers.
 
     In CI Inductor refuses to call operators of which it knows decompositions, unless it is told to.
@@ -131,11 +147,14 @@ def test_inductor_reads_what_was_added(function, monkeypatch):
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(config, "force_disable_caches", True)
     piece = Piece("", function, "inductor", Backend("inductor"))
-    given, others = matrices(), matrices(rows=7)
-    found, (code,) = run_and_get_code(piece.run, *given)
-    assert code.count("aten.addmm_") == CASES[function]
-    torch.testing.assert_close(found, function(*given))
-    torch.testing.assert_close(piece.run(*others), function(*others))
+    x, w, v, h, b, row = matrices()
+    w, v, b = map(torch.nn.Parameter, (w, v, b))  # whose sizes are known when a piece is compiled
+    given, others = (x, w, v, h, b, row), (torch.randn(7, K), w, v, torch.randn(7, R), b, row)
+    with torch.no_grad():
+        found, (code,) = run_and_get_code(piece.run, *given)
+        assert code.count("torch.Tensor.addmm_(") == count
+        torch.testing.assert_close(found, function(*given))
+        torch.testing.assert_close(piece.run(*others), function(*others))
 
 
 def test_a_pass_that_somebody_set_stays():

@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Graph
 
 from ... import ops
+from ...torch_private import inductor
 from ...torch_private.inductor import CustomGraphPass, get_hash_for_files
 from .in_place_sums import SumsInPlace
 from .onednn_products import ProductsByOnednn
@@ -27,12 +28,12 @@ class OurPasses(CustomGraphPass):
             each(graph)
 
     def uuid(self) -> Any:
-        """What compilations are kept by on disk: the passes, and the formulas of our operators.
+        """What compilations are kept by on disk: the passes, what these call, and the formulas of our operators.
 
         torch keeps a compiled graph by the operators' names alone, so another release's would be taken for this one's.
         """
         formulas = tuple(sorted(map(str, Path(ops.__file__).parent.rglob("*.py"))))
-        return [get_hash_for_files(formulas), *(each.uuid() for each in self._passes)]
+        return [get_hash_for_files((*formulas, str(inductor.__file__))), *(each.uuid() for each in self._passes)]
 
 
 __all__ = ["OurPasses"]

@@ -1,9 +1,11 @@
 """in_place_sums: a pass for Inductor that adds a product to another in the other's own memory.
 
-addmm(addend, X, Y)  ->  addmm_(addend, X, Y)       where the addend is a product that nobody else reads
+addmm(addend, X, Y)          ->  addmm_(addend, X, Y)           where the addend is a product that nobody else reads
+addmm(any, X, Y, beta=0)     ->  addmm_(empty, X, Y, beta=0)    where nothing is added: a product times α
 
 Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
-every dx of an adapted linear for nothing. (Inductor itself has a list of operators to run in place. That list belongs
+every dx of an adapted linear for nothing. An addend that is not read is expanded to the product's shape all the same,
+which takes longer than a small product. (Inductor itself has a list of operators to run in place. That list belongs
 to the process, and adding to it would change what others compile.)
 """
 
@@ -28,15 +30,36 @@ class SumsInPlace(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         if inductor.max_autotune or inductor.max_autotune_gemm:
             return
-        let_inductor_call(aten.addmm_.default)
+        let_inductor_call(aten.addmm_.default, "torch.Tensor.addmm_")
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            addend, *factors = node.args
-            if addend not in factors and _is_spent(addend) and _alike(addend, node):
-                node.target = aten.addmm_.default
-                node.replace_all_uses_with(addend)  # Inductor would take what `addmm_` returns for new memory
+            memory = _memory_for(graph, node)
+            if memory is not None:
+                node.target, node.args = aten.addmm_.default, (memory, *node.args[1:])
+                node.replace_all_uses_with(memory)  # Inductor would take what `addmm_` returns for new memory
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
+
+
+def _memory_for(graph: Graph, total: Node) -> Node | None:
+    """What a sum may be written to, if anything."""
+    addend, *factors = total.args
+    if total.kwargs.get("beta", 1) == 0:
+        return _new_memory(graph, total)
+    return addend if addend not in factors and _is_spent(addend) and _alike(addend, total) else None  # type: ignore
+
+
+def _new_memory(graph: Graph, total: Node) -> Node | None:
+    """Memory for a product of known sizes, as gradients of parameters have them."""
+    value = total.meta["val"]
+    if any(isinstance(size, torch.SymInt) for size in value.shape):
+        return None
+    with graph.inserting_before(total):
+        memory = graph.call_function(
+            aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+        )
+    memory.meta = {"val": value}
+    return memory
 
 
 def _is_spent(addend: Node) -> bool:
