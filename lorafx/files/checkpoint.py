@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, plan
-from ..adapters.config import AdapterConfig, is_named
+from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
 from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
-from ..adapters.tying import input_embedding, turned
+from ..adapters.tying import turned
 from ..errors import CheckpointError, ConfigError
-from ..tree.lookup import endings, given_by, tensor_at
-from ..tree.mirror import MIRRORED_AS
+from ..tree.lookup import given_by, tensor_at
 from .disk import Content
 from .folder import replace_folder
 from .hub import Source
 from .model_card import CARD, marked_card, new_card
 from .pinned import interrupted
 from .shards import content
+from .written_config import written_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."  # of what all sites share, which PEFT keeps beside the model
-# The version of PEFT whose format is written, for PEFT's own checks of age.
-FORMAT = "0.21.2"
 # What a file's tensor must be: its shape, and whether it holds floats.
 Expected = tuple[tuple[int, ...], bool]
 
@@ -255,7 +253,7 @@ def write(root: nn.Module, adapter: Adapter, folder: Path, tensors: Mapping[str,
 
     Raises `CheckpointError` for what the file system refuses.
     """
-    config = _config_values(root, adapter)
+    config = written_config(root, adapter)
     files: dict[str, Content] = {
         # Only the options are sorted, not what they hold: the order of a `rank_pattern` has a meaning.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),
@@ -360,43 +358,3 @@ def _plain(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):  # a DTensor: every process has to call this
         tensor = tensor.full_tensor()  # type: ignore[operator]
     return tensor.detach().to("cpu").contiguous()
-
-
-def _config_values(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    values = adapter.config.to_dict()
-    expanded = adapter.config.all_linear
-    if expanded or adapter.config.target_modules is None:
-        values |= targets_by_name(root, sorted(_targeted(root, adapter)))
-    values["inference_mode"] = True
-    if "fan_in_fan_out" in values:
-        readings = {site.reading for site in adapter.selection}
-        values["fan_in_fan_out"] = any(reading.transposed and not reading.lookup for reading in readings)
-    values["base_model_name_or_path"] = values["base_model_name_or_path"] or name_of(root)
-    values["peft_version"] = values["peft_version"] or FORMAT
-    if values["task_type"] is None and values["auto_mapping"] is None:
-        cls = getattr(type(root), MIRRORED_AS, type(root))
-        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    return values
-
-
-def _targeted(root: nn.Module, adapter: Adapter) -> Iterator[str]:
-    """The sites that are there because of `target_modules`, by name: other fields of the config ask for the rest."""
-    besides = adapter.config.besides(input_embedding(root))
-    for site in adapter.selection:
-        if not site.is_parameter and not any(is_named(besides, name) for name in (site.named, *site.tied)):
-            yield site.name
-
-
-def name_of(model: nn.Module) -> str | None:
-    """The name or path that a model of transformers was loaded from."""
-    return getattr(getattr(model, "config", None), "name_or_path", None) or None
-
-
-def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
-    """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
-    chosen = set(sites)
-    others = {name for name, _ in root.named_modules(remove_duplicate=False)} - chosen
-    if chosen.isdisjoint(ending for name in others for ending in endings(name)):
-        return {"target_modules": sites}
-    # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
-    return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}

@@ -24,7 +24,7 @@ from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select
 from ..adapters.site import Site
 from ..errors import AdapterError, ConfigError, warn
-from ..files.checkpoint import targets_by_name
+from ..files.written_config import targets_by_name
 from ..tree.lookup import endings
 from ..tree.mirror import mirrored
 from ..tree.modes import in_mode

@@ -19,8 +19,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..errors import AdapterError, CheckpointError
 from ..files.base import read_shards
-from ..files.checkpoint import name_of
 from ..files.shards import Shard
+from ..files.written_config import name_of
 from ..tree.lookup import tensor_at
 from .adaptation import of
 from .adapted_model import AdaptedModel

@@ -20,8 +20,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.peft_itself import refuse_peft_itself
 from ..adapters.slots import differences
 from ..errors import AdapterError
-from ..files.checkpoint import name_of
 from ..files.model_card import CARD, say_it_is_an_adapter
+from ..files.written_config import name_of
 from .part import Part
 
 

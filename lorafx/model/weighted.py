@@ -14,7 +14,7 @@ from ..adapters.config import is_number, require
 from ..adapters.site import Selection, Site
 from ..adapters.slots import used, without_room
 from ..errors import AdapterError, ConfigError, SelectionError
-from ..files.checkpoint import targets_by_name
+from ..files.written_config import targets_by_name
 from ..tree.lookup import tensor_at
 from ..tree.mirror import mirrored
 from .adapters import Adapters

@@ -1,0 +1,62 @@
+"""The config that is written beside an adapter's weights: all that another process needs to make the adapter again.
+
+Names are written out where the config in use leaves them to the model, as "all-linear" does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.config import is_named
+from ..adapters.tying import input_embedding
+from ..tree.lookup import endings
+from ..tree.mirror import MIRRORED_AS
+
+# The version of PEFT whose format is written, for PEFT's own checks of age.
+FORMAT = "0.21.2"
+
+
+def written_config(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """The fields as a folder has them."""
+    values = adapter.config.to_dict()
+    expanded = adapter.config.all_linear
+    if expanded or adapter.config.target_modules is None:
+        values |= targets_by_name(root, sorted(_targeted(root, adapter)))
+    values["inference_mode"] = True
+    if "fan_in_fan_out" in values:
+        readings = {site.reading for site in adapter.selection}
+        values["fan_in_fan_out"] = any(reading.transposed and not reading.lookup for reading in readings)
+    values["base_model_name_or_path"] = values["base_model_name_or_path"] or name_of(root)
+    values["peft_version"] = values["peft_version"] or FORMAT
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        cls = getattr(type(root), MIRRORED_AS, type(root))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return values
+
+
+def _targeted(root: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """The sites that are there because of `target_modules`, by name: other fields of the config ask for the rest."""
+    besides = adapter.config.besides(input_embedding(root))
+    for site in adapter.selection:
+        if not site.is_parameter and not any(is_named(besides, name) for name in (site.named, *site.tied)):
+            yield site.name
+
+
+def name_of(model: nn.Module) -> str | None:
+    """The name or path that a model of transformers was loaded from."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
+
+
+def targets_by_name(root: nn.Module, sites: list[str]) -> dict[str, Any]:
+    """Config fields that select exactly these sites: their names, or a regex if other modules' names end in one."""
+    chosen = set(sites)
+    others = {name for name, _ in root.named_modules(remove_duplicate=False)} - chosen
+    if chosen.isdisjoint(ending for name in others for ending in endings(name)):
+        return {"target_modules": sites}
+    # PEFT refuses `layers_to_transform` beside a regex; whole names do not need it.
+    return {"target_modules": "|".join(map(re.escape, sites)), "layers_to_transform": None, "layers_pattern": None}
