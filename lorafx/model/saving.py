@@ -63,8 +63,7 @@ class Saving(Merges):
         names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
         if not self._lorafx.adapters:
             raise AdapterError("there is no adapter to save; `merge_and_unload()` and `unload()` return the base")
-        adapters = [used(self._adapter(name)) for name in names]
-        for adapter in adapters:
+        for adapter in (adapters := [used(self._adapter(name)) for name in names]):
             adapter.require_in_place(self.tree)
         if not is_main_process and state_dict is not None:
             return  # the values are gathered already
