@@ -150,9 +150,14 @@ class Direct:
             if copy_of is not None:
                 bound = {name: copy_of(value) for name, value in bound.items()}
             dtype = None if read.operator.lookup else self.dtype or x.dtype
-            if self.rows is not None:
-                return self._by_row(read, bound, dtype, weight) if read.evaluations else read.operator.pattern(**bound)
-            return evaluated(read.operator, read.evaluations, bound, dtype, x.dtype)
+            try:
+                if self.rows is not None and read.evaluations:
+                    return self._by_row(read, bound, dtype, weight)
+                return evaluated(read.operator, read.evaluations, bound, dtype, x.dtype)
+            except RuntimeError as error:  # torch's message has the shapes of whatever the equations multiply
+                shape = self.table.acting[weight][0][1].weight_shape
+                error.add_note(f"where {weight}, {tuple(shape)}, is read with a tensor {tuple(x.shape)}")
+                raise
         return NotImplemented
 
     def _by_row(self, read: Read, bound: dict[str, Any], dtype: torch.dtype | None, weight: str) -> Any:

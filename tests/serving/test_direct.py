@@ -223,6 +223,13 @@ def test_copies_of_base_tensors_are_read_wherever_the_model_reads_these():
     assert captured(sites) == 0 and means[0].abs().max() > 0 and not sites.norm.running_mean.any()
 
 
+def test_an_error_in_an_equation_names_the_weight_and_its_input():
+    lora = lorafx.compile(nn.Sequential(nn.Linear(6, 10)), {"r": 2, "target_modules": ["0"]}, capture="sites")
+    with pytest.raises(RuntimeError) as raised:
+        lora(torch.randn(3, 5))
+    assert raised.value.__notes__ == ["where 0.weight, (10, 6), is read with a tensor (3, 5)"]
+
+
 def test_a_convolution_with_padding_in_words_is_another_operator():
     class Padded(nn.Module):
         def __init__(self):
