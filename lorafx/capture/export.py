@@ -180,8 +180,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
     bare.__dict__["forward"] = called
     if isinstance(bare, GraphModule):  # torch.export would take its code, which is of another call's form
         bare.__class__ = nn.Module  # type: ignore[assignment]
-    exported = _export(bare, args, kwargs, free)
-    read_parameters(exported)
+    read_parameters(exported := _export(bare, args, kwargs, free))
     gm = rooted(exported, model)
     if layers:
         fold(gm)

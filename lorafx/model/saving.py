@@ -73,11 +73,15 @@ class Saving(Merges):
             self._gathered(adapter, values | self._unmerged_values(adapter), save_embedding_layers, given, start)
             for adapter, values in zip(adapters, values_of)
         ]
+        if is_main_process:
+            self._write(gathered, Path(save_directory))
+
+    def _write(self, gathered: Sequence[tuple[Adapter, dict[str, Tensor]]], directory: Path) -> None:
         self._warn_of_what_is_left_out({checkpoint.base_path(key) for _, tensors in gathered for key in tensors})
-        for adapter, tensors in gathered if is_main_process else ():
+        for adapter, tensors in gathered:
             if adapter.is_rescaled(self.tree):
                 warn(f"{adapter.name!r} is saved without its scale, for which PEFT's format has no place")
-            folder = Path(save_directory) / ("" if adapter.name == "default" else adapter.name)
+            folder = directory / ("" if adapter.name == "default" else adapter.name)
             checkpoint.write(self.tree, adapter, folder, tensors)
 
     def _warn_of_what_is_left_out(self, written: Container[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export.dynamic_shapes import _IntWrapper
 from torch.fx import GraphModule, Node, Proxy
+from torch.fx._symbolic_trace import _orig_module_call, _orig_module_getattr
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     disable_proxy_modes_tracing,
@@ -82,17 +83,20 @@ def outside_recorders() -> Iterator[None]:
     """Without any mode that records operators, and able to export while torch.export runs.
 
     Most of what recorders switch on is a thread's own, but not all of it. Without it, nothing could be captured while
-    torch.export records an adapted model.
+    torch.export records an adapted model; of one that shares modules, it has all modules give stand-ins for others.
     """
     from torch.export import _trace as export_trace  # imports Dynamo, which takes seconds
 
     names = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
     state: dict[str, Any] = vars(export_trace)  # type: ignore[assignment]
     before = {name: state[name] for name in names}
+    watched = nn.Module.__getattr__, nn.Module.__call__
+    nn.Module.__getattr__, nn.Module.__call__ = _orig_module_getattr, _orig_module_call  # type: ignore[method-assign]
     try:
         with _disable_current_modes():
             yield
     finally:
+        nn.Module.__getattr__, nn.Module.__call__ = watched  # type: ignore[method-assign]
         state.update(before)
 
 

@@ -30,7 +30,10 @@ class Attached(nn.Module):
     replaced: ClassVar[int] = 0  # how often somebody has put a module in the place of one in any of these
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._modules.get(name) not in (None, value):
+        if vars(self).get("_modules", {}).get(name) not in (
+            None,
+            value,
+        ):  # torch.export fills proxies with a `__dict__`
             Attached.replaced += 1
         super().__setattr__(name, value)
 

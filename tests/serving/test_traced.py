@@ -82,6 +82,15 @@ def test_what_acts_is_what_is_recorded():
         check()
 
 
+def test_a_model_that_shares_a_module_is_exported():
+    """torch.export then has all modules there are give stand-ins for others, which no capture within may meet."""
+    shared = nn.Linear(4, 4)
+    lora, rows = adapted(nn.Sequential(shared, nn.Linear(4, 4), shared, nn.Linear(4, 3))), torch.randn(2, 4)
+    calls = nn.Module.__call__, nn.Module.__getattr__
+    assert torch.allclose(torch.export.export(lora, (rows,)).module()(rows), lora(rows), atol=1e-5)
+    assert (nn.Module.__call__, nn.Module.__getattr__) == calls
+
+
 def test_an_exported_model_trains():
     lora = adapted(Chain(), lora_dropout=0.5).train()
     program = torch.export.export(lora, (x,))
