@@ -125,14 +125,17 @@ class Entrance:
         if forward is self.serving:
             return
         found: list[PartCall] = []
-        if not leads_to(forward, lambda held: self._is_serving(held) and not found.append(held)):  # type: ignore
-            found = [PartCall(self.serving.tree, self.serving.path)]
-            attributes["forward"] = found[0]
-        self.serving = found[0]
-        show_own_forward(self.serving.module, self.serving.replaced.get("forward"))
 
-    def _is_serving(self, value: Any) -> bool:
-        return isinstance(value, PartCall) and (value.tree, value.path) == (self.serving.tree, self.serving.path)
+        def serves(held: Any) -> bool:
+            if isinstance(held, PartCall) and held.tree is self.serving.tree and held.path == self.serving.path:
+                found.append(held)
+            return bool(found)
+
+        if leads_to(forward, serves):
+            self.serving = found[0]
+        else:
+            self.serving = attributes["forward"] = PartCall(self.serving.tree, self.serving.path)  # type: ignore
+        show_own_forward(self.serving.module, self.serving.replaced.get("forward"))
 
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:
