@@ -76,7 +76,8 @@ def _give_memory(root: nn.Module, path: str, device: torch.device) -> None:
 def differences(known: Adapter, found: Adapter, sizes: bool = True) -> list[str]:
     """The fields of their configs, but for sites and tensors, in which two adapters differ; with those about sizes."""
     about_sizes = set() if sizes else set(known.kind.sized(known.config))
-    ignored = _ORIGIN | _START | _NAMES | {*known.kind.about_values} | about_sizes
+    starts = _START if known.kind is found.kind else set()  # some say what trains, too
+    ignored = _ORIGIN | starts | _NAMES | {*known.kind.about_values} | about_sizes
     old, new = (a.config.to_dict() for a in (known, found))
     return [key for key in old if key not in ignored and old[key] != new.get(key)]
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..adapters.config import AdapterConfig
+from ..adapters.config import AdapterConfig, defaults_of
 from ..files import checkpoint
 from ..tables import table
 from .refusals import refusing
@@ -91,8 +91,9 @@ def _numbers_apart(key: str) -> list[tuple[int, int, str]]:
 
 def _options(config: AdapterConfig) -> dict[str, Any]:
     """What the config says that its kind's defaults do not; of paths that differ in layers alone, one."""
-    usual = {field.name: field.default for field in dataclasses.fields(config)}
-    given = {name: value for name, value in config.options.items() if value and value != usual[name]}
+    usual = defaults_of(type(config))
+    given = {name: value for name, value in config.options.items() if value != usual[name]}
+    given = {name: value for name, value in given.items() if value not in (None, [], ())}  # as PEFT has what is unset
     return {name: _shortened(value) for name, value in given.items()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove
 from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
-from ..adapters.kinds import config_of
+from ..adapters.kinds import Spec, config_of
 from ..adapters.notes import forget
 from ..adapters.slots import put, used
 from ..adapters.start_values import Rests
@@ -128,14 +128,15 @@ class Adapters(Scales):
         return rests
 
     def _require_company(self, adapter: Adapter) -> None:
-        """Raise `AdapterError` where a kind cannot be on a model beside another."""
+        """Raise `AdapterError` where what an adapter leaves of the base is not what another is meant for."""
         for other in self._lorafx.adapters.values():
-            if other.kind is not adapter.kind and (other.kind.only_beside_its_own or adapter.kind.only_beside_its_own):
-                alone, beside = (other, adapter) if other.kind.only_beside_its_own else (adapter, other)
+            pair = (other, adapter) if other.kind.only_beside_its_own else (adapter, other)
+            alone, beside = pair
+            if alone.kind.only_beside_its_own and _taken(alone) != _taken(beside):
                 raise AdapterError(
                     f"{alone.name!r} changes the base's weights for good ({type(alone.kind).__name__}), so that "
-                    f"{beside.name!r}, of another kind, would mean something else: delete {other.name!r} and load the "
-                    "base again"
+                    f"{beside.name!r}, which does not take the same from the same weights, would mean something else: "
+                    f"delete {other.name!r} and load the base again"
                 )
 
     def _require_own_memory(self, adapter: Adapter) -> None:
@@ -292,3 +293,9 @@ class Adapters(Scales):
         first = [(name, own.get(last)) for name, (own, last) in state.first.items()]
         by_others = {name for name, tensor in first if tensor is not None and tensor.requires_grad}
         return (state.trained | by_others) & state.adapters.keys()
+
+
+def _taken(adapter: Adapter) -> dict[str, dict[str, Spec]]:
+    """The weights that an adapter takes start values out of, and the tensors that these are for."""
+    takes = adapter.kind.takes_from_base
+    return {site.weight: adapter.specs(site) for site in adapter.selection if takes(site, adapter.config)}

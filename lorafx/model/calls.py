@@ -70,8 +70,8 @@ def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwar
 class PartCall:
     """The forward of a module that holds sites: a call of this part alone is a call of its own, with its own graph.
 
-    `replaced` has the `forward` that is an attribute of the module itself, if there is one. That is what runs, whatever
-    somebody has put around this meanwhile.
+    `replaced` has the `forward` that was an attribute of the module itself when this took its place, if there was one.
+    That is what runs, whatever somebody has put around this meanwhile.
     """
 
     lorafx = True
@@ -96,17 +96,6 @@ class PartCall:
         """That of the part's own forward: transformers asks which arguments a part takes that generates by itself."""
         return inspect.signature(own_forward(self.module))
 
-    def take_over(self, attributes: dict[str, Any]) -> None:
-        """Go on serving a module of these attributes, by the forward that it has now, if it has been given another.
-
-        A forward that leads here, as a wrapper around this does, is left where it is.
-        """
-        forward = attributes.get("forward")
-        if not leads_to(forward, lambda held: held is self):
-            self.replaced = {} if forward is None else {"forward": forward}
-            attributes["forward"] = self
-            show_own_forward(self.module, forward)
-
 
 class Entrance:
     """What runs when a served module is called: what nn.Module runs, once its forward is sure to be what serves it.
@@ -122,10 +111,31 @@ class Entrance:
         self.replaced: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attributes = vars(self.module)
-        if attributes.get("forward") is not self.serving:
-            self.serving.take_over(attributes)
+        self.take_over()
         return getattr(type(self.module), ENTRANCE)(self.module, *args, **kwargs)
+
+    def take_over(self) -> None:
+        """Go on serving the module by the forward that it has now, if that is another.
+
+        A forward that leads to one that serves is left where it is, as a wrapper around that; it may be an earlier one,
+        which somebody has kept to put it back.
+        """
+        attributes = vars(self.module)
+        forward = attributes.get("forward")
+        if forward is self.serving:
+            return
+        found: list[PartCall] = []
+
+        def serves(held: Any) -> bool:
+            if isinstance(held, PartCall) and held.tree is self.serving.tree and held.path == self.serving.path:
+                found.append(held)
+            return bool(found)
+
+        if leads_to(forward, serves):
+            self.serving = found[0]
+        else:
+            self.serving = attributes["forward"] = PartCall(self.serving.tree, self.serving.path)  # type: ignore
+        show_own_forward(self.serving.module, self.serving.replaced.get("forward"))
 
 
 def serve_parts(tree: nn.Module, adapter: Adapter) -> None:
@@ -133,7 +143,7 @@ def serve_parts(tree: nn.Module, adapter: Adapter) -> None:
     for path in _parts(adapter):
         part = tree.get_submodule(path)
         if (entrance := vars(part).get(ENTRANCE)) is not None:
-            entrance.serving.take_over(vars(part))
+            entrance.take_over()
             continue
         vars(part)["forward"] = serving = PartCall(tree, path)
         vars(part)[ENTRANCE] = Entrance(part, serving)

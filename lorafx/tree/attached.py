@@ -27,15 +27,24 @@ class Attached(nn.Module):
     What it has of an adapter is found by the adapter's name, as in PEFT's dicts: `q_proj.lora_A["default"]`.
     """
 
-    replaced: ClassVar[int] = 0  # how often somebody has put a module in the place of one in any of these
+    replaced: ClassVar[int] = 0  # how often a module was taken out of any of these, or gave way to another
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if vars(self).get("_modules", {}).get(name) not in (
-            None,
-            value,
-        ):  # torch.export fills proxies with a `__dict__`
-            Attached.replaced += 1
+        self._count(name, value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._count(name, None)
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._count(name, module)
+        super().add_module(name, module)
+
+    def _count(self, name: str, value: Any) -> None:
+        before = vars(self).get("_modules", {}).get(name)  # torch.export fills proxies with a `__dict__`
+        if before is not None and before is not value:
+            Attached.replaced += 1
 
     def __getitem__(self, name: str) -> Any:
         return self._held()[name]

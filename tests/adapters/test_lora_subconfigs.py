@@ -29,6 +29,7 @@ def test_fields_and_defaults_are_pefts(field):
     [
         ("use_bdlora", {"nblocks": 0}, r"`use_bdlora\['nblocks'\]` must be a positive int"),
         ("use_bdlora", {"n_blocks": 2}, "`use_bdlora` has no n_blocks; it has target_modules_bd_a"),
+        ("use_bdlora", {2: 2}, "`use_bdlora` has no 2; it has"),
         ("use_bdlora", {"target_modules_bd_a": "q_proj"}, "a list of strings or None"),
         ("use_bdlora", {"match_strict": 1}, "True or False"),
         ("kasa_config", {"beta": -1}, "a number from 0"),

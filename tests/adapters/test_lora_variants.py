@@ -1,5 +1,7 @@
 """Variants of LoRA where PEFT has no number; the rest is held to PEFT's in tests/peft/test_kinds.py."""
 
+import pickle
+
 import pytest
 import torch
 from modules import Tied
@@ -7,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
-from lorafx.errors import ConfigError
+from lorafx.errors import AdapterError, ConfigError
 
 BLOCKS = {"target_modules_bd_a": ["first"], "target_modules_bd_b": ["second"], "nblocks": 2}
 
@@ -46,6 +48,17 @@ def adapted(**fields):
 def test_what_a_variant_has_not_is_named(fields, said):
     with pytest.raises(ConfigError, match=said):
         adapted(**fields)
+
+
+def test_what_is_left_of_a_base_is_for_adapters_that_take_the_same():
+    fields = {"r": 2, "target_modules": ["first", "second"], "kasa_config": {}}
+    lora = pickle.loads(pickle.dumps(adapted(**fields, trainable_token_indices={"embed": [3]})))
+    lora.add_adapter("same", fields)  # but for the tokens, whose embedding nothing is taken out of
+    before = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    for other in ({"r": 3}, {"target_modules": ["first"]}, {"kasa_config": None}):
+        with pytest.raises(AdapterError, match="'other', which does not take the same from the same weights"):
+            lora.add_adapter("other", fields | other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora.state_dict().items())
 
 
 @pytest.mark.parametrize("capture", ["graph", "sites"])

@@ -35,7 +35,9 @@ def test_the_first_batch_gives_all_others_its_direction(capture, tmp_path):
     base, (first, second) = nn.Sequential(nn.Linear(16, 12)).double(), torch.randn(2, 20, 16, dtype=torch.float64)
     lora = lorafx.compile(base, FIELDS | options, capture=capture)
     lora.eval()(second)
-    assert not lora[0].lora_velora_embed.default.any(), "it is training that decides"
+    lora.train()(first[:0]).sum().backward()  # as an expert that no token chose
+    assert not lora[0].lora_A.default.weight.grad.any()
+    assert not lora[0].lora_velora_embed.default.any(), "it is training that decides, with tokens"
     direction = first.view(-1, 8).mean(0)
     direction /= direction.norm()
     outputs = [lora.train()(x) for x in (first, second)]

@@ -1,6 +1,7 @@
 """`lorafx info`: what an adapter's files say."""
 
 import json
+import shutil
 
 import pytest
 
@@ -19,6 +20,17 @@ def test_info_tells_of_the_config_and_of_each_tensor_by_layer(on_disk, capsys):
     assert up["shapes"] == [[24, 3]]
     expected = [layer.mlp.up_proj.lora_B.default.weight.norm().item() for layer in lora.model.layers]
     assert up["norms"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_info_tells_what_is_false_or_empty_on_purpose(on_disk, capsys, tmp_path):
+    adapter = shutil.copytree(on_disk[0] / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    said = {"kasa_config": {}, "init_lora_weights": False, "target_parameters": []}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | said))
+    assert main(["info", str(adapter), "--json"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert options["kasa_config"] == {} and options["init_lora_weights"] is False
+    assert options.keys().isdisjoint({"target_parameters", "loftq_config", "rank_pattern", "use_dora"})
 
 
 def test_info_prints_a_table_and_draws(on_disk, capsys, tmp_path):

@@ -98,9 +98,10 @@ def test_a_part_whose_forward_was_replaced_before_and_is_wrapped(capture):
     lora.inner.forward = negated(part)
     for model in (lora, lora.inner):
         assert factors(model, lora.inner.lin, (2,), (1,)) == [-3, -3]
-    lora.inner.forward = part
-    for model in (lora, lora.inner):
-        assert factors(model, lora.inner.lin, (2,), (1, 2)) == [3, 3]
+    for forward, factor in ((part, 3), (lambda x: lora.inner.lin(x) * 7, 7), (part, 3)):  # put back after a while
+        lora.inner.forward = forward
+        for model in (lora, lora.inner):
+            assert factors(model, lora.inner.lin, (2,), (1, 2)) == [factor, factor]
 
 
 class Choosing(nn.Linear):
@@ -139,10 +140,11 @@ def test_a_layer_that_is_given_another_forward_and_called_alone(capture):
 
 def test_a_linear_layer_that_is_given_another_forward_when_it_has_run(capture):
     lora = lorafx.compile(Ways(), CONFIG, capture=capture)
-    as_it_was = copy.deepcopy(lora)
-    for chosen in (2, 3):
+    as_it_was, kept = copy.deepcopy(lora), lora.lin.forward
+    for chosen in (2, 3, 1):
         lora(torch.randn(2, 4))
         lora.lin.forward = lambda x, by=chosen: F.linear(x, lora.lin.weight, lora.lin.bias) * by
+        lora.lin.forward = kept if chosen == 1 else lora.lin.forward
         assert factors(lora.lin, as_it_was, (2,), (3, 1)) == factors(lora, as_it_was, (2,), (3, 1)) == [chosen] * 2
 
 

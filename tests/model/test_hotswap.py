@@ -276,6 +276,7 @@ def test_a_scale_that_was_set_stays_when_preparing_and_goes_with_the_swap(folder
         (None, {"r": 2, "lora_dropout": 0.1}, "they differ in lora_dropout"),
         (None, {"r": 2, "lora_bias": True}, "they differ in lora_bias"),
         (None, {"r": 2, "bias": "all"}, "they differ in bias"),
+        (None, {"r": 2, "init_lora_weights": "mica"}, "they differ in init_lora_weights"),  # of which A alone trains
         (None, {"r": 2, "init_lora_weights": "pissa"}, "start values were taken out of the base"),
         (lambda lora: lora.merge_adapter(), {"r": 2}, "is merged; unmerge it before swapping"),
     ],

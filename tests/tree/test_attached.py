@@ -155,10 +155,12 @@ def test_what_holds_tensors_is_good_until_a_module_is_another():
     vars(owner)["weight"] = weight.detach()
     assert same() and held.is_of(ways)
 
-    model.layers[1].up.lora_A.default = nn.Linear(4, 3)
-    assert not held.is_of(ways)
-    held = Held(model, ways)
-    assert same() and held.is_of(ways)
+    holder = model.layers[1].up.lora_A
+    for replace in (setattr, type(holder).add_module, lambda *named: delattr(*named[:2]) or setattr(*named)):
+        replace(holder, "default", nn.Linear(4, 3))
+        assert not held.is_of(ways)
+        held = Held(model, ways)
+        assert same() and held.is_of(ways)
     model.layers[1].up.lora_A = nn.ModuleDict({"default": nn.Linear(4, 3)})
     assert not held.is_of(ways)
     held = Held(model, ways)

@@ -65,6 +65,13 @@ def kind_of(config: AdapterConfig) -> Kind:
     raise ConfigError(f"peft_type {config.peft_type!r} is not implemented; lorafx knows {', '.join(KINDS)}")
 
 
+def kind_called(peft_type: str, name: str) -> Kind:
+    """The kind of a PEFT type whose class has a name; `ConfigError` where nobody has registered it."""
+    if found := next((kind for kind in KINDS.get(peft_type, []) if type(kind).__qualname__ == name), None):
+        return found
+    raise ConfigError(f"the model has adapters of the kind {name}, which is not known here: `register` it first")
+
+
 def config_of(config: AdapterConfig | Mapping[str, Any] | Any) -> AdapterConfig:
     """The config as one of its kind's class: from itself, a mapping of its fields, or a `peft` config.
 

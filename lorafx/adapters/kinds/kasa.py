@@ -20,7 +20,7 @@ from ..site import Site
 from .kind import Operands, Spec
 from .lora import fill, rank
 from .lora_config import LoraConfig
-from .lora_factored import FactoredLora
+from .lora_factored import FactoredLora, at_least_float32
 
 aten = torch.ops.aten
 
@@ -72,15 +72,11 @@ class Kasa(FactoredLora):
         options = config.subconfig(self.variant)
         total = None
         for at in sites:
-            a, b, diagonal = (_wide(at[name]) for name in ("lora_A", "lora_B", "lora_diag"))
+            a, b, diagonal = (at_least_float32(at[name]) for name in ("lora_A", "lora_B", "lora_diag"))
             apart = _from_identity(b.t() @ b) + _from_identity(a @ a.t())
             of_site = options["beta"] * diagonal.square().sum() + options["gamma"] * apart
             total = of_site if total is None else total + of_site.to(total.device)
         return total
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _from_identity(product: Tensor) -> Tensor:

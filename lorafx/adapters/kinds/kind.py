@@ -147,7 +147,7 @@ class Kind:
     order. `reads_weight` says that its equation needs the dense weight, `starts_from_weight` that its start values do.
     `derives` says that backward gives the equation's derivative, and holds nothing in it fixed that moves.
     `adds_penalty` says that a call's loss has the penalty in it, which else somebody adds (`get_penalty`).
-    `only_beside_its_own` says that no adapter of another kind can be on a model that has one of this.
+    `only_beside_its_own` says that the adapters beside one have to take the same from the same base weights.
     `saves_embeddings` says that PEFT writes an adapted embedding's base weight to files, too. A kind with a name for
     `whole` has no equation: it trains copies of whole modules, which files have under that name. `about_values` are
     fields of a config that only say something of the values, as which of them are zeros.
@@ -163,6 +163,12 @@ class Kind:
     saves_embeddings: ClassVar[bool] = True
     whole: ClassVar[str] = ""
     about_values: ClassVar[tuple[str, ...]] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, is the kind that is registered: kinds are told apart by identity."""
+        from . import kind_called  # which imports this
+
+        return kind_called, (defaults_of(self.config)["peft_type"], type(self).__qualname__)
 
     # --- what there is -----------------------------------------------------------------------------------------------
 

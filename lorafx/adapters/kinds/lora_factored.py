@@ -76,3 +76,8 @@ class FactoredLora(Lora):
             factor = self.factor(role, kept, at)
             made[place] = aten.t.default(factor) if at.is_turned else factor
         return replace(at, tensors={**at.tensors, **made})
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of float32 or wider, for a penalty, which half precision is too coarse for."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

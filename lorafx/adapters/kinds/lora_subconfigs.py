@@ -61,7 +61,7 @@ def check_subconfigs(config: Any) -> None:
     """Raise `ConfigError` for what such a config has not, or may not be, naming it."""
     for field, defaults in _DEFAULTS.items():
         given = {key: value for key, value in fields_of(getattr(config, field)).items() if key not in _NO_VALUES}
-        if unknown := sorted(given.keys() - defaults.keys()):
+        if unknown := sorted(map(str, given.keys() - defaults.keys())):
             raise ConfigError(f"`{field}` has no {', '.join(unknown)}; it has {', '.join(defaults)}")
         for key, value in given.items():
             name = f"{field}[{key!r}]"

@@ -26,7 +26,7 @@ from ..site import Site
 from .kind import Operands, Spec
 from .lora import rank
 from .lora_config import LoraConfig
-from .lora_factored import FactoredLora
+from .lora_factored import FactoredLora, at_least_float32
 
 aten = torch.ops.aten
 _SMALL = 1e-6
@@ -67,7 +67,7 @@ class Monteclora(FactoredLora):
     def penalty(self, config: LoraConfig, sites: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
         options, found = config.subconfig(self.variant), []
         for at in sites:
-            std, prior = (_wide(at[name]) for name in ("std_prior", "expert_weights_prior"))
+            std, prior = (at_least_float32(at[name]) for name in ("std_prior", "expert_weights_prior"))
             of_site = options["kl_loss_weight"] * _divergence(std, prior, options["dirichlet_prior"])
             found.append(of_site + _shares(prior, len(prior)).square().sum() if options["use_entropy"] else of_site)
         return torch.stack([each.to(found[0].device) for each in found]).mean() if found else None
@@ -124,7 +124,3 @@ def _divergence(std: Tensor, prior: Tensor, concentration: float) -> Tensor:
     of_spread = 0.5 * r * ((2 * std).exp().sum() - 2 * std.sum() - r)
     variances = _variances(std, r)
     return of_shares + of_spread + 0.5 * k * (variances.sum() - variances.log().sum() - r)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

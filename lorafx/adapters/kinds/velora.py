@@ -96,20 +96,21 @@ def _in_groups(matrix: Any, at: Operands) -> Any:
 
 
 def _direction(groups: Any, at: Operands) -> Any:
-    """e (features of a group,), of the dtype of x; where the average is zero, all its numbers are equal.
+    """e (features of a group,), of the dtype of x; where the average is zero, as without tokens, its numbers are equal.
 
-    That of the first call is written where it is kept, and read from a tensor of the call's own, for another call may
-    come before backward.
+    That of the first call that has one is written where it is kept, and read from a tensor of the call's own, for
+    another call may come before backward.
     """
     kind = at.config.subconfig(Velora.variant)["init_type"]
     if kind == "random":
         return aten.type_as.default(at.embed, groups)
     by_group = aten.reshape.default(groups, [-1, _features(at.site, at.config)])
-    average = aten.mean.dim(by_group, [0], dtype=torch.float32)
-    average = aten.add.Tensor(average, aten.eq.Scalar(aten.linalg_vector_norm.default(average), 0))
-    found = aten.div.Tensor(average, aten.linalg_vector_norm.default(average))
+    total = aten.sum.dim_IntList(by_group, [0], dtype=torch.float32)  # of the average's direction
+    is_zero = aten.eq.Scalar(aten.linalg_vector_norm.default(total), 0)
+    total = aten.add.Tensor(total, is_zero)
+    found = aten.div.Tensor(total, aten.linalg_vector_norm.default(total))
     if kind == "batch_average_once":
         is_known = aten.gt.Scalar(aten.linalg_vector_norm.default(at.embed), 0)
         found = aten.where.self(is_known, at.embed, aten.type_as.default(found, at.embed))
-        aten.copy_.default(at.embed, found)
+        aten.copy_.default(at.embed, aten.where.self(is_zero, at.embed, found))
     return aten.type_as.default(found, groups)
