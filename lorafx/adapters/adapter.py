@@ -248,6 +248,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     for site in selection:
         kind.check(site, config)
     _require_unshared(kind, config, selection)
+    _require_one_sequence(root, kind, config)
     for remark in kind.remarks(selection, config):
         warn(remark)
     _require_free_names(kind, config, selection)
@@ -283,6 +284,15 @@ def _require_unshared(kind: Kind, config: AdapterConfig, selection: Selection) -
     if config.replicates and (bias != "none" or taken):
         what = "start values that are taken out of these" if bias == "none" else f"`bias={bias!r}`"
         raise ConfigError(f"`layer_replication` makes layers that share their weights, and {what} would change those")
+
+
+def _require_one_sequence(root: nn.Module, kind: Kind, config: AdapterConfig) -> None:
+    """Raise `ConfigError` for what acts on some tokens, where an encoder's and a decoder's are not the same ones."""
+    if kind.invocation(config) and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"an adapter that acts from {kind.invocation(config)} on is for models of one sequence, and "
+            f"{type(root).__name__} has an encoder's and a decoder's"
+        )
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:
