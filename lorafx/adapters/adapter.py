@@ -212,7 +212,8 @@ class Adapter:
         """Paths of the modules that hold everything the adapter adapts or reads."""
         among = [f".{name}." for name in (SAVED, TRAINED_BIAS, self.kind.whole) if name]
         copies = {path.rpartition(name)[0] for path in self.replaced.values() for name in among if name in path}
-        return {site.module for site in self.selection} | copies
+        bases = {base.rpartition(".")[0] for base in self.replaced}
+        return {site.module for site in self.selection} | copies | bases
 
 
 def _is_meta(tensor: Tensor | None) -> bool:
