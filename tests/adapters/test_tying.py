@@ -113,6 +113,24 @@ def test_peft_reads_what_it_would_not_tie(fields, tmp_path):
             lorafx.load(base, tmp_path)
 
 
+@pytest.mark.parametrize("ties", [True, False])
+def test_what_is_merged_beside_a_copy_of_one_end_reaches_both(ties, tmp_path):
+    base, call = base_model(), models.call("llama", labels=False)
+    fields = TIED | {"target_modules": ["lm_head"], "ensure_weight_tying": ties}
+    lora = lorafx.compile(copy.deepcopy(base), fields, capture="sites", random_state=0)
+    lora.add_adapter("whole", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    lora.set_adapter(["default", "whole"])
+    with torch.no_grad():
+        lora.get_parameter("lm_head.modules_to_save.whole.weight").mul_(1.5)
+    expected = read(lora, call)
+    lora.save_pretrained(tmp_path)
+    base.save_pretrained(tmp_path / "base")
+    lorafx.merge(tmp_path / "base", [tmp_path, tmp_path / "whole"], tmp_path / "merged")
+    lora.merge_adapter()
+    for merged in (lora, type(base).from_pretrained(tmp_path / "merged"), lora.merge_and_unload()):
+        torch.testing.assert_close(read(merged, call), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapters_values_by_key_have_both_ends_and_go_back():
     lora = lorafx.compile(base_model(), TIED | {"target_modules": ["lm_head"]})
     values = lorafx.get_peft_model_state_dict(lora)
