@@ -13,7 +13,7 @@ from ..errors import AdapterError, ConfigError, SelectionError, warn
 from ..graph.modules import taken_names
 from ..tree.attached import detach
 from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
-from ..tree.replication import REPLICATED
+from ..tree.replication import layers_of_others
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -269,7 +269,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
 
 def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
     """Raise `ConfigError` unless the model has the layers that the config asks for."""
-    found = vars(root).get(REPLICATED, ())
+    found = layers_of_others(root)
     if config.replicates != found:
         has = f"was made with {[list(pair) for pair in found]}" if found else "has its own layers"
         raise ConfigError(
