@@ -170,6 +170,7 @@ def test_an_adapter_starts_as_the_heads():
     ("fields", "said"),
     [
         ({"target_modules": ["lm_head"], "use_dora": True}, "a magnitude for each"),
+        ({"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"]}, "leaves out model.embed_tokens"),
         ({"target_modules": ["lm_head"], "rank_pattern": {"lm_head": 2}}, "`rank_pattern` has other numbers"),
         ({"target_modules": ["lm_head"], "trainable_token_indices": [1]}, "lm_head is in `target_modules` and in"),
         (
@@ -177,7 +178,7 @@ def test_an_adapter_starts_as_the_heads():
             "other tokens for these",
         ),
     ],
-    ids=["DoRA", "rank", "twice", "tokens"],
+    ids=["DoRA", "excluded", "rank", "twice", "tokens"],
 )
 def test_what_cannot_be_tied_is_refused(fields, said):
     with pytest.raises(ConfigError, match=said):
