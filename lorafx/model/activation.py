@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..serving.choosing import Choice
@@ -66,6 +66,17 @@ def started(choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], offs
             found = _found(tokens, wanted) if offsets is None else _told(tokens, offsets)
             starts = torch.where(mine, torch.where(found == _NEVER, found, found + before), starts)
     return replace(choice, starts=starts, prompt=prompt)
+
+
+def require_no_guidance(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` where `generate` is to read other tokens than its prompts, too, and what comes after."""
+    own = getattr(model, "generation_config", None)
+    config = next((each for each in (*args, kwargs.get("generation_config")) if hasattr(each, "guidance_scale")), own)
+    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1):
+        raise AdapterError(
+            "`guidance_scale` has `generate` read other tokens than the prompts, and nobody can tell on which of these "
+            "an adapter acts that waits for its invocation: generate without it, or by an adapter that acts on all"
+        )
 
 
 def by_token(numbers: Tensor, choice: Choice, repeats: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

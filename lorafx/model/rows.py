@@ -26,7 +26,7 @@ from ..serving.choosing import Choice, choosing
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE
 from ..tree.wrappers import innermost
-from .activation import OFFSETS, by_token, started, tokens_of, waiting, waits
+from .activation import OFFSETS, by_token, require_no_guidance, started, tokens_of, waiting, waits
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
@@ -135,7 +135,11 @@ def choice_of(
     choice = replace(chosen(state, names, repeats=generates), unnamed=bool(active))
     if generates and first is not None:  # before beams make several rows of each
         _repeats(replace(choice, repeats=False), first)
-    return (started(choice, args, given, offsets) if waits(choice) else choice), others
+    if not waits(choice):
+        return choice, others
+    if generates:
+        require_no_guidance(tree, args, others)
+    return started(choice, args, given, offsets), others
 
 
 def generating(generate: Callable[..., Any]) -> Callable[..., Any]:

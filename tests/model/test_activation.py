@@ -178,6 +178,9 @@ def test_where_nobody_can_tell_which_tokens_these_are_is_an_error():
             lora(input_ids=ids, alora_offsets=offsets)
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration has an encoder's and a decoder's"):
         lorafx.compile(models.t5(), WAITING | {"target_modules": ["v"]})
+    lora.generation_config.guidance_scale = 1.5
+    with pytest.raises(AdapterError, match="`guidance_scale` has `generate` read other tokens"):
+        generated(lora, ids)
     with pytest.raises(MergeError, match="acts on some tokens alone"):
         lora.merge_adapter()
     lora.add_adapter("plain", PLAIN)
