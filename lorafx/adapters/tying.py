@@ -65,14 +65,14 @@ def read_at(root: nn.Module, named: Mapping[int, str], replaced: Mapping[str, st
 
     If these are for some of its modules alone, it is read for the others as well.
     """
-    places = {tensor: (name,) for tensor, name in named.items()}
-    apart, copies = parted(root, replaced), dict[int, tuple[str, ...]]()
+    places: dict[int, tuple[str, ...]] = {tensor: (name,) for tensor, name in named.items()}
+    copies: dict[int, dict[str, None]] = {}  # each once, in order
     for base, copy in replaced.items():
-        tensor = id(tensor_at(root, base))
-        copies[tensor] = tuple(dict.fromkeys((*copies.get(tensor, ()), copy)))
-    return places | {
-        tensor: (*own, *(places.get(tensor, ()) if tensor in apart else ())) for tensor, own in copies.items()
-    }
+        copies.setdefault(id(tensor_at(root, base)), {})[copy] = None
+    apart = parted(root, replaced)
+    for tensor, own in copies.items():
+        places[tensor] = (*own, *(places.get(tensor, ()) if tensor in apart else ()))
+    return places
 
 
 def turned(

@@ -18,10 +18,9 @@ from ..errors import AdapterError
 from ..serving.choosing import Choice
 from .state import State
 
-OFFSETS = (
-    "alora_offsets"  # PEFT's keyword of a call: of each row how many of its last tokens an adapter acts on, or None
-)
-_NEVER = torch.iinfo(torch.int64).max
+# PEFT's keyword of a call: of each row how many of its last tokens an adapter acts on, or None.
+OFFSETS = "alora_offsets"
+_NEVER = torch.iinfo(torch.int64).max  # where an adapter starts that has no invocation
 
 
 def invocation(state: State, name: str | None) -> tuple[int, ...]:
