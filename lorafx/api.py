@@ -24,7 +24,7 @@ from .serving.dispatcher import Dispatcher
 from .tree.attached import ATTACHED
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
-from .tree.replication import replicated
+from .tree.replication import layers_of_others, replicated
 from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
@@ -200,7 +200,7 @@ def _plain(model: nn.Module, config: AdapterConfig) -> nn.Module:
             raise AdapterError(f"{path or 'the model'} is scripted by torch.jit: adapt what it was made from")
     require_no_layers_of_peft(unwrapped(model))
     require_tensors_in_place(unwrapped(model))
-    if config.replicates:
+    if config.replicates not in ((), layers_of_others(model)):
         return replicated(model, config.replicates)[0]
     if isinstance(model, torch.fx.GraphModule):
         return model

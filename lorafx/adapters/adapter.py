@@ -13,7 +13,7 @@ from ..errors import AdapterError, ConfigError, SelectionError, warn
 from ..graph.modules import taken_names
 from ..tree.attached import detach
 from ..tree.lookup import Ways, find_tensors, module_at, tensor_at
-from ..tree.replication import REPLICATED
+from ..tree.replication import layers_of_others
 from .config import AdapterConfig
 from .kinds import SCALING, Kind, Operands, Spec, kind_of
 from .naming import require_usable
@@ -212,7 +212,8 @@ class Adapter:
         """Paths of the modules that hold everything the adapter adapts or reads."""
         among = [f".{name}." for name in (SAVED, TRAINED_BIAS, self.kind.whole) if name]
         copies = {path.rpartition(name)[0] for path in self.replaced.values() for name in among if name in path}
-        return {site.module for site in self.selection} | copies
+        bases = {base.rpartition(".")[0] for base in self.replaced}
+        return {site.module for site in self.selection} | copies | bases
 
 
 def _is_meta(tensor: Tensor | None) -> bool:
@@ -248,6 +249,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
     for site in selection:
         kind.check(site, config)
     _require_unshared(kind, config, selection)
+    _require_one_sequence(root, kind, config)
     for remark in kind.remarks(selection, config):
         warn(remark)
     _require_free_names(kind, config, selection)
@@ -267,7 +269,7 @@ def plan(root: nn.Module, name: str, config: AdapterConfig) -> Adapter:
 
 def _require_layers(root: nn.Module, config: AdapterConfig) -> None:
     """Raise `ConfigError` unless the model has the layers that the config asks for."""
-    found = vars(root).get(REPLICATED, ())
+    found = layers_of_others(root)
     if config.replicates != found:
         has = f"was made with {[list(pair) for pair in found]}" if found else "has its own layers"
         raise ConfigError(
@@ -283,6 +285,15 @@ def _require_unshared(kind: Kind, config: AdapterConfig, selection: Selection) -
     if config.replicates and (bias != "none" or taken):
         what = "start values that are taken out of these" if bias == "none" else f"`bias={bias!r}`"
         raise ConfigError(f"`layer_replication` makes layers that share their weights, and {what} would change those")
+
+
+def _require_one_sequence(root: nn.Module, kind: Kind, config: AdapterConfig) -> None:
+    """Raise `ConfigError` for what acts on some tokens, where an encoder's and a decoder's are not the same ones."""
+    if kind.invocation(config) and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"an adapter that acts from {kind.invocation(config)} on is for models of one sequence, and "
+            f"{type(root).__name__} has an encoder's and a decoder's"
+        )
 
 
 def _require_free_names(kind: Kind, config: AdapterConfig, selection: Selection) -> None:

@@ -37,6 +37,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     _require_once(modules, matches, besides, tied)
     wanted = [name for name in modules if name and (matches(name) or is_named(besides, name))]
     led = {name: tied[0] for name in tied if config.ties and not is_named(besides, name)}
+    _require_no_tie_excluded(config, [name for name in wanted if name in led], tied)
     matched = list(dict.fromkeys(led.get(name, name) for name in wanted))
     if missing := [each for each in besides if not any(is_named((each,), name) for name in modules)]:
         raise SelectionError(f"the config asks for {', '.join(missing)}, which the model does not have")
@@ -165,6 +166,16 @@ def _require_once(
             raise ConfigError(
                 f"{name} is in `target_modules` and in `trainable_token_indices`; leave it out of one of them"
             )
+
+
+def _require_no_tie_excluded(config: AdapterConfig, wanted: Sequence[str], tied: Sequence[str]) -> None:
+    """Raise `ConfigError` where some of tied modules are to be adapted, and others are excluded."""
+    excluded = [name for name in tied if is_named(config.exclude_modules, name)]
+    if wanted and excluded:
+        raise ConfigError(
+            f"`exclude_modules` leaves out {excluded[0]}, and with `ensure_weight_tying` the adapter of {wanted[0]} "
+            "acts there, too; leave one of both out"
+        )
 
 
 def _can_be_adapted(module: nn.Module) -> bool:

@@ -60,6 +60,21 @@ def parted(root: nn.Module, replaced: Mapping[str, str]) -> set[int]:
     return {tensor for tensor, named in copies.items() if owners[tensor] > len(named) or len(set(named)) > 1}
 
 
+def read_at(root: nn.Module, named: Mapping[int, str], replaced: Mapping[str, str]) -> dict[int, tuple[str, ...]]:
+    """Where the model reads each base tensor, of these names by identity: at the copies of it that replace it.
+
+    If these are for some of its modules alone, it is read for the others as well.
+    """
+    places: dict[int, tuple[str, ...]] = {tensor: (name,) for tensor, name in named.items()}
+    copies: dict[int, dict[str, None]] = {}  # each once, in order
+    for base, copy in replaced.items():
+        copies.setdefault(id(tensor_at(root, base)), {})[copy] = None
+    apart = parted(root, replaced)
+    for tensor, own in copies.items():
+        places[tensor] = (*own, *(places.get(tensor, ()) if tensor in apart else ()))
+    return places
+
+
 def turned(
     root: nn.Module, kind: Kind, config: object, site: Site, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, Tensor]]:

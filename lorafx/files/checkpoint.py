@@ -25,7 +25,7 @@ from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed
 from ..adapters.tying import turned
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, warn
 from ..tree.lookup import given_by, tensor_at
 from .disk import Content
 from .folder import replace_folder
@@ -208,6 +208,7 @@ def fit(
         for site in adapter.selection
         for spec in adapter.specs(site).values()
     }
+    _warn_of_untied(found, repeats(root, adapter, found.tensors))
     whole = adapter.kind.unfiled(adapter.config, without_repeats(root, adapter, found.tensors))
     found = replace(found, tensors=whole)
     for base, path in adapter.replaced.items():
@@ -218,6 +219,15 @@ def fit(
     _require_one_value(found, named)
     values = completed(root, adapter, {path: found.tensors[key] for key, path in named.items()})
     return adapter, values, embeddings
+
+
+def _warn_of_untied(found: Checkpoint, again: Mapping[str, Tensor]) -> None:
+    """Warn of a file that has an adapter for one of several tied modules, where this is one of them all."""
+    if missing := [key for key in again if key not in found.tensors]:
+        warn(
+            f"{_weights_file(found.folder)} asks for `ensure_weight_tying`, and has no {missing[0]}: PEFT ties only "
+            "what is called embed_tokens or lm_head, and here the adapter acts wherever the weight is read"
+        )
 
 
 def _require_one_value(found: Checkpoint, named: Mapping[str, str]) -> None:

@@ -6,14 +6,14 @@ Names are written out where the config in use leaves them to the model, as "all-
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import is_named
-from ..adapters.tying import input_embedding
+from ..adapters.tying import input_embedding, tied_to_embedding
 from ..tree.lookup import endings
 from ..tree.mirror import MIRRORED_AS
 
@@ -24,9 +24,10 @@ FORMAT = "0.21.2"
 def written_config(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """The fields as a folder has them."""
     values = adapter.config.to_dict()
-    expanded = adapter.config.all_linear
-    if expanded or adapter.config.target_modules is None:
+    if _is_expanded(root, adapter):
         values |= targets_by_name(root, sorted(_targeted(root, adapter)))
+    if twins := _twins(adapter):
+        values["target_modules"] = _with_names(values["target_modules"], twins)
     values["inference_mode"] = True
     if "fan_in_fan_out" in values:
         readings = {site.reading for site in adapter.selection}
@@ -45,6 +46,29 @@ def _targeted(root: nn.Module, adapter: Adapter) -> Iterator[str]:
     for site in adapter.selection:
         if not site.is_parameter and not any(is_named(besides, name) for name in (site.named, *site.tied)):
             yield site.name
+
+
+def _is_expanded(root: nn.Module, adapter: Adapter) -> bool:
+    """Whether the config leaves names to the model, or has that of a module whose weight is saved by a tie."""
+    config = adapter.config
+    tied = tied_to_embedding(root) if config.ties else ()
+    saved = {base.rpartition(".")[0] for base in adapter.replaced}
+    names = config.target_modules
+    return config.all_linear or names is None or any(name in saved and is_named(names, name) for name in tied)
+
+
+def _twins(adapter: Adapter) -> list[str]:
+    """The modules that have one adapter by a tie: where not all are targets, PEFT may leave the others alone."""
+    tied = [site for site in adapter.selection if site.tied and adapter.kind.repeats(site, adapter.config)]
+    return [name for site in tied for name in (site.named, *site.tied)]
+
+
+def _with_names(targets: str | Sequence[str], names: Sequence[str]) -> str | list[str]:
+    """Targets, as a regex or as endings of names, and further names."""
+    further = [name for name in names if not is_named(targets, name)]
+    if isinstance(targets, str):
+        return "|".join([f"(?:{targets})", *map(re.escape, further)]) if further else targets
+    return [*targets, *further]
 
 
 def name_of(model: nn.Module) -> str | None:

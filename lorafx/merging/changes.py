@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.tying import read_at
 from ..errors import AdapterError, MergeError
 from ..tree.lookup import tensor_at
 from .ledger import targets_of
@@ -101,7 +102,7 @@ def changes_of(root: nn.Module, loaded: Sequence[Values]) -> dict[str, Change]:
         first.setdefault(id(tensor), name)
     copies = {base: copy for each in loaded for base, copy in each.adapter.replaced.items()}
     copy_at = {_place(root, base): copy for base, copy in copies.items()}
-    changed = _merged_into(root, loaded, first | {id(tensor_at(root, base)): copy for base, copy in copies.items()})
+    changed = _merged_into(root, loaded, read_at(root, first, copies))
     own = {path: tensor for each in loaded for path, tensor in each.tensors.items()}
     saved = {first[id(tensor_at(root, path))]: tensor for each in loaded for path, tensor in each.base.items()}
     values = own | saved
@@ -116,15 +117,15 @@ def _place(root: nn.Module, path: str) -> tuple[int, str]:
     return id(root.get_submodule(owner)), last
 
 
-def _merged_into(root: nn.Module, loaded: Sequence[Values], targets: Mapping[int, str]) -> dict[str, Change]:
-    """What adapters do to each of the `targets`, which are paths by the ids of base parameters."""
+def _merged_into(root: nn.Module, loaded: Sequence[Values], places: Mapping[int, Sequence[str]]) -> dict[str, Change]:
+    """What adapters do to each base parameter, at the `places` where it is read, by its identity."""
     found: dict[str, Change] = {}
     for each in loaded:
         adapter = each.adapter
         for site in adapter.selection:
             tensors = {suffix: each.tensors[path] for suffix, path in adapter.tensors[site.name].items()}
             source = Source(adapter, site, adapter.kind.numbers(site, adapter.config), tensors)
-            for target in targets_of(root, adapter, site, targets):
+            for target in targets_of(root, adapter, site, places):
                 before = found.get(target.path, Change(role=target.role))
                 found[target.path] = replace(before, sources=(*before.sources, source))
     return found

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
+from ..adapters.tying import read_at
 from ..errors import MergeError, warn
 from ..tree.lookup import find_tensor, first_name, tensor_at
 from ..tree.memory import Shared
@@ -55,13 +56,12 @@ class Ledger:
         """
         earlier = {(s.adapter.name, s.site.name): s for entry in self.entries.values() for s in entry.sources}
         everyone = (*self.adapters, *adapters)
-        copies = {id(find_tensor(root, base)): copy for base, copy in replaced.items()}
-        names = {id(parameter): name for name, parameter in root.named_parameters()} | copies
+        places = read_at(root, {id(parameter): name for name, parameter in root.named_parameters()}, replaced)
         targets: dict[Target, Sources] = {}
         for adapter in everyone:
             for site in adapter.selection:
                 source = earlier.get((adapter.name, site.name)) or Source.of(root, adapter, site)
-                for target in targets_of(root, adapter, site, names):
+                for target in targets_of(root, adapter, site, places):
                     targets[target] = (*targets.get(target, ()), source)
         touched = {target: t for target, t in targets.items() if any(s.adapter in adapters for s in t)}
         _require_own_memory(root, touched)
@@ -142,8 +142,8 @@ class Ledger:
                 bar.update(len(batch))
 
 
-def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int, str]) -> Iterator[Target]:
-    """The base parameters that an adapter changes at a site, under their `names`, which are by the parameters' ids.
+def targets_of(root: nn.Module, adapter: Adapter, site: Site, places: Mapping[int, Sequence[str]]) -> Iterator[Target]:
+    """The base parameters that an adapter changes at a site, at the `places` where each is read, by its identity.
 
     Raises `MergeError` if one of them does not exist, or if no change of them is what the adapter does.
     """
@@ -161,7 +161,8 @@ def targets_of(root: nn.Module, adapter: Adapter, site: Site, names: Mapping[int
         parameter = tensor_at(root, path)
         if storage == DENSE and not supports(parameter.dtype):
             raise MergeError(f"{path} is {parameter.dtype}, which cannot be merged into exactly")
-        yield Target(names.get(id(parameter), path), role, storage)
+        for place in places.get(id(parameter), (path,)):
+            yield Target(place, role, storage)
 
 
 def _require_own_memory(root: nn.Module, targets: Iterable[Target]) -> None:

@@ -1,26 +1,26 @@
 """Activation: on which tokens of a call an adapter acts that waits for an invocation (`alora_invocation_tokens`).
 
-It acts on a row from the last occurrence of the invocation on. That is looked for in the ids of each call; `generate`
-looks in its prompts, and has the adapter act on all that comes after. Places are counted from where a cache begins.
+It acts on a row from the last occurrence of the invocation on. That is looked for in the ids of each call. `generate`
+looks in its prompts, and has the adapter act on all that comes after: places are counted from where its cache begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..serving.choosing import Choice
 from .state import State
 
-OFFSETS = (
-    "alora_offsets"  # PEFT's keyword of a call: of each row how many of its last tokens an adapter acts on, or None
-)
-_NEVER = torch.iinfo(torch.int64).max
+# PEFT's keyword of a call: of each row how many of its last tokens an adapter acts on, or None.
+OFFSETS = "alora_offsets"
+_NEVER = torch.iinfo(torch.int64).max  # where an adapter starts that has no invocation
 
 
 def invocation(state: State, name: str | None) -> tuple[int, ...]:
@@ -50,32 +50,45 @@ def waiting(state: State) -> str:
 
 def started(choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Any = None) -> Choice:
     """The choice with where each row's adapter starts: by the ids of a call, or as `offsets` count from its end."""
-    tokens, past = tokens_of(args, kwargs), _past(kwargs)
-    rows = len(choice.names)
-    if offsets is not None:
-        if len(offsets) != rows:
-            raise AdapterError(f"{OFFSETS} has {len(offsets)} numbers, and the batch {rows} rows: give one for each")
-        places = [_NEVER if offset is None else tokens.shape[1] - int(offset) for offset in offsets]
-        return replace(choice, starts=_moved(torch.tensor(places, device=tokens.device), past))
-    starts = torch.zeros(rows, dtype=torch.int64, device=tokens.device)
-    for name in dict.fromkeys(choice.names):
+    tokens, names = tokens_of(args, kwargs), choice.names
+    prompt = _prompt(tokens, kwargs) if choice.repeats else None
+    before = 0 if prompt is None else prompt - tokens.shape[1]
+    starts = torch.zeros(len(names), dtype=torch.int64, device=tokens.device)
+    for name in dict.fromkeys(names):
         if wanted := invocation(choice.state, name):
-            if tokens.is_floating_point():
+            if offsets is None and tokens.is_floating_point():
                 raise AdapterError(
                     f"{name!r} acts from its invocation on, which is looked for in `input_ids`, and there are none: "
                     f"pass `{OFFSETS}`, of each row how many of its last tokens the adapter acts on"
                 )
-            mine = torch.tensor([other == name for other in choice.names], device=tokens.device)
-            starts = torch.where(mine, _moved(_found(tokens, wanted), past), starts)
-    return replace(choice, starts=starts)
+            mine = torch.tensor([other == name for other in names], device=tokens.device)
+            found = _found(tokens, wanted) if offsets is None else _told(tokens, offsets)
+            starts = torch.where(mine, torch.where(found == _NEVER, found, found + before), starts)
+    return replace(choice, starts=starts, prompt=prompt)
 
 
-def by_token(numbers: Tensor, starts: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The number of each token's adapter, (rows, tokens), of those of rows; 0 before the adapter starts."""
+def require_no_guidance(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise `AdapterError` where `generate` is to read other tokens than its prompts, too, and what comes after."""
+    own = getattr(model, "generation_config", None)
+    config = next((each for each in (*args, kwargs.get("generation_config")) if hasattr(each, "guidance_scale")), own)
+    if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1):
+        raise AdapterError(
+            "`guidance_scale` has `generate` read other tokens than the prompts, and nobody can tell on which of these "
+            "an adapter acts that waits for its invocation: generate without it, or by an adapter that acts on all"
+        )
+
+
+def by_token(numbers: Tensor, choice: Choice, repeats: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The number of each token's adapter, (rows, tokens), of those of rows; 0 before the adapter starts.
+
+    Each row that has chosen comes `repeats` times.
+    """
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise AdapterError("`logits_to_keep` as a tensor chooses tokens of which nobody can tell whether adapters act")
-    tokens = tokens_of(args, kwargs)
-    places = torch.arange(tokens.shape[1], device=tokens.device) + _past(kwargs)
+    assert choice.starts is not None, "it is made by `started`"
+    tokens, starts = tokens_of(args, kwargs), choice.starts.repeat_interleave(repeats)
+    first = 0 if choice.prompt is None else _past(tokens, kwargs, choice.prompt)
+    places = torch.arange(tokens.shape[1], device=tokens.device) + first
     return torch.where(places >= starts[:, None], numbers[:, None], 0)
 
 
@@ -97,11 +110,32 @@ def _found(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
     return torch.where(places < 0, _NEVER, places)
 
 
-def _moved(starts: Tensor, past: Any) -> Tensor:
-    return torch.where(starts == _NEVER, starts, starts + past)
+def _told(tokens: Tensor, offsets: Any) -> Tensor:
+    """Where adapters begin in each row that act on so many of its last tokens, None for none, (rows,)."""
+    given, rows = offsets.tolist() if isinstance(offsets, Tensor) else offsets, tokens.shape[0]
+    if not isinstance(given, (list, tuple)) or not all(each is None or isinstance(each, Integral) for each in given):
+        raise AdapterError(f"`{OFFSETS}` is a list with a number, or None, for each row of the batch, not {offsets!r}")
+    if len(given) != rows:
+        raise AdapterError(f"`{OFFSETS}` has {len(given)} numbers, and the batch {rows} rows: give one for each")
+    places = [_NEVER if each is None else tokens.shape[1] - int(each) for each in given]
+    return torch.tensor(places, device=tokens.device)
 
 
-def _past(kwargs: Mapping[str, Any]) -> Any:
-    """How many tokens a call's cache has."""
+def _prompt(tokens: Tensor, kwargs: Mapping[str, Any]) -> int:
+    """How many tokens there are once `generate` has read its prompts.
+
+    Beside a cache, it is given all of them or those that the cache does not have: a mask is of all in any case.
+    """
+    mask = kwargs.get("attention_mask")
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else tokens.shape[1]
+
+
+def _past(tokens: Tensor, kwargs: Mapping[str, Any], prompt: int) -> Any:
+    """How many tokens come before those of a call that `generate` makes, by its cache if that can tell.
+
+    If it cannot, as the states of recurrent models, fewer tokens than the prompts have are some that come after these.
+    """
     length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
-    return 0 if length is None else length()
+    if length is not None:
+        return length()
+    return prompt if tokens.shape[1] < prompt else 0

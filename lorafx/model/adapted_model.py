@@ -20,7 +20,7 @@ from ..torch_private.compilers import not_traced, uncompiled
 from ..torch_private.tensors import ENTRANCE
 from ..tree.holdings import leads_to
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
-from ..tree.replication import Ranges, replicated
+from ..tree.replication import Ranges, layers_of_others, replicated
 from .adaptation import Adaptation, of
 from .calls import WITHIN_DYNAMO, PartCall, serve
 from .like_peft import INSTEAD
@@ -110,8 +110,8 @@ def _serves(value: Any, tree: nn.Module) -> bool:
 
 
 def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool, layers: Ranges = ()) -> AdaptedModel:
-    """An AdaptedModel over `base` with no adapter yet; with `layers`, over a mirror of it that has these layers."""
-    base, replicas = replicated(base, layers) if layers else (base, None)
+    """An AdaptedModel over `base` with no adapter yet; over a mirror of it that has these layers, if it has others."""
+    base, replicas = (base, None) if layers in ((), layers_of_others(base)) else replicated(base, layers)
     tree = mirrored(base)
     keep_own_layers(tree)
     _prepare(base)

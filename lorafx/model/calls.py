@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..serving.call_key import in_one_order
-from ..serving.choosing import choosing, chosen_for
+from ..serving.choosing import Choice, choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
 from ..torch_private.compilers import compiler_in_charge, not_traced
 from ..torch_private.tensors import ENTRANCE
@@ -36,24 +36,27 @@ WITHIN_DYNAMO = (
 def serve(tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call of the module at `path`; rows may have adapters of their own (`rows.py`)."""
     state: State = vars(tree)[STATE]
-    if NAMES in kwargs or (chosen_for(state) is None and SiteInterpreter.running(tree) is None):
-        choice, kwargs = choice_of(tree, path, args, kwargs)
-        if choice is not None:
-            with choosing(choice):
-                return _serve(tree, state, path, args, kwargs)
-    return _serve(tree, state, path, args, kwargs)
+    choice = chosen_for(state)
+    if NAMES in kwargs or SiteInterpreter.running(tree) is None:
+        choice, kwargs = choice_of(tree, path, args, kwargs, choice)
+    if choice is None:
+        return _serve(tree, state, None, path, args, kwargs)
+    with choosing(choice.within):
+        return _serve(tree, state, choice, path, args, kwargs)
 
 
-def _serve(tree: nn.Module, state: State, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _serve(
+    tree: nn.Module, state: State, choice: Choice | None, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if (interpreter := SiteInterpreter.running(tree)) is not None:
         return interpreter.step_into(interpreter, path, innermost(module_at(tree, path)), args, kwargs)
     if (outer := RUNNING.mode) is not None:  # of another model, perhaps of the same base
         outer.see_all()
         with outer.suspended():
-            return _serve(tree, state, path, args, kwargs)
+            return _serve(tree, state, choice, path, args, kwargs)
     if state.replicas is not None:
         state.replicas.follow()
-    context, choice = state.context, chosen_for(state)
+    context = state.context
     names = state.acting
     if choice is not None:
         context, kwargs = as_chosen(tree, choice, args, in_one_order(type(module_at(tree, path)), kwargs))

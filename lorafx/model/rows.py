@@ -26,7 +26,7 @@ from ..serving.choosing import Choice, choosing
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE
 from ..tree.wrappers import innermost
-from .activation import OFFSETS, by_token, started, tokens_of, waiting, waits
+from .activation import OFFSETS, by_token, require_no_guidance, started, tokens_of, waiting, waits
 from .state import State
 
 NAMES = "adapter_names"  # PEFT's keyword of a call
@@ -45,7 +45,7 @@ def chosen(state: State, names: Any, repeats: bool = False) -> Choice:
     if state.ledger.names:
         raise AdapterError(
             f"{', '.join(map(repr, state.ledger.names))} merged into the weights, which all rows share; call "
-            f"`unmerge_adapter()` before a call with {NAMES}"
+            "`unmerge_adapter()` before a call in which rows, or tokens, have adapters of their own"
         )
     whole = [name for name in wanted if state.adapters[name].replaced]
     if whole and len(set(choice.names)) > 1:
@@ -81,7 +81,7 @@ def as_chosen(
     assert first is not None, "it has as many rows as there are names"
     rows = torch.tensor(chosen, dtype=torch.int64, device=first.device)
     if choice.starts is not None:
-        rows = by_token(rows, choice.starts.repeat_interleave(repeats), args, kwargs)
+        rows = by_token(rows, choice, repeats, args, kwargs)
     return Context(tuple(adapters.values()), numbers=tuple(numbers.values())), kwargs | {ROWS: rows}
 
 
@@ -102,12 +102,17 @@ def _repeats(choice: Choice, first: Tensor | None) -> int:
 
 
 def choice_of(
-    tree: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], generates: bool = False
+    tree: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outer: Choice | None = None,
+    generates: bool = False,
 ) -> tuple[Choice | None, dict[str, Any]]:
     """What a call has rows choose, of a module of an adapted model or of its `generate`, and its other keywords.
 
-    Rows choose by `adapter_names`; or all have the active adapter, where that acts on some of their tokens. None if
-    nothing is chosen.
+    Rows choose by `adapter_names`, or by those of the call that this one is within (`outer`); or all have the active
+    adapter, where that acts on some of their tokens. None if nothing is chosen.
     """
     state: State = vars(tree)[STATE]
     names, offsets, others = None, None, kwargs
@@ -116,18 +121,25 @@ def choice_of(
         own = {name: kwargs[name] for name in (NAMES, OFFSETS) if name in kwargs and name not in meant}
         names, offsets = own.get(NAMES), own.get(OFFSETS)
         others = {name: value for name, value in kwargs.items() if name not in own}
-    active = waiting(state) if names is None else ""
-    if names is None and not active:
+    if outer is not None and names is None and offsets is None and (outer.starts is not None or not waits(outer)):
+        return outer, others
+    active = waiting(state) if names is None and outer is None else ""
+    if names is None and outer is None and not active:
         return None, others
-    cls = type(tree) if generates else type(module_at(tree, path))
-    given = in_one_order(cls, others)
-    if names is None:
-        names = [active] * len(tokens_of(args, given))
-    choice = chosen(state, names, repeats=generates)
+    given = in_one_order(type(tree) if generates else type(module_at(tree, path)), others)
     first = first_tensor((*args, *given.values()))
+    if active:
+        names = [active] * len(tokens_of(args, given))
+    elif names is None and outer is not None:
+        names = [name for name in outer.names for _ in range(_repeats(outer, first))]
+    choice = replace(chosen(state, names, repeats=generates), unnamed=bool(active))
     if generates and first is not None:  # before beams make several rows of each
         _repeats(replace(choice, repeats=False), first)
-    return (started(choice, args, given, offsets) if waits(choice) else choice), others
+    if not waits(choice):
+        return choice, others
+    if generates:
+        require_no_guidance(tree, args, others)
+    return started(choice, args, given, offsets), others
 
 
 def generating(generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +22,25 @@ from .call_key import Call
 class Choice:
     """The name of each row's adapter, None for the base alone, for calls of one model, told by its state.
 
-    With `repeats`, a batch may have each row several times in succession, as beams are. `starts`, (rows,), has the
-    places from which on the adapters of rows act, counted from where a cache begins; None if all act from the first.
+    With `repeats` it is for the calls that `generate` makes, where a batch may have each row several times in
+    succession, as beams are. `unnamed` says that nobody named adapters: each row has the active one.
+
+    `starts`, (rows,), has the places of the tokens from which on the adapters of rows act; None if all act from the
+    first. Places are counted from the first token of the call; in `generate` from the first in the cache, and there
+    `prompt` is how many tokens there are once the prompts are read.
     """
 
     state: Any
     names: tuple[str | None, ...]
     repeats: bool = False
     starts: Tensor | None = None
+    prompt: int | None = None
+    unnamed: bool = False
+
+    @property
+    def within(self) -> Choice | None:
+        """What calls within such a call have, which may be of other tokens: the names, if somebody gave them."""
+        return None if self.unnamed else replace(self, starts=None, prompt=None)
 
 
 class _Now(threading.local):
@@ -46,8 +57,8 @@ def chosen_for(state: Any) -> Choice | None:
 
 
 @contextlib.contextmanager
-def choosing(choice: Choice) -> Iterator[None]:
-    """Have calls inside run with a choice."""
+def choosing(choice: Choice | None) -> Iterator[None]:
+    """Have calls inside run with a choice, or with none."""
     outer, _NOW.choice = _NOW.choice, choice
     try:
         yield

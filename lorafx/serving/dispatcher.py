@@ -118,7 +118,7 @@ class Dispatcher:
         call = Call.of(tree, context, path, args, kwargs)
         if is_traced():
             if call.context.numbers:
-                raise AdapterError("a call in which rows choose adapters is not recorded: record one of one adapter")
+                raise AdapterError("a call whose rows or tokens choose adapters is not recorded: give all the same one")
             return run_traced(call, self.pipeline, self.observers, self.step_into)
         key, kept = self.find(call)
         if self.sites.is_recomputed(path):

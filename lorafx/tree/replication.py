@@ -16,11 +16,11 @@ from torch import nn
 from ..errors import ConfigError
 from .mirror import mirrored
 from .watched import PLAIN_TENSORS
+from .wrappers import unwrapped
 
 REPLICATED = "_lorafx_replicated"  # of the root of such a model, the ranges
 Ranges = tuple[tuple[int, int], ...]
-# What a config has an entry of for each layer.
-_OF_LAYERS = ("layer_types", "mlp_layer_types")
+_NUMBERS = ("layer_idx", "layer_id")  # what a layer, and modules in it, call its number, which is its place in a cache
 
 
 class Replicas:
@@ -52,11 +52,17 @@ class Replicas:
 
 
 def replicated(model: nn.Module, ranges: Ranges) -> tuple[nn.Module, Replicas]:
-    """A mirror of the model with these layers; `ConfigError` where PEFT finds none, or they are not the model's."""
+    """A mirror of the model with these layers.
+
+    Raises `ConfigError` where PEFT finds no layers, or they are not the model's own, or not to be had twice.
+    """
     root, replicas = mirrored(model), Replicas()
+    if found := layers_of_others(root):
+        raise ConfigError(f"`layer_replication` is {_shown(ranges)}, and the model was made with {_shown(found)}")
     decoder, holder, name = _layers_of(root)
     layers = getattr(holder, name)
     _require_ranges(ranges, layers)
+    _require_apart(decoder)
     numbers = [number for start, end in ranges for number in range(start, end)]
     sources, made = list(layers), list[nn.Module]()
     for number in numbers:
@@ -66,12 +72,20 @@ def replicated(model: nn.Module, ranges: Ranges) -> tuple[nn.Module, Replicas]:
             replicas.add(made[-1], sources[number])
     for number, layer in enumerate(made):
         for module in layer.modules():
-            if "layer_idx" in vars(module):
-                vars(module)["layer_idx"] = number
+            vars(module).update({name: number for name in _NUMBERS if name in vars(module)})
     layers.__dict__["_modules"] = {str(number): layer for number, layer in enumerate(made)}
-    _give_config(root, decoder, numbers)
+    _give_config(root, decoder, numbers, len(sources))
     vars(root)[REPLICATED] = ranges
     return root, replicas
+
+
+def layers_of_others(model: nn.Module) -> Ranges:
+    """The ranges that a model's layers were made by; none if it has its own."""
+    return vars(unwrapped(model)).get(REPLICATED, ())
+
+
+def _shown(ranges: Ranges) -> list[list[int]]:
+    return [list(pair) for pair in ranges]
 
 
 def _layers_of(root: nn.Module) -> tuple[nn.Module, nn.Module, str]:
@@ -99,16 +113,30 @@ def _require_ranges(ranges: Ranges, layers: nn.ModuleList) -> None:
         raise ConfigError(f"`layer_replication` is for weights that are plain parameters, which {packed[0]} is not")
 
 
-def _give_config(root: nn.Module, decoder: nn.Module, numbers: Sequence[int]) -> None:
-    """Give the mirror configs of its own, where the decoder's has the number of layers and what it says of each."""
+def _require_apart(decoder: nn.Module) -> None:
+    """Raise `ConfigError` for layers that are not by themselves, as the config says."""
+    config: Any = vars(decoder).get("config")
+    reuses = any(mode is not None and mode.startswith("reuse") for mode in getattr(config, "kv_sharing_modes", ()))
+    if reuses or getattr(config, "hidden_size_per_layer_input", None):
+        what = "keys and values of others" if reuses else "inputs of which there are as many as layers"
+        raise ConfigError(
+            f"`layer_replication` is for layers by themselves, and {type(decoder).__name__}'s read {what}"
+        )
+
+
+def _give_config(root: nn.Module, decoder: nn.Module, numbers: Sequence[int], count: int) -> None:
+    """Give the mirror configs of its own, where the decoder's has the number of layers and what it says of each.
+
+    Such lists have `layer` in their name, as `layer_types` has, and as many entries as there are layers (`count`).
+    """
     memo: dict[int, Any] = {}
     for module in (root, decoder):
         if (config := vars(module).get("config")) is not None:
             copy.deepcopy(config, memo)
     own = memo.get(id(vars(decoder).get("config")))
     if own is not None and hasattr(own, "num_hidden_layers"):
-        for name in _OF_LAYERS:
-            if isinstance(of_each := getattr(own, name, None), (list, tuple)):
+        for name, of_each in list(vars(own).items()):
+            if "layer" in name and isinstance(of_each, (list, tuple)) and len(of_each) == count:
                 setattr(own, name, type(of_each)(of_each[number] for number in numbers))
         own.num_hidden_layers = len(numbers)
     for module in root.modules():

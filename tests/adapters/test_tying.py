@@ -81,6 +81,56 @@ def test_both_ends_are_one_as_in_peft(fields, capture, tmp_path):
         torch.testing.assert_close(read(model, call), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["word_embeddings"]},
+        {"target_modules": r".*\.word_embeddings"},
+        {"target_modules": ["query"], "modules_to_save": ["decoder"]},
+        {"target_modules": ["query", "decoder"], "modules_to_save": ["word_embeddings"]},
+    ],
+    ids=["target", "regex", "saved", "saved target"],
+)
+def test_peft_reads_what_it_would_not_tie(fields, tmp_path):
+    peft = pytest.importorskip("peft")  # which ties only what is called embed_tokens or lm_head
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=models.VOCABULARY, **sizes)).eval()
+    call = models.call("llama", labels=False)
+    lora = lorafx.compile(copy.deepcopy(base), TIED | fields, capture="sites", random_state=0)
+    with torch.no_grad():
+        for copied in (p for name, p in lora.named_parameters() if "modules_to_save" in name):
+            copied.add_(torch.randn_like(copied), alpha=0.1)
+    expected = read(lora, call)
+    lora.save_pretrained(tmp_path)
+    for back in (peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), lorafx.load(base, tmp_path)):
+        torch.testing.assert_close(read(back, call), expected, rtol=1e-5, atol=1e-5)
+    tensors = load_file(tmp_path / WEIGHTS)
+    if any("decoder.lora_A" in key for key in tensors):  # what PEFT writes has the one module alone
+        save_file({key: value for key, value in tensors.items() if "decoder.lora_" not in key}, tmp_path / WEIGHTS)
+        with pytest.warns(UserWarning, match=r"has no base_model.model.cls.predictions.decoder.lora_A.weight"):
+            lorafx.load(base, tmp_path)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_what_is_merged_beside_a_copy_of_one_end_reaches_both(ties, tmp_path):
+    base, call = base_model(), models.call("llama", labels=False)
+    fields = TIED | {"target_modules": ["lm_head"], "ensure_weight_tying": ties}
+    lora = lorafx.compile(copy.deepcopy(base), fields, capture="sites", random_state=0)
+    lora.add_adapter("whole", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    lora.set_adapter(["default", "whole"])
+    with torch.no_grad():
+        lora.get_parameter("lm_head.modules_to_save.whole.weight").mul_(1.5)
+    expected = read(lora, call)
+    lora.save_pretrained(tmp_path)
+    base.save_pretrained(tmp_path / "base")
+    lorafx.merge(tmp_path / "base", [tmp_path, tmp_path / "whole"], tmp_path / "merged")
+    lora.merge_adapter()
+    for merged in (lora, type(base).from_pretrained(tmp_path / "merged"), lora.merge_and_unload()):
+        torch.testing.assert_close(read(merged, call), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapters_values_by_key_have_both_ends_and_go_back():
     lora = lorafx.compile(base_model(), TIED | {"target_modules": ["lm_head"]})
     values = lorafx.get_peft_model_state_dict(lora)
@@ -120,13 +170,15 @@ def test_an_adapter_starts_as_the_heads():
     ("fields", "said"),
     [
         ({"target_modules": ["lm_head"], "use_dora": True}, "a magnitude for each"),
+        ({"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"]}, "leaves out model.embed_tokens"),
+        ({"target_modules": ["lm_head"], "rank_pattern": {"lm_head": 2}}, "`rank_pattern` has other numbers"),
         ({"target_modules": ["lm_head"], "trainable_token_indices": [1]}, "lm_head is in `target_modules` and in"),
         (
             {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
             "other tokens for these",
         ),
     ],
-    ids=["DoRA", "twice", "tokens"],
+    ids=["DoRA", "excluded", "rank", "twice", "tokens"],
 )
 def test_what_cannot_be_tied_is_refused(fields, said):
     with pytest.raises(ConfigError, match=said):

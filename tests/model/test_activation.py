@@ -11,7 +11,7 @@ import lorafx
 from lorafx.errors import AdapterError, ConfigError, MergeError
 
 INVOCATION = [3, 4]
-PLAIN = {"r": 3, "lora_alpha": 0.5, "init_lora_weights": False, "target_modules": ["q_proj", "up_proj", "lm_head"]}
+PLAIN = {"r": 3, "lora_alpha": 0.5, "init_lora_weights": False, "target_modules": ["v_proj", "up_proj", "lm_head"]}
 WAITING = {**PLAIN, "r": 2, "alora_invocation_tokens": INVOCATION}
 
 
@@ -28,7 +28,8 @@ def prompts():
 
 
 def waiting(**options):
-    return lorafx.compile(base_model(), WAITING, capture="sites", random_state=0, **options).eval()
+    strong = WAITING | {"lora_alpha": 8}  # so that whoever places it wrongly generates other tokens
+    return lorafx.compile(base_model(), strong, capture="sites", random_state=0, **options).eval()
 
 
 def generated(model, ids, **options):
@@ -73,7 +74,8 @@ def test_it_acts_where_pefts_does(capture, tmp_path):
         if capture == "graph":  # each kind of call is a capture
             return
         told = {"input_ids": ids, "alora_offsets": [1, None, 5]}
-        torch.testing.assert_close(lora(**told).logits, theirs(**told).logits, rtol=1e-5, atol=1e-5)
+        for call in (told, chosen | {"alora_offsets": [2, None, None]}):
+            torch.testing.assert_close(lora(**call).logits, theirs(**call).logits, rtol=1e-5, atol=1e-5)
     padded = torch.ones_like(ids)
     padded[0, :2] = padded[2, :3] = 0
     ours, expected = (generated(model, ids, attention_mask=padded) for model in (lora, theirs))
@@ -98,14 +100,42 @@ def test_all_that_is_generated_comes_after_it():
     expected = generated(lora, ids, use_cache=False)
     assert torch.equal(generated(lora, ids), expected)
     assert torch.equal(generated(lora, ids, cache_implementation="static"), expected)
-    with lora.disable_adapter(), torch.no_grad():  # the base has read what comes before
-        cache = lora(input_ids=ids[:1, :2], use_cache=True).past_key_values
-    assert torch.equal(generated(lora, ids[:1], past_key_values=cache), expected[:1])
+    for given in (ids[:1], ids[:1, 2:]):  # all, or what the cache does not have
+        with lora.disable_adapter(), torch.no_grad():  # the base has read what comes before
+            cache = lora(input_ids=ids[:1, :2], use_cache=True).past_key_values
+        found = generated(lora, given, past_key_values=cache, attention_mask=torch.ones_like(ids[:1]))
+        assert torch.equal(found[:, -4:], expected[:1, -4:])
     beams = generated(lora, ids, num_beams=2, use_cache=False)
     assert torch.equal(generated(lora, ids, num_beams=2), beams)
     step = lora(input_ids=ids, use_cache=True)  # by hand it is as PEFT has it: what a call says of itself
     told = lora(input_ids=expected[:, 7:8], past_key_values=step.past_key_values, alora_offsets=[1, 1, None])
     torch.testing.assert_close(told.logits.argmax(-1), expected[:, 8:9])
+
+
+def test_a_recurrent_model_whose_state_counts_no_tokens_generates_with_it():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=30, hidden_size=16, state_size=4, conv_kernel=3, num_hidden_layers=1)
+    torch.manual_seed(0)
+    fields = WAITING | {"lora_alpha": 8, "target_modules": ["in_proj", "out_proj"]}
+    lora = lorafx.compile(transformers.MambaForCausalLM(config), fields, capture="sites", random_state=0).eval()
+    ids, _ = prompts()
+    assert torch.equal(generated(lora, ids), generated(lora, ids, use_cache=False))
+
+
+def test_a_call_within_a_call_has_places_of_its_own():
+    lora, (ids, _) = waiting(), prompts()
+    other = ids[:2].roll(1, 1)
+    with torch.no_grad():
+        expected, found = lora(input_ids=other).logits, []
+
+        def calls(*_):
+            if not found:
+                found.append(None)
+                found.append(lora(input_ids=other).logits)
+
+        lora.model.norm.register_forward_hook(calls)
+        lora(input_ids=ids)
+    assert torch.equal(found[1], expected)
 
 
 def test_a_layer_checkpointed_in_training_has_the_same_gradients():
@@ -143,8 +173,14 @@ def test_where_nobody_can_tell_which_tokens_these_are_is_an_error():
         lora(inputs_embeds=torch.randn(3, 7, lora.config.hidden_size))
     with pytest.raises(AdapterError, match="`logits_to_keep` as a tensor"):
         lora(input_ids=ids, logits_to_keep=torch.tensor([1, 2]))
-    with pytest.raises(AdapterError, match="2 numbers, and the batch 3 rows"):
-        lora(input_ids=ids, alora_offsets=[1, 2])
+    for offsets, said in (([1, 2], "2 numbers, and the batch 3 rows"), (3, "not 3"), (["1"] * 3, "not ")):
+        with pytest.raises(AdapterError, match=said):
+            lora(input_ids=ids, alora_offsets=offsets)
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration has an encoder's and a decoder's"):
+        lorafx.compile(models.t5(), WAITING | {"target_modules": ["v"]})
+    lora.generation_config.guidance_scale = 1.5
+    with pytest.raises(AdapterError, match="`guidance_scale` has `generate` read other tokens"):
+        generated(lora, ids)
     with pytest.raises(MergeError, match="acts on some tokens alone"):
         lora.merge_adapter()
     lora.add_adapter("plain", PLAIN)

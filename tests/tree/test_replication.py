@@ -88,6 +88,30 @@ def test_the_base_keeps_its_layers_and_what_becomes_of_its_weights_counts():
     assert len(lora.unload().model.layers) == 4 and torch.equal(read(lora.double().float(), call), read(lora, call))
 
 
+def test_a_model_that_was_unloaded_has_the_layers_already(tmp_path):
+    call = models.call("llama", labels=False)
+    lora = replicated(capture="sites")
+    expected = read(lora, call)
+    lora.save_pretrained(tmp_path)
+    unloaded = lora.unload()
+    again = lorafx.load(unloaded, tmp_path, capture="sites")
+    assert torch.equal(read(again, call), expected) and again.unload() is unloaded
+    with pytest.raises(ConfigError, match=r"is \[\[0, 1\]\], and the model was made with \[\[0, 2\], \[1, 3\]\]"):
+        replicated(unloaded, [[0, 1]])
+
+
+def test_a_layer_has_its_own_place_in_a_cache_whatever_it_calls_its_number():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "num_layers": 2}
+    config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=2)
+    fields = {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [0, 2]]}
+    lora = lorafx.compile(transformers.GPTNeoModel(config), fields, capture="sites").eval()
+    ids = torch.randint(30, (1, 6))
+    with torch.no_grad():
+        assert torch.equal(lora(ids, use_cache=True)[0], lora(ids, use_cache=False)[0])
+    assert lora.config.attention_layers == ["global", "local"] * 2
+
+
 def test_what_a_config_says_of_each_layer_goes_with_the_layer():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
@@ -118,6 +142,18 @@ def test_what_cannot_be_replicated_is_refused(fields, said):
 def test_a_model_without_a_list_of_layers_is_refused():
     with pytest.raises(ConfigError, match="Chain has none"):
         lorafx.compile(Chain(), {"target_modules": ["first"], "layer_replication": [[0, 1]]})
+
+
+def test_layers_that_read_what_others_computed_are_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size_per_layer_input": 30, "laurel_rank": 2}
+    windows = {"layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    for shared, said in ((1, "read keys and values of others"), (0, "read inputs of which there are as many")):
+        config = transformers.Gemma3nTextConfig(**sizes, **windows, num_kv_shared_layers=shared)
+        base = transformers.Gemma3nForCausalLM(config)
+        with pytest.raises(ConfigError, match=said):
+            replicated(base, [[0, 2], [0, 2]])
 
 
 def test_all_adapters_have_the_same_layers_and_none_is_merged():

@@ -110,6 +110,8 @@ class Lora(Kind):
         if len(config.variants) > 1:
             both = " and ".join(f"`{name}`" for name in config.variants)
             raise ConfigError(f"{both} are variants of LoRA of which an adapter can be one, as in PEFT; leave one out")
+        if config.ties:
+            _require_one_size(site, config)
         if site.reading.lookup and config.lora_bias:
             raise ConfigError(f"{site.name} is an embedding, which has no `lora_bias`; exclude it or leave it False")
         if site.reading == IN_PROJ and config.lora_bias:
@@ -244,6 +246,16 @@ class Lora(Kind):
 
     def of_rank(self, config: LoraConfig, r: int) -> LoraConfig:
         return config.replace(r=r, rank_pattern={})
+
+
+def _require_one_size(site: Site, config: LoraConfig) -> None:
+    """Raise `ConfigError` if modules of a tied weight, which have one adapter, are to have several ranks or α."""
+    for field, plain in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        names = (site.named, *site.tied)
+        if len({pattern_value(getattr(config, field), name, plain) for name in names}) > 1:
+            raise ConfigError(
+                f"{' and '.join(names)} are tied, and `{field}` has other numbers for these: give them the same one"
+            )
 
 
 def _require_plain(site: Site, config: LoraConfig) -> None:
