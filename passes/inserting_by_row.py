@@ -86,11 +86,16 @@ def _wrap(gm: GraphModule, base: Node, rows: Node, acting: list[tuple[Adapter, S
 
 
 def _has_rows_first(node: Node, rows: Node) -> bool:
-    """Whether a value has the rows of the batch first, in order; or their tokens, by a reshape of such a value."""
-    count, value = rows.meta["val"].shape[0], node.meta.get("val")
+    """Whether a value has the rows of the batch first, in order; or their tokens, by a reshape of such a value.
+
+    Where tokens have adapters of their own, there are no more of them than the call has.
+    """
+    numbers, value = rows.meta["val"], node.meta.get("val")
     if not isinstance(value, Tensor) or not value.ndim:
         return False
-    if (count == 1 and rows.meta["val"].ndim == 1) or _same(value.shape[0], count):
+    if numbers.ndim == 2 and value.ndim > 2 and value.shape[1] > numbers.shape[1]:
+        return False
+    if (numbers.ndim == 1 and numbers.shape[0] == 1) or _same(value.shape[0], numbers.shape[0]):
         return True
     if node.target in _RESHAPES:
         source = node.all_input_nodes[0]

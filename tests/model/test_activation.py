@@ -6,9 +6,10 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError, ConfigError, MergeError
+from lorafx.errors import AdapterError, ConfigError, MergeError, UncoveredOperatorError
 
 INVOCATION = [3, 4]
 PLAIN = {"r": 3, "lora_alpha": 0.5, "init_lora_weights": False, "target_modules": ["v_proj", "up_proj", "lm_head"]}
@@ -165,6 +166,25 @@ def test_a_layer_checkpointed_in_training_has_the_same_gradients():
 def test_what_would_act_on_all_tokens_is_refused(fields, said):
     with pytest.raises(ConfigError, match=said):
         lorafx.compile(base_model(), WAITING | fields)
+
+
+class Prefixed(nn.Module):
+    """(batch, tokens) of ids -> (batch, tokens + 2, 8): the model puts two tokens of its own before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.prefix, self.lin = nn.Embedding(9, 6), nn.Parameter(torch.randn(2, 6)), nn.Linear(6, 8)
+
+    def forward(self, input_ids):
+        embedded = self.embed(input_ids)
+        return self.lin(torch.cat([self.prefix.expand(len(embedded), -1, -1), embedded], 1))
+
+
+@pytest.mark.parametrize("capture", ["graph", "sites"])
+def test_tokens_that_the_model_has_put_before_are_an_error(capture):
+    lora = lorafx.compile(Prefixed(), WAITING | {"target_modules": ["lin"]}, capture=capture)
+    with pytest.raises(UncoveredOperatorError, match="nobody can tell which rows"):
+        lora(input_ids=torch.randint(9, (3, 5)))
 
 
 def test_where_nobody_can_tell_which_tokens_these_are_is_an_error():

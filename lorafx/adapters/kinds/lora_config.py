@@ -57,8 +57,8 @@ def check_patterns(config: Any) -> None:
     require_regexes(config, "rank_pattern", "alpha_pattern")
 
 
-def _check_not_implemented(config: LoraConfig) -> None:
-    """What is refused when a model is compiled, and what has no effect without it, must make sense all the same."""
+def _check_forms(config: LoraConfig) -> None:
+    """Fields that are mostly unset, those too that `compile` refuses or that have no effect here, must make sense."""
     for names, fits, expected in (
         (_CONFIGS, lambda v: isinstance(v, Mapping), "a dict or None"),
         (("megatron_core",), lambda v: isinstance(v, str), "a string or None"),
@@ -185,7 +185,7 @@ class LoraConfig(AdapterConfig):
     arrow_config: Any = None
 
     # Those that also hold for a kind whose config has these fields, and uses them in a way of its own.
-    common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_not_implemented)
+    common_checks: ClassVar[tuple[Callable[[Any], None], ...]] = (_check_numbers, _check_flags, _check_forms)
     checks = (*common_checks, check_patterns, _check_loftq, check_subconfigs)
     tuples = (*AdapterConfig.tuples, "target_parameters")
     null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
