@@ -103,6 +103,7 @@ INSIDE = {
             "padding",
             "contexts",
             "caches",
+            "frames",
             "purity",
             "autograd_use",
             "layout_use",

@@ -7,9 +7,7 @@ that would be taken wrongly, and a tensor's hook or a function's own backward wo
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
 from ..torch_private.replacing import function_applications_seen
-from .purity import place_of
+from .frames import is_asked_by_torch, is_torchs_own, running_line
 
 
 def _getter(name: str) -> Any:
@@ -36,7 +34,6 @@ _ASKS: dict[Any, str] = {
     Tensor.register_post_accumulate_grad_hook: "registers a hook on a tensor",
     Tensor.retain_grad: "retains a tensor's gradient",
 }
-_HANDING_ON = ("torch._tensor", "torch.overrides", "torch.utils._contextlib", __name__.partition(".")[0] + ".")
 _REQUIRES_GRAD = _getter("requires_grad")
 
 
@@ -48,7 +45,7 @@ class AutogradUse(TorchFunctionMode):
         asks = _ASKS.get(func) or ("asks whether a tensor wants a gradient" if func == _REQUIRES_GRAD else "")
         unsure = asks and torch.is_grad_enabled() and not (func == _REQUIRES_GRAD and result)
         if unsure and not is_asked_by_torch():
-            raise CaptureError(f"it {asks}, which no graph does{place_of(traceback.extract_stack())}")
+            raise CaptureError(f"it {asks}, which no graph does{running_line()}")
         return result
 
 
@@ -58,33 +55,16 @@ def no_own_backward() -> Iterator[None]:
     thread = threading.get_ident()
 
     def see(function: type) -> None:
-        if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_known(vars(function)):
+        if threading.get_ident() == thread and torch.is_grad_enabled() and not _is_known(function):
             raise CaptureError(
                 f"it applies {function.__name__}, which has a backward of its own, and a graph would go by its forward"
-                f"{place_of(traceback.extract_stack())}"
+                f"{running_line()}"
             )
 
     with function_applications_seen(see):
         yield
 
 
-def is_asked_by_torch() -> bool:
-    """Whether torch's own code called the torch function that a mode is given now, and not the model's.
-
-    Below it are the methods by which tensors and modes hand a call on.
-    """
-    frame: Any = inspect.currentframe()
-    while frame.f_globals.get("__name__", "").startswith(_HANDING_ON):
-        frame = frame.f_back
-    return _is_torchs_own(frame.f_globals)
-
-
-def _is_known(names: Any) -> bool:
+def _is_known(function: type) -> bool:
     """Whether a function is torch's, or lorafx's own: the replayer of repeated layers has one."""
-    return _is_torchs_own(names) or names.get("__module__", "").startswith(__name__.partition(".")[0] + ".")
-
-
-def _is_torchs_own(names: Any) -> bool:
-    """Whether a frame's globals, or a class's attributes, are of torch itself."""
-    home = names.get("__name__") or names.get("__module__") or ""
-    return home == "torch" or home.startswith("torch.")
+    return is_torchs_own(function.__module__) or function.__module__.startswith("lorafx.")

@@ -45,10 +45,11 @@ from .autograd_use import AutogradUse, no_own_backward
 from .caches import branchless_windows, parts, register_caches
 from .contexts import collecting_later, outside_transforms, plain_operators, quiet, without_global_hooks
 from .foreign_tensors import ForeignTensors, require_no_foreign
+from .frames import line_of
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
 from .outside_use import OutsideUse
 from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
-from .purity import Changed, ForGood, innermost_line, no_unrolling, pure, unchanging
+from .purity import Changed, ForGood, no_unrolling, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
 from .repeated.layers import RepeatedLayers
@@ -315,7 +316,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
     except CaptureError as error:
         raise CaptureError(f"{name} could not be captured: {error}") from error
     except Exception as error:
-        raise CaptureError(f"{name} could not be captured: {_reason(error)}{innermost_line(error)}") from error
+        raise CaptureError(f"{name} could not be captured: {_reason(error)}{line_of(error)}") from error
 
 
 def _example(tensor: Tensor) -> Tensor:

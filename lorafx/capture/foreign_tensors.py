@@ -7,7 +7,6 @@ tree like any other: it is known by the tensor itself, whoever was asked for it.
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..tree.holdings import all_holdings
 from ..tree.lookup import tensor_at
 from ..tree.originals import other_mode
 from ..tree.settings import settings_of
-from .purity import place_of
+from .frames import running_line
 
 
 class ForeignTensors(TorchFunctionMode):
@@ -63,10 +62,10 @@ class ForeignTensors(TorchFunctionMode):
             return tensor
         if path := self._paths.get(id(tensor)):
             if reason := other_mode(tensor, self.tree.get_submodule(path.rpartition(".")[0])):
-                raise CaptureError(reason + _here())
+                raise CaptureError(reason + running_line())
             return tensor_at(self.bare, path)
         if reason := self._reason_against(tensor):
-            raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{_here()}")
+            raise CaptureError(f"it reads a tensor of shape {list(tensor.shape)} {reason}{running_line()}")
         return tensor
 
     def _require_no_write(self, func: Callable[..., Any], args: Any) -> None:
@@ -77,7 +76,7 @@ class ForeignTensors(TorchFunctionMode):
         if id(target) not in self._made and id(target) not in self._paths:
             raise CaptureError(
                 f"it changes a tensor of shape {list(target.shape)} that is no buffer, which a graph would not do again"
-                f"{_here()}"
+                f"{running_line()}"
             )
 
     def _reason_against(self, tensor: Tensor) -> str:
@@ -123,7 +122,3 @@ def require_no_foreign(gm: GraphModule, tree: nn.Module) -> None:
 
 def _storages_of(tree: nn.Module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in (*tree.parameters(), *tree.buffers())} - {0}
-
-
-def _here() -> str:
-    return place_of(traceback.extract_stack())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .autograd_use import is_asked_by_torch
+from .frames import is_asked_by_torch
 
 CONTIGUOUS = "contiguous"  # in a graph module's meta: whether it serves contiguous arguments alone
 _ASKS = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}

@@ -15,7 +15,6 @@ import os
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from types import BuiltinFunctionType, FrameType, ModuleType
 from typing import Any
@@ -24,7 +23,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
-from .purity import ForGood, place_of
+from .frames import running_line
+from .purity import ForGood
 
 _CLOCK, _FILES = "reads a clock", "reads or writes files"
 _DRAWS = "draws random numbers that are not of torch's own generator"
@@ -100,9 +100,7 @@ class OutsideUse(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise CaptureError(
-                f"it names a generator to draw from, which no graph does{place_of(traceback.extract_stack())}"
-            )
+            raise CaptureError(f"it names a generator to draw from, which no graph does{running_line()}")
         return func(*args, **kwargs)
 
     def _look(self, frame: FrameType, event: str, called: Any) -> None:
@@ -115,7 +113,7 @@ class OutsideUse(TorchFunctionMode):
         else:
             return
         if does and not self.seen and (caller := _caller(frame, through_torch=_is_source(called))):
-            self.seen = f"{does}, which a graph would not do again{place_of(traceback.extract_stack(caller))}"
+            self.seen = f"{does}, which a graph would not do again{running_line(caller)}"
 
 
 def _does(called: Any) -> str:

@@ -8,9 +8,7 @@ import pickle
 import random
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -22,9 +20,7 @@ from ..graph.description import held_key
 from ..torch_private.replacing import range_replaced
 from ..tree.holdings import attributes_noted, snapshot
 from ..tree.settings import settings_of
-
-_TORCH, _LORAFX = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
-_CONTEXTS = contextlib.__file__
+from .frames import running_line
 
 
 class _Printed(io.StringIO):
@@ -39,7 +35,7 @@ class _Printed(io.StringIO):
     def write(self, text: str) -> int:
         if threading.get_ident() != self.thread:
             return self.screen.write(text)
-        self.line = self.line or place_of(traceback.extract_stack())
+        self.line = self.line or running_line()
         return super().write(text)
 
 
@@ -130,7 +126,7 @@ def _range(*bounds: Any) -> range:
     if any(isinstance(bound, torch.SymInt) and not bound.node.is_constant() for bound in bounds):
         raise CaptureError(
             "it loops over a size: a graph would repeat the loop's operators as often as this call does, and fit no "
-            f"other{place_of(traceback.extract_stack())}"
+            f"other{running_line()}"
         )
     return range(*bounds)
 
@@ -165,21 +161,3 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
         put_back()
 
     return put_all_back
-
-
-def innermost_line(error: BaseException) -> str:
-    """The line of the model that raised an error, as the end of a message; empty if torch or lorafx called no model."""
-    return place_of(traceback.extract_tb(error.__traceback__))
-
-
-def place_of(frames: traceback.StackSummary) -> str:
-    outside = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith((_TORCH, _LORAFX, _CONTEXTS, "<", sys.prefix + "/bin"))
-    ]
-    inside_model = [frame for frame in outside if frame.name != "<module>"]
-    if not inside_model:
-        return ""
-    frame = inside_model[-1]
-    return f" [{frame.filename}:{frame.lineno}: {frame.line}]"

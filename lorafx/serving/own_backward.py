@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-import traceback
 from collections.abc import Iterator
 from types import CodeType
 
 import torch
 from torch import nn
 
-from ..capture.purity import place_of
+from ..capture.frames import running_line
 from ..errors import UncoveredOperatorError
 from ..torch_private.replacing import function_applications_seen
 
@@ -49,6 +48,6 @@ class OwnBackward:
             if frame.f_code in self._forwards:
                 raise UncoveredOperatorError(
                     f"{part or 'the model'}: {frame.f_code.co_qualname} reads an adapted weight, and the backward that "
-                    f"comes with it knows of no adapter, so none would train{place_of(traceback.extract_stack())}"
+                    f"comes with it knows of no adapter, so none would train{running_line()}"
                 )
             frame = frame.f_back

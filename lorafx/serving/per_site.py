@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..adapters.by_row import ROWS
 from ..adapters.tying import parted
 from ..capture.contexts import plain_operators
 from ..capture.export import trace_operator
-from ..capture.purity import place_of
+from ..capture.frames import running_line
 from ..errors import AdapterError, CaptureError, UncoveredOperatorError
 from ..graph.description import argument_key, parameter_key
 from ..ops.modes import modes
@@ -243,7 +242,7 @@ class SiteInterpreter(TorchFunctionMode):
             try:
                 return self._through_a_graph(script, args, kwargs)
             except CaptureError as error:
-                where, place = self.parts[-1] or "the model", place_of(traceback.extract_stack())
+                where, place = self.parts[-1] or "the model", running_line()
                 raise UncoveredOperatorError(
                     f"{where}: {script.__name__} of TorchScript reads an adapted weight, where no adapter can act: "
                     f"call the Python that it was made of{place}"
@@ -299,7 +298,7 @@ class SiteInterpreter(TorchFunctionMode):
                     continue
                 raise UncoveredOperatorError(
                     f"the weight {place.path} is read by a tensor that shares its memory, which no adapter acts on"
-                    f"{place_of(traceback.extract_stack())}"
+                    f"{running_line()}"
                 )
         return False
 
@@ -307,7 +306,7 @@ class SiteInterpreter(TorchFunctionMode):
         """Raise `UncoveredOperatorError` if a method takes the numbers of an adapted weight out of torch."""
         if takes_numbers(func) and id(tensor) in self.weights:
             read = f"the weight {self.weights[id(tensor)]} is read by `{func.__name__}`, where no adapter can act"
-            raise UncoveredOperatorError(read + place_of(traceback.extract_stack()))
+            raise UncoveredOperatorError(read + running_line())
 
     def _directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
@@ -353,7 +352,7 @@ class SiteInterpreter(TorchFunctionMode):
 
     def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
-            name, place = getattr(func, "__name__", func), place_of(traceback.extract_stack())
+            name, place = getattr(func, "__name__", func), running_line()
             if hooked := self.state.hooked_adapters:
                 raise AdapterError(
                     f"hooks on {', '.join(hooked)} cannot run in a call whose rows have adapters of their own: no "
