@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lorafx.graph import Match, Rule, within_vmap, writes
-from lorafx.graph.effects import drop_dead, may_share
+from lorafx.graph.effects import drop_dead, source_of
 from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
@@ -33,9 +33,7 @@ def _is_of_no_elements(found: Match) -> str | None:
         return "it is within a vmap"
     if tuple(empty.meta["val"].shape) != (0,) or empty.meta["val"].dtype != x.meta["val"].dtype:
         return "both have elements, or dtypes differ"
-    while x.op == "call_function" and may_share(x) and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return None if x.op == "call_function" else "the other tensor is there after the call"
+    return None if source_of(x).op == "call_function" else "the other tensor is there after the call"
 
 
 RULE = Rule(joined, alone, _is_of_no_elements)

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
+from lorafx.graph import Match, Rule, made_by, rewrite_updates
 from lorafx.ops.modes import autocast_dtype
 from lorafx.pipeline import Context, Pass
 
@@ -88,16 +88,4 @@ class FuseLora(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        mode, count = fake_mode_of(gm), 0
-        for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-            applies = first_match(RULES, node)
-            if applies is None:
-                continue
-            rule, found = applies
-            base: Node = node.args[0]  # type: ignore[assignment]  # x Wᵀ + b, which carries the site
-            maker, marks = made_by(node) or Provenance(self.name), marks_of(base)
-            where = Provenance(self.name, maker.site, maker.adapter)
-            fused_node, _ = rule.apply(gm, found, where, mode)
-            fused_node.meta |= marks
-            count += 1
-        return count
+        return rewrite_updates(RULES, gm, self.name)

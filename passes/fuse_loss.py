@@ -45,7 +45,7 @@ from lorafx.ops.deferral import NOT_FUSED, defer
 from lorafx.pipeline import Context, Pass
 
 aten = torch.ops.aten
-_NONE, _MEAN, _SUM = range(3)  # as aten numbers reductions
+_MEAN, _SUM = 1, 2  # as aten numbers reductions
 
 
 def loss(logits, labels, class_weights, reduction, ignore_index, label_smoothing):

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lorafx import ops  # noqa: F401, defines torch.ops.lorafx
-from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of, within_vmap
+from lorafx.graph import Match, Rule, rewrite_updates, within_vmap
 from lorafx.ops.modes import autocast_dtype
 from lorafx.pipeline import Context, Pass
 from lorafx.tree.lookup import find_tensor
@@ -50,7 +50,17 @@ def _check(found: Match) -> str | None:
         return "one operator needs one dtype, also under autocast"
     if isinstance(found.bindings["scaling"], Node):
         return "the scaling is a tensor"
-    return "it is within a vmap" if within_vmap(found.anchor) else None
+    if within_vmap(found.anchor):
+        return "it is within a vmap"
+    return None if _has_factor(found) else "its layer does not know the matrix that its gradient is multiplied by"
+
+
+def _has_factor(found: Match) -> bool:
+    gm, number = found.anchor.graph.owning_module, found.bindings["number"]
+    assert gm is not None, "a graph that is rewritten belongs to a module"
+    tensor = find_tensor(gm, str(number.target)) if number.op == "get_attr" else None
+    forward = None if tensor is None else own_forward_of(layer_of(tensor))
+    return forward is not None and forward.factor is not None
 
 
 RULES = Rule(adapted, fused, _check), Rule(adapted_apart, fused_apart, _check)
@@ -64,22 +74,4 @@ class FuseOwnLayers(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        mode, count = fake_mode_of(gm), 0
-        for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-            applies = first_match(RULES, node)
-            if applies is None or not _has_factor(gm, applies[1].bindings["number"]):
-                continue
-            rule, found = applies
-            base: Node = node.args[0]  # type: ignore[assignment]  # what the layer gives, which carries the site
-            maker, marks = made_by(node) or Provenance(self.name), marks_of(base)
-            fused_node, _ = rule.apply(gm, found, Provenance(self.name, maker.site, maker.adapter), mode)
-            fused_node.meta |= marks
-            count += 1
-        return count
-
-
-def _has_factor(gm: GraphModule, number: Node) -> bool:
-    """Whether the layer of a number knows the matrix that its gradient is multiplied by."""
-    tensor = find_tensor(gm, str(number.target)) if number.op == "get_attr" else None
-    forward = None if tensor is None else own_forward_of(layer_of(tensor))
-    return forward is not None and forward.factor is not None
+        return rewrite_updates(RULES, gm, self.name)

@@ -2,9 +2,9 @@
 
 x Wᵀ + b + s · x Mᵀ  ->  x (W + s · M)ᵀ + b
 
-So a kind that makes its whole ΔW costs three products in a training step, where it would be five: forward one
-instead of two, and as many for the gradient of x. In half precision W + M would lose what is small beside W, so it is
-for float32 and float64 alone.
+So a kind that makes its whole ΔW costs three products in a training step, where it would be five: forward one instead
+of two, and as many for the gradient of x. In half precision W + M would lose what is small beside W, so it is for
+float32 and float64 alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lorafx.graph import Match, Provenance, Rule, fake_mode_of, first_match, made_by, marks_of
+from lorafx.graph import Match, Rule, made_by, rewrite_updates
 from lorafx.ops.modes import autocast_dtype
 from lorafx.pipeline import Context, Pass
 
@@ -39,6 +39,9 @@ def together_scaled(x, weight, bias, update, scaling):
 
 
 def _of_one_kind(found: Match) -> str | None:
+    maker = made_by(found.anchor)
+    if maker is None or not maker.adapter:
+        return "no adapter adds this"
     x, weight, update = (found.bindings[name].meta["val"] for name in ("x", "weight", "update"))
     if found.bindings["weight"].op != "get_attr" or weight.shape != update.shape:
         return "these are no weight and an update of its shape"
@@ -66,15 +69,4 @@ class SumWeights(Pass):
     requires = frozenset({"adapters"})
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
-        mode, count = fake_mode_of(gm), 0
-        for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-            maker, applies = made_by(node), first_match(RULES, node)
-            if maker is None or not maker.adapter or applies is None:
-                continue
-            rule, found = applies
-            base: Node = node.args[0]  # type: ignore[assignment]  # x Wᵀ + b, which carries the site
-            marks = marks_of(base)
-            result, _ = rule.apply(gm, found, Provenance(self.name, maker.site, maker.adapter), mode)
-            result.meta |= marks
-            count += 1
-        return count
+        return rewrite_updates(RULES, gm, self.name)

@@ -65,7 +65,7 @@ def may_share(node: Node) -> bool:
 def written_inputs(gm: GraphModule) -> set[int]:
     """The numbers of a graph's inputs that it may write to, itself or in its blocks."""
     inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    sources = (_source(value) for node in gm.graph.nodes for value in written(node, gm))
+    sources = (source_of(value) for node in gm.graph.nodes for value in written(node, gm))
     return {inputs[source] for source in sources if source in inputs}
 
 
@@ -86,8 +86,10 @@ def written(node: Node, gm: torch.nn.Module) -> list[Node]:
     return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Node)]
 
 
-def _source(node: Node) -> Node:
-    """The value whose memory a node's result may be."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node) and may_share(node):
+def source_of(node: Node, given: Container[Node] = ()) -> Node:
+    """The node whose memory a node's result may be: the operator that made it, a read, an input, or one of `given`."""
+    while node not in given and node.op == "call_function" and node.args and may_share(node):
+        if not isinstance(node.args[0], Node):
+            break
         node = node.args[0]
     return node

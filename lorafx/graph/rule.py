@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from ..torch_private.graphs import is_erased
@@ -75,6 +76,22 @@ class Rule:
                     result.meta |= marks
                 count += 1
         return count
+
+
+def rewrite_updates(rules: Iterable[Rule], gm: GraphModule, made_by: str) -> int:
+    """Rewrite each sum `base + update` by the first of these rules that applies, last first, and return how many.
+
+    The base is what a site's operator gives: the new result takes over its marks, and new nodes the sum's site.
+    """
+    mode, count = fake_mode_of(gm), 0
+    for total in reversed(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)):
+        if applies := first_match(rules, total):
+            rule, found = applies
+            maker, marks = maker_of(total) or Provenance(made_by), marks_of(total.args[0])  # type: ignore[arg-type]
+            result, _ = rule.apply(gm, found, Provenance(made_by, maker.site, maker.adapter), mode)
+            result.meta |= marks
+            count += 1
+    return count
 
 
 def first_match(rules: Iterable[Rule], anchor: Node) -> tuple[Rule, Match] | None:

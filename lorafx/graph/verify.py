@@ -64,7 +64,7 @@ def verify(
     before: Snapshot | None,
     adapters: Sequence[Adapter],
     facts: frozenset[str],
-    trained: frozenset[str] = frozenset(),
+    trained: frozenset[str],
     changed: bool = True,
 ) -> None:
     """Run every check; raise `VerifyError` with the first failure, naming the check.

@@ -240,16 +240,8 @@ _CASTS = {
     Tensor.bfloat16: torch.bfloat16,
 }
 _PROPERTIES = (
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "ndim",
-    "requires_grad",
-    "is_leaf",
-    "grad_fn",
-    "itemsize",
-    "nbytes",
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+    *("requires_grad", "is_leaf", "grad_fn"),
 )
 _PLACES = ("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested")
 _METHODS = ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")

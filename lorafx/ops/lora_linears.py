@@ -22,7 +22,7 @@ from .cpu import accumulated, linear, matmul, over_rows, product_with_update, wi
 from .library import composite
 from .lora_linear import inferred, matrix_or_row
 from .lora_linear import reference as one
-from .updates import apart, by_role
+from .updates import by_role, through_updates
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -80,12 +80,7 @@ def _gradients(*given: Any) -> tuple[Tensor | None, ...]:
     weights, _, lora_As, lora_Bs = by_role(tensors, count)
     needs_weights, needs_biases, needs_As, needs_Bs = by_role(needs, count)
     ranks = [lora_A.shape[0] for lora_A in lora_As]
-    scaling, own = apart(scalings)
-    through = [
-        x.new_zeros(x.shape[0], rank) if dy is None else matmul(dy, lora_B, factor)
-        for dy, lora_B, factor, rank in zip(dys, lora_Bs, own, ranks)
-    ]
-    g = torch.cat(through, -1)
+    g, scaling = through_updates(dys, x, scalings, lora_Bs)
     if d_hidden is not None:
         g, scaling = torch.add(d_hidden, g, alpha=scaling), 1.0
     products = [(dy, weight) for dy, weight in zip(dys, weights) if dy is not None]

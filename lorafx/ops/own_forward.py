@@ -28,8 +28,8 @@ def own_forward(
 ) -> Tensor:
     """What the own layer of this number computes of x: (…, `features`), in `dtype`, or that of x if it is None.
 
-    `weight` is what a site is known by, and not looked at; `bias` takes the place of the module's own.
-    Raises `AdapterError` for a module that gives something else.
+    `weight` is what a site is known by, and not looked at; `bias` takes the place of the module's own. Raises
+    `AdapterError` for a module that gives something else.
     """
     if isinstance(x, FakeTensor):
         return _shape(x, bias, number, features, dtype)

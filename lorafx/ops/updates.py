@@ -22,7 +22,7 @@ def by_role(flat: Sequence[Any], count: int) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(flat[place : place + count]) for place in range(0, len(flat), count))
 
 
-def apart(scalings: Sequence[float]) -> tuple[float, list[float]]:
+def _apart(scalings: Sequence[float]) -> tuple[float, list[float]]:
     """s, and what each layer's part of g is multiplied by."""
     if len(set(scalings)) == 1:
         return scalings[0], [1.0] * len(scalings)
@@ -33,7 +33,7 @@ def through_updates(
     dys: Sequence[Tensor | None], z: Tensor, scalings: Sequence[float], lora_Bs: Sequence[Tensor]
 ) -> tuple[Tensor, float]:
     """g (rows, Σ rᵢ), and s. A layer whose output nobody used has no dy, and zeros in g."""
-    scaling, own = apart(scalings)
+    scaling, own = _apart(scalings)
     each = [
         z.new_zeros(z.shape[0], lora_B.shape[1]) if dy is None else matmul(dy, lora_B, factor)
         for dy, lora_B, factor in zip(dys, lora_Bs, own)
@@ -55,7 +55,7 @@ def of_updates(
     `hidden` and g are (rows, Σ rᵢ). A layer whose output nobody used has no dy, and its tensors get no gradients.
     """
     needs_biases, needs_As, needs_Bs = needs
-    ranks, scaling = [lora_A.shape[0] for lora_A in lora_As], apart(scalings)[0]
+    ranks, scaling = [lora_A.shape[0] for lora_A in lora_As], _apart(scalings)[0]
     all_As = over_rows(g, z, scaling).split(ranks) if any(needs_As) else [None] * len(dys)
     d_biases = [dy.sum(0) if needed and dy is not None else None for needed, dy in zip(needs_biases, dys)]
     d_As = [d_A if needed and dy is not None else None for d_A, needed, dy in zip(all_As, needs_As, dys)]

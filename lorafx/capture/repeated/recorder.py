@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from ...graph import writes
-from ...graph.effects import may_share, written
+from ...graph.effects import source_of, written
 from ...graph.regions import is_size
 from ...torch_private.tensors import DisableTorchFunction
 from ...torch_private.tracing import FakeTensor, meta_like, node_of, set_slot
@@ -102,18 +102,11 @@ class Recorder:
         An input must come out as it went in, but for the numbers: so it may have no history of gradients, and it keeps
         its sizes.
         """
-        sources = [_source(value, given) for value in written(node, self.root)]
+        sources = [source_of(value, given) for value in written(node, self.root)]
         outside = [source for source in sources if source in given or source not in inside]
         tensors = [given.get(source) for source in outside]
         filled = all(t is not None and not self.record.is_own(t) and not t.requires_grad for t in tensors)
         return bool(sources) and filled and not (outside and torch.Tag.inplace_view in getattr(node.target, "tags", ()))
-
-
-def _source(value: Node, given: Container[Node]) -> Node:
-    """The node whose memory a value may be: what the layer is given, or what an operator has made."""
-    while value not in given and value.op == "call_function" and value.args and may_share(value):
-        value = value.args[0]  # type: ignore[assignment]
-    return value
 
 
 def _may_be_in_block(node: Node) -> bool:
