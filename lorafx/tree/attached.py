@@ -84,11 +84,7 @@ def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False)
     Modules that are missing on the way are made, and remembered as attached. Returns the one that has the tensor.
     """
     *parents, last = path.split(".")
-    owner = root
-    for atom in parents:
-        if atom not in owner._modules:
-            _add(owner, atom, Attached().train(owner.training))
-        owner = owner.get_submodule(atom)
+    owner = _made(root, parents)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(last, tensor)
     else:
@@ -102,13 +98,18 @@ def attach_module(root: nn.Module, path: str, module: nn.Module) -> None:
     What several modules share is one module below all of them: then a move of the model moves it once, and leaves it
     shared, which it would not with buffers.
     """
-    outer, _, last = path.rpartition(".")
+    *parents, last = path.split(".")
+    _add(_made(root, parents), last, module)
+
+
+def _made(root: nn.Module, atoms: Iterable[str]) -> nn.Module:
+    """The module on the way from `root` by these names; those that are missing are made."""
     owner = root
-    for atom in outer.split("."):
+    for atom in atoms:
         if atom not in owner._modules:
             _add(owner, atom, Attached().train(owner.training))
         owner = owner.get_submodule(atom)
-    _add(owner, last, module)
+    return owner
 
 
 def _add(owner: nn.Module, atom: str, module: nn.Module) -> None:

@@ -281,10 +281,8 @@ def _of_function(function: FunctionType) -> Iterator[Holding]:
             yield _by_names(attrgetter, cell, ["cell_contents"])
     if function.__defaults__ or function.__kwdefaults__:
         yield _by_names(attrgetter, function, ["__defaults__", "__kwdefaults__"])
-    if is_library(
-        function.__globals__.get("__name__") or ""
-    ):  # its globals stay, and what it keeps by the way is its own affair
-        return
+    if is_library(function.__globals__.get("__name__") or ""):
+        return  # its globals stay, and what it keeps by the way is its own affair
     if vars(function):
         yield Holding(dict.values, vars(function))
     named = [name for name in function.__code__.co_names if name in function.__globals__]

@@ -1,4 +1,4 @@
-"""Hooks of a mirror's modules: they run outside of whatever runs the modules' own Python operator by operator.
+"""Hooks of a mirror's modules: what interprets the modules' own Python (`serving/per_site.py`) does not see them run.
 
 A hook that casts or loads a weight for the time of a call reads that weight, as an operator does that an adapter acts
 on. It means the base's, and no adapter acts on what a hook computes.

@@ -1,4 +1,4 @@
-"""Memory: where that of a tensor begins, so that tensors are known that share it with a weight."""
+"""Memory: where a tensor's begins, and which tensors lie in the memory of others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Mirrors: a copy of a model's modules that shares every parameter and buffer with the model.
 
-A mirror module is of the same class and has the same attributes as its original; its `_parameters` and `_buffers`
-are the original's own dicts, so a tensor replaced in one is replaced in both, while its `_modules` dict is its own:
+A mirror module is of the same class and has the same attributes as its original; its `_parameters` and `_buffers` are
+the original's own dicts, so a tensor replaced in one is replaced in both, while its `_modules` dict is its own:
 adapters can hang below it and the original never sees them.
 """
 

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from ..torch_private.tensors import ENTRANCE
+from .attached import ATTACHED
 from .holdings import CONTAINERS, PLAIN, holdings, is_library, is_looked_into, own_names
+from .mirror import STATE
 
 # Attributes of every module that hold no settings: parameters, buffers, modules, hooks, and what lorafx puts there.
-MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {"_lorafx", "_lorafx_attached", ENTRANCE}
+MODULES_OWN = frozenset(vars(nn.Module())) - {"training"} | {STATE, ATTACHED, ENTRANCE}
 _PLAIN = frozenset(PLAIN)  # what most attributes are: told apart by class alone, which takes less time
 _NO_OBJECTS = (nn.Module, type, FunctionType, MethodType, *CONTAINERS)
 
