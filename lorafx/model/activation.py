@@ -48,7 +48,7 @@ def waiting(state: State) -> str:
     return found
 
 
-def started(choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Any = None) -> Choice:
+def started(choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any], offsets: Any) -> Choice:
     """The choice with where each row's adapter starts: by the ids of a call, or as `offsets` count from its end."""
     tokens, names = tokens_of(args, kwargs), choice.names
     prompt = _prompt(tokens, kwargs) if choice.repeats else None

@@ -109,7 +109,7 @@ def _serves(value: Any, tree: nn.Module) -> bool:
     return value is type(tree).forward or (isinstance(value, PartCall) and value.tree is tree and not value.path)
 
 
-def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool, layers: Ranges = ()) -> AdaptedModel:
+def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool, layers: Ranges) -> AdaptedModel:
     """An AdaptedModel over `base` with no adapter yet; over a mirror of it that has these layers, if it has others."""
     base, replicas = (base, None) if layers in ((), layers_of_others(base)) else replicated(base, layers)
     tree = mirrored(base)

@@ -59,7 +59,7 @@ def _serve(
     context = state.context
     names = state.acting
     if choice is not None:
-        context, kwargs = as_chosen(tree, choice, args, in_one_order(type(module_at(tree, path)), kwargs))
+        context, kwargs = as_chosen(choice, args, in_one_order(type(module_at(tree, path)), kwargs))
         names = () if state.disabled else tuple(named(choice))
     acting = [state.adapters[name] for name in names if name not in context.merged]
     keep_within_bounds(tree, acting)

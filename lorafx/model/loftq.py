@@ -6,7 +6,7 @@ B A  ≈  W - dequantised(Q)        W from the files of the full model, one tens
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def replace_lora_weights_loftq(
     kind other than LoRA. The adapter is as it was in each case, and where the callback raises.
     """
     adapter = of(peft_model)._require_unmerged(adapter_name, "replacing its values")
-    sites = list(_quantised(peft_model, adapter))
+    sites = [site for site in adapter.selection if site.storage.lossy and site.storage.readable]
     if not sites:
         raise AdapterError(
             f"{adapter_name!r} adapts no quantised weight that can be read: there is nothing to make up for"
@@ -70,21 +70,11 @@ def replace_lora_weights_loftq(
         raise
 
 
-def _quantised(tree: nn.Module, adapter: Adapter) -> Iterator[Site]:
-    for site in adapter.selection:
-        if site.storage.lossy and site.storage.readable:
-            yield site
-
-
-def _dense(tree: nn.Module, site: Site) -> Tensor:
-    return site.storage.dense(site.storage.stored(tree.get_submodule(site.module), site.parameter)).float()
-
-
 def _replace(tree: Any, adapter: Adapter, site: Site, files: _FullWeights, callback: Callback | None) -> None:
     """New values at a site, kept unless the callback says no."""
     own, specs = adapter.tensors_at(tree, site), adapter.kind.tensors(site, adapter.config)
     before = {suffix: tensor.clone() for suffix, tensor in own.items()}
-    dense = _dense(tree, site)
+    dense = site.storage.dense(site.storage.stored(tree.get_submodule(site.module), site.parameter)).float()
     delta = files.read(site).to(dense.device, torch.float32) - dense
     values = {name: torch.empty(spec.shape, device=dense.device) for name, spec in specs.items()}
     adapter.kind.approach(site, adapter.config, values, delta)

@@ -83,6 +83,11 @@ class Merges(Part):
             )
         return adapter
 
+    def _without_merged(self, path: str) -> Tensor:
+        """The tensor at a path, as it is without adapters that are merged into it."""
+        ledger = self._lorafx.ledger
+        return ledger.original(self.tree, path) if path in ledger.entries else tensor_at(self.tree, path)
+
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
         """Unmerge what is merged, and merge it again after the `with` block, with what acts then."""

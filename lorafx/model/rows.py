@@ -61,9 +61,7 @@ def named(choice: Choice) -> list[str]:
     return list(dict.fromkeys(name for name in choice.names if name is not None))
 
 
-def as_chosen(
-    tree: nn.Module, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Context, dict[str, Any]]:
+def as_chosen(choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Context, dict[str, Any]]:
     """What acts in a call of which each row has chosen, and the arguments by name with the rows' numbers among them."""
     state: State = choice.state
     first = first_tensor((*args, *kwargs.values()))
@@ -90,7 +88,7 @@ def acting_in(tree: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     choice, kwargs = choice_of(tree, "", args, kwargs)
     if choice is None:
         return vars(tree)[STATE].context, kwargs
-    return as_chosen(tree, choice, args, in_one_order(type(tree), kwargs))
+    return as_chosen(choice, args, in_one_order(type(tree), kwargs))
 
 
 def _repeats(choice: Choice, first: Tensor | None) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.slots import put, used, without_room
-from ..errors import AdapterError, warn
+from ..errors import AdapterError, CheckpointError, warn
 from ..files import checkpoint
 from ..files.given import Given
 from ..files.hub import upload
 from ..files.model_card import CARD, add_tags
-from ..tree.lookup import copy_into, find_tensor, first_name, tensor_at
+from ..tree.lookup import copy_into, find_tensor, first_name
 from ..tree.wrappers import unwrapped
 from .merges import Merges
 
@@ -57,7 +57,7 @@ class Saving(Merges):
         unknown name and where there is no adapter, `ConfigError` for a conversion that PEFT's format cannot say.
         """
         if not safe_serialization:
-            raise checkpoint.CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
+            raise CheckpointError("adapters are written as safetensors only; drop safe_serialization=False")
         initial = path_initial_model_for_weight_conversion
         start = None if initial is None else checkpoint.read(initial)
         names = list(self._lorafx.adapters) if selected_adapters is None else self._listed(selected_adapters)
@@ -131,10 +131,6 @@ class Saving(Merges):
         tensors = {key: own[path] for key, path in paths.items()}
         return tensors | checkpoint.repeats(self.tree, adapter, tensors)
 
-    def _without_merged(self, path: str) -> Tensor:
-        ledger = self._lorafx.ledger
-        return ledger.original(self.tree, path) if path in ledger.entries else tensor_at(self.tree, path)
-
     def load_adapter_state_dict(self, values: Mapping[str, Tensor], adapter_name: str = "default") -> None:
         """Give an adapter that is there these values, in place; keys are those of `adapter_state_dict`.
 
@@ -169,7 +165,7 @@ class Saving(Merges):
         (README.md) already, that one stays. Returns the commit. Raises `CheckpointError`.
         """
         if not save.get("is_main_process", True):
-            raise checkpoint.CheckpointError("push_to_hub writes on one process; call it there only")
+            raise CheckpointError("push_to_hub writes on one process; call it there only")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save)
             card = Path(folder) / CARD

@@ -129,12 +129,7 @@ class Weighted(Adapters):
     def _taken_over(self, adapter: Adapter, sources: Sequence[Adapter]) -> dict[str, Tensor]:
         """The values of the adapter's own copies of base tensors, by path: those of the one that has them."""
         copies = {base: path for source in sources for base, path in source.replaced.items()}
-        ledger = self._lorafx.ledger
-        return {
-            path: ledger.original(self.tree, own) if own in ledger.entries else tensor_at(self.tree, own)
-            for base, path in adapter.replaced.items()
-            for own in [copies.get(base, base)]
-        }
+        return {path: self._without_merged(copies.get(base, base)) for base, path in adapter.replaced.items()}
 
 
 def _require_weights(weights: Sequence[float], count: int) -> None:

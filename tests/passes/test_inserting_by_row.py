@@ -18,7 +18,7 @@ BOTH = {name: {"target_modules": ["0", "inner"]} for name in "ab"}
 
 
 def graph_of(lora, names, **call):
-    context, kwargs = as_chosen(lora, chosen(lora._lorafx, names), (), call)
+    context, kwargs = as_chosen(chosen(lora._lorafx, names), (), call)
     return lora._lorafx.dispatcher.program(lora, context, (), kwargs).gm
 
 
@@ -104,5 +104,5 @@ def test_rows_are_known_behind_other_sites_of_flattened_tokens():
 def test_beams_have_the_adapters_of_their_rows():
     lora = with_adapters(nn.Sequential(nn.Linear(6, 4)), BOTH)
     choice = Choice(lora._lorafx, ("b", None, "a"), repeats=True)
-    _, kwargs = as_chosen(lora, choice, (torch.randn(6, 6),), {})
+    _, kwargs = as_chosen(choice, (torch.randn(6, 6),), {})
     assert kwargs["lorafx_rows"].tolist() == [2, 2, 0, 0, 1, 1]
