@@ -1,4 +1,4 @@
-"""Functions of PEFT's that take a model with adapters. Each is a method of the model here, by which it is told.
+"""Functions of PEFT's that take a model with adapters. Each calls the method of the model that does it here.
 
 They take what somebody has put around an adapted model, too, as `torch.compile(lora)`. All raise `AdapterError` for a
 model that is not adapted.

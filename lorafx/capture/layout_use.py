@@ -1,4 +1,4 @@
-"""What a model asks of how a tensor lies in memory: a graph of one that asks is a graph for contiguous arguments alone.
+"""Whether a model asks how tensors lie in memory, as by their strides: its graph is for contiguous arguments alone.
 
 A call is captured with copies of its arguments, and one graph serves tensors however they lie, as operators do.
 """

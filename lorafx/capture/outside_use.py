@@ -74,9 +74,9 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 class OutsideUse(TorchFunctionMode):
     """Watches what this thread's model does besides computing; the last mode to be entered.
 
-    Raises `CaptureError` where it hands torch a generator, and at the end `ForGood` for the first of all else that
-    it did: a warning that comes once, or a file that is read once, may not come again.
-    A profiler that is running already is left alone, and nothing is seen.
+    Raises `CaptureError` where it hands torch a generator, and at the end `ForGood` for the first of all else that it
+    did: a warning that comes once, or a file that is read once, may not come again. A profiler that is running already
+    is left alone, and nothing is seen.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """A large folder written file by file, under another name until it is whole; a writer that was killed goes on later.
 
 The folder `out` is `.out.partial` while it is written. Each file in it gets its name when the disk has it, so what is
-there under its name is whole. A note says what the folder is to become: who comes with the same note finds the
-files that are done, and who comes with another one begins anew. A lock keeps two writers apart.
+there under its name is whole. A note says what the folder is to become: who comes with the same note finds the files
+that are done, and who comes with another one begins anew. A lock keeps two writers apart.
 """
 
 from __future__ import annotations

@@ -23,9 +23,8 @@ class Backend:
     `name` is "eager", a `torch.compile` backend, or "auto": Inductor where the graph's parameters are on CUDA, the
     graph as it is elsewhere. `mode` is one of `torch._inductor.list_mode_options()`. Where that has CUDA graphs in it,
     lorafx records them itself, of eager graphs too: Inductor's own cannot have one compiled layer feed the next call of
-    itself, and training fails. `budget` is AOTAutograd's, from 0
-    (recompute all) to 1 (keep all that it would keep by itself); None is that without norms and activations. Raises
-    `ConfigError` for what is none of these.
+    itself, and training fails. `budget` is AOTAutograd's, from 0 (recompute all) to 1 (keep all that it would keep by
+    itself); None is that without norms and activations. Raises `ConfigError` for what is none of these.
 
     What somebody gave to torch.compile around an adapted model is a backend, too (`of`): `options` are then Inductor's
     settings, or `compiler` is what compiles, and `dynamic=False` has pieces compiled for each size.
@@ -83,5 +82,6 @@ class Backend:
         """The name of what compiles this graph; "eager" if nothing does."""
         if self.compiler is not None:
             return f"torch.compile's {self.name}"
-        on_cuda = self.name == "auto" and any(p.is_cuda for p in gm.parameters())
-        return "inductor" if on_cuda else self.name.replace("auto", "eager")
+        if self.name != "auto":
+            return self.name
+        return "inductor" if any(p.is_cuda for p in gm.parameters()) else "eager"

@@ -47,9 +47,8 @@ class Target:
 class Entry:
     """One base parameter: what is merged into it, and how to restore the tensors that hold it.
 
-    `dtype` and `device` are those it had. `kept` has the blocks of each of these tensors that are merged. `lost`
-    is the share of the merged weight that its storage cannot hold, as the Frobenius norm of the one to that of the
-    other.
+    `dtype` and `device` are those it had. `kept` has the blocks of each of these tensors that are merged. `lost` is the
+    share of the merged weight that its storage cannot hold, as the Frobenius norm of the one to that of the other.
     """
 
     target: Target

@@ -24,6 +24,10 @@ from ..torch_private.tensors import is_compiled_now, is_wrapped
 from ..tree.lookup import find_tensor
 from .call_key import Call
 
+# Functions of these are given all tensors that they pass gradients to, as re-entrant checkpoints are not.
+_SEEN_THROUGH = ("lorafx.", "torch._library.", "torch._functorch.")
+_ADVICE = "Choose targets that this call runs (the model may read their weights in a way that no graph shows)"
+
 
 def acts_in(gm: GraphModule) -> bool:
     """Whether a rewritten graph, or a block that it runs, has a site or reads an adapter's own copy of a tensor."""
@@ -48,7 +52,7 @@ class Acting:
 
         `result` is what the call gave, if it has run: threads of the model's own may have run sites unseen.
         """
-        names = tuple(adapter.name for adapter in call.context.adapters)
+        names = _names(call)
         if acts:
             self._acted.add((names, call.path))
         elif any(_within(call)) and not (_leads_back(call.leaves, call, unknown=True) or _leads_back(result, call)):
@@ -84,16 +88,11 @@ class Acting:
             return
         own = set(map(id, (*call.leaves, *call.tree.parameters())))
         if all(id(leaf) in own for leaf in _reached(outputs)):
-            names = tuple(adapter.name for adapter in call.context.adapters)
             raise AdapterError(
-                f"no gradient of what {_subject(call)} gives reaches {_listed(names)}, so this training step would "
-                f"train nothing of {_sites(call)}: does the model detach what they give, or run them in `no_grad`?"
+                f"no gradient of what {_subject(call)} gives reaches {_listed(_names(call))}, so this training step "
+                f"would train nothing of {_sites(call)}: does the model detach what they give, or run them in "
+                "`no_grad`?"
             )
-
-
-# Functions of these are given all tensors that they pass gradients to, as re-entrant checkpoints are not.
-_SEEN_THROUGH = ("lorafx.", "torch._library.", "torch._functorch.")
-_ADVICE = "Choose targets that this call runs (the model may read their weights in a way that no graph shows)"
 
 
 def _wants_gradients(call: Call) -> bool:
@@ -146,6 +145,10 @@ def _reached(outputs: list[Tensor]) -> Iterator[Tensor | None]:
 def _is_plain(output: Tensor) -> bool:
     """Whether autograd's history of a tensor can be looked at."""
     return type(output) in (Tensor, nn.Parameter, Deferred) and not is_wrapped(output)
+
+
+def _names(call: Call) -> tuple[str, ...]:
+    return tuple(adapter.name for adapter in call.context.adapters)
 
 
 def _subject(call: Call) -> str:

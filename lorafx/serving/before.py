@@ -1,4 +1,4 @@
-"""Before: what a call may change, as it was before the call, for some have to be run once more.
+"""Before: how all was that a call may change, to be put back where the call has to run once more.
 
 A call, or a part of one, may turn out to need a graph when its own Python has run half way. Then a model that counts,
 draws random numbers or fills a cache must be as though nothing had run.

@@ -1,4 +1,4 @@
-"""What one torch function concerns that is to be a graph of its own: adapters, as far as they act on its tensors."""
+"""Concerned: the adapters that act on the tensors of one torch function, which is to be a graph of its own."""
 
 from __future__ import annotations
 

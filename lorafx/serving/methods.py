@@ -1,4 +1,4 @@
-"""Methods: what a function that torch is asked for does to the tensor whose method it is."""
+"""Methods: whether a torch function is a method of tensors, reads an attribute, or takes numbers out of torch."""
 
 from __future__ import annotations
 

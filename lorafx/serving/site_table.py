@@ -61,9 +61,9 @@ class SiteTable:
     `acting` are the adapters of `context`, with their sites, by the path of the weight; `copies` are the adapters' own
     by the path of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers`
     are those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
-    `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many
-    calls of a kind were looked at, function by function. Tables for adapters of one form share these two. `held` tells
-    whether the adapters' own modules are still those whose tensors are looked up.
+    `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many calls of a
+    kind were looked at, function by function. Tables for adapters of one form share these two. `held` tells whether the
+    adapters' own modules are still those whose tensors are looked up.
     """
 
     weights: tuple[Place, ...]

@@ -16,10 +16,10 @@ from ..readings.reading import names_of
 class Storage:
     """A way of keeping weights. A subclass says which modules keep theirs so, and how.
 
-    `whole` says that a module has one such weight, which its site is not named after, `readable` that
-    graphs and code outside of the module can make it dense. `lossy` says that `dense(packed(W))` may differ from W by
-    more than one rounding. `operators` are operators that read the stored
-    weight itself; besides them a graph may read it by any operator of its reading, on the result of `expression`.
+    `whole` says that a module has one such weight, which its site is not named after, `readable` that graphs and code
+    outside of the module can make it dense. `lossy` says that `dense(packed(W))` may differ from W by more than one
+    rounding. `operators` are operators that read the stored weight itself; besides them a graph may read it by any
+    operator of its reading, on the result of `expression`.
     """
 
     name = ""

@@ -5,8 +5,8 @@ addmm(any, X, Y, beta=0)     ->  addmm_(empty, X, Y, beta=0)    where nothing is
 
 Inductor writes `addmm` to new memory, and torch copies the addend there before it multiplies: a pass over every y and
 every dx of an adapted linear for nothing. An addend that is not read is expanded to the product's shape all the same,
-which takes longer than a small product. (Inductor itself has a list of operators to run in place. That list belongs
-to the process, and adding to it would change what others compile.)
+which takes longer than a small product. (Inductor itself has a list of operators to run in place. That list belongs to
+the process, and adding to it would change what others compile.)
 """
 
 from __future__ import annotations
