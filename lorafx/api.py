@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from . import passes  # type: ignore[attr-defined]
-from .adapters.adapter import plan
 from .adapters.config import AdapterConfig
 from .adapters.kinds import config_of
+from .adapters.planning import plan
 from .errors import AdapterError, ConfigError, PipelineError, warn
 from .files import checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
@@ -25,7 +25,8 @@ from .tree.attached import ATTACHED
 from .tree.lookup import copy_into
 from .tree.mirror import mirrored
 from .tree.replication import layers_of_others, replicated
-from .tree.wrappers import require_no_layers_of_peft, require_tensors_in_place, unwrapped
+from .tree.unfit_bases import require_no_layers_of_peft, require_tensors_in_place
+from .tree.wrappers import unwrapped
 
 Passes = Pipeline | Iterable[Pass] | str
 
@@ -163,9 +164,7 @@ def _ready(
 
 
 def _pipeline(
-    pipeline: Passes | None,
-    gradient_checkpointing: bool | str = False,
-    adapter_compute_dtype: torch.dtype | str | None = None,
+    pipeline: Passes | None, gradient_checkpointing: bool | str, adapter_compute_dtype: torch.dtype | str | None
 ) -> Pipeline:
     chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
     if gradient_checkpointing not in (False, True, "offload"):

@@ -12,8 +12,9 @@ from ..errors import AdapterError
 from ..tree.attached import attach, attach_module, detach
 from ..tree.lookup import tensor_at
 from ..tree.wrappers import loading_device
-from .adapter import Adapter, placed
+from .adapter import Adapter
 from .kinds import SCALING, Spec
+from .planning import placed
 from .site import Site
 from .start_values import Rests, drawn, start_values, unsaved
 
@@ -35,9 +36,9 @@ def build(
     A site's tensors take its weight's dtype and device (where it is in a call, if accelerate keeps it elsewhere); with
     `autocast_adapter_dtype` float32 if that is a float of 16 or 8 bits; with `on_meta` all that a state dict has take
     the meta device, but for those that are taken out of the base. Copies of base tensors take device and dtype from
-    those. Values are `values`, by path, if given (of an adapter that is loaded), else the kind's
-    start values or the base's: `random_state` seeds a generator for them, None uses torch's global one.
-    Raises `AdapterError` for a copy of a tensor that accelerate has offloaded, or start values taken out of one.
+    those. Values are `values`, by path, if given (of an adapter that is loaded), else the kind's start values or the
+    base's: `random_state` seeds a generator for them, None uses torch's global one. Raises `AdapterError` for a copy of
+    a tensor that accelerate has offloaded, or start values taken out of one.
 
     Returns what is to be left of base weights that start values are taken out of, also where these give way to
     `values`. It is not written yet.

@@ -32,8 +32,8 @@ def start_values(
     """The kind's start values for a kind of device, by suffix; and the tensors that keep what is left of the weight.
 
     There are none of the latter for a kind that takes nothing out of it. Without `from_weight` the kind is not given
-    the weight, for tensors that do not depend on it. Raises `AdapterError` if it should be taken
-    from a weight without values.
+    the weight, for tensors that do not depend on it. Raises `AdapterError` if it should be taken from a weight without
+    values.
     """
     takes = kind.takes_from_base(site, config)
     where = torch.device("meta" if device == "meta" else "cpu")  # the same random numbers, whatever the device

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, plan
+from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
 from ..adapters.kinds import config_of
+from ..adapters.planning import plan
 from ..adapters.site import Site
 from ..adapters.slots import without_room
 from ..adapters.start_values import completed

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import TRAINED_BIAS, Adapter, plan, remove
+from ..adapters.adapter import TRAINED_BIAS, Adapter, remove
 from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
 from ..adapters.kinds import Spec, config_of
 from ..adapters.notes import forget
+from ..adapters.planning import plan
 from ..adapters.slots import put, used
 from ..adapters.start_values import Rests
 from ..adapters.storages import keep_own_layers

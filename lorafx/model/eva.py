@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from ..adapters.adapter import Adapter, plan
+from ..adapters.adapter import Adapter
 from ..adapters.kinds import config_of
 from ..adapters.kinds.lora import pattern_value, rank
+from ..adapters.planning import plan
 from ..adapters.readings import CONV1D, LINEAR
 from ..adapters.selection import select
 from ..adapters.site import Site

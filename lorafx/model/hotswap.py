@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter, plan, remove
+from ..adapters.adapter import Adapter, remove
 from ..adapters.building import scaled
 from ..adapters.config import require
 from ..adapters.kinds import SCALING, config_of
+from ..adapters.planning import plan
 from ..adapters.slots import add_idle, differences, idles, put, require_swappable, widened
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError, ConfigError, warn

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, plan
+from ..adapters.adapter import Adapter
 from ..adapters.combining import Combination
 from ..adapters.config import is_number, require
+from ..adapters.planning import plan
 from ..adapters.site import Selection, Site
 from ..adapters.slots import used, without_room
 from ..errors import AdapterError, ConfigError, SelectionError

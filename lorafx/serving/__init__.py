@@ -1,13 +1,21 @@
 """Serving: which program serves a call.
 
 In come an adapted tree and a call; out comes its result. `dispatcher` takes the call's key, finds a program for it and
-runs it. A new kind of call is served without a graph until it has come more often (`early_calls`). `call_key` says what
-a program was specialised on, `tree_state` and `attribute_guards` what of it lies in the tree, and `programs` keeps what
-was made. `graph_builder` makes a graph; `interpret` runs the model's own Python where there is none, `per_site`: what
-reads an adapted weight, as the `site_table` says, is computed in the adapters' equations (`direct`), or by
-`site_graphs`. What is decided on the way has a file for each idea: `free_counters` (which integers may be any),
-`misses` (in what a new kind of call differs), `site_policy` (what goes by sites, and why), `settling` (models that
-change themselves once), `checkpointing` (what runs again in backward), `scripts` (functions of TorchScript that read a
-weight), `adapter_hooks` (hooks on an adapter's own modules), `traced` (calls that somebody else records) and `acting`
-(whether a call ran a site at all).
+runs it. `call_key` says what a program was specialised on, `tree_state` and `attribute_guards` what of that lies in the
+tree; `programs` keeps what was made.
+
+A program is a graph: `graph_builder` makes one, once a kind of call has come often (`early_calls`); `rebinding` makes
+one of another that has other adapters. `misses` knows in what a new kind of call differs, and `free_counters` which
+integers may be any.
+
+Or it is the model's own Python, which `interpret` runs. `per_site` is told of each function that reads a weight of the
+`site_table`, and has it computed in the adapters' equations (`direct`), or by a graph of its own (`site_graphs`) with
+the adapters that are `concerned`. `site_policy` says which calls go so, and why; `before` puts back what a call has
+changed that has to start anew.
+
+The rest is one question each: do all `adapted_modules` still hold their weights, has a call run a site at all
+(`acting`), which adapter has each row (`choosing`), who hooks an adapter's modules (`adapter_hooks`), does the model
+change itself once (`settling`), what runs again in backward (`checkpointing`), what reads a weight in TorchScript
+(`scripts`), in a backward of its own (`own_backward`) or by a tensor's `methods`, and does somebody record the call
+(`traced`).
 """

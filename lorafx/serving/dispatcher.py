@@ -13,8 +13,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..adapters.by_row import ROWS
-from ..adapters.site import Site
-from ..adapters.storages import require_not_packed_since
 from ..capture.arguments import describe_call
 from ..capture.export import FILLS
 from ..capture.layout_use import CONTIGUOUS, all_contiguous
@@ -28,10 +26,9 @@ from ..pipeline import Context, Observer, Pipeline
 from ..torch_private.replacing import checkpoints_replaced, scripts_replaced, threads_replaced
 from ..torch_private.tensors import is_within_transform
 from ..tree.attached import has_copies_among_children
-from ..tree.lookup import module_at
-from ..tree.wrappers import innermost, is_fsdp1
 from . import early_calls
 from .acting import Acting, acts_in
+from .adapted_modules import require_adapted_modules
 from .before import Before, RunAgain
 from .call_key import Call, CallKey
 from .checkpointing import as_served_now, without_reentrant
@@ -364,36 +361,7 @@ def title_of(call: Call) -> str:
     return f"{call.path}({title})" if call.path else title
 
 
-def require_adapted_modules(call: Call, fit: set[str]) -> None:
-    """Raise `AdapterError` if modules that an adapter hangs below, or the weights there, have been replaced since.
-
-    `fit` are the paths of those whose weights were looked at before, in a tree of the same layout.
-    """
-    for adapter in call.context.adapters:
-        adapter.require_in_place(call.tree)
-        sites = [site for site in adapter.selection if site.module not in fit]
-        computed = [site.name for site in sites if _is_computed(call.tree, site)]
-        if computed:
-            raise AdapterError(
-                f"{', '.join(computed)}: the weight that the adapter {adapter.name!r} adapts is no tensor of its module"
-                " any more, as when it is parametrized, normed or pruned; undo that, or delete the adapter"
-            )
-        require_not_packed_since(call.tree, sites)
-        fit.update(site.module for site in sites)
-
-
-def _is_computed(tree: nn.Module, site: Site) -> bool:
-    """Whether a site's module has no such tensor of its own since, but computes its weight.
-
-    FSDP1 has whole ones there while it runs, and says so nowhere.
-    """
-    if site.storage.whole:
-        return False
-    owner = innermost(module_at(tree, site.module))
-    missing = owner._parameters.get(site.parameter) is None and owner._buffers.get(site.parameter) is None
-    return missing and not any(map(is_fsdp1, tree.modules()))
-
-
+# For the whole process, for whoever runs it: what comes of a call of an adapted model must find its way back to that.
 checkpoints_replaced(as_served_now)
 threads_replaced(as_served_now)
 scripts_replaced(run_script)

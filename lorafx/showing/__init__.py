@@ -1,8 +1,8 @@
 """Showing: what the passes made of a call, for people to read.
 
 In comes a captured graph and a pipeline, which is run once more on a copy while each stage is recorded as plain values
-(`history.py`). Out comes text about one place in it (`text.py`), or a page in one HTML file that shows all of it
-(`page.py`, with `page/`).
+(`history`). Out comes `text` about one place in it, or a `page` in one HTML file that shows all of it (with what is in
+`assets/`). `heat` is how much each adapter does at each site.
 """
 
 from .heat import Heat, heats

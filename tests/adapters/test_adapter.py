@@ -8,10 +8,9 @@ from torch import nn
 
 import lorafx
 from lorafx.adapters import readings, storages
-from lorafx.adapters.adapter import plan
 from lorafx.adapters.readings import LINEAR, Reading
 from lorafx.adapters.storages import Dense
-from lorafx.errors import AdapterError, SelectionError
+from lorafx.errors import AdapterError
 from lorafx.tree.attached import attach
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -84,18 +83,6 @@ def test_the_first_reading_and_the_first_storage_that_fit_count():
         storages.STORAGES.remove(storage)
 
 
-def test_planning_touches_nothing():
-    model = Chain()
-    before = dict(model.named_modules()), dict(model.named_parameters())
-    planned = plan(model, "task", lorafx.LoraConfig(target_modules=["second"], bias="lora_only"))
-    assert (dict(model.named_modules()), dict(model.named_parameters())) == before
-    assert sorted(planned.paths) == [
-        "second.lora_A.task.weight",
-        "second.lora_B.task.weight",
-        "second.trained_bias.task.bias",
-    ]
-
-
 def test_the_part_below_a_layer_has_the_layers_names():
     lora = adapted(Stack(depth=2), target_modules=["up", "head"])
     lora.set_scale("default", 0.5)
@@ -113,21 +100,6 @@ def test_the_part_below_a_layer_has_the_layers_names():
 def test_there_is_no_part_below_a_layer_whose_copies_hang_above_it():
     lora = adapted(nn.ModuleDict({"stack": Stack(depth=2)}), target_modules=["head"], modules_to_save=["layers"])
     assert lora._lorafx.adapters["default"].relative_to("stack.layers.0") is None
-
-
-def test_a_bias_of_a_saved_module_is_trained_there():
-    config = lorafx.LoraConfig(target_modules=["first"], modules_to_save=["second"], bias="all")
-    assert plan(Chain(), "task", config).replaced == {
-        "second.weight": "second.modules_to_save.task.weight",
-        "second.bias": "second.modules_to_save.task.bias",
-    }
-
-
-def test_only_what_is_called_bias_is_trained():
-    """As in PEFT: the packed bias of an attention stays."""
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
-    planned = plan(model, "task", lorafx.LoraConfig(r=2, target_modules=["attention"], bias="lora_only"))
-    assert planned.replaced == {"attention.out_proj.bias": "attention.out_proj.trained_bias.task.bias"}
 
 
 def test_a_failure_half_way_hangs_nothing_in(monkeypatch):
@@ -151,23 +123,6 @@ def test_layers_are_of_one_form_if_their_equations_and_tensors_are():
     assert forms[0] == forms[1] != forms[2]
     lora.layers[1].up.eval()
     assert adapter.relative_to("layers.1").signature(lora.layers[1]) != forms[0], "dropout depends on the mode"
-
-
-class Packed(nn.Linear):
-    """A layer that keeps two numbers of its weight in a byte, as quantised ones do."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs)
-        self.weight = nn.Parameter(torch.zeros(inputs * outputs // 2, 1, dtype=torch.uint8), requires_grad=False)
-
-
-@pytest.mark.parametrize("targets", [["0"], "all-linear"])
-def test_a_quantised_weight_that_no_storage_knows_is_refused_by_name(targets):
-    base = nn.Sequential(Packed(4, 6), nn.Linear(6, 3), nn.Linear(3, 3))
-    before = {path: parameter.requires_grad for path, parameter in base.named_parameters()}
-    with pytest.raises(SelectionError, match=r"0 \(test_adapter\.Packed\) keeps its weight as torch\.uint8"):
-        lorafx.compile(base, {"r": 2, "target_modules": targets})
-    assert {path: parameter.requires_grad for path, parameter in base.named_parameters()} == before
 
 
 @pytest.mark.parametrize(

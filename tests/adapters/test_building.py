@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lorafx
-from lorafx.adapters.adapter import plan
 from lorafx.adapters.building import build
+from lorafx.adapters.planning import plan
 
 VERA = {"peft_type": "VERA", "r": 3, "target_modules": ["0", "1"]}
 

@@ -9,7 +9,8 @@ from packed_layers import CONFIG, Elsewhere, Layers, Packed, formula, hold, trai
 from torch import nn
 
 import lorafx
-from lorafx.adapters import adapter, kinds
+from lorafx.adapters import kinds
+from lorafx.adapters.planning import plan
 from lorafx.adapters.readings import LINEAR
 from lorafx.adapters.storages import weights_of
 from lorafx.adapters.storages.opaque import Opaque
@@ -96,7 +97,7 @@ def test_a_kind_that_needs_the_weight_is_refused(monkeypatch):
     config = kinds.config_of(CONFIG)
     monkeypatch.setattr(type(kinds.kind_of(config)), "reads_weight", True)
     with pytest.raises(ConfigError, match=r"layers\.0\.up.*cannot be read by anyone but the layer"):
-        adapter.plan(Layers(Packed), "default", config)
+        plan(Layers(Packed), "default", config)
 
 
 def test_first_calls_need_no_graph(early):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from graphs import Chain, adapted
 
-from lorafx.adapters.adapter import plan
 from lorafx.adapters.kinds import LoraConfig
+from lorafx.adapters.planning import plan
 from lorafx.adapters.slots import add_idle, differences, put, require_swappable, used, widened, without_room
 from lorafx.errors import AdapterError
 from lorafx.tree.mirror import mirrored

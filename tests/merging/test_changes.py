@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapters.adapter import plan
 from lorafx.adapters.kinds import LoraConfig
+from lorafx.adapters.planning import plan
 from lorafx.errors import AdapterError, MergeError
 from lorafx.merging import steps
 from lorafx.merging.changes import Change, Values, changes_of, rounded
