@@ -33,6 +33,26 @@ def test_before_and_after():
     assert node.meta[SITE] and node.meta[ADAPTED_BY]
 
 
+class TwoPaths(Chain):
+    """A base that itself adds the product with a matrix to a linear's."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = torch.nn.Parameter(torch.randn_like(self.second.weight))
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return self.second(hidden) + torch.nn.functional.linear(hidden, self.beside)
+
+
+def test_what_no_adapter_adds_stays_a_sum_of_results():
+    config = lorafx.HiraConfig(r=2, init_weights=False, target_modules=["first"])
+    graphs = pair(torch.randn(5, 2, 4), TwoPaths(), config)
+    before, after = ([line for line in text(gm) if "linear(relu" in line] for gm in graphs)
+    assert text(graphs[0]) != text(graphs[1]), "the adapter's own sum is one of weights"
+    assert len(before) == len(after) == 2
+
+
 def test_half_precision_keeps_small_updates_apart():
     graphs = pair(torch.randn(5, 2, 4).bfloat16(), Chain().bfloat16())
     assert text(graphs[0]) == text(graphs[1])
