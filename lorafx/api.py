@@ -82,7 +82,7 @@ def compile(
     adapted = adapt(model, dispatcher, autocast_adapter_dtype, config.replicates)
     try:
         rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
-        of(adapted).set_adapter(adapter_name)
+        of(adapted).set_adapter(adapter_name, inference_mode=config.inference_mode)
         _ready(adapted, gradient_checkpointing, example_inputs)
     except BaseException:
         of(adapted)._leave()
@@ -132,7 +132,7 @@ def load(
     adapted = adapt(model, dispatcher, autocast_adapter_dtype, found.config.replicates)
     try:
         rests = of(adapted)._install(fitted, values=values)
-        of(adapted).set_adapter(adapter_name)
+        of(adapted).set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
             adapted.eval()
         _ready(adapted, gradient_checkpointing, example_inputs)

@@ -97,6 +97,8 @@ class Adapters(Scales):
             self._take_config(adapter)
         else:
             self._leave_rests(self._install(adapter, autocast_adapter_dtype, values=values))
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
         copy_into(self.tree, embeddings)
         if not is_trainable and any(module.training for module in own_modules(self.tree)):
             self.tree.eval()  # which visits the modules of all adapters
@@ -174,7 +176,7 @@ class Adapters(Scales):
     def set_adapter(
         self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
     ) -> None:
-        """Make these adapters, and no others, active and trainable, but for those in inference mode.
+        """Make these adapters, and no others, active and trainable, as in PEFT also those loaded for inference.
 
         The first acts innermost. Given as `{"a": 0.7, "b": -0.3}`, each also gets that scale, as by `set_scale`, which
         is what weighs them: once these are tensors, other weights capture and compile nothing. With `inference_mode`
@@ -196,9 +198,18 @@ class Adapters(Scales):
         for name, weight in weights.items():
             self.set_scale(name, weight)
         self._lorafx.active = names
+        if not inference_mode:
+            self._mean_to_train(names)
         self._set_trainable()
         if inference_mode:
             self._freeze(names)
+
+    def _mean_to_train(self, names: Sequence[str]) -> None:
+        """Take it from adapters that were loaded for inference that they never train."""
+        for name in names:
+            adapter = self._lorafx.adapters[name]
+            if adapter.config.inference_mode:
+                self._lorafx.adapters[name] = replace(adapter, config=adapter.config.replace(inference_mode=False))
 
     def _freeze(self, names: Sequence[str]) -> None:
         for name in names:

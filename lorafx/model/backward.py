@@ -59,7 +59,8 @@ def _reason(state: State) -> str | None:
     frozen = [name for name in state.acting if state.adapters[name].config.inference_mode]
     if len(frozen) == len(state.acting):
         return (
-            f"{', '.join(map(repr, frozen))} loaded for inference; pass is_trainable=True to `load` or `load_adapter`"
+            f"{', '.join(map(repr, frozen))} loaded for inference; pass is_trainable=True to `load` or `load_adapter`, "
+            "or call `set_adapter`"
         )
     return None
 

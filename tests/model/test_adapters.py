@@ -144,6 +144,21 @@ def test_who_trains_is_who_is_active_until_somebody_says_otherwise():
     assert flags(lora) == {"b": True, "c": False}
 
 
+def test_an_adapter_loaded_to_train_does_so_at_once_and_others_when_they_become_active(tmp_path):
+    lora = adapted(Chain())
+    lora.save_pretrained(tmp_path)
+    lora.load_adapter(tmp_path, "trained", is_trainable=True)
+    lora.load_adapter(tmp_path, "loaded")
+    assert flags(lora) == {"default": True, "trained": True, "loaded": False}
+    lora.set_adapter("loaded", inference_mode=True)
+    assert flags(lora) == {"default": False, "trained": False, "loaded": False}
+    lora.set_adapter("loaded")
+    assert flags(lora) == {"default": False, "trained": False, "loaded": True}
+    with lora.disable_adapter():
+        pass
+    assert flags(lora)["loaded"], "it is no longer one for inference alone"
+
+
 def test_what_somebody_lets_train_himself_is_frozen_when_others_become_active():
     lora = adapted(Chain())
     for name in "bcd":

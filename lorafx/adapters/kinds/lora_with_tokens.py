@@ -6,7 +6,7 @@ list of the tokens of the model's input embedding, or one list for each module b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -107,6 +107,12 @@ class LoraWithTokens(Kind):
     ) -> Tensor | None:
         kind, own = self._of(site, config)
         return kind.init(site, own, tensors, rng, weight)
+
+    def combined_config(self, configs: Sequence[LoraConfig], selections: Sequence[Selection], how: Any) -> LoraConfig:
+        raise ConfigError(
+            "adapters with `trainable_token_indices` cannot be combined into one: rows that train take the places of "
+            "others, and are not added; PEFT leaves them out without a word"
+        )
 
     def _kind(self, at: Operands) -> Kind:
         return TOKENS if "rows" in at.tensors else self.beside
