@@ -344,8 +344,8 @@ def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} does not exist") from error
     except Exception as error:  # whatever a damaged file makes the two readers raise
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, and no tensors by name")
     wrong = next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise CheckpointError(f"{file}: {wrong} is no tensor")
