@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.adapters.config import TASKS
 from lorafx.errors import AdapterError, ConfigError, LorafxError
 from lorafx.testing import assert_same_tensors
 
@@ -108,6 +109,7 @@ def test_signatures_are_those_of_peft(ours: Callable[..., Any], theirs: Callable
 
 def test_task_types_are_those_of_peft():
     assert {t.name: t.value for t in lorafx.TaskType} == {t.name: t.value for t in peft.TaskType}
+    assert set(TASKS) == set(lorafx.TaskType)
     config = lorafx.LoraConfig(task_type=lorafx.TaskType.CAUSAL_LM)
     assert config == lorafx.LoraConfig(task_type="CAUSAL_LM") == lorafx.LoraConfig.of(config.to_dict())
 

@@ -14,6 +14,7 @@ from .default_targets import DEFAULT_TARGETS
 from .peft_itself import refuse_peft_itself
 
 Names = str | Sequence[str] | None
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class AdapterConfig:
         layers_to_transform: the numbers of the layers that are adapted; None for all.
         layers_pattern: what the list of layers is called, as "layers", where it is not one of the usual names.
         modules_to_save: modules that train as a whole, of which the adapter has copies: endings of their names.
-        task_type: recorded in the file; changes nothing here.
+        task_type: what the model is for, one of `TASKS`. A classifier's head trains as a whole, as `modules_to_save`
+            do; else it is written to the file, and changes nothing here.
         inference_mode: whether the adapter is frozen.
     """
 
@@ -270,6 +272,8 @@ def _check_names(config: AdapterConfig) -> None:
     for name in ("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version"):
         value = getattr(config, name)
         require(isinstance(value, str) or (value is None and name != "peft_type"), name, value, "a string")
+    task = config.task_type
+    require(task is None or task in TASKS, "task_type", task, f"None or one of {', '.join(TASKS)}")
     require(isinstance(config.inference_mode, bool), "inference_mode", config.inference_mode, "True or False")
 
 

@@ -44,7 +44,7 @@ def named_parameters(model: nn.Module, config: AdapterConfig) -> list[Named]:
     names = [f"{each.module}.{each.parameter}".lstrip(".") for each in found]
     if missing := [each for each in config.parameters if not any(is_named((each,), name) for name in names)]:
         _require_not_packed(model, missing)
-        near = ", ".join(dict.fromkeys(_stacked(model)))
+        near = ", ".join(dict.fromkeys(name for _, name in _stacked(model)))
         raise SelectionError(
             f"`target_parameters` names {', '.join(missing)}, which the model does not have"
             + (f"; parameters that stack those of experts: {near}" if near else "")
@@ -91,10 +91,18 @@ def _require_not_packed(model: nn.Module, missing: list[str]) -> None:
                 )
 
 
-def _stacked(model: nn.Module) -> Iterator[str]:
-    """Endings of the names of parameters with three dimensions, but for those of layers."""
+def experts_left(model: nn.Module, config: AdapterConfig) -> str:
+    """What asks for the stacked weights of experts that a config could name, and does not; empty if there are none."""
+    if config.parameters or not hasattr(config, "target_parameters"):
+        return ""
+    names = dict.fromkeys(name for module, name in _stacked(model) if "experts" in type(module).__name__.lower())
+    return f"`target_parameters={[*names]}`" if names else ""
+
+
+def _stacked(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Endings of the names of parameters with three dimensions, but for those of layers, with the modules."""
     for path, module in model.named_modules():
         known = {name for name, *_ in weights_of(module)}
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim == 3 and name not in known:
-                yield f"{path.rpartition('.')[2]}.{name}".lstrip(".")
+                yield module, f"{path.rpartition('.')[2]}.{name}".lstrip(".")

@@ -14,7 +14,7 @@ from ..errors import ConfigError, SelectionError, warn
 from ..tree.lookup import tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig, is_named
-from .parameters import Named, named_parameters
+from .parameters import Named, experts_left, named_parameters
 from .readings import CONV1D, LINEAR, READINGS, Reading
 from .site import Selection, Site
 from .storages import DENSE, Storage, weights_of
@@ -258,6 +258,8 @@ def _remarks(
                 f"{site.name} shares its weight with {', '.join(site.tied)}: they are one site, and its adapter acts "
                 "wherever the weight is read (PEFT adapts only the named module until it merges)"
             )
+    if placed := _in_other_places(selection, modules):
+        yield f"{placed} are one module: its adapter acts wherever the module is called (PEFT adapts the first alone)"
     saved = saved_modules(model, config)
     if config.ties and (remark := _remark_of_tying(model, selection, saved)):
         yield remark
@@ -269,11 +271,25 @@ def _remarks(
         )
     if config.all_linear and (computed := [name for name, module in modules.items() if _is_computed(module)]):
         yield f'"all-linear" leaves out {", ".join(computed[:5])}: {_COMPUTED}'
+    experts = experts_left(model, config)
+    if experts and config.all_linear:
+        yield f'"all-linear" leaves out the stacked weights of experts, which {experts} would adapt, too'
     for name in ("target_modules", "exclude_modules"):
         if idle := _idle(name, modules, config):
-            yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)})"
+            stacked = f" The weights of experts are stacked here: {experts} adapts them." if experts else ""
+            yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)}).{stacked}"
     if idle_layers := _idle_layers(model, modules, config):
         yield f"`layers_to_transform` numbers that pick no module: {idle_layers}"
+
+
+def _in_other_places(selection: Selection, modules: dict[str, nn.Module]) -> str:
+    """The names of the first adapted module that is called by several, be it in one parent or in many; or nothing."""
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        places.setdefault(id(module), {}).setdefault((id(modules[parent]), name), path)
+    several = (found for site in selection if len(found := places[id(modules[site.module])]) > 1)
+    return " and ".join(next(several, {}).values())
 
 
 def _remark_of_tying(model: nn.Module, selection: Selection, saved: Sequence[str]) -> str:

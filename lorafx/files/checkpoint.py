@@ -28,6 +28,7 @@ from ..adapters.start_values import completed
 from ..adapters.tying import turned
 from ..errors import CheckpointError, ConfigError, warn
 from ..tree.lookup import given_by, tensor_at
+from .apart import joined
 from .disk import Content
 from .folder import replace_folder
 from .hub import Source
@@ -200,10 +201,12 @@ def fit(
 
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
+    config, tensors, parameters = joined(root, found.config, found.tensors)
     try:
-        adapter = plan(root, name, found.config.replace(inference_mode=not is_trainable).with_values())
+        adapter = plan(root, name, config.replace(inference_mode=not is_trainable).with_values())
     except ConfigError as error:
         raise type(error)(f"{found.folder / CONFIG}: {error}") from error
+    found = replace(found, config=config, tensors=tensors | _by_key(adapter, parameters))
     expected: dict[str, Expected] = {
         adapter.tensors[site.name][spec.suffix]: (spec.shape, spec.dtype is None)
         for site in adapter.selection
@@ -220,6 +223,15 @@ def fit(
     _require_one_value(found, named)
     values = completed(root, adapter, {path: found.tensors[key] for key, path in named.items()})
     return adapter, values, embeddings
+
+
+def _by_key(adapter: Adapter, parameters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of parameters, which are given by path and name, by PEFT's key."""
+    return {
+        f"{_key_of_site(adapter, site)}.{adapter.specs(site)[name].suffix}": tensor
+        for site in adapter.selection
+        for name, tensor in parameters.get(site.weight, {}).items()
+    }
 
 
 def _warn_of_untied(found: Checkpoint, again: Mapping[str, Tensor]) -> None:
@@ -333,8 +345,8 @@ def _read_tensors(folder: Path, weights_only: bool) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} does not exist") from error
     except Exception as error:  # whatever a damaged file makes the two readers raise
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise CheckpointError(f"{file} holds a {type(loaded).__name__}, and no tensors by name")
     wrong = next((key for key, value in loaded.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise CheckpointError(f"{file}: {wrong} is no tensor")

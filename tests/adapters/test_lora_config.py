@@ -51,6 +51,7 @@ def test_a_peft_config_and_a_dict_mean_the_same():
         ("alpha_pattern", {"a": "b"}),
         ("modules_to_save", "classifier"),
         ("task_type", 3),
+        ("task_type", "SEQ_CLF"),
         ("peft_type", None),
         # without effect or refused by `compile`, but wrong
         *[(name, value) for name in NOT_YET if name.endswith("_config") for value in (5, "x", [1])],

@@ -9,6 +9,7 @@ from modules import tiny_llama
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lorafx
 from lorafx.adapters.selection import saved_modules, select
@@ -176,7 +177,31 @@ def test_tied_weights_are_one_site_with_a_warning():
 def test_a_module_under_two_names_is_one_site():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     model.add_module("again", model[0])
-    assert names(model, target_modules="all-linear") == ["0", "1"]
+    with pytest.warns(UserWarning, match="0 and again are one module: its adapter acts wherever"):
+        assert names(model, target_modules="all-linear") == ["0", "1"]
+
+
+def test_a_module_below_one_that_has_two_names_is_not_remarked_on():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))})
+    model["again"] = model["body"]
+    assert said(model, target_modules=["0", "1"]) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "remark"),
+    [
+        ({"target_modules": "all-linear"}, '"all-linear" leaves out the stacked weights of experts'),
+        ({"target_modules": ["q_proj", "gate_proj"]}, "The weights of experts are stacked here"),
+    ],
+)
+def test_experts_that_a_config_may_have_meant_are_pointed_at(config, remark):
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, **sizes))
+    (said_once,) = said(model, **config)
+    assert remark in said_once
+    assert "`target_parameters=['experts.gate_up_proj', 'experts.down_proj']`" in said_once
+    named = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    assert said(model, **named) == [] and said(model, target_modules=["q_proj"]) == []
 
 
 def test_a_lazy_module_must_run_first():
