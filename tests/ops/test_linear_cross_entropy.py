@@ -115,8 +115,8 @@ def test_only_what_is_needed_is_computed(small_chunks):
     x, weight, bias, *rest = given(lora=False)
     frozen = weight.detach(), bias.detach()
     needs = [True, False, False, False, False]
-    _, *found = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
-    assert [gradient.numel() for gradient in found] == [x.numel(), 0, 0, 0, 0]
+    _, (found,) = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
+    assert found.shape == x.shape
     with torch.no_grad():
         assert not fused(x, weight, bias, *rest).requires_grad
 
@@ -237,7 +237,7 @@ def step_on_a_gpu_that_is_not_there():
     with FakeTensorMode(), torch.no_grad():
         tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") if torch.is_tensor(t) else t for t in arguments]
         *rest, labels = tensors
-        total, *found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, True)
+        total, found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, True)
     assert [(g.shape, g.dtype, g.device.type) for g in (total, *found)] == [
         ((), torch.float32, "cuda"),
         *((t.shape, torch.bfloat16, "cuda") for t in rest if torch.is_tensor(t)),
