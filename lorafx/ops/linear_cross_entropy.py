@@ -26,7 +26,6 @@ classes, width 512) torch's took 3.9 times as long as logits and loss apart in f
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +39,7 @@ from .cpu import add_over_rows, linear, matmul, wide_where_slow
 from .cuda import cross_entropy_in_place, has_cross_entropy_for
 from .dtypes import at_least_float32
 from .library import LIBRARY, composite
-from .modes import autocast_dtype
+from .modes import autocast_dtype, without_autocast
 
 ROWS, ROWS_ON_CPU = 1024, 512  # at least in a chunk, so that its products are bound by arithmetic
 _CHUNK = 2**22  # logits in a chunk, where that makes more rows
@@ -174,8 +173,7 @@ def _chunked(
     count, chunks = _chunks(labels, ignore_index, weight.shape[0])
     factor = _one_over(count, x) if mean and not _divides_later(x) else 1.0
     options = ignore_index, label_smoothing, softcap, scale, factor
-    autocast = torch.is_autocast_enabled("cpu")  # products are in the dtype of what is given, or in float32
-    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+    with without_autocast("cpu"):  # products are in the dtype of what is given, or in float32
         totals = [_chunk(chosen, given, scaling, _taken(labels, chosen), options, gradients) for chosen in chunks]
     total, likes = functools.reduce(torch.add, totals), (x, weight, bias, hidden, lora_B)
     shaped = [g.to(t.dtype).view(t.shape) for g, t in zip(gradients, likes) if g is not None]  # type: ignore[union-attr]
