@@ -27,7 +27,7 @@ classes, width 512) torch's took 3.9 times as long as logits and loss apart in f
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -174,8 +174,8 @@ def _chunked(
     factor = _one_over(count, x) if mean and not _divides_later(x) else 1.0
     options = ignore_index, label_smoothing, softcap, scale, factor
     with without_autocast("cpu"):  # products are in the dtype of what is given, or in float32
-        totals = [_chunk(chosen, given, scaling, _taken(labels, chosen), options, gradients) for chosen in chunks]
-    total, likes = functools.reduce(torch.add, totals), (x, weight, bias, hidden, lora_B)
+        total = _sum(_chunk(chosen, given, scaling, _taken(labels, chosen), options, gradients) for chosen in chunks)
+    likes = x, weight, bias, hidden, lora_B
     shaped = [g.to(t.dtype).view(t.shape) for g, t in zip(gradients, likes) if g is not None]  # type: ignore[union-attr]
     return (total / count if mean else total), shaped
 
@@ -193,6 +193,11 @@ def _chunks(labels: Tensor, ignore_index: int, classes: int) -> tuple[Tensor | i
 def _parts(tensor: Tensor, most: int) -> Sequence[Tensor]:
     """At most so many rows each. To split few rows takes as long as to multiply them."""
     return tensor.split(most) if len(tensor) > most else (tensor,)
+
+
+def _sum(totals: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, in the memory of the first. None is kept: it could split memory that the next tile is for."""
+    return functools.reduce(Tensor.add_, totals)
 
 
 def _one_over(count: Tensor | int, x: Tensor) -> Tensor | float:
@@ -271,7 +276,7 @@ def _in_place(
     rows = max(1, (_TILE_ON_CPU if products.is_cpu else _TILE) // products.shape[1])
     options = ignore_index, label_smoothing, softcap, scale, scale * factor if needed else None
     tiles = zip(_parts(products, rows), _parts(labels, rows))
-    return functools.reduce(torch.add, [_tile(tile, label, *options) for tile, label in tiles])
+    return _sum(_tile(tile, label, *options) for tile, label in tiles)
 
 
 def _tile(
