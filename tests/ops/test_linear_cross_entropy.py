@@ -94,6 +94,20 @@ def test_no_row_counts(chunks, rows, ignored, reduction):
     assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_whatever_is_in_a_row_that_does_not_count(chunks, smoothing):
+    """As in a padded one, which attention without a key may fill with NaNs."""
+    x, weight, bias, *rest, labels = given(lora=False)
+    x.data.view(-1, x.shape[-1])[:3] = torch.nan
+    frozen = weight.detach(), bias.detach(), *rest, labels
+    value, (found,) = gradients(fused, (x, *frozen), 1, -100, smoothing)
+    expected, (wanted,) = gradients(
+        module.reference, (x.detach().nan_to_num().requires_grad_(), *frozen), 1, -100, smoothing
+    )
+    assert torch.allclose(value, expected, rtol=1e-13, atol=0) and not found.view(-1, x.shape[-1])[:3].any()
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision(chunks, dtype):
     """Products round once to the dtype, gradients twice (g, and the product of g): a few eps of the largest sum."""
