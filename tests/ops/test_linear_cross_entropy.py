@@ -224,34 +224,36 @@ def test_no_label_is_looked_at(unread, monkeypatch):
         step_on_a_gpu_that_is_not_there()
 
 
-def test_no_label_is_looked_at_with_a_kernel(unread, monkeypatch):
+@pytest.mark.parametrize("mean", [True, False])
+def test_no_label_is_looked_at_with_a_kernel(unread, monkeypatch, mean):
     kernels = pytest.importorskip("lorafx.ops.cuda.cross_entropy_kernel", reason="Triton is not for this platform")
     starts = Starts()
     monkeypatch.setattr(module, "has_cross_entropy_for", lambda products, labels: True)
     monkeypatch.setattr(kernels, "cross_entropy_of_a_row", starts)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    step_on_a_gpu_that_is_not_there()
+    step_on_a_gpu_that_is_not_there(mean)
     assert starts.grids == [(4,), (4,), (4,), (3,)]
+    assert starts.factors == [("cuda", torch.float32)] * 4  # which the kernel reads there
 
 
 class Starts:
-    """Stands for a kernel, and keeps the grids that it is started with."""
+    """Stands for a kernel, and keeps the grids that it is started with, and where the factor of gradients is."""
 
     def __init__(self):
-        self.grids = []
+        self.grids, self.factors = [], []
 
     def __getitem__(self, grid):
         self.grids.append(grid)
-        return lambda *args, **options: None
+        return lambda *args, **options: self.factors.append((args[4].device.type, args[4].dtype))
 
 
-def step_on_a_gpu_that_is_not_there():
+def step_on_a_gpu_that_is_not_there(mean=True):
     """A training step with fake tensors, which have no values that anybody could read."""
     arguments = given(dtype=torch.bfloat16)
     with FakeTensorMode(), torch.no_grad():
         tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") if torch.is_tensor(t) else t for t in arguments]
         *rest, labels = tensors
-        total, found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, True)
+        total, found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, mean)
     assert [(g.shape, g.dtype, g.device.type) for g in (total, *found)] == [
         ((), torch.float32, "cuda"),
         *((t.shape, torch.bfloat16, "cuda") for t in rest if torch.is_tensor(t)),
