@@ -26,7 +26,8 @@ classes, width 512) torch's took 3.9 times as long as logits and loss apart in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +39,14 @@ from .cpu import add_over_rows, linear, matmul, wide_where_slow
 from .cuda import cross_entropy_in_place, has_cross_entropy_for
 from .dtypes import at_least_float32
 from .library import LIBRARY, composite
-from .modes import autocast_dtype
+from .modes import autocast_dtype, without_autocast
 
 ROWS, ROWS_ON_CPU = 1024, 512  # at least in a chunk, so that its products are bound by arithmetic
 _CHUNK = 2**22  # logits in a chunk, where that makes more rows
 _TILE, _TILE_ON_CPU = 2**22, 2**19  # logits in float32 at a time; on a GPU smaller tiles would cost calls
 _MEAN = 1  # as aten numbers reductions; the sum is 2
-_Options = tuple[int, float, float | None, float, Tensor]  # ignore_index to scale, and what gradients are multiplied by
+# ignore_index to scale, and what gradients are multiplied by
+_Options = tuple[int, float, float | None, float, Tensor | float]
 
 
 def reference(
@@ -77,23 +79,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, labels: Tensor, reduction: int, scaling: float, options: tuple[Any, ...], *given: Tensor | None
     ) -> Tensor:
         mean = reduction == _MEAN
-        # Divided before they are rounded, as autograd's are; those of float16 wait for the loss's scale (or underflow).
-        divided = mean and given[0].dtype != torch.float16  # type: ignore[union-attr]
-        total, *gradients = torch.ops.lorafx.chunked_cross_entropy(*given, scaling, labels, *options, divided)
-        count = (labels != options[0]).sum()
-        ctx.divides = mean and not divided
-        ctx.save_for_backward(count, *gradients)
-        return total / count if mean else total
+        loss, gradients = torch.ops.lorafx.chunked_cross_entropy.default(*given, scaling, labels, *options, mean)
+        ctx.divides = mean and _divides_later(given[0])
+        count = [(labels != options[0]).sum()] if ctx.divides else []
+        ctx.save_for_backward(*gradients, *count)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        count, *gradients = ctx.saved_tensors
-        factor = d_loss / count.clamp(min=1) if ctx.divides else d_loss  # the mean of no rows is nan, its gradient zero
-        needed = zip(ctx.needs_input_grad[4:], gradients)
-        found = [gradient * factor if needs else None for needs, gradient in needed]
+        gradients = iter(ctx.saved_tensors)
+        found = [next(gradients) if needs else None for needs in ctx.needs_input_grad[4:]]
+        factor = d_loss / next(gradients).clamp(min=1) if ctx.divides else d_loss
+        found = [None if gradient is None else gradient * factor for gradient in found]
         if torch.is_grad_enabled():
             found = [g if g is None else without_derivative(g, _ONCE) for g in found]
         return None, None, None, None, *found
+
+
+def _divides_later(x: Tensor | None) -> bool:
+    """Whether the gradients of a mean are divided by the number of rows in backward, when they know the loss's scale.
+
+    Those of float16 might underflow before. Others are divided before they are rounded, as autograd's are.
+    """
+    return x is not None and x.dtype == torch.float16
 
 
 _ONCE = "linear_cross_entropy has no second derivative; leave `fuse_loss` out of the pipeline to take one"
@@ -154,35 +162,49 @@ def _chunked(
     softcap: float | None,
     scale: float,
     needs: list[bool],
-    divided: bool,
-) -> tuple[Tensor, ...]:
-    """The sum over rows, and its gradients with respect to the first five: empty tensors where none is needed.
-
-    The gradients are those of the mean if `divided`.
-    """
+    mean: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum over rows or their `mean`, and its gradients with respect to those of the first five that need one."""
     given = wide_where_slow(rows(x), weight, bias, None if hidden is None else rows(hidden), lora_B)
     if labels.numel() != len(given[0]):
         raise ValueError(f"{labels.numel()} labels for {len(given[0])} rows")
-    gradients = [_zeros(t, need, x, number in (0, 3)) for number, (t, need) in enumerate(zip(given, needs))]
-    total, labels = at_least_float32(x.new_zeros(())), labels.reshape(-1)
-    count = (labels != ignore_index).sum() if divided else torch.ones_like(total)
-    options = ignore_index, label_smoothing, softcap, scale, torch.ones_like(total) / count.clamp(min=1)
-    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what is given, or in float32
-        for chosen in _chunks(labels, ignore_index, weight.shape[0]):
-            total += _chunk(chosen, given, scaling, _taken(labels, chosen), options, needs, gradients)
+    gradients = [_zeros(t, number in (0, 3)) if need else None for number, (t, need) in enumerate(zip(given, needs))]
+    labels = labels.reshape(-1)
+    count, chunks = _chunks(labels, ignore_index, weight.shape[0])
+    factor = _one_over(count, x) if mean and not _divides_later(x) else 1.0
+    options = ignore_index, label_smoothing, softcap, scale, factor
+    with without_autocast("cpu"):  # products are in the dtype of what is given, or in float32
+        total = _sum(_chunk(chosen, given, scaling, _taken(labels, chosen), options, gradients) for chosen in chunks)
     likes = x, weight, bias, hidden, lora_B
-    shaped = [g.to(t.dtype).view(t.shape) if need else g for g, t, need in zip(gradients, likes, needs)]  # type: ignore
-    return total, *shaped
+    shaped = [g.to(t.dtype).view(t.shape) for g, t in zip(gradients, likes) if g is not None]  # type: ignore[union-attr]
+    return (total / count if mean else total), shaped
 
 
-def _chunks(labels: Tensor, ignore_index: int, classes: int) -> Sequence[Tensor | range]:
-    """The rows of each chunk: those that count, where the host can know them without waiting, or else all."""
+def _chunks(labels: Tensor, ignore_index: int, classes: int) -> tuple[Tensor | int, Sequence[Tensor | range]]:
+    """How many rows count, and the rows of each chunk: those, where the host can know them without waiting, or all."""
+    counted = labels != ignore_index
     if not _is_readable(labels):
-        most = max(ROWS, _CHUNK // classes)
-        return [range(start, min(start + most, len(labels))) for start in range(0, len(labels), most)]
-    counted = (labels != ignore_index).nonzero()[:, 0]
-    _require_classes(labels[counted], classes)
-    return counted.split(max(ROWS_ON_CPU, _CHUNK // classes))
+        most, end = max(ROWS, _CHUNK // classes), len(labels)
+        return counted.sum(), [range(start, min(start + most, end)) for start in range(0, max(end, 1), most)]
+    chosen = counted.nonzero().view(-1)
+    return len(chosen), _parts(chosen, max(ROWS_ON_CPU, _CHUNK // classes))
+
+
+def _parts(tensor: Tensor, most: int) -> Sequence[Tensor]:
+    """At most so many rows each. To split few rows takes as long as to multiply them."""
+    return tensor.split(most) if len(tensor) > most else (tensor,)
+
+
+def _sum(totals: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, in the memory of the first. None is kept: it could split memory that the next tile is for."""
+    return functools.reduce(Tensor.add_, totals)
+
+
+def _one_over(count: Tensor | int, x: Tensor) -> Tensor | float:
+    """1 / count, and 1 for no rows: their mean is nan, its gradient zero."""
+    if isinstance(count, int):
+        return 1 / max(count, 1)
+    return at_least_float32(x.new_ones(())) / count.clamp(min=1)
 
 
 def _is_readable(labels: Tensor) -> bool:
@@ -190,16 +212,8 @@ def _is_readable(labels: Tensor) -> bool:
     return labels.is_cpu
 
 
-def _require_classes(labels: Tensor, classes: int) -> None:
-    """Raise what torch's loss raises."""
-    if (wrong := labels[(labels < 0) | (labels >= classes)]).numel():
-        raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
-
-
-def _zeros(tensor: Tensor | None, need: bool, x: Tensor, by_rows: bool) -> Tensor:
-    """Zeros for a gradient, empty if none is needed. One that chunks add up to, not by rows, is at least in float32."""
-    if tensor is None or not need:
-        return x.new_empty(0)
+def _zeros(tensor: Tensor, by_rows: bool) -> Tensor:
+    """Zeros for a gradient. One that chunks add up to, not by rows, is at least in float32."""
     dtype = tensor.dtype if by_rows else torch.promote_types(tensor.dtype, torch.float32)
     return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -210,34 +224,34 @@ def _chunk(
     scaling: float,
     labels: Tensor,
     options: _Options,
-    needs: list[bool],
-    gradients: list[Tensor],
+    gradients: list[Tensor | None],
 ) -> Tensor:
-    """The sum over the `chosen` rows; what they add to the gradients is written to `gradients`."""
+    """The sum over the `chosen` rows; what they add to the gradients, where one is needed, is written to these."""
     x, weight, bias, hidden, lora_B = given
+    dx, dW, db, dh, dB = gradients
     x = _taken(x, chosen)
     products = linear(x, weight, bias)
     if hidden is not None:
         hidden = _taken(hidden, chosen)
         products.addmm_(hidden, lora_B.t(), alpha=scaling)
     in_place = cross_entropy_in_place if has_cross_entropy_for(products, labels) else _in_place
-    total = in_place(products, labels, *options, any(needs))
-    if needs[0]:
-        _give(gradients[0], chosen, products, weight)
-    if needs[1]:
-        add_over_rows(gradients[1], products, x)
-    if needs[2]:
-        gradients[2] += products.sum(0, dtype=gradients[2].dtype)
-    if needs[3]:
-        _give(gradients[3], chosen, products, lora_B, scaling)
-    if needs[4]:
-        add_over_rows(gradients[4], products, hidden, scaling)
+    total = in_place(products, labels, *options, any(gradient is not None for gradient in gradients))
+    if dx is not None:
+        _give(dx, chosen, products, weight)
+    if dW is not None:
+        add_over_rows(dW, products, x)
+    if db is not None:
+        db += products.sum(0, dtype=db.dtype)
+    if dh is not None:
+        _give(dh, chosen, products, lora_B, scaling)
+    if dB is not None:
+        add_over_rows(dB, products, hidden, scaling)
     return total
 
 
 def _taken(tensor: Tensor, chosen: Tensor | range) -> Tensor:
     """The chosen rows of a tensor: a view of it if they lie side by side."""
-    return tensor.narrow(0, chosen.start, len(chosen)) if isinstance(chosen, range) else tensor[chosen]
+    return tensor.narrow(0, chosen.start, len(chosen)) if isinstance(chosen, range) else tensor.index_select(0, chosen)
 
 
 def _give(gradient: Tensor, chosen: Tensor | range, left: Tensor, right: Tensor, scaling: float = 1.0) -> None:
@@ -245,8 +259,7 @@ def _give(gradient: Tensor, chosen: Tensor | range, left: Tensor, right: Tensor,
     if isinstance(chosen, range):
         _taken(gradient, chosen).addmm_(left, right, beta=0, alpha=scaling)
     else:
-        product = matmul(left, right)
-        gradient[chosen] = product if scaling == 1.0 else product.mul_(scaling)
+        gradient.index_copy_(0, chosen, matmul(left, right, scaling))
 
 
 def _in_place(
@@ -256,52 +269,56 @@ def _in_place(
     label_smoothing: float,
     softcap: float | None,
     scale: float,
-    factor: Tensor,
+    factor: Tensor | float,
     needed: bool,
 ) -> Tensor:
     """The sum over a chunk's products (rows, out). If a gradient is needed they become it, times `factor`."""
-    total = at_least_float32(products.new_zeros(()))
     rows = max(1, (_TILE_ON_CPU if products.is_cpu else _TILE) // products.shape[1])
-    for tile, label in zip(products.split(rows), labels.unsqueeze(1).split(rows)):
-        ignored, by = None if _is_readable(labels) else label == ignore_index, scale * factor
-        if ignored is not None:
-            label, by = label.masked_fill(ignored, 0), by.masked_fill(ignored, 0)
-        losses = _tile(tile, label, label_smoothing, softcap, scale, by if needed else None)
-        total += (losses if ignored is None else losses.masked_fill_(ignored, 0)).sum()
-    return total
+    options = ignore_index, label_smoothing, softcap, scale, scale * factor if needed else None
+    tiles = zip(_parts(products, rows), _parts(labels, rows))
+    return _sum(_tile(tile, label, *options) for tile, label in tiles)
 
 
 def _tile(
-    tile: Tensor, label: Tensor, label_smoothing: float, softcap: float | None, scale: float, by: Tensor | None
+    tile: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    scale: float,
+    by: Tensor | float | None,
 ) -> Tensor:
-    """The losses (rows, 1) of a few rows of products. They become their gradients times `by`, unless it is None."""
+    """The sum over a few rows of products. They become its gradient times `by`, unless that is None."""
     logits, capped = at_least_float32(tile) if scale == 1.0 else at_least_float32(tile) * scale, None
     if softcap is not None:
         capped = torch.tanh(logits / softcap)
         logits = capped * softcap
     logs = torch.log_softmax(logits, -1)
-    losses = logs.gather(1, label).mul_(label_smoothing - 1)
+    total = F.nll_loss(logs, labels, ignore_index=ignore_index, reduction="sum")  # which knows labels that are no class
+    ignored = None if _is_readable(labels) else labels == ignore_index
     if label_smoothing:
-        losses -= logs.mean(1, keepdim=True).mul_(label_smoothing)
+        means = logs.mean(1)
+        means = means if ignored is None else means.masked_fill_(ignored, 0)
+        total = (1 - label_smoothing) * total - label_smoothing * means.sum()
     if by is None:
-        return losses
+        return total
     gradient = logs.exp_()
     if label_smoothing:
         gradient -= label_smoothing / tile.shape[1]
-    gradient.scatter_add_(1, label, gradient.new_full((), label_smoothing - 1).expand_as(label))
+    column = (labels if ignored is None else labels.masked_fill(ignored, 0)).unsqueeze(1)
+    gradient.scatter_add_(1, column, torch.full_like(column, label_smoothing - 1, dtype=gradient.dtype))
     if capped is not None:
         gradient *= 1 - capped.square_()
     torch.mul(gradient, by, out=tile)
-    return losses
+    if ignored is not None:
+        tile.masked_fill_(ignored.unsqueeze(1), 0)
+    return total
 
 
-def _shapes(x: Tensor, weight: Tensor, bias: Any, hidden: Any, lora_B: Any, *options: Any) -> tuple[Tensor, ...]:
-    given, needs = (x, weight, bias, hidden, lora_B), options[-2]
-    gradients = [
-        t.new_empty(t.shape) if need else torch.empty(0, device=x.device if t is None or not need else t.device)
-        for t, need in zip(given, needs)
-    ]
-    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *gradients
+def _shapes(x: Tensor, *others: Any) -> tuple[Tensor, list[Tensor]]:
+    given, needs = (x, *others[:4]), others[-2]
+    gradients = [tensor.new_empty(tensor.shape) for tensor, need in zip(given, needs) if need]
+    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), gradients
 
 
 _HEAD = "Tensor x, Tensor weight, Tensor? bias, Tensor? hidden, Tensor? lora_B, float scaling, Tensor labels"
@@ -314,7 +331,7 @@ composite(
 )
 LIBRARY.define(
     f"chunked_cross_entropy({_HEAD}, SymInt ignore_index, float label_smoothing, float? softcap, float scale,"
-    " bool[] needs, bool divided) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool[] needs, bool mean) -> (Tensor, Tensor[])",
 )
 LIBRARY.impl("chunked_cross_entropy", _chunked, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafx::chunked_cross_entropy", _shapes, lib=LIBRARY)

@@ -21,8 +21,9 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)  # each site as
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast switched off inside, where this kind of device has one: the meta device has none."""
-    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else contextlib.nullcontext()
+    """Autocast switched off inside, where it is on. To switch takes as long as a small product, so nothing else is."""
+    is_on = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)  # the meta device has none
+    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def is_recorded() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .calls import by_reference, is_plain, needs_backward, rows
 from .library import composite
+from .modes import without_autocast
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -26,7 +27,7 @@ def reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of each row of a with that of b. Autocast would round it, unlike other ways to write a norm."""
-    with torch.autocast("cpu", enabled=False):  # not as a decorator: that is one object, and threads would share it
+    with without_autocast("cpu"):
         return torch.linalg.vecdot(a, b)
 
 

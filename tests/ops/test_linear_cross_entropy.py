@@ -94,6 +94,20 @@ def test_no_row_counts(chunks, rows, ignored, reduction):
     assert all(torch.equal(g, w) for g, w in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_whatever_is_in_a_row_that_does_not_count(chunks, smoothing):
+    """As in a padded one, which attention without a key may fill with NaNs."""
+    x, weight, bias, *rest, labels = given(lora=False)
+    x.data.view(-1, x.shape[-1])[:3] = torch.nan
+    frozen = weight.detach(), bias.detach(), *rest, labels
+    value, (found,) = gradients(fused, (x, *frozen), 1, -100, smoothing)
+    expected, (wanted,) = gradients(
+        module.reference, (x.detach().nan_to_num().requires_grad_(), *frozen), 1, -100, smoothing
+    )
+    assert torch.allclose(value, expected, rtol=1e-13, atol=0) and not found.view(-1, x.shape[-1])[:3].any()
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision(chunks, dtype):
     """Products round once to the dtype, gradients twice (g, and the product of g): a few eps of the largest sum."""
@@ -115,8 +129,8 @@ def test_only_what_is_needed_is_computed(small_chunks):
     x, weight, bias, *rest = given(lora=False)
     frozen = weight.detach(), bias.detach()
     needs = [True, False, False, False, False]
-    _, *found = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
-    assert [gradient.numel() for gradient in found] == [x.numel(), 0, 0, 0, 0]
+    _, (found,) = torch.ops.lorafx.chunked_cross_entropy(x, *frozen, *rest, -100, 0.0, None, 1.0, needs, False)
+    assert found.shape == x.shape
     with torch.no_grad():
         assert not fused(x, weight, bias, *rest).requires_grad
 
@@ -210,34 +224,36 @@ def test_no_label_is_looked_at(unread, monkeypatch):
         step_on_a_gpu_that_is_not_there()
 
 
-def test_no_label_is_looked_at_with_a_kernel(unread, monkeypatch):
+@pytest.mark.parametrize("mean", [True, False])
+def test_no_label_is_looked_at_with_a_kernel(unread, monkeypatch, mean):
     kernels = pytest.importorskip("lorafx.ops.cuda.cross_entropy_kernel", reason="Triton is not for this platform")
     starts = Starts()
     monkeypatch.setattr(module, "has_cross_entropy_for", lambda products, labels: True)
     monkeypatch.setattr(kernels, "cross_entropy_of_a_row", starts)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    step_on_a_gpu_that_is_not_there()
+    step_on_a_gpu_that_is_not_there(mean)
     assert starts.grids == [(4,), (4,), (4,), (3,)]
+    assert starts.factors == [("cuda", torch.float32)] * 4  # which the kernel reads there
 
 
 class Starts:
-    """Stands for a kernel, and keeps the grids that it is started with."""
+    """Stands for a kernel, and keeps the grids that it is started with, and where the factor of gradients is."""
 
     def __init__(self):
-        self.grids = []
+        self.grids, self.factors = [], []
 
     def __getitem__(self, grid):
         self.grids.append(grid)
-        return lambda *args, **options: None
+        return lambda *args, **options: self.factors.append((args[4].device.type, args[4].dtype))
 
 
-def step_on_a_gpu_that_is_not_there():
+def step_on_a_gpu_that_is_not_there(mean=True):
     """A training step with fake tensors, which have no values that anybody could read."""
     arguments = given(dtype=torch.bfloat16)
     with FakeTensorMode(), torch.no_grad():
         tensors = [torch.empty(t.shape, dtype=t.dtype, device="cuda") if torch.is_tensor(t) else t for t in arguments]
         *rest, labels = tensors
-        total, *found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, True)
+        total, found = module._chunked(*rest, labels, -100, 0.1, 3.0, 0.5, [True] * 5, mean)
     assert [(g.shape, g.dtype, g.device.type) for g in (total, *found)] == [
         ((), torch.float32, "cuda"),
         *((t.shape, torch.bfloat16, "cuda") for t in rest if torch.is_tensor(t)),

@@ -86,7 +86,9 @@ def matmul(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
         return linear(left, right.t()) if _pays(left, right) else left @ right
     if left.ndim != 2 or right.shape[0] == 0 or _pays(left, right):
         return matmul(left, right) * scaling
-    # With beta = 0 the row adds nothing. It is there because addmm is to be given something, and a row costs nothing.
+    if is_plain(left):
+        return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scaling)
+    # A compiler finds the memory itself. With beta = 0 the row adds nothing: addmm is to be given something.
     return torch.addmm(right[:1], left, right, beta=0, alpha=scaling)
 
 

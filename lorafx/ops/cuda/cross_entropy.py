@@ -57,15 +57,15 @@ def cross_entropy_in_place(
     label_smoothing: float,
     softcap: float | None,
     scale: float,
-    factor: Tensor,
+    factor: Tensor | float,
     needed: bool,
 ) -> Tensor:
     """The summed cross entropy of softcap · tanh(scale · products / softcap), in float32, a scalar.
 
-    If `needed`, `products` (rows, classes) become the gradient of that sum with respect to them, times `factor`, a
-    number in float32 that is read on the GPU. Rows that have `ignore_index` add nothing and get a gradient of zero,
-    whatever is in them. Products are in float32, bfloat16 or float16, each row without gaps; computed is in float32.
-    Adding up goes in the same order every time.
+    If `needed`, `products` (rows, classes) become the gradient of that sum with respect to them, times `factor`: a
+    number, or a tensor of one in float32, which is read on the GPU. Rows that have `ignore_index` add nothing and get a
+    gradient of zero, whatever is in them. Products are in float32, bfloat16 or float16, each row without gaps; computed
+    is in float32. Adding up goes in the same order every time.
 
     A label that is no class ends in torch's own error on a GPU: a device-side assertion, at the next synchronisation.
     """
@@ -75,6 +75,8 @@ def cross_entropy_in_place(
     losses, labels = products.new_empty(rows, dtype=torch.float32), labels.contiguous()
     block = min(_BLOCK, max(_LEAST, 1 << (classes - 1).bit_length()))
     numbers = ignore_index, label_smoothing, softcap or 1.0, scale
+    if not isinstance(factor, Tensor):
+        factor = losses.new_full((), factor)
     if rows:
         with torch.cuda.device_of(products):
             cross_entropy_of_a_row[(rows,)](
