@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, warn
 from ..tree.attached import own_modules
+from ..tree.memory import made_for_inference
 from .state import State
 
 
@@ -26,6 +27,15 @@ class NoBackward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise AdapterError(f"there is nothing to train: {self.reason}")
+
+
+def require_kept(tree: nn.Module, error: RuntimeError) -> None:
+    """Raise `AdapterError` where a call failed for torch refuses to train beside what is for inference alone."""
+    if torch.is_grad_enabled() and (found := made_for_inference(tree)):
+        raise AdapterError(
+            f"{found[0]} was made under `torch.inference_mode()`, and torch keeps no such tensor for backward: make or "
+            "load the model outside of it, or call it under `torch.no_grad()` if nothing is to train"
+        ) from error
 
 
 def prepare(state: State, tree: nn.Module, result: Any) -> None:

@@ -19,7 +19,7 @@ from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
-from .backward import prepare
+from .backward import prepare, require_kept
 from .bounds import keep_within_bounds
 from .penalties import add_penalties
 from .rows import NAMES, as_chosen, choice_of, named
@@ -63,7 +63,11 @@ def _serve(
         names = () if state.disabled else tuple(named(choice))
     acting = [state.adapters[name] for name in names if name not in context.merged]
     keep_within_bounds(tree, acting)
-    result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
+    try:
+        result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
+    except RuntimeError as error:
+        require_kept(tree, error)
+        raise
     if not path:
         add_penalties(tree, acting, result)
         prepare(state, tree, result)
