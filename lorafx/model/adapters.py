@@ -122,6 +122,8 @@ class Adapters(Scales):
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         rests = build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
+        if how.get("values"):
+            state.given.add(adapter.name)
         keep_own_layers(self.tree, [site.module for site in adapter.selection])
         serve_parts(self.tree, adapter)
         self._freeze([adapter.name])  # until it is active
@@ -224,6 +226,7 @@ class Adapters(Scales):
             remove(self.tree, adapter)
             del state.adapters[adapter.name]
             state.allocators.pop(adapter.name, None)
+            state.given.discard(adapter.name)
             state.first.pop(adapter.name, None)
             state.held.pop(adapter.name, None)
             for dispatcher in state.dispatchers:

@@ -49,6 +49,11 @@ def prepare(state: State, tree: nn.Module, result: Any) -> None:
         tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
     elif tree.training and (state.acting or state.ledger.names) and (reason := _reason(state)):
         _say_nothing_trains(state, tree, reason)
+    if tensor.requires_grad and (name := _without_data(state, tree)):
+        warn(
+            f'{name!r} trains from random start values, where `init_lora_weights="eva"` has data give them: call '
+            "`lorafx.initialize_lora_eva_weights(model, dataloader)` before training"
+        )
     if tensor.requires_grad and "no dropout" not in state.said and _keeps_all(state, tree):
         tensor.register_hook(lambda _: _say_no_dropout(state))
 
@@ -72,6 +77,19 @@ def _reason(state: State) -> str | None:
             f"{', '.join(map(repr, frozen))} loaded for inference; pass is_trainable=True to `load` or `load_adapter`"
         )
     return None
+
+
+def _without_data(state: State, tree: nn.Module) -> str:
+    """The acting adapter whose start values data would give, that nothing has given any. Each is looked at once."""
+    for name in state.acting:
+        adapter = state.adapters[name]
+        if name in state.given or getattr(adapter.config, "init_lora_weights", None) != "eva":
+            continue
+        state.given.add(name)
+        tensors = (adapter.tensors_at(tree, site).get("lora_B.weight") for site in adapter.selection)
+        if any(B is not None and B.requires_grad and not B.is_meta and not B.any() for B in tensors):
+            return name
+    return ""
 
 
 def _keeps_all(state: State, tree: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..errors import warn
 from ..serving.call_key import in_one_order
 from ..serving.choosing import Choice, choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
@@ -56,6 +57,11 @@ def _serve(
             return _serve(tree, state, choice, path, args, kwargs)
     if state.replicas is not None:
         state.replicas.follow()
+    if not path and (replaced := state.originals.replaced()):
+        warn(
+            f"{', '.join(replaced)} of the base was replaced since it was adapted, and the adapted model keeps the "
+            "modules that it has: replace them there, as by its own `resize_token_embeddings`, or adapt the base anew"
+        )
     context = state.context
     names = state.acting
     if choice is not None:

@@ -16,6 +16,7 @@ from ..merging.ledger import Ledger
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import Held
+from ..tree.originals import Originals
 from ..tree.replication import Replicas
 
 
@@ -23,16 +24,17 @@ from ..tree.replication import Replicas
 class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
-    `base_requires_grad` has the base's flags by path, before lorafx froze it; `replicas` are its layers in the memory
-    of others. While the adapters are `disabled`, none acts, and `active` says which will when that is over. `trained`
-    are those that lorafx has let train and not frozen since. `compiled` has a dispatcher for each torch.compile around
-    the model; a copy makes its own.
+    `base_requires_grad` has the base's flags by path, before lorafx froze it; `originals` are its modules, as they were
+    then; `replicas` are its layers in the memory of others. While the adapters are `disabled`, none acts, and `active`
+    says which will when that is over. `trained` are those that lorafx has let train and not frozen since. `compiled`
+    has a dispatcher for each torch.compile around the model; a copy makes its own.
     """
 
     base: nn.Module
     dispatcher: Dispatcher
     autocast_adapter_dtype: bool
     base_requires_grad: dict[str, bool]
+    originals: Originals
     replicas: Replicas | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class State:
     first: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)  # what holds an adapter's tensors in the tree
     said: set[str] = field(default_factory=set)  # what `backward.py` says once
+    given: set[str] = field(default_factory=set)  # adapters whose start values nobody needs to be reminded of
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
     allocators: dict[str, Any] = field(default_factory=dict)  # of adapters whose ranks training shares out

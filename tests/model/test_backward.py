@@ -143,5 +143,5 @@ def test_another_error_of_a_training_call_stays_what_it_is(x):
         def forward(self, x):
             raise RuntimeError("mine")
 
-    with pytest.raises(RuntimeError, match="^mine$"):
+    with pytest.raises(RuntimeError, match=r"^mine$"):
         lorafx.compile(Failing(), CONFIG, capture="sites")(x)
