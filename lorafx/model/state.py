@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
@@ -18,6 +18,16 @@ from ..serving.dispatcher import Dispatcher
 from ..tree.attached import Held
 from ..tree.originals import Originals
 from ..tree.replication import Replicas
+
+
+class Found(NamedTuple):
+    """Which adapters act, are merged and train, as a block found them in which none does."""
+
+    disabled: bool
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    names: set[str]
+    trained: list[Tensor]
 
 
 @dataclass
@@ -39,6 +49,7 @@ class State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
+    blocks: dict[object, Found] = field(default_factory=dict)  # those that run as the base, in the order they began
     trained: set[str] = field(default_factory=set)
     # Of each adapter's first tensor: the parameters of its module, and its name among these.
     first: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
@@ -55,7 +66,7 @@ class State:
         self.configs = Configs(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": [], "first": {}, "held": {}}
+        return {**vars(self), "compiled": [], "first": {}, "held": {}, "blocks": {}}
 
     @property
     def acting(self) -> tuple[str, ...]:
