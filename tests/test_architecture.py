@@ -4,9 +4,10 @@ import ast
 import functools
 import importlib
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
+import zipfile
 from pathlib import Path
 
 import networkx as nx
@@ -265,10 +266,20 @@ def test_a_module_of_more_than_a_hundred_lines_has_a_test_of_its_name():
     assert missing == []
 
 
-def test_a_wheel_has_every_package():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = [file.parent.relative_to(ROOT) for file in CORE.rglob("__init__.py") if file.parent.name != "passes"]
-    assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["lorafx.passes"])
+@pytest.mark.slow
+def test_a_wheel_has_every_file_and_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(CORE, tmp_path / "lorafx", ignore=lambda at, _: {"__pycache__", *(["passes"] * (at == str(CORE)))})
+    shutil.copytree(PASSES, tmp_path / "passes", ignore=shutil.ignore_patterns("__pycache__"))
+    expected = {file.relative_to(tmp_path) for file in (tmp_path / "lorafx").rglob("*.*")}
+    expected |= {Path("lorafx/passes") / file.name for file in (tmp_path / "passes").iterdir()}
+    build = "from setuptools.build_meta import build_editable, build_wheel; build_editable('.'); build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "Warning:" in line] == []
+    (wheel,) = {*tmp_path.glob("*.whl")} - {*tmp_path.glob("*editable*")}
+    assert {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     parameters = named_parameters(model, config)
     if not matched and not parameters:
         raise SelectionError(_nothing_message(modules, config))
+    _require_read_as_stored(modules, matched)
     selection = Selection(tuple(_sites(modules, matched, parameters)))
     for remark in _remarks(model, selection, modules, config):
         warn(remark)
@@ -212,6 +213,18 @@ def _with_children(modules: dict[str, nn.Module], matched: list[str]) -> Iterato
         yield name, name
         along = [child for _, reading, _ in weights_of(modules[name]) for child in reading.along]
         yield from ((f"{name}.{child}", name) for child in along)
+
+
+def _require_read_as_stored(modules: dict[str, nn.Module], matched: list[str]) -> None:
+    """Raise `SelectionError` for a quantised layer within a module that reads the layer's weight by itself."""
+    for name, _ in _with_children(modules, matched):
+        parent, _, child = name.rpartition(".")
+        reads_it = any(child in reading.along for _, reading, _ in weights_of(modules[parent]))
+        if reads_it and any(storage.whole for _, _, storage in weights_of(modules[name])):
+            raise SelectionError(
+                f"{name} is quantised, and {type(modules[parent]).__name__} computes with its weight as it is stored: "
+                "the model does not run. Leave it out of quantisation (`llm_int8_skip_modules`)"
+            )
 
 
 def _site(

@@ -25,7 +25,7 @@ from ..graph.printing import printable
 from ..torch_private.graphs import use_lazy_graph_module
 from ..torch_private.guards import conditions_written_at_once
 from ..torch_private.hidden_states import record_as_asked
-from ..torch_private.tensors import is_wrapped
+from ..torch_private.tensors import is_wrapped, list_own_weights
 from ..torch_private.tracing import (
     IntWrapper,
     declare,
@@ -167,6 +167,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
         with contextlib.ExitStack() as stack:  # function modes must leave in the reverse order, whatever happens
             stack.enter_context(collecting_later())
             stack.enter_context(layers.shown() if layers else contextlib.nullcontext())
+            list_own_weights(part)
             stack.enter_context(unchanging(part))
             stack.enter_context(contextlib.nullcontext() if unroll else no_unrolling(part))
             stack.enter_context(no_own_backward())

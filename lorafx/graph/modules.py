@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from ..errors import CaptureError
 from ..torch_private.graphs import GUARDS, codegen_of
 from ..tree.lookup import find_tensor
 from . import resolve
@@ -22,6 +23,17 @@ PLAIN = "plain"  # in a graph module's meta: names of tensors it reads that are 
 
 # What a graph module has besides its children and tensors: a model whose root uses such a name has no graph.
 _TAKEN = {CAPTURED, *dir(GraphModule(nn.Module(), Graph()))} - set(dir(nn.Module()))
+
+
+class GraphOverTree(GraphModule):
+    """A graph module whose children and tensors are a tree's own."""
+
+    def __reduce__(self) -> NoReturn:
+        raise CaptureError(
+            "a graph is not pickled: it runs on the model's own modules, and holds code that was written in this "
+            "process. Pickle the model, or save its adapters, and ask for the graph of a call there; copy.deepcopy "
+            "gives a graph with tensors of its own"
+        )
 
 
 def taken_names(root: nn.Module) -> list[str]:
@@ -60,7 +72,7 @@ def over(graph: Graph, tree: nn.Module, private: nn.Module) -> GraphModule:
 
     `private` holds what only the graph has; it becomes the submodule `captured`.
     """
-    gm = GraphModule(nn.Module(), Graph(), class_name="GraphModule")
+    gm = GraphOverTree(nn.Module(), Graph(), class_name="GraphModule")
     gm.__dict__["_parameters"], gm.__dict__["_buffers"] = tree._parameters, tree._buffers
     gm.__dict__["_modules"] = {**tree._modules, CAPTURED: private}
     gm.training = tree.training

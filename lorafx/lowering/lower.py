@@ -2,8 +2,8 @@
 
 A graph with blocks is compiled in pieces: each block once for all its layers, and each run of operators between the
 calls of blocks. A piece that is like an earlier one, as those of another adapter of the same shapes are, is that one.
-What a graph defers (logits that nobody has asked for yet) stays between pieces too: compiled, it would be computed. A
-graph without either is compiled as a whole.
+What a graph defers (logits that nobody has asked for yet) stays between pieces too: compiled, it would be computed. So
+do recurrent layers. A graph without any of these is compiled as a whole.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from .errors_in_graphs import naming_compiled, naming_lines
 from .pieces import Compiled, CompiledBlock, Piece
 
 _SMALL = 3  # so few operators between two blocks run as they are
+# A compiler would have the operators of each step of a sequence, as often as there are steps.
+_RECURRENT = {torch.ops.aten.lstm, torch.ops.aten.gru, torch.ops.aten.rnn_tanh, torch.ops.aten.rnn_relu}
 
 
 class Lowered(NamedTuple):
@@ -64,7 +66,7 @@ class Lowering:
         compiler, output = self.backend.on(gm), output_spec_of(gm)
         if compiler == "eager":
             graph = direct(gm)
-        elif blocks_of(gm) or heads(gm):
+        elif blocks_of(gm) or heads(gm) or any(map(_is_recurrent, gm.graph.nodes)):
             graph = self._in_pieces(gm, compiler)
         else:
             graph = by_leaves(gm)
@@ -111,11 +113,19 @@ def _between_blocks(graph: Graph) -> list[list[Node]]:
 
 
 def _runs_as_it_is(node: Node) -> bool:
-    region = isinstance(node.target, torch._ops.HigherOrderOperator)
-    return region or node.op == "call_module" or is_block_call(node) or is_deferral(node)
+    return _is_region(node) or node.op == "call_module" or is_block_call(node) or is_deferral(node)
+
+
+def _is_region(node: Node) -> bool:
+    """Whether a node stands for a region of other modes, or for a layer that computes step by step."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or _is_recurrent(node)
+
+
+def _is_recurrent(node: Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _RECURRENT
 
 
 def _is_part(node: Node) -> bool:
     """Whether a node takes one of several results of something that runs as it is."""
     source = node.args[0] if node.target is operator.getitem else None
-    return is_of_block(node) or (isinstance(source, Node) and isinstance(source.target, torch._ops.HigherOrderOperator))
+    return is_of_block(node) or (isinstance(source, Node) and _is_region(source))

@@ -20,6 +20,7 @@ from ..torch_private.compilers import not_traced, uncompiled
 from ..torch_private.tensors import ENTRANCE
 from ..tree.holdings import leads_to
 from ..tree.mirror import MIRRORED_AS, STATE, mirrored, show_own_forward
+from ..tree.originals import Originals
 from ..tree.replication import Ranges, layers_of_others, replicated
 from .adaptation import Adaptation, of
 from .calls import WITHIN_DYNAMO, PartCall, serve
@@ -117,7 +118,7 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool,
     _prepare(base)
     tree.__class__ = _class_for(type(tree))  # type: ignore[arg-type]
     flags = {path: parameter.requires_grad for path, parameter in base.named_parameters(remove_duplicate=False)}
-    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags, replicas)
+    tree.__dict__[STATE] = State(base, dispatcher, autocast_adapter_dtype, flags, Originals(base), replicas)
     tree.requires_grad_(False)
     if "forward" in vars(tree):  # a library has replaced the forward of the model object itself
         tree.__dict__["forward"] = PartCall(tree, "")  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from ..tree.mirror import mirrored
 from .calls import serve_parts
 from .part import between_calls
 from .scales import Scales, number
+from .state import Found
 from .trainers import require_same
 
 
@@ -125,6 +126,8 @@ class Adapters(Scales):
         wide = state.autocast_adapter_dtype if autocast_adapter_dtype is None else autocast_adapter_dtype
         rests = build(self.tree, adapter, autocast_adapter_dtype=wide, **how)
         state.adapters[adapter.name] = adapter
+        if how.get("values"):
+            state.given.add(adapter.name)
         keep_own_layers(self.tree, [site.module for site in adapter.selection])
         serve_parts(self.tree, adapter)
         self._freeze([adapter.name])  # until it is active
@@ -236,6 +239,7 @@ class Adapters(Scales):
             remove(self.tree, adapter)
             del state.adapters[adapter.name]
             state.allocators.pop(adapter.name, None)
+            state.given.discard(adapter.name)
             state.first.pop(adapter.name, None)
             state.held.pop(adapter.name, None)
             for dispatcher in state.dispatchers:
@@ -249,25 +253,35 @@ class Adapters(Scales):
     def disable_adapter(self) -> Iterator[None]:
         """Run as the base model within a `with` block: no adapter acts, and merged ones are unmerged meanwhile.
 
-        Adapters may be added, deleted or made active meanwhile; they act, and train, after the block.
+        Adapters may be added, deleted or made active meanwhile; they act, and train, after the block. Of several
+        blocks, as threads have them, the last to end has all be as it was before the first.
         """
-        state = self._lorafx
-        active, merged, disabled = state.active, state.ledger.names, state.disabled
+        state, block = self._lorafx, object()
         names = self._trained()
         tensors = (tensor for name in names for tensor in self._tensors(name))
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+        found = Found(state.disabled, state.active, state.ledger.names, names, trained)
         self.disable_adapter_layers()
+        state.blocks[block] = found
         try:
             yield
         finally:
-            state.disabled = disabled
-            if state.active == active:
-                gone = set(merged) - set(state.adapters)
-                self._merge([state.adapters[n] for n in merged if n not in gone and n not in state.ledger.names])
-                set_trainable(trained, True)
-                state.trained = names
+            later = [*state.blocks][[*state.blocks].index(block) + 1 :]
+            found = state.blocks.pop(block)
+            if later:
+                state.blocks[later[0]] = found  # which ends later, and goes on from what this one found
             else:
-                self._set_trainable()
+                self._put_back(found)
+
+    def _put_back(self, found: Found) -> None:
+        """Have the adapters act and train as they did, but for what was added, deleted or made active since."""
+        state = self._lorafx
+        state.disabled = found.disabled
+        if state.active != found.active:
+            return self._set_trainable()
+        self._merge([state.adapters[n] for n in found.merged if n in state.adapters and n not in state.ledger.names])
+        set_trainable(found.trained, True)
+        state.trained = found.names
 
     @between_calls
     def disable_adapter_layers(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, warn
 from ..tree.attached import own_modules
+from ..tree.memory import made_for_inference
 from .state import State
 
 
@@ -28,6 +29,15 @@ class NoBackward:
         raise AdapterError(f"there is nothing to train: {self.reason}")
 
 
+def require_kept(tree: nn.Module, error: RuntimeError) -> None:
+    """Raise `AdapterError` where a call failed for torch refuses to train beside what is for inference alone."""
+    if torch.is_grad_enabled() and (found := made_for_inference(tree)):
+        raise AdapterError(
+            f"{found[0]} was made under `torch.inference_mode()`, and torch keeps no such tensor for backward: make or "
+            "load the model outside of it, or call it under `torch.no_grad()` if nothing is to train"
+        ) from error
+
+
 def prepare(state: State, tree: nn.Module, result: Any) -> None:
     """Have what a call returned say, once backward is called, why no adapter trains, or that none drops out."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -39,6 +49,11 @@ def prepare(state: State, tree: nn.Module, result: Any) -> None:
         tensor.backward = NoBackward(reason)  # type: ignore[method-assign, assignment]
     elif tree.training and (state.acting or state.ledger.names) and (reason := _reason(state)):
         _say_nothing_trains(state, tree, reason)
+    if tensor.requires_grad and (name := _without_data(state, tree)):
+        warn(
+            f'{name!r} trains from random start values, where `init_lora_weights="eva"` has data give them: call '
+            "`lorafx.initialize_lora_eva_weights(model, dataloader)` before training"
+        )
     if tensor.requires_grad and "no dropout" not in state.said and _keeps_all(state, tree):
         tensor.register_hook(lambda _: _say_no_dropout(state))
 
@@ -63,6 +78,19 @@ def _reason(state: State) -> str | None:
             "or call `set_adapter`"
         )
     return None
+
+
+def _without_data(state: State, tree: nn.Module) -> str:
+    """The acting adapter whose start values data would give, that nothing has given any. Each is looked at once."""
+    for name in state.acting:
+        adapter = state.adapters[name]
+        if name in state.given or getattr(adapter.config, "init_lora_weights", None) != "eva":
+            continue
+        state.given.add(name)
+        tensors = (adapter.tensors_at(tree, site).get("lora_B.weight") for site in adapter.selection)
+        if any(B is not None and B.requires_grad and not B.is_meta and not B.any() for B in tensors):
+            return name
+    return ""
 
 
 def _keeps_all(state: State, tree: nn.Module) -> bool:

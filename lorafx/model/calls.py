@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..errors import warn
 from ..serving.call_key import in_one_order
 from ..serving.choosing import Choice, choosing, chosen_for
 from ..serving.per_site import SiteInterpreter
@@ -19,7 +20,7 @@ from ..tree.hooks import RUNNING
 from ..tree.lookup import module_at
 from ..tree.mirror import STATE, own_forward, show_own_forward
 from ..tree.wrappers import innermost
-from .backward import prepare
+from .backward import prepare, require_kept
 from .bounds import keep_within_bounds
 from .penalties import add_penalties
 from .rows import NAMES, as_chosen, choice_of, named
@@ -56,6 +57,11 @@ def _serve(
             return _serve(tree, state, choice, path, args, kwargs)
     if state.replicas is not None:
         state.replicas.follow()
+    if not path and (replaced := state.originals.replaced()):
+        warn(
+            f"{', '.join(replaced)} of the base was replaced since it was adapted, and the adapted model keeps the "
+            "modules that it has: replace them there, as by its own `resize_token_embeddings`, or adapt the base anew"
+        )
     context = state.context
     names = state.acting
     if choice is not None:
@@ -63,7 +69,11 @@ def _serve(
         names = () if state.disabled else tuple(named(choice))
     acting = [state.adapters[name] for name in names if name not in context.merged]
     keep_within_bounds(tree, acting)
-    result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
+    try:
+        result = state.dispatcher_within(compiler_in_charge()).serve(tree, context, path, args, kwargs)
+    except RuntimeError as error:
+        require_kept(tree, error)
+        raise
     if not path:
         add_penalties(tree, acting, result)
         prepare(state, tree, result)

@@ -212,6 +212,7 @@ def _give(model: AdaptedModel, name: str, found: Mapping[str, Tensor]) -> None:
     is_wide = any(tensor.dtype == torch.float32 for tensors in kept.values() for tensor in tensors.values())
     adapted.delete_adapter(name)
     adapted.add_adapter(name, changed, autocast_adapter_dtype=is_wide)
+    adapted._lorafx.given.add(name)
     adapted.set_adapter(active)
     new = adapted._adapter(name)
     for site in new.selection:

@@ -15,6 +15,7 @@ from ..merging.dequantised import dense_layers, forget_quantisation, require_rea
 from ..merging.ledger import Ledger
 from ..progress import announced
 from ..tree.lookup import find_tensor, tensor_at
+from ..tree.memory import made_for_inference
 from ..tree.wrappers import side_by_side
 from .bounds import keep_within_bounds
 from .part import Part, between_calls
@@ -50,6 +51,7 @@ class Merges(Part):
                 f"{adapters[0].name!r} cannot be merged: `layer_replication` has layers share their weights, and each "
                 "has an adapter of its own. Nothing was changed"
             )
+        self._require_writable(adapters)
         for adapter in adapters:
             adapter.require_in_place(self.tree)
             require_not_packed_since(self.tree, adapter.selection)
@@ -58,6 +60,16 @@ class Merges(Part):
         replaced = {base: copy for adapter in acting for base, copy in adapter.replaced.items()}
         with contextlib.nullcontext() if how.get("progressbar") else announced("merging"):
             self._lorafx.ledger.merge(self.tree, adapters, replaced, **how)
+
+    def _require_writable(self, adapters: Iterable[Adapter]) -> None:
+        """Raise `MergeError` for weights that may only be written to under `torch.inference_mode()`."""
+        weights = {site.weight for adapter in adapters for site in adapter.selection}
+        found = [path for path in made_for_inference(self.tree) if path in weights]
+        if found and not torch.is_inference_mode_enabled():
+            raise MergeError(
+                f"{found[0]} was made under `torch.inference_mode()`, and may only be written to there: merge, and "
+                "unmerge, within it. Nothing was changed"
+            )
 
     def _require_together(self, names: Iterable[str]) -> None:
         """Raise `AdapterError` for adapters of which two have their own copy of one base tensor: which would act?"""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
@@ -16,32 +16,46 @@ from ..merging.ledger import Ledger
 from ..pipeline import Context
 from ..serving.dispatcher import Dispatcher
 from ..tree.attached import Held
+from ..tree.originals import Originals
 from ..tree.replication import Replicas
+
+
+class Found(NamedTuple):
+    """Which adapters act, are merged and train, as a block found them in which none does."""
+
+    disabled: bool
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    names: set[str]
+    trained: list[Tensor]
 
 
 @dataclass
 class State:
     """The base object, the dispatcher of calls, the adapters by name, which are active, and which are merged.
 
-    `base_requires_grad` has the base's flags by path, before lorafx froze it; `replicas` are its layers in the memory
-    of others. While the adapters are `disabled`, none acts, and `active` says which will when that is over. `trained`
-    are those that lorafx has let train and not frozen since. `compiled` has a dispatcher for each torch.compile around
-    the model; a copy makes its own.
+    `base_requires_grad` has the base's flags by path, before lorafx froze it; `originals` are its modules, as they were
+    then; `replicas` are its layers in the memory of others. While the adapters are `disabled`, none acts, and `active`
+    says which will when that is over. `trained` are those that lorafx has let train and not frozen since. `compiled`
+    has a dispatcher for each torch.compile around the model; a copy makes its own.
     """
 
     base: nn.Module
     dispatcher: Dispatcher
     autocast_adapter_dtype: bool
     base_requires_grad: dict[str, bool]
+    originals: Originals
     replicas: Replicas | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
+    blocks: dict[object, Found] = field(default_factory=dict)  # those that run as the base, in the order they began
     trained: set[str] = field(default_factory=set)
     # Of each adapter's first tensor: the parameters of its module, and its name among these.
     first: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)  # what holds an adapter's tensors in the tree
     said: set[str] = field(default_factory=set)  # what `backward.py` says once
+    given: set[str] = field(default_factory=set)  # adapters whose start values nobody needs to be reminded of
     layers_of_peft: nn.ModuleList | None = None  # what PEFT's optimizers last took for layers
     ledger: Ledger = field(default_factory=Ledger)
     allocators: dict[str, Any] = field(default_factory=dict)  # of adapters whose ranks training shares out
@@ -52,7 +66,7 @@ class State:
         self.configs = Configs(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": [], "first": {}, "held": {}}
+        return {**vars(self), "compiled": [], "first": {}, "held": {}, "blocks": {}}
 
     @property
     def acting(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -176,3 +177,15 @@ def is_compiled_now() -> bool:
 def base_of(tensor: Tensor) -> Tensor | None:
     """The tensor that this one is a view of, if it is one; in inference mode torch does not say."""
     return tensor._base
+
+
+def list_own_weights(root: nn.Module) -> None:
+    """Have recurrent layers below a module know of the weights that they have now, as they do when they run.
+
+    Without it, they would be found to change themselves in a call where stand-ins are in the place of their weights.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.RNNBase):
+            weights = [getattr(module, name, None) for name in module._flat_weights_names]
+            vars(module)["_flat_weights"] = weights
+            vars(module)["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]

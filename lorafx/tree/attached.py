@@ -27,24 +27,11 @@ class Attached(nn.Module):
     What it has of an adapter is found by the adapter's name, as in PEFT's dicts: `q_proj.lora_A["default"]`.
     """
 
-    replaced: ClassVar[int] = 0  # how often a module was taken out of any of these, or gave way to another
+    replaced: ClassVar[int] = 0  # how often a module was taken out of any of these by others, or gave way to another
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._count(name, value)
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._count(name, None)
-        super().__delattr__(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._count(name, module)
-        super().add_module(name, module)
-
-    def _count(self, name: str, value: Any) -> None:
-        before = vars(self).get("_modules", {}).get(name)  # torch.export fills proxies with a `__dict__`
-        if before is not None and before is not value:
-            Attached.replaced += 1
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["_modules"] = Children()
 
     def __getitem__(self, name: str) -> Any:
         return self._held()[name]
@@ -76,6 +63,26 @@ class Attached(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("assign_to_params_buffers"):  # tensors with memory take the place of those without
             self._buffers.update(self.__dict__.pop(KEPT, {}))
+
+
+class Children(dict[str, Any]):
+    """The `_modules` of an `Attached`, which some write to themselves: it counts what is replaced in it."""
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        Attached.replaced += self.get(name, module) is not module
+        super().__setitem__(name, module)
+
+
+def _counting(name: str) -> Callable[..., Any]:
+    def method(self: Children, *args: Any, **kwargs: Any) -> Any:
+        Attached.replaced += 1
+        return getattr(dict, name)(self, *args, **kwargs)
+
+    return method
+
+
+for _name in ("__delitem__", "__ior__", "clear", "pop", "popitem", "update"):
+    setattr(Children, _name, _counting(_name))
 
 
 def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> nn.Module:
@@ -133,7 +140,7 @@ def detach(root: nn.Module, paths: Iterable[str]) -> None:
             delattr(owners[-1], atoms[-1])
         for owner, child, atom in reversed(list(zip(owners, owners[1:], atoms))):
             if atom in vars(owner).get(ATTACHED, ()) and not (child._modules or child._parameters or child._buffers):
-                del owner._modules[atom]
+                dict.__delitem__(owner._modules, atom)  # uncounted: it goes with all that was kept of its adapter
                 owner.__dict__[ATTACHED] = tuple(a for a in vars(owner)[ATTACHED] if a != atom)
 
 

@@ -1,4 +1,4 @@
-"""Memory: where a tensor's begins, and which tensors lie in the memory of others."""
+"""Memory: where a tensor's begins, which tensors lie in the memory of others, and which may not be written to."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ def whole_storage_of(tensor: Tensor) -> int:
     if is_wrapped(tensor):  # by a transform of torch.func's
         return 0
     return storage_of(tensor) if tensor.untyped_storage().nbytes() == tensor.nbytes else 0
+
+
+def made_for_inference(tree: nn.Module) -> list[str]:
+    """Paths of a model's own parameters that autograd keeps nothing of, and that may only be written to in that mode.
+
+    `torch.inference_mode` has made them.
+    """
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in named_own_modules(tree)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_inference()
+    ]
 
 
 class Shared:

@@ -1,4 +1,7 @@
-"""Originals: modules of the base that run in the place of their mirrors, reached by ways that nobody redirects."""
+"""Originals: modules of the base, which may run in the place of their mirrors, reached by ways that nobody redirects.
+
+A module that somebody replaces in the base is replaced there alone, for a mirror has children of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,28 @@ import inspect
 from types import FrameType
 
 from torch import Tensor, nn
+
+
+class Originals:
+    """The modules of a base as they were when it was mirrored."""
+
+    def __init__(self, base: nn.Module):
+        self._paths = [path for path, module in base.named_modules() if module._modules]
+        self._now = [module._modules for module in base.modules() if module._modules]
+        self._known = [children.copy() for children in self._now]
+
+    def replaced(self) -> list[str]:
+        """Paths of those that somebody has replaced, added or taken away, each said once."""
+        if self._now == self._known:
+            return []
+        found = [
+            f"{path}.{name}".lstrip(".")
+            for path, now, known in zip(self._paths, self._now, self._known)
+            for name in {**known, **now}
+            if now.get(name) is not known.get(name)
+        ]
+        self._known = [children.copy() for children in self._now]
+        return found
 
 
 def other_mode(tensor: Tensor, twin: nn.Module) -> str:

@@ -204,6 +204,16 @@ def test_experts_that_a_config_may_have_meant_are_pointed_at(config, remark):
     assert said(model, **named) == [] and said(model, target_modules=["q_proj"]) == []
 
 
+@pytest.mark.parametrize("targets", [["attention"], ["out_proj"], ["other", "attention"]])
+def test_attention_that_reads_a_quantised_layer_s_weight_is_refused(targets):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "other": nn.Linear(32, 8)})
+    model["attention"].out_proj = bnb.nn.Linear4bit(32, 32)
+    with pytest.raises(SelectionError, match=r"^attention.out_proj is quantised, and MultiheadAttention computes"):
+        select(model.to("cpu"), lorafx.LoraConfig(target_modules=targets))
+    assert len(select(model, lorafx.LoraConfig(target_modules=["other"]))) == 1
+
+
 def test_a_lazy_module_must_run_first():
     with pytest.raises(SelectionError, match="lazy"):
         names(nn.Sequential(nn.LazyLinear(3)), target_modules=["0"])

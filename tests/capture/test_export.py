@@ -224,3 +224,42 @@ def test_layers_within_a_shared_layer_are_named_from_the_root():
     stacks = [node.meta.get("nn_module_stack", {}) for node in lorafx.trace(model, x).graph.nodes]
     paths = {path.partition("@")[0] for stack in stacks for path, _ in stack.values()}
     assert paths <= {name for name, _ in model.named_modules(remove_duplicate=False)} and "1.steps.0" in paths
+
+
+class Recurrent(nn.Module):
+    """(batch, length, 5) -> (batch, length, 3)"""
+
+    def __init__(self, layer, **how):
+        super().__init__()
+        self.up, self.layer = nn.Linear(5, 8), layer(8, 6, batch_first=True, **how)
+        self.head = nn.Linear(self.layer(torch.zeros(1, 1, 8))[0].shape[-1], 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.up(x))[0])
+
+
+@pytest.mark.parametrize(
+    "layer, how",
+    [(nn.LSTM, {"num_layers": 2, "bidirectional": True}), (nn.LSTM, {"proj_size": 4}), (nn.GRU, {}), (nn.RNN, {})],
+)
+def test_recurrent_layers_are_captured_and_read_the_weights_that_they_have(layer, how):
+    """float64; results are below 10, and at most 8 numbers are summed up."""
+    model, x = Recurrent(layer, **how).double(), torch.randn(4, 7, 5, dtype=torch.float64)
+    plain, weights = list(vars(model.layer)["_flat_weights"]), dict(model.layer.named_parameters())
+    gm = lorafx.trace(model, x)
+    assert all(a is b for a, b in zip(plain, vars(model.layer)["_flat_weights"], strict=True))
+    assert all(p is weights[name] for name, p in model.layer.named_parameters())
+    longer = torch.randn(3, 7, 5, dtype=torch.float64)
+    for given in (x, longer):
+        torch.testing.assert_close(gm(given), model(given), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        model.layer.weight_ih_l0.mul_(2)
+    model.layer.weight_hh_l0 = nn.Parameter(torch.randn_like(model.layer.weight_hh_l0))
+    torch.testing.assert_close(gm(x), model(x), rtol=0, atol=1e-12)
+    config, found = {"r": 2, "target_modules": ["up", "head"], "init_lora_weights": False}, {}
+    for capture in ("graph", "sites"):
+        lora = lorafx.compile(model, config, capture=capture, random_state=0)
+        lora(x).square().sum().backward()
+        assert lora.explain().calls[0].served_by == capture
+        found[capture] = [parameter.grad for parameter in lora.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(found["graph"], found["sites"], rtol=1e-12, atol=1e-12)

@@ -1,5 +1,9 @@
 """Graph modules over a live tree: they read its tensors where they are, and own only what is theirs alone."""
 
+import copy
+import pickle
+
+import pytest
 import torch
 from graphs import Chain
 from modules import Stack
@@ -72,6 +76,21 @@ def test_a_copied_graph_has_the_same_nodes_and_metadata():
         assert a.op == "output" or (a.meta == b.meta and a.meta is not b.meta)
     x = torch.randn(2, 4)
     assert torch.equal(over(other, gm, gm.get_submodule(CAPTURED))(x), gm(x))
+
+
+def test_a_graph_is_copied_with_its_tensors_and_never_pickled():
+    model, x = Stack(depth=3), torch.randn(5, 4)
+    gm = lorafx.trace(model, x)
+    Pipeline(Canonicalize(), OutlineBlocks()).run(gm)
+    other = copy.deepcopy(gm)
+    assert {id(tensor) for tensor in other.parameters()}.isdisjoint(map(id, model.parameters()))
+    assert torch.equal(other(x), gm(x))
+    with torch.no_grad():
+        model.layers[1].up.weight.zero_()
+    assert not torch.equal(other(x), gm(x)) and torch.equal(gm(x), model(x))
+    for each in (gm, other):
+        with pytest.raises(lorafx.errors.CaptureError, match="a graph is not pickled"):
+            pickle.dumps(each)
 
 
 class Nested(nn.Module):

@@ -213,3 +213,30 @@ def test_why_a_piece_was_compiled_again_is_explained():
     pieces = {title: (times, why) for title, times, why in lora.explain().compiled if title.startswith("5 layers")}
     ((times, why),) = pieces.values()
     assert times == 1 + len(why.splitlines()) > 1 and "grad" in why and why.splitlines()[0] in str(lora.explain())
+
+
+@pytest.mark.slow
+def test_recurrent_layers_are_in_no_piece():
+    """A compiler would have the operators of each step. float32; a gradient sums over at most 16 x 8 places."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.layer, self.head = nn.Linear(5, 8), nn.LSTM(8, 6, num_layers=2), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = torch.tanh(torch.sigmoid(self.up(x)).square())
+            return torch.tanh(torch.sigmoid(self.head(self.layer(x)[0])).square())
+
+    x = torch.randn(8, 16, 5)
+    lora = adapted(Recurrent(), target_modules=["up", "head"])
+    loss, expected = gradients(lora, lambda: lora(x).square().sum())
+    lora._lorafx.dispatcher.backend = Backend("aot_eager")
+    lora._lorafx.dispatcher.clear()
+    compiled_loss, found = gradients(lora, lambda: lora(x).square().sum())
+    assert abs(loss - compiled_loss) <= 128 * eps * abs(loss)
+    for name, gradient in expected.items():
+        assert (gradient - found[name]).abs().max() <= 128 * eps * gradient.abs().max(), name
+    pieces = lora._lorafx.dispatcher.graphs.lowering.pieces.values()
+    code = lora.graph(x).code
+    assert "aten.lstm.input" in code and [piece.compiled for piece in pieces] == [1, 1]

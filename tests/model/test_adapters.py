@@ -1,5 +1,7 @@
 """The adapters of a model: added, loaded, made active, switched off, deleted."""
 
+import copy
+
 import pytest
 import torch
 from graphs import Chain, adapted
@@ -65,6 +67,27 @@ def test_disabling_gives_the_base_model_and_comes_back():
     with lora.disable_adapter():
         assert not torch.equal(model.first.weight, merged)
     assert torch.equal(model.first.weight, merged) and lora.merged_adapters == ["default"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_of_blocks_without_adapters_the_last_to_end_puts_all_back(merged):
+    lora, x = adapted(Chain(), target_modules=["second"]), torch.randn(5, 4)
+    there = lora(x)
+    if merged:
+        lora.merge_adapter()
+    first, second, third = lora.disable_adapter(), lora.disable_adapter(), lora.disable_adapter()
+    base = copy.deepcopy(lora)
+    with base.disable_adapter():
+        without = base(x)
+    for block in (first, second, third):
+        block.__enter__()
+    for block in (second, first):
+        block.__exit__(None, None, None)
+        assert torch.equal(lora(x), without) and not lora(x).requires_grad
+    third.__exit__(None, None, None)
+    assert lora.merged_adapters == ["default"] * merged
+    torch.testing.assert_close(lora(x), there)
+    assert lora.second.lora_A.default.weight.requires_grad
 
 
 def test_switching_a_merged_model_unmerges_first():

@@ -119,3 +119,29 @@ def test_training_in_evaluation_mode_without_dropout_is_said_once(capture, x):
     assert [text[:26] for text in said(Loss().eval(), 3, lora_dropout=0.1)] == ["trained in evaluation mode"]
     assert len(said(Chain().eval(), 2, lora_dropout=0.1)) == 1
     assert said(Loss().train(), 1, lora_dropout=0.1) == said(Loss().eval(), 1) == []
+
+
+@pytest.mark.parametrize("capture", ["auto", "graph", "sites"])
+def test_a_base_made_for_inference_infers_and_says_why_it_does_not_train(x, capture):
+    with torch.inference_mode():
+        base = Loss()
+    lora = lorafx.compile(base, CONFIG, capture=capture)
+    with pytest.raises(AdapterError, match=r"first.weight was made under `torch.inference_mode\(\)`"):
+        lora(x).backward()
+    with torch.no_grad():
+        there = lora(x)
+    with torch.inference_mode():
+        assert torch.equal(lora(x), there)
+    lora.first.weight, lora.second.weight = (torch.nn.Parameter(m.weight.clone()) for m in (base.first, base.second))
+    for module in (lora.first, lora.second):
+        module.bias = None if module.bias is None else torch.nn.Parameter(module.bias.clone())
+    lora(x).backward()
+
+
+def test_another_error_of_a_training_call_stays_what_it_is(x):
+    class Failing(Loss):
+        def forward(self, x):
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        lorafx.compile(Failing(), CONFIG, capture="sites")(x)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from types import MethodType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import Chain
 from torch import fx, nn
 
 import lorafx
@@ -222,3 +224,17 @@ def test_adapters_that_torch_func_puts_in_place_however_often():
         alone = {path: each[0] for path, each in adapters.items()}
         rows = torch.vmap(torch.func.grad(total), (None, 0))(alone, x)
         torch.testing.assert_close(rows["lin.lora_B.default.weight"], scale * (x @ a.T)[:, None].expand(3, 5, -1))
+
+
+def test_a_module_that_is_replaced_in_the_base_is_said_once():
+    base, x = Chain(), torch.randn(5, 4)
+    lora = lorafx.compile(base, {"r": 2, "target_modules": ["second"], "init_lora_weights": False})
+    before = lora(x)
+    base.first = nn.Linear(4, 6)
+    with pytest.warns(UserWarning, match=r"^first of the base was replaced .* its own `resize_token_embeddings`"):
+        assert torch.equal(lora(x), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora(x)
+        lora.first = base.first
+        assert not torch.equal(lora(x), before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import models
 import peft
 import pytest
@@ -163,3 +165,30 @@ def test_what_cannot_be_is_refused_and_changes_nothing(monkeypatch):
     now = adapter_tensors(lora)
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
     assert not any(module._forward_pre_hooks for module in lora.modules())
+
+
+def test_training_without_data_says_so_once(tmp_path):
+    class Loss(Two):
+        def forward(self, x):
+            return super().forward(x, x).square().mean()
+
+    asked, x = {"r": 2, "target_modules": ["a", "b"], "init_lora_weights": "eva"}, torch.randn(5, 8)
+    lora = lorafx.compile(Loss(), asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.eval()
+        with torch.no_grad():
+            lora(x)
+    with pytest.warns(UserWarning, match="'default' trains from random start values.*initialize_lora_eva_weights"):
+        lora.train()(x).backward()
+    lora.save_pretrained(tmp_path)
+    found = lorafx.compile(Loss(), asked)
+    lorafx.initialize_lora_eva_weights(found, [{"x": torch.randn(40, 8)}] * 20, **ALL)
+    loaded = lorafx.load(Loss(), tmp_path, is_trainable=True)
+    restored = lorafx.compile(Loss(), asked)
+    torch.nn.init.ones_(restored.a.lora_B.default.weight)
+    torch.nn.init.ones_(restored.b.lora_B.default.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (lora, found, loaded, restored):
+            each.train()(x).backward()

@@ -194,3 +194,18 @@ def test_ends_of_a_tie_that_merging_undoes_come_back_from_a_file(merged_before, 
         lora.merge_and_unload().save_pretrained(tmp_path)
         again = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(again(**call).logits, expected)
+
+
+def test_a_base_made_for_inference_is_merged_into_under_inference_mode():
+    with torch.inference_mode():
+        base = Chain()
+    lora = adapted(base, target_modules=["second"])
+    before = base.second.weight.clone()
+    with pytest.raises(MergeError, match=r"second.weight was made under `torch.inference_mode\(\)`"):
+        lora.merge_adapter()
+    assert torch.equal(base.second.weight, before) and not lora.merged_adapters
+    with torch.inference_mode():
+        lora.merge_adapter()
+        assert not torch.equal(base.second.weight, before)
+        lora.unmerge_adapter()
+    assert torch.equal(base.second.weight, before)

@@ -1,6 +1,8 @@
 """Attached: what adapters hang into a tree comes out again, and is told apart from the model's own."""
 
+import copy
 import operator
+import pickle
 
 import pytest
 import torch
@@ -64,6 +66,30 @@ def test_buffers_that_no_state_dict_has_survive_the_meta_device():
     model.layers[1].to_empty(device="cpu")
     model.to(torch.float64)
     assert find_tensor(model, path).item() == 1.5 and find_tensor(model, path).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda holder, other: setattr(holder, "default", other),
+        lambda holder, other: holder.add_module("default", other),
+        lambda holder, other: holder._modules.__setitem__("default", other),
+        lambda holder, other: holder._modules.update(default=other),
+        lambda holder, other: operator.ior(holder._modules, {"default": other}),
+        lambda holder, other: (holder._modules.pop("default"), holder.add_module("default", other)),
+        lambda holder, other: (delattr(holder, "default"), holder.add_module("default", other)),
+        lambda holder, other: (holder._modules.clear(), holder.add_module("default", other)),
+    ],
+)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_whoever_replaces_a_module_that_was_made_is_noticed(replace, copied):
+    model = copied(hung(PATH))
+    held = Held(model, Ways([PATH]))
+    attach(model, "layers.1.up.lora_A.other.weight", nn.Parameter(torch.ones(2, 4)))
+    detach(model, ["layers.1.up.lora_A.other.weight"])
+    assert held.is_in_place
+    replace(model.layers[1].up.lora_A, nn.Linear(4, 2, bias=False))
+    assert not held.is_in_place
 
 
 def test_what_is_hung_in_is_none_of_the_models_own():
