@@ -13,7 +13,7 @@ from ..torch_private.graphs import is_erased
 from ..torch_private.tracing import FakeTensorMode
 from .emit import Provenance, emit, fake_mode_of, marks_of
 from .emit import made_by as maker_of
-from .match import Match, NoMatch, Pattern, match
+from .match import Match, NoMatch, Pattern, match, trace_function
 from .writes import interrupted
 
 
@@ -65,7 +65,7 @@ class Rule:
         New nodes take over the site and adapter of the node that they replace, the new result also its `marks_of`.
         """
         count, mode = 0, fake_mode_of(gm)
-        for anchor in reversed(list(gm.graph.nodes)):
+        for anchor in reversed(self._anchors(gm)):
             if is_erased(anchor):
                 continue
             found = self.find(anchor)
@@ -76,6 +76,13 @@ class Rule:
                     result.meta |= marks
                 count += 1
         return count
+
+    def _anchors(self, gm: GraphModule) -> list[Node]:
+        """The nodes at which the pattern may have its result, in order."""
+        result = trace_function(self.pattern).output_node().args[0]
+        if not isinstance(result, Node) or result.op == "placeholder":
+            return list(gm.graph.nodes)
+        return list(gm.graph.find_nodes(op=result.op, target=result.target))
 
 
 def rewrite_updates(rules: Iterable[Rule], gm: GraphModule, made_by: str) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import TRAINED_BIAS, Adapter, remove
 from ..adapters.building import build
@@ -207,6 +206,13 @@ class Adapters(Scales):
         if inference_mode:
             self._freeze(names)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
+        names = self._listed(adapter_names)
+        for held in self._held(names):
+            held.set_trainable(requires_grad)
+        self._lorafx.trained.update(names)
+
     def _mean_to_train(self, names: Sequence[str]) -> None:
         """Take it from adapters that were loaded for inference that they never train."""
         for name in names:
@@ -214,16 +220,20 @@ class Adapters(Scales):
             if adapter.config.inference_mode:
                 self._lorafx.adapters[name] = replace(adapter, config=adapter.config.replace(inference_mode=False))
 
-    def _freeze(self, names: Sequence[str]) -> None:
-        for name in names:
-            set_trainable(self._tensors(name), False)
+    def _freeze(self, names: Collection[str]) -> None:
+        for held in self._held(names):
+            held.set_trainable(False)
 
-    def _tensors(self, name: str) -> list[Tensor | None]:
-        """The tensors of an adapter that are there now, or None."""
-        held, ways = self._lorafx.held, self._adapter(name).ways
-        if name not in held or not held[name].is_of(ways):
-            held[name] = Held(self.tree, ways)
-        return held[name].tensors()
+    def _held(self, names: Collection[str]) -> list[Held]:
+        """What holds the tensors of these adapters, found anew where a module on the way is another."""
+        kept, wanted = self._lorafx.held, {name: self._adapter(name).ways for name in names}
+        same = [kept[name] for name, ways in wanted.items() if name in kept and kept[name].ways is ways]
+        in_place = {each for each in {held.parents for held in same} if each.are_bare and each.are_in_place}
+        for name, ways in wanted.items():
+            if name not in kept or kept[name].ways is not ways or kept[name].parents not in in_place:
+                kept[name] = Held(self.tree, ways, in_place)
+                in_place.add(kept[name].parents)
+        return [kept[name] for name in wanted]
 
     @between_calls
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -258,7 +268,7 @@ class Adapters(Scales):
         """
         state, block = self._lorafx, object()
         names = self._trained()
-        tensors = (tensor for name in names for tensor in self._tensors(name))
+        tensors = (tensor for name in names for tensor in self._adapter(name).ways.tensors(self.tree))
         trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         found = Found(state.disabled, state.active, state.ledger.names, names, trained)
         self.disable_adapter_layers()
@@ -300,10 +310,9 @@ class Adapters(Scales):
     def _set_trainable(self) -> None:
         """Let the active adapters train, and no others. What the user trains of the base besides stays as it is."""
         state = self._lorafx
-        for name in self._trained().union(state.acting):
-            adapter = state.adapters[name]
-            trains = name in state.acting and not adapter.config.inference_mode
-            set_trainable(self._tensors(name), trains)
+        names = list(self._trained().union(state.acting))
+        for name, held in zip(names, self._held(names)):
+            held.set_trainable(name in state.acting and not state.adapters[name].config.inference_mode)
         state.trained = set(state.acting)
 
     def _trained(self) -> set[str]:

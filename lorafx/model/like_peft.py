@@ -6,7 +6,7 @@ Where PEFT has a method for which there is nothing here, `INSTEAD` says what to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..adapters.config import AdapterConfig
 from ..adapters.peft_itself import refuse_peft_itself
 from ..adapters.storages import DENSE, weights_of
 from ..errors import AdapterError
-from ..tree.attached import set_trainable
 from ..tree.lookup import tensor_at
 from .adapters import Adapters
 from .trainers import Inner
@@ -129,12 +128,6 @@ class LikePeft(Adapters):
         """Print how many parameters train, in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train or not, active ones or others, until the active ones change. `AdapterError` if unknown."""
-        for adapter in [self._adapter(name) for name in self._listed(adapter_names)]:
-            set_trainable(adapter.ways.tensors(self.tree), requires_grad)
-            self._lorafx.trained.add(adapter.name)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Of each adapted module: which adapters it has, which of them act, train and are merged, and where."""

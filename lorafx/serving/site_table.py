@@ -18,7 +18,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
 from ..pipeline import Context
-from ..tree.attached import Held
+from ..tree.attached import Parents
 from ..tree.lookup import module_at
 from ..tree.wrappers import innermost
 from .call_key import is_of
@@ -62,8 +62,8 @@ class SiteTable:
     by the path of the base's tensor; `owned` are weights and replaced tensors by the path of their module. `numbers`
     are those by which rows choose an adapter, if they do. `direct` keeps in `reads` how functions read a weight, and
     `per_site` in `hidden` functions that have read one and did not ask its class. `looked_at` says how many calls of a
-    kind were looked at, function by function. Tables for adapters of one form share these two. `held` tells whether the
-    adapters' own modules are still those whose tensors are looked up.
+    kind were looked at, function by function. Tables for adapters of one form share these two. `parents` tell whether
+    the adapters' own modules are still those whose tensors are looked up.
     """
 
     weights: tuple[Place, ...]
@@ -72,7 +72,7 @@ class SiteTable:
     acting: dict[str, tuple[tuple[Adapter, Site], ...]]
     owned: dict[str, tuple[list[Place], list[Place]]]
     context: Context
-    held: tuple[Held, ...] = ()
+    parents: tuple[Parents, ...] = ()
     numbers: dict[str, int] = field(default_factory=dict)
     reads: dict[tuple[Any, str], tuple[Any, ...]] = field(default_factory=dict)
     hidden: set[Any] = field(default_factory=set)
@@ -87,7 +87,7 @@ class SiteTable:
         for number, places in enumerate((weights, replaced)):
             for place in places:
                 owned.setdefault(place.path.rpartition(".")[0], ([], []))[number].append(place)
-        return cls(weights, replaced, copies, acting, owned, context, _held(tree, context), _numbers(context))
+        return cls(weights, replaced, copies, acting, owned, context, _parents(tree, context), _numbers(context))
 
     def of_others(self, tree: nn.Module, context: Context) -> SiteTable:
         """The table of other adapters of the same form (`is_like`), in the same modules.
@@ -96,7 +96,7 @@ class SiteTable:
         """
         other = object.__new__(SiteTable)
         named = {"context": context, "acting": _acting(context), "copies": _copies(tree, context)}
-        vars(other).update(vars(self), **named, held=_held(tree, context), numbers=_numbers(context), reads={})
+        vars(other).update(vars(self), **named, parents=_parents(tree, context), numbers=_numbers(context), reads={})
         for (func, weight), reads in self.reads.copy().items():
             adapters = [adapter for adapter, _ in other.around(weight)]
             other.reads[func, weight] = tuple([each.of_others(tree, adapters) for each in reads])
@@ -117,7 +117,7 @@ class SiteTable:
     @property
     def is_in_place(self) -> bool:
         """Whether no module of the adapters' has been replaced since."""
-        return all(each.is_in_place for each in self.held)
+        return all(each.are_in_place for each in self.parents)
 
     @functools.cached_property
     def own_reads(self) -> dict[str, OwnRead]:
@@ -153,8 +153,8 @@ def _copies(tree: nn.Module, context: Context) -> dict[str, Place]:
     return copies
 
 
-def _held(tree: nn.Module, context: Context) -> tuple[Held, ...]:
-    return tuple([Held(tree, adapter.ways) for adapter in context.adapters])
+def _parents(tree: nn.Module, context: Context) -> tuple[Parents, ...]:
+    return tuple([Parents(ways, ways.modules(tree)) for ways in (adapter.ways for adapter in context.adapters)])
 
 
 def _numbers(context: Context) -> dict[str, int]:

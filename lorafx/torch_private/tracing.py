@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -26,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
     maybe_enable_thunkify,
     set_proxy_slot,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -133,6 +135,53 @@ class _SharingSymbols(ShapeEnv):
         return self.made[part]
 
 
+class _SharingFakes(FakeTensorMode):
+    """Makes the fake tensor of an input like that of another one whose sizes are the same symbols.
+
+    Torch asks symbols some sixty questions to make one, among them whether its sizes and strides leave no gap.
+    """
+
+    def __init__(self, shape_env: _SharingSymbols):
+        super().__init__(shape_env=shape_env, allow_non_fake_inputs=True, export=True)
+        self.symbols = shape_env
+        self.made: dict[Hashable, Tensor] = {}  # the memory that the first of each kind needs
+
+    def from_tensor(self, tensor: Tensor, **given: Any) -> Any:
+        kind = self._kind(tensor, **given)
+        if kind not in self.made:
+            first = super().from_tensor(tensor, **given)
+            if kind is not None:
+                self.made[kind] = meta_like(first)
+            return first
+        # As torch does for any tensor: it notes where sizes are found, and which fake tensor this one has.
+        self.symbols._produce_dyn_sizes_from_int_tuple(tensor.shape, given["source"], given["symbolic_context"])
+        with no_dispatch():
+            memory = torch._lazy_clone(self.made[kind])  # inputs that share memory are refused in places
+        fake = fake_tensor(self, memory, tensor.device, False)
+        self.fake_tensor_converter.set_tensor_memo(tensor, fake)  # type: ignore[arg-type]
+        return fake
+
+    def _kind(self, tensor: Tensor, source: Any = None, symbolic_context: Any = None, **others: Any) -> Hashable:
+        """What inputs have in common of which one fake tensor is like another; None for an input that has no like."""
+        if source is None or symbolic_context is None or others or not _is_plain(tensor):
+            return None
+        if self.fake_tensor_converter._get_memo(tensor) is not None:
+            return None
+        parts = [self.symbols.parts.get((source.name, "size", i)) for i in range(tensor.ndim)]
+        dims = symbolic_context.dynamic_sizes
+        if any(part is None and dim is not DimDynamic.STATIC for part, dim in zip(parts, dims)):
+            return None  # it has a symbol of its own
+        return *parts, tuple(tensor.shape), tensor.dtype, tensor.device, repr(symbolic_context)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers one after the other in memory of its own."""
+    strides = [*itertools.accumulate(reversed(tensor.shape[1:]), operator.mul, initial=1)][::-1]
+    own = type(tensor) is Tensor and tensor.layout is torch.strided and tensor._base is None
+    plain = own and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+    return plain and list(tensor.stride()) == strides[: tensor.ndim] and not tensor.storage_offset()
+
+
 @contextlib.contextmanager
 def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
     """Let torch.export, called here, make one symbol for all numbers of one part; the graph then asks for equal ones.
@@ -144,7 +193,7 @@ def sharing_symbols(parts: Mapping[Number, Hashable]) -> Iterator[None]:
         yield
         return
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # as torch.export has it
-        mode = FakeTensorMode(shape_env=_SharingSymbols(parts), allow_non_fake_inputs=True, export=True)
+        mode = _SharingFakes(_SharingSymbols(parts))
     with tracing(TracingContext(mode)):
         yield
 
@@ -200,6 +249,9 @@ def let_go(gm: GraphModule) -> None:
 # --- fake tensors that stand in for others ---------------------------------------------------------------------------
 
 
+_ATTRIBUTES = "_lorafx_attributes"  # on a mode that makes fake tensors: what these have, by device
+
+
 def meta_like(tensor: Tensor) -> Tensor:
     """The memory that a fake tensor like this one needs: it says its size and strides, and has no bytes."""
     with no_dispatch():  # or a fake tensor would come out, of the mode that is on
@@ -207,9 +259,21 @@ def meta_like(tensor: Tensor) -> Tensor:
 
 
 def fake_tensor(mode: FakeTensorMode, like: Tensor, device: torch.device, requires_grad: bool) -> Tensor:
-    """A fake tensor over `meta_like` memory. Without it, a layer's answers could not be given to another layer."""
+    """A fake tensor over `meta_like` memory. Without it, a layer's answers could not be given to another layer.
+
+    What it is besides memory is the same for all of a device; to make it anew would take four times as long.
+    """
+    kept: dict[torch.device, dict[str, Any]] = vars(mode).setdefault(_ATTRIBUTES, {})
     with no_dispatch():
-        tensor = FakeTensor(mode, like, device)
+        if device not in kept:
+            kept[device] = vars(FakeTensor(mode, like, device)).copy()
+        tensor = Tensor._make_subclass(FakeTensor, like, False, dispatch_device=True, device_for_backend_keys=device)  # type: ignore[call-arg]
+        if mode._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(tensor)
+        vars(tensor).update(kept[device])
+        tensor.__init__()  # type: ignore[misc]
         return tensor.requires_grad_() if requires_grad else tensor
 
 

@@ -113,6 +113,10 @@ class Life(RuleBasedStateMachine):
     def names(self) -> st.SearchStrategy[str]:
         return st.sampled_from(list(self.configs))
 
+    def freezes(self, name: str) -> bool:
+        """Whether PEFT freezes again what is let train without being active: not so whole modules."""
+        return "modules_to_save" not in self.configs[name]
+
     def both(self, act: Any, theirs: Any = None) -> bool:
         """Whether both do it; if not, then both refuse."""
         refused = []
@@ -219,7 +223,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), on=st.booleans())
     def freeze(self, data: st.DataObject, on: bool) -> None:
         name = data.draw(self.names)
-        assert self.both(lambda model: model.set_requires_grad(name, on))
+        assert self.both(lambda model: model.set_requires_grad(name, on and self.freezes(name)))
 
     @precondition(lambda self: not self.merged)
     @rule(scale=st.sampled_from([0.5, 2.0, -1.0]))
@@ -235,7 +239,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), writer=st.sampled_from(["mine", "theirs"]), trains=st.booleans())
     def save_and_load(self, data: st.DataObject, writer: str, trains: bool) -> None:
         name, new = data.draw(self.names), f"a{self.count}"
-        trains = trains and "modules_to_save" not in self.configs[name]  # PEFT never freezes those again
+        trains = trains and self.freezes(name)
         with tempfile.TemporaryDirectory() as folder:
             getattr(self, writer).save_pretrained(folder, selected_adapters=[name])
             assert self.both(lambda model: model.load_adapter(str(Path(folder, name)), new, is_trainable=trains))

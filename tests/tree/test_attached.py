@@ -11,6 +11,7 @@ from torch import nn
 
 from lorafx.tree.attached import (
     Held,
+    Parents,
     attach,
     branch,
     detach,
@@ -164,34 +165,61 @@ def test_what_trains_is_what_was_said():
     assert trained_paths(model) == {"head.bias", "scale"}
 
 
-def test_what_holds_tensors_is_good_until_a_module_is_another():
-    model = hung(PATH, other := "layers.0.up.lora_A.default.weight")
-    ways = Ways([PATH, other, "layers.0.up.bias", "layers.0.up.lora_A.gone.weight"])
-    held = Held(model, ways)
-    assert held.is_of(ways) and not held.is_of(Ways([PATH]))
+OTHER = "layers.0.up.lora_A.default.weight"
 
-    def same():
-        return all(map(operator.is_, held.tensors(), [find_tensor(model, path) for path in ways.paths]))
 
-    assert same() and held.tensors()[-1] is None
+def trained_by(held, model):
+    """The tensors, by path, that train when those that are held are to, and do not when they are not."""
+    found = []
+    for trains in (True, False):
+        held.set_trainable(trains)
+        found.append([path for path in held.ways.paths if getattr(find_tensor(model, path), "requires_grad", False)])
+    assert not found[1]
+    return found[0]
+
+
+def test_what_holds_tensors_has_those_train_that_are_there_now():
+    model = hung(PATH, OTHER)
+    held = Held(model, Ways([PATH, OTHER, "layers.0.up.lora_A.gone.weight"]))
+    assert trained_by(held, model) == [PATH, OTHER]
+    held = Held(model, Ways([PATH, OTHER]))
+    before = model.get_parameter(PATH)
     owner = model.get_submodule("layers.1.up.lora_A.default")
-    owner.weight = nn.Parameter(torch.zeros(3, 4))
-    assert same()
+    owner._parameters["weight"] = nn.Parameter(torch.zeros(3, 4))
+    assert trained_by(held, model) == [PATH, OTHER] and not before.requires_grad
     weight = owner._parameters.pop("weight")  # as FSDP1 does
     vars(owner)["weight"] = weight.detach()
-    assert same() and held.is_of(ways)
+    assert trained_by(held, model) == [OTHER] and held.parents.are_in_place
+    vars(owner).pop("weight")
+    owner.register_parameter("weight", None)
+    assert trained_by(held, model) == [OTHER]
+    owner.weight = weight
+    assert trained_by(held, model) == [PATH, OTHER]
 
-    holder = model.layers[1].up.lora_A
+
+def test_what_holds_tensors_is_good_until_a_module_is_another():
+    model = hung(PATH, OTHER)
+    parents = lambda: Parents(ways := Ways([PATH, OTHER, "layers.0.up.bias"]), ways.modules(model))  # noqa: E731
+    known, holder = parents(), model.layers[1].up.lora_A
+    assert known.are_in_place and known.are_bare
     for replace in (setattr, type(holder).add_module, lambda *named: delattr(*named[:2]) or setattr(*named)):
         replace(holder, "default", nn.Linear(4, 3))
-        assert not held.is_of(ways)
-        held = Held(model, ways)
-        assert same() and held.is_of(ways)
+        assert not known.are_in_place
+        known = parents()
+        assert known.are_in_place
     model.layers[1].up.lora_A = nn.ModuleDict({"default": nn.Linear(4, 3)})
-    assert not held.is_of(ways)
-    held = Held(model, ways)
+    assert not known.are_in_place
+    known = parents()
     model.layers[0] = nn.Sequential(model.layers[0])
-    assert not held.is_of(ways)
+    assert not known.are_in_place
+
+
+def test_adapters_at_the_same_sites_have_what_is_above_them_in_common():
+    model = hung(PATH, beside := PATH.replace("default", "b"), OTHER)
+    held = Held(model, Ways([PATH]))
+    assert Held(model, Ways([beside]), [held.parents]).parents is held.parents
+    assert Held(model, Ways([PATH, OTHER]), [held.parents]).parents is not held.parents
+    assert Held(model, Ways([OTHER]), [held.parents]).parents is not held.parents
 
 
 def test_the_first_name_of_a_tied_weight():
