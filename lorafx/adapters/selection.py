@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, SelectionError, warn
 from ..tree.lookup import tensor_at
 from ..tree.own_layers import TOKEN
 from .config import AdapterConfig, is_named
+from .mismatches import COMPUTED, can_be_adapted, candidates, is_computed, nearest, nothing_message, unfit_message
 from .parameters import Named, experts_left, named_parameters
-from .readings import CONV1D, LINEAR, READINGS, Reading
+from .readings import CONV1D, LINEAR, Reading
 from .site import Selection, Site
 from .storages import DENSE, Storage, weights_of
 from .tying import input_embedding, tied_to_embedding
@@ -41,12 +39,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     matched = list(dict.fromkeys(led.get(name, name) for name in wanted))
     if missing := [each for each in besides if not any(is_named((each,), name) for name in modules)]:
         raise SelectionError(f"the config asks for {', '.join(missing)}, which the model does not have")
-    unfit = {name: modules[name] for name in matched if not _can_be_adapted(modules[name])}
+    unfit = {name: modules[name] for name in matched if not can_be_adapted(modules[name])}
     if unfit:
-        raise SelectionError(_unfit_message(unfit))
+        raise SelectionError(unfit_message(unfit))
     parameters = named_parameters(model, config)
     if not matched and not parameters:
-        raise SelectionError(_nothing_message(modules, config))
+        raise SelectionError(nothing_message(modules, config))
     _require_read_as_stored(modules, matched)
     selection = Selection(tuple(_sites(modules, matched, parameters)))
     for remark in _remarks(model, selection, modules, config):
@@ -63,7 +61,7 @@ def whole_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     matches = _matcher(model, config)
     matched = [name for name in modules if name and matches(name)]
     if not matched:
-        raise SelectionError(_nothing_message(modules, config))
+        raise SelectionError(nothing_message(modules, config))
     for remark in _remarks(model, Selection(), modules, config):
         warn(remark)
     return tuple(name for name in matched if not any(name.startswith(f"{outer}.") for outer in matched))
@@ -81,7 +79,7 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> str | tuple[str, ...]
     if model_type not in config.default_targets:
         raise ConfigError(
             f"`target_modules` is None and no default is known for {model_type or type(model).__name__!r}; "
-            f'name the modules, or use "all-linear" ({_candidates(dict(model.named_modules()))})'
+            f'name the modules, or use "all-linear" ({candidates(dict(model.named_modules()))})'
         )
     return config.default_targets[model_type]
 
@@ -177,10 +175,6 @@ def _require_no_tie_excluded(config: AdapterConfig, wanted: Sequence[str], tied:
             f"`exclude_modules` leaves out {excluded[0]}, and with `ensure_weight_tying` the adapter of {wanted[0]} "
             "acts there, too; leave one of both out"
         )
-
-
-def _can_be_adapted(module: nn.Module) -> bool:
-    return any(True for _ in weights_of(module))
 
 
 def _sites(modules: dict[str, nn.Module], matched: list[str], parameters: list[Named]) -> Iterator[Site]:
@@ -282,15 +276,15 @@ def _remarks(
             "they are tied no longer"
             + (" (`ensure_weight_tying` keeps them so)" if hasattr(config, "ensure_weight_tying") else "")
         )
-    if config.all_linear and (computed := [name for name, module in modules.items() if _is_computed(module)]):
-        yield f'"all-linear" leaves out {", ".join(computed[:5])}: {_COMPUTED}'
+    if config.all_linear and (computed := [name for name, module in modules.items() if is_computed(module)]):
+        yield f'"all-linear" leaves out {", ".join(computed[:5])}: {COMPUTED}'
     experts = experts_left(model, config)
     if experts and config.all_linear:
         yield f'"all-linear" leaves out the stacked weights of experts, which {experts} would adapt, too'
     for name in ("target_modules", "exclude_modules"):
         if idle := _idle(name, modules, config):
             stacked = f" The weights of experts are stacked here: {experts} adapts them." if experts else ""
-            yield f"`{name}` entries that match no module: {idle} ({_nearest(idle, modules)}).{stacked}"
+            yield f"`{name}` entries that match no module: {idle} ({nearest(idle, modules)}).{stacked}"
     if idle_layers := _idle_layers(model, modules, config):
         yield f"`layers_to_transform` numbers that pick no module: {idle_layers}"
 
@@ -348,56 +342,3 @@ def _untied(modules: dict[str, nn.Module], saved: Sequence[str]) -> Iterator[tup
         others = [name for name, module in owned if inside and module is not inside[0][1]]
         if others:
             yield inside[0][0], others
-
-
-_COMPUTED = (
-    "the weight is computed from other tensors in each call, by a parametrization, weight norm or pruning; bake that "
-    "in first (`torch.nn.utils.parametrize.remove_parametrizations`, `torch.nn.utils.prune.remove` …)"
-)
-
-
-def _is_computed(module: nn.Module) -> bool:
-    """Whether a linear layer has something else than a parameter for a weight, which a hook or a property computes."""
-    return isinstance(module, nn.Linear) and ("weight" in vars(module) or is_parametrized(module, "weight"))
-
-
-def _unfit_message(unfit: dict[str, nn.Module]) -> str:
-    shown = ", ".join(f"{name} ({type(module).__name__})" for name, module in list(unfit.items())[:5])
-    more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
-    supported = ", ".join(cls.__name__ for reading in READINGS for cls in reading.modules)
-    if all(map(_is_computed, unfit.values())):
-        return f"`target_modules` matches {shown}{more}, where {_COMPUTED}"
-    return (
-        f"`target_modules` matches modules whose weight no reading covers: {shown}{more}. "
-        f"Covered: {supported}. Narrow `target_modules` or add these to `exclude_modules`."
-    )
-
-
-def _nothing_message(modules: dict[str, nn.Module], config: AdapterConfig) -> str:
-    if (root := modules.get("")) is not None and _can_be_adapted(root):
-        return f"the model is itself a {type(root).__name__}, without a name: nn.Sequential(…) around it gives it one"
-    targets = config.target_modules
-    wanted, regex = [] if config.all_linear else list(targets or ()), ""
-    if isinstance(targets, str) and not config.all_linear:
-        if difflib.get_close_matches(targets.lower(), ["all-linear"], cutoff=0.7):
-            return f'no module matches target_modules={targets!r}. Did you mean "all-linear"?'
-        wanted, regex = [targets], " (a string is a regex for the whole name; a list holds suffixes)"
-    narrowed = " within the layers and exclusions given" if config.layers_to_transform or config.exclude_modules else ""
-    return f"no module matches target_modules={targets!r}{regex}{narrowed}. {_nearest(wanted, modules)}"
-
-
-def _nearest(wanted: list[str], modules: dict[str, nn.Module]) -> str:
-    suffixes = {name.rpartition(".")[2]: type(m).__name__ for name, m in modules.items() if name and _can_be_adapted(m)}
-    close = [c for w in wanted for c in difflib.get_close_matches(w.rpartition(".")[2], suffixes, n=3, cutoff=0.5)]
-    near = ", ".join(f"{name} ({suffixes[name]})" for name in dict.fromkeys(close))
-    return (f"Nearest: {near}. " if near else "") + _candidates(modules)
-
-
-def _candidates(modules: dict[str, nn.Module]) -> str:
-    counts = Counter(
-        f"{name.rpartition('.')[2]} ({type(module).__name__})"
-        for name, module in modules.items()
-        if name and _can_be_adapted(module)
-    )
-    shown = ", ".join(f"{name} x{count}" for name, count in counts.most_common(12))
-    return f"Modules that can be adapted: {shown or 'none'}"

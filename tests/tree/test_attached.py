@@ -88,9 +88,9 @@ def test_whoever_replaces_a_module_that_was_made_is_noticed(replace, copied):
     held = Held(model, Ways([PATH]))
     attach(model, "layers.1.up.lora_A.other.weight", nn.Parameter(torch.ones(2, 4)))
     detach(model, ["layers.1.up.lora_A.other.weight"])
-    assert held.is_in_place
+    assert held.parents.are_in_place
     replace(model.layers[1].up.lora_A, nn.Linear(4, 2, bias=False))
-    assert not held.is_in_place
+    assert not held.parents.are_in_place
 
 
 def test_what_is_hung_in_is_none_of_the_models_own():
