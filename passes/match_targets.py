@@ -16,15 +16,19 @@ from lorafx.adapters.equation import patterns
 from lorafx.adapters.site import Site
 from lorafx.adapters.storages import DENSE
 from lorafx.errors import CaptureError, UncoveredOperatorError, user_line
-from lorafx.graph import SITE, Match, match, resolve, within_vmap
+from lorafx.graph import SITE, Match, Provenance, describe, fake_mode_of, match, resolve, within_vmap
 from lorafx.pipeline import Context, Pass
+
+VALUE = torch.ops.aten.alias.default
 
 
 @dataclass(frozen=True)
 class MatchTargets(Pass):
     """Afterwards every node that reads a selected weight carries its site in `meta["site"]`.
 
-    Raises `UncoveredOperatorError` if a selected weight is read by an operator that no reading or storage covers.
+    A parameter that a config names may be read by any operator: where no reading covers that, one operator before it
+    reads the whole of the parameter. Raises `UncoveredOperatorError` if any other weight is read by an operator that no
+    reading or storage covers.
     Raises `CaptureError` if the graph returns the weight, or reads it within a vmap or an operator that has a graph of
     its own: such calls can run by sites. A site that the call does not run is no error.
     """
@@ -39,11 +43,11 @@ class MatchTargets(Pass):
         for node in gm.graph.find_nodes(op="get_attr"):
             site = sites.get(id(resolve(gm, node.target)))
             if site is not None:
-                count += sum(_mark(user, node, site) for user in node.users)
+                count += sum(_mark(user, node, site, gm) for user in tuple(node.users))
         return count
 
 
-def _mark(user: Node, weight: Node, site: Site) -> int:
+def _mark(user: Node, weight: Node, site: Site, gm: GraphModule) -> int:
     if user.target is torch.ops.aten.sym_size.int:
         return 0  # a size is the same with and without the adapter
     for pattern in patterns(site).values():
@@ -57,6 +61,8 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
     if isinstance(user.target, torch._ops.HigherOrderOperator) or user.op == "output":
         inside = "returned" if user.op == "output" else f"read inside {user.target}, which is a graph of its own"
         raise CaptureError(f"site {site.name}: its weight is {inside} [{user_line(user)}]")
+    if site.is_parameter and site.reading.value:
+        return _give_value(user, weight, site, gm)
     known = ", ".join(operator.pattern.__name__ for operator in patterns(site))
     if site.storage != DENSE:
         known += f", on what the storage {site.storage} says that its dense weight is computed by"
@@ -64,6 +70,19 @@ def _mark(user: Node, weight: Node, site: Site) -> int:
         f"site {site.name}: its weight is read by {user.target}, which no reading covers [{user_line(user)}]. "
         f"Exclude the module (`exclude_modules`), or select one whose weight is read as {known}."
     )
+
+
+def _give_value(user: Node, weight: Node, site: Site, gm: GraphModule) -> int:
+    """Have an operator that no reading covers be given what reads the whole weight, which is marked instead."""
+    others = (other for other in weight.users if other.target is VALUE and SITE in other.meta and other < user)
+    whole, count = next(others, None), 0
+    if whole is None:
+        with gm.graph.inserting_before(user):
+            whole = gm.graph.call_function(VALUE, (weight,))
+        describe(whole, user, Provenance(MatchTargets.name, site.name), gm, fake_mode_of(gm))
+        whole.meta[SITE], count = site, 1
+    user.replace_input_with(weight, whole)
+    return count
 
 
 def _depth(pattern: Graph) -> int:

@@ -48,8 +48,8 @@ INSIDE = {
     ),
     "serving": in_order(
         "attribute_guards tree_state call_key choosing checkpointing scripts own_backward programs adapted_modules "
-        "free_counters before early_calls site_table direct concerned methods per_site interpret settling misses "
-        "rebinding graph_builder adapter_hooks site_graphs site_policy acting traced dispatcher"
+        "free_counters before early_calls site_table direct concerned methods values per_site interpret settling "
+        "misses rebinding graph_builder adapter_hooks site_graphs site_policy acting traced dispatcher"
     ),
 }
 

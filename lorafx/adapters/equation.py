@@ -34,12 +34,18 @@ BOUND = "operator_"  # prefix of the operator's argument names, so that none is 
 
 def patterns(site: Site) -> dict[Operator, Graph]:
     """The operators that may read a site's weight, each with its pattern on the weight as it is stored."""
-    return _patterns(own_operators(site), operators_for(site.reading, len(site.weight_shape)), site.storage)
+    return _patterns(own_operators(site), operators_at(site), site.storage)
 
 
 def own_operators(site: Site) -> tuple[Operator, ...]:
     """The operators that read the weight as it is stored."""
     return tuple(each for each in site.storage.operators if each.lookup == site.reading.lookup)
+
+
+def operators_at(site: Site) -> tuple[Operator, ...]:
+    """The operators that may read the dense weight: those of its shape, and for a parameter that is named its value."""
+    known, whole = operators_for(site.reading, len(site.weight_shape)), site.reading.value
+    return (*known, whole) if site.is_parameter and whole else known
 
 
 @functools.cache
@@ -88,6 +94,7 @@ class Equation:
             found = match(pattern, base)
             if isinstance(found, Match) and found.bindings["weight"].op == "get_attr":
                 own = _reads_own_bias(root, found, site)
+                found.bindings.setdefault("x", found.bindings["weight"])  # the operator may be the weight itself
                 given = tuple(name for name, value in found.bindings.items() if value is not None)
                 equation = cls(adapter, site, operator, given, training, own)
                 if not equation.is_impossible:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.by_row import RowEquations, follows
-from ..adapters.equation import Equation, own_operators
+from ..adapters.equation import Equation, operators_at, own_operators
 from ..adapters.kinds import Operands
-from ..adapters.readings import Operator, operators_for
+from ..adapters.readings import Operator
 from ..adapters.readings.reading import Arguments, names_of
+from ..adapters.readings.value import value
 from ..adapters.site import Site
 from ..adapters.storages import DENSE
 from ..errors import UncoveredOperatorError
@@ -135,7 +136,7 @@ class Direct:
         adapters' own copy of a base tensor, and any other value itself.
         NotImplemented where the equations cannot be run so.
         """
-        for read in self._reads(func, weight, part):
+        for read in self._reads(func, weight):
             values = read.arguments(*args, **kwargs)
             if values is None:
                 continue
@@ -160,6 +161,17 @@ class Direct:
                 raise
         return NotImplemented
 
+    def value(self, weight: str, part: str, tensor: Tensor) -> Any:
+        """The weight at a path, which is `tensor`, with the updates in it: for a parameter that a config names.
+
+        NotImplemented for any other. Raises `UncoveredOperatorError` if rows have adapters of their own.
+        """
+        return self.run(value, (tensor,), {}, weight, part, None, tensor)
+
+    def knows(self, func: Callable[..., Any], weight: str) -> bool:
+        """Whether a function may be an operator of which equations are known for the weight at a path."""
+        return bool(self._reads(func, weight))
+
     def _by_row(self, read: Read, bound: dict[str, Any], dtype: torch.dtype | None, weight: str) -> Any:
         """The operator with each row's own adapter. Raises `UncoveredOperatorError` if rows cannot be told apart."""
         x, rows = bound["x"], self.rows
@@ -177,7 +189,7 @@ class Direct:
         y = read.operator.pattern(**bound | {"x": joint.x_of(x, rows, dtype, x.dtype, ats)})
         return joint.y_of(y, x, rows, dtype, y.dtype, ats)
 
-    def _reads(self, func: Callable[..., Any], weight: str, part: str) -> tuple[Read, ...]:
+    def _reads(self, func: Callable[..., Any], weight: str) -> tuple[Read, ...]:
         kept = self.table.reads.get((func, weight))
         if kept is None:
             kept = self.table.reads[func, weight] = tuple(self._found(func, weight))
@@ -187,6 +199,8 @@ class Direct:
         """The operators that a function may be, each with the equations of the adapters that are not merged."""
         acting = self.table.acting[weight]
         if not all(site.storage == DENSE or site.storage.whole for _, site in acting):
+            return
+        if func is value and not all(site.is_parameter for _, site in acting):
             return
         around = self.table.around(weight)
         for operator, arguments in _operators(func, acting[0][1]):
@@ -213,8 +227,8 @@ class Direct:
 
 def _operators(func: Callable[..., Any], site: Site) -> list[tuple[Operator, Arguments]]:
     """The operators that a function may be at a site: those of its reading, or of others that may read its weight."""
-    reading, dimensions = site.reading, len(site.weight_shape)
-    for some in (lambda: own_operators(site), lambda: reading.operators, lambda: operators_for(reading, dimensions)):
+    reading = site.reading
+    for some in (lambda: own_operators(site), lambda: reading.operators, lambda: operators_at(site)):
         if found := [(each, how) for each in some() for known, how in each.calls if known is func]:
             return found
     return []

@@ -25,7 +25,6 @@ from ..lowering.lower import Lowered
 from ..pipeline import Context, Observer, Pipeline
 from ..torch_private.replacing import checkpoints_replaced, scripts_replaced, threads_replaced
 from ..torch_private.tensors import is_within_transform
-from ..tree.attached import has_copies_among_children
 from . import early_calls
 from .acting import Acting, acts_in
 from .adapted_modules import require_adapted_modules
@@ -307,8 +306,6 @@ class Dispatcher:
         if tried or self.sites.is_a_graph(key.part) or self.sites.reason_against_a_graph(key, state, tried):
             return False
         if self.graphs.like(key, call):
-            return False
-        if any(map(has_copies_among_children, self.tree.modules)):  # the model's Python may take these for layers
             return False
         is_due = self.early.is_due(key) and not is_within_transform()
         return not is_due and self.tables.of(call.tree, call.context, state.modules).is_plain

@@ -24,6 +24,16 @@ def is_getter(func: Callable[..., Any] | None) -> bool:
     return getattr(func, "__name__", "") == "__get__"
 
 
+def is_setter(func: Callable[..., Any]) -> bool:
+    """Whether it sets an attribute of a tensor."""
+    return getattr(func, "__name__", "") == "__set__"
+
+
+def reads_memory(func: Callable[..., Any]) -> bool:
+    """Whether it gives a tensor's memory as another tensor, which autograd does not know to be the same."""
+    return func == Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 def takes_numbers(func: Callable[..., Any]) -> bool:
     """Whether it is a method that takes the numbers in a tensor out of torch."""
     return getattr(func, "__name__", "") in _VALUES

@@ -51,6 +51,7 @@ from .methods import is_getter, is_method, takes_numbers
 from .own_backward import OwnBackward
 from .site_table import OwnRead, Place, SiteTable
 from .tree_state import TreeState
+from .values import Values, is_worth
 
 Run = Callable[..., Any]
 
@@ -106,6 +107,7 @@ class SiteInterpreter(TorchFunctionMode):
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         if len(set(map(id, self.kept[: len(table.weights)]))) < len(table.weights):
             self.direct = None  # adapters know a tied weight by several names: graphs see all
+        self.values = Values(self.direct)
         self.watch = contextlib.ExitStack()
         self.sees_all = self.is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
         self.sees_all = self.sees_all or bool(table.hidden)
@@ -133,6 +135,7 @@ class SiteInterpreter(TorchFunctionMode):
                 else:
                     self.watch.enter_context(watched(self.kept))
                 yield self
+                self.values.drop(depth=1)
         finally:
             RUNNING.mode = outer
 
@@ -154,7 +157,7 @@ class SiteInterpreter(TorchFunctionMode):
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.parts.pop()
+                self._leave()
         there: list[tuple[dict[int, str], int]] = []
         for known, places in zip((self.weights, self.replaced), self.table.owned[part]):
             for place in places:
@@ -166,9 +169,15 @@ class SiteInterpreter(TorchFunctionMode):
         try:
             return forward(*args, **kwargs)
         finally:
-            self.parts.pop()
             for known, number in there:
                 del known[number]
+            self._leave()
+
+    def _leave(self) -> None:
+        depth = len(self.parts)
+        self.parts.pop()
+        if self.values.kept:
+            self.values.drop(depth)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -203,7 +212,7 @@ class SiteInterpreter(TorchFunctionMode):
         assert self.direct is not None
         copy_of = self._copy_of if self.replaced else None
         with WithoutMode(self) if self.sees_all else DisableTorchFunctionSubclass():
-            if self._acts_on(args):
+            if self.acts_on(args):
                 return NotImplemented
             result = self.direct.run(read.forward, (read.module, *args), kwargs, read.weight, part, copy_of)
         if result is not NotImplemented:
@@ -221,32 +230,13 @@ class SiteInterpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Each function that the model calls may come here, so what nearly all do is done in a few steps.
-        if RUNNING.mode is not self or not self._acts_on((*args, *kwargs.values()) if kwargs else args, func):
+        if RUNNING.mode is not self or not self.acts_on((*args, *kwargs.values()) if kwargs else args, func):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if not (is_torch_function_enabled() and PLAIN_TENSORS.issuperset(types)):
             self.table.hidden.add(func)
         result = self._without_a_graph(func, args, kwargs)
-        return self._through_a_graph(func, args, kwargs) if result is NotImplemented else result
-
-    def run_script(self, script: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function of TorchScript gives; NotImplemented where it reads no adapted tensor.
-
-        Raises `UncoveredOperatorError` if it can be no graph, as a method of a scripted module.
-        """
-        if not self._acts_on((*args, *kwargs.values())):
-            return NotImplemented
-        self.see_all()
-        self.acted = True
-        with self.suspended():
-            try:
-                return self._through_a_graph(script, args, kwargs)
-            except CaptureError as error:
-                where, place = self.parts[-1] or "the model", running_line()
-                raise UncoveredOperatorError(
-                    f"{where}: {script.__name__} of TorchScript reads an adapted weight, where no adapter can act: "
-                    f"call the Python that it was made of{place}"
-                ) from error
+        return self.through_a_graph(func, args, kwargs) if result is NotImplemented else result
 
     def told(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function gives that gets a watched tensor, of this thread's or of another's."""
@@ -256,7 +246,7 @@ class SiteInterpreter(TorchFunctionMode):
         result = NotImplemented
         if PLAIN_TENSORS.issuperset(types):
             with DisableTorchFunctionSubclass():
-                if not self._acts_on((*args, *kwargs.values()), func):
+                if not self.acts_on((*args, *kwargs.values()), func):
                     return func(*args, **kwargs)
                 result = self._without_a_graph(func, args, kwargs)
         if result is NotImplemented:  # a graph is needed, or another class has a say
@@ -267,7 +257,8 @@ class SiteInterpreter(TorchFunctionMode):
     def _without_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function that reads an adapted tensor gives, if no graph has to be made for that; NotImplemented."""
         # Of a weight: its shape, its dtype …; of a counter: `add_`, or its value.
-        if is_method(func) and not self._acts_on((*args[1:], *kwargs.values()), func):
+        is_alone = is_method(func) and not self.acts_on((*args[1:], *kwargs.values()), func)
+        if is_alone and not self._is_known(func, args[0]):
             self._require_no_values(func, args[0])
             first = self._copy_of(args[0])
             result = func(first, *args[1:], **kwargs)
@@ -280,7 +271,7 @@ class SiteInterpreter(TorchFunctionMode):
             self.own_backward.require_none(self.parts[-1])
         return self._directly(func, args, kwargs) if self.direct else NotImplemented
 
-    def _acts_on(self, values: Iterable[Any], func: Callable[..., Any] | None = None) -> bool:
+    def acts_on(self, values: Iterable[Any], func: Callable[..., Any] | None = None) -> bool:
         """Whether an adapted tensor, or one that an adapter has a copy of, is among a function's arguments.
 
         Raises `UncoveredOperatorError` for a tensor that is part of an adapted weight, made of it before the call;
@@ -291,7 +282,7 @@ class SiteInterpreter(TorchFunctionMode):
             number, kind = id(value), type(value)
             if number in weights or number in replaced:
                 return True
-            if (kind is tuple or kind is list) and self._acts_on(value, func):
+            if (kind is tuple or kind is list) and self.acts_on(value, func):
                 return True
             if memory and kind is Tensor and (place := memory.get(storage_of(value))) and not is_getter(func):
                 if storage_of(place.tensor) != storage_of(value):  # a hook has given the weight other memory since
@@ -312,16 +303,24 @@ class SiteInterpreter(TorchFunctionMode):
         """What the function gives by the equations themselves; NotImplemented where they cannot be run so."""
         values = (*args, *kwargs.values()) if kwargs else args
         read = [value for value in values if id(value) in self.weights]
-        if len(read) > 1 or (self.replaced and self.shared) or self.state.hooked_adapters:
+        if (self.replaced and self.shared) or self.state.hooked_adapters:
             return NotImplemented
-        if any(type(value) in (list, tuple) and self._acts_on(value) for value in values):
-            return NotImplemented
-        if not read:
+        inside = any(type(value) in (list, tuple) and self.acts_on(value) for value in values)
+        if not read and not inside:
             return func(*map(self._copy_of, args), **{name: self._copy_of(value) for name, value in kwargs.items()})
-        self._require_one_mode(read)
+        self._require_one_mode(pytree.tree_leaves((args, kwargs)) if inside else read)
         assert self.direct is not None
-        copy_of = self._copy_of if self.replaced else None
-        return self.direct.run(func, args, kwargs, self.weights[id(read[0])], self.parts[-1], copy_of, read[0])
+        if len(read) == 1 and not inside and not is_worth(func, args):
+            copy_of, path = self._copy_of if self.replaced else None, self.weights[id(read[0])]
+            result = self.direct.run(func, args, kwargs, path, self.parts[-1], copy_of, read[0])
+            if result is not NotImplemented:
+                return result
+        return self.values.given_to(func, args, kwargs, self.weights, self.parts, self._copy_of)
+
+    def _is_known(self, func: Callable[..., Any], weight: Any) -> bool:
+        """Whether equations are known for a function of a weight."""
+        path = self.weights.get(id(weight))
+        return path is not None and self.direct is not None and self.direct.knows(func, path)
 
     @functools.cached_property
     def shared(self) -> bool:
@@ -348,9 +347,10 @@ class SiteInterpreter(TorchFunctionMode):
         """The weights' places by where their memory begins; none in calls of a kind that came before."""
         if not self.is_new:
             return {}
-        return {storage: place for place in self.table.weights if (storage := whole_storage_of(place.tensor))}
+        changed = [place for place in self.table.weights if self.table.around(place.path)]  # others are what they are
+        return {storage: place for place in changed if (storage := whole_storage_of(place.tensor))}
 
-    def _through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def through_a_graph(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.numbers:
             name, place = getattr(func, "__name__", func), running_line()
             if hooked := self.state.hooked_adapters:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..capture.frames import running_line
+from ..errors import CaptureError, UncoveredOperatorError
 from ..torch_private.tensors import DisableTorchFunction
 from ..tree.hooks import RUNNING
 
@@ -31,7 +33,24 @@ class Script:
 
 def run_script(plain: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function of TorchScript gives, whoever calls it; within a model's own Python, with the adapters."""
-    result = NotImplemented
-    if RUNNING.mode is not None:
-        result = RUNNING.mode.run_script(Script(plain, function), args, kwargs)
-    return plain(function, *args, **kwargs) if result is NotImplemented else result
+    if RUNNING.mode is None or not RUNNING.mode.acts_on((*args, *kwargs.values())):
+        return plain(function, *args, **kwargs)
+    return _run_site(RUNNING.mode, Script(plain, function), args, kwargs)
+
+
+def _run_site(interpreter: Any, script: Script, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of TorchScript gives that reads an adapted tensor.
+
+    Raises `UncoveredOperatorError` if it can be no graph, as a method of a scripted module.
+    """
+    interpreter.see_all()
+    interpreter.acted = True
+    with interpreter.suspended():
+        try:
+            return interpreter.through_a_graph(script, args, kwargs)
+        except CaptureError as error:
+            where, place = interpreter.parts[-1] or "the model", running_line()
+            raise UncoveredOperatorError(
+                f"{where}: {script.__name__} of TorchScript reads an adapted weight, where no adapter can act: "
+                f"call the Python that it was made of{place}"
+            ) from error

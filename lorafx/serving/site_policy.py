@@ -13,7 +13,6 @@ from ..capture.purity import Changed
 from ..errors import CaptureError, UncoveredOperatorError, warn
 from ..pipeline import Context
 from ..torch_private.tensors import backward_pass
-from ..tree.attached import has_copies_among_children
 from ..tree.lookup import module_at
 from ..tree.mirror import own_forward
 from .adapter_hooks import call_with_hooks, hooked_copy
@@ -123,8 +122,6 @@ class SitePolicy:
         Where that reads an adapted tensor in an odd way, the part is served as a call by itself, by a graph.
         """
         interpreter.ran.add(path)
-        if has_copies_among_children(module):
-            self._graphs.add(path)  # a Sequential would run the copies as layers of its own
         if path not in self._graphs:
             # The first part of all that needs a graph has the call start anew; from then on parts take note.
             takes_note = interpreter.is_new and (self._graphs or not interpreter.starts_anew)

@@ -132,9 +132,11 @@ class SiteTable:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether the modules read their weights themselves, by functions that a reading knows, one weight each."""
-        first = (sites[0][1] for sites in self.acting.values())
-        return all(_reads_plainly(place.owner, site) for place, site in zip(self.weights, first))
+        """Whether equations are known however modules read their weights: these read one each themselves, by functions
+        that a reading knows, or a config names the parameter, unless rows choose their adapters."""
+        named = {} if self.numbers else {path for path, sites in self.acting.items() if _are_named(sites)}
+        first = zip(self.weights, (sites[0][1] for sites in self.acting.values()))
+        return all(place.path in named or _reads_plainly(place.owner, site) for place, site in first)
 
 
 def _acting(context: Context) -> dict[str, tuple[tuple[Adapter, Site], ...]]:
@@ -159,6 +161,10 @@ def _parents(tree: nn.Module, context: Context) -> tuple[Parents, ...]:
 
 def _numbers(context: Context) -> dict[str, int]:
     return dict(zip((adapter.name for adapter in context.adapters), context.numbers))
+
+
+def _are_named(sites: tuple[tuple[Adapter, Site], ...]) -> bool:
+    return all(site.is_parameter and site.reading.value is not None for _, site in sites)
 
 
 def _reads_plainly(owner: nn.Module, site: Site) -> bool:

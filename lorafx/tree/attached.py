@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private.tensors import buffers_of_no_state_dict
+from .hooks import RUNNING
 from .lookup import Ways
 from .wrappers import innermost
 
@@ -84,6 +85,34 @@ for _name in ("__delitem__", "__ior__", "clear", "pop", "popitem", "update"):
     setattr(Children, _name, _counting(_name))
 
 
+class Siblings(dict[str, Any]):
+    """The `_modules` of a module that has attached children beside its own: its own Python goes through its own alone.
+
+    A container that runs whatever children it has would take an adapter's tensors, or copies of layers, for layers.
+    """
+
+    def _own(self) -> dict[str, Any]:
+        return {name: self[name] for name in dict.__iter__(self) if not isinstance(self[name], Attached)}
+
+    def __iter__(self) -> Iterator[str]:
+        return dict.__iter__(self) if RUNNING.mode is None else iter(self._own())
+
+    def __reversed__(self) -> Iterator[str]:
+        return dict.__reversed__(self) if RUNNING.mode is None else reversed(self._own())
+
+    def __len__(self) -> int:
+        return dict.__len__(self) if RUNNING.mode is None else len(self._own())
+
+    def keys(self) -> Any:
+        return dict.keys(self) if RUNNING.mode is None else self._own().keys()
+
+    def values(self) -> Any:
+        return dict.values(self) if RUNNING.mode is None else self._own().values()
+
+    def items(self) -> Any:
+        return dict.items(self) if RUNNING.mode is None else self._own().items()
+
+
 def attach(root: nn.Module, path: str, tensor: Tensor, persistent: bool = False) -> nn.Module:
     """Hang a tensor at `path`: a parameter, or a buffer, which is part of the `state_dict` if `persistent`.
 
@@ -120,6 +149,8 @@ def _made(root: nn.Module, atoms: Iterable[str]) -> nn.Module:
 
 def _add(owner: nn.Module, atom: str, module: nn.Module) -> None:
     owner.add_module(atom, module)
+    if own_children(owner) and type(owner._modules) is dict:
+        owner.__dict__["_modules"] = Siblings(owner._modules)  # who watches the dict before sees the child in it, too
     owner.__dict__[ATTACHED] = (*vars(owner).get(ATTACHED, ()), atom)
 
 

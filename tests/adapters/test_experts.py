@@ -39,16 +39,32 @@ def batched(w, x):
     return torch.bmm(x.expand(3, *x.shape), w)
 
 
+def whole(w, x):
+    return torch.einsum("ti,eoi->to", x, w) + (x @ w.mT).tanh().sum(0)
+
+
+def one_by_one(w, x):
+    return sum(x @ each.T for each in w)
+
+
+def among_others(w, x):
+    return x @ torch.cat([w, torch.ones_like(w), w.detach().square()]).sum(0).T
+
+
 CONFIG = {"r": 2, "lora_alpha": 6, "target_modules": [], "target_parameters": ["0.w"], "init_lora_weights": False}
 READ = {
     "by number, of each token": (one_each, (3, 7, 5), False),
     "by number, in a loop": (loop, (3, 7, 5), False),
+    "whole, twice": (whole, (3, 7, 5), False),
+    "whole, and said to be transposed": (lambda w, x: whole(w.mT, x), (3, 5, 7), True),
+    "one by one": (one_by_one, (3, 7, 5), False),
+    "among others": (among_others, (3, 7, 5), False),
     "in a batch": (batched, (3, 5, 7), True),
     "in a batch, and not said to be transposed": (batched, (3, 5, 7), False),
 }
 
 
-@pytest.mark.parametrize("capture", ["sites", "auto"])
+@pytest.mark.parametrize("capture", ["sites", "auto", "graph"])
 @pytest.mark.parametrize("name", READ)
 def test_each_way_of_reading_is_that_of_the_weight_with_the_update(name, capture):
     torch.manual_seed(0)

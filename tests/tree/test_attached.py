@@ -22,6 +22,7 @@ from lorafx.tree.attached import (
     set_trainable,
     trained_paths,
 )
+from lorafx.tree.hooks import RUNNING
 from lorafx.tree.lookup import Ways, find_tensor, find_tensors, first_name
 
 PATH = "layers.1.up.lora_A.default.weight"
@@ -105,6 +106,27 @@ def test_what_is_hung_in_is_none_of_the_models_own():
     assert not has_copies_among_children(model.layers[1].up) and not has_copies_among_children(model.layers[1])
     attach(model, "layers.1.modules_to_save.default.up", nn.Parameter(torch.ones(2)))
     assert has_copies_among_children(model.layers[1])
+
+
+def test_a_models_own_python_goes_through_its_own_children_alone():
+    model = hung(PATH)
+    attach(model, "layers.1.modules_to_save.default.up", nn.Parameter(torch.ones(2)))
+    layer, names = model.layers[1], ["up", "down"]
+
+    def seen():
+        by_names = [*layer._modules], [*layer._modules.keys()], [name for name, _ in layer._modules.items()]
+        backwards = [*reversed(layer._modules)][::-1]
+        assert len(layer._modules) == len(layer._modules.values()) == len([*layer.children()])
+        assert all(each == by_names[0] for each in (*by_names, backwards, [*dict(layer._modules)]))
+        return by_names[0]
+
+    assert seen() == [*names, "modules_to_save"]
+    RUNNING.mode = object()
+    try:
+        assert seen() == names and layer.modules_to_save is not None
+    finally:
+        RUNNING.mode = None
+    assert seen() == [*names, "modules_to_save"] == [name for name, _ in copy.deepcopy(layer).named_children()]
 
 
 def test_a_module_with_two_names_is_one_of_the_models_own():

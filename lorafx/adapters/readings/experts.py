@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ...ops.by_expert import factors_in, factors_out
 from .reading import Arguments, Operator, Reading, Shape
+from .value import operator_of_value
 
 aten, ours = torch.ops.aten, torch.ops.lorafx
 Calls = tuple[tuple[Callable[..., Any], Arguments], ...]
@@ -80,6 +81,22 @@ def called_taken(weight, index):
         index = torch.tensor(index, device=weight.device)
     is_number = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
     return (index, weight) if is_number else None
+
+
+def _value(transposed: bool) -> Operator:
+    """The whole stack, (experts, out, in), or (experts, in, out)."""
+
+    def narrow(x, a, weight):
+        """-> (experts, in, r)"""
+        return ours.expert_factors_in.default(a, weight)
+
+    def wide(h, b, weight):
+        out = ours.expert_factors_out.default(b, weight)
+        if transposed:
+            return aten.bmm.default(h, out)
+        return aten.bmm.default(aten.transpose.int(out, 1, 2), aten.transpose.int(h, 1, 2))
+
+    return operator_of_value(narrow, wide, transposed)
 
 
 def batched(x, weight):
@@ -151,6 +168,7 @@ EXPERTS = Experts(
     _reads(False, Operator(batched, narrow_of_turned, wide_of_turned, transposed=True, calls=_BATCHED)),  # as Llama 4
     weight="",
     bias="",
+    value=_value(False),
 )
 TRANSPOSED_EXPERTS = Experts(
     "transposed experts",
@@ -158,4 +176,5 @@ TRANSPOSED_EXPERTS = Experts(
     _reads(True, Operator(batched, narrow_of_batched, wide_of_batched, transposed=True, calls=_BATCHED)),
     weight="",
     bias="",
+    value=_value(True),
 )

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .reading import Operator, Reading
+from .value import VALUE_OF_MATRIX
 
 aten = torch.ops.aten
 _CALLED, _CALLED_BY_CONV1D = F.linear, torch.addmm
@@ -83,7 +84,7 @@ OPERATORS = (
     Operator(linear, narrow, wide, calls=((F.linear, called_linear), (nn.Linear.forward, forward_of_linear))),
     Operator(linear_of_rows, narrow, wide_of_rows, full=full_of_rows, outputs=outputs_of_rows),
 )
-LINEAR = Reading("linear", (nn.Linear,), OPERATORS)
+LINEAR = Reading("linear", (nn.Linear,), OPERATORS, value=VALUE_OF_MATRIX)
 TURNED_LINEAR = Operator(
     turned_linear, narrow, wide, transposed=True, calls=((Conv1D.forward, forward_of_conv1d),)
 )  # as which a graph has a Conv1D, once `restore_linear` has been there

@@ -85,6 +85,7 @@ class Reading:
     `weight` and `bias` are the modules' names for the two parameters. The first of `operators` is that of the modules'
     own forward. `matrix` says that operators of other `matrix` readings may read such a weight too, as a linear head
     reads an embedding that it is tied to. `along` names children that are adapted whenever their module is.
+    `value` is the weight itself as an operator: where a config names the parameter, any function may read it so.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Reading:
     bias: str = "bias"
     matrix: bool = True
     along: tuple[str, ...] = ()
+    value: Operator | None = None
 
     @property
     def transposed(self) -> bool:
