@@ -43,7 +43,7 @@ INSIDE = {
     "pipeline": in_order("context definition step text pipeline"),
     "lowering": in_order("backend cuda_graphs eager inductor pieces errors_in_graphs lower"),
     "capture": in_order(
-        "arguments batches padding contexts caches frames purity autograd_use layout_use process_use outside_use "
+        "arguments batches padding contexts caches frames purity loops autograd_use layout_use process_use outside_use "
         "foreign_tensors written_arguments repeated export"
     ),
     "serving": in_order(

@@ -18,6 +18,7 @@ from .site import Selection, Site
 from .storages import DENSE
 
 SAVED, TRAINED_BIAS = "modules_to_save", "trained_bias"
+ANY_SCALE = "/any scale"  # follows a name where the scaling is a tensor; no name has a slash
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Adapter:
     @property
     def call_key(self) -> str:
         """What the call key says of the adapter: its name, and whether its scaling is a tensor."""
-        return f"{self.name}, of any scale" if self.scales else self.name
+        return self.name + ANY_SCALE if self.scales else self.name
 
     def tensors_at(self, root: nn.Module, site: Site) -> dict[str, Tensor]:
         """The adapter's tensors of a site, by suffix."""

@@ -7,6 +7,6 @@ give; `padding` does what torch's kernel for encoders does there. `repeated/` ha
 
 A graph would not do again what a call does besides computing. So `purity` refuses calls that change the model,
 `autograd_use`, `outside_use` and `process_use` those that ask for more than tensors (`frames` tells the model's code
-from torch's), and `layout_use` notes who asks how tensors lie in memory. `foreign_tensors` knows the tree's tensors
-wherever a model has them from.
+from torch's), and `layout_use` notes who asks how tensors lie in memory. `loops` refuses loops over a size, and knows
+the modules that have one. `foreign_tensors` knows the tree's tensors wherever a model has them from.
 """

@@ -1,4 +1,4 @@
-"""Key-value caches as pytrees: torch.export sees the tensors and counters in them, and gives back whole caches."""
+"""Caches as pytrees: torch.export sees the tensors and counters in them, and gives back whole caches."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
 from ..torch_private.replacing import plain_update, sliding_windows_replaced
 from ..torch_private.tracing import Number
 
 _MAPPED = "_lorafx_mapped"  # on a cache: the names of children that a tree map has made something else of
+_ROOTS = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, DummyLayer)  # of all classes of caches and layers
 # What a graph computes with, or looks into; integers count too, and no booleans.
-_INNER = (Tensor, torch.SymInt, list, tuple, dict, Cache, CacheLayerMixin)
+_INNER = (Tensor, torch.SymInt, list, tuple, dict, *_ROOTS)
 
 
 def register_caches(model: nn.Module) -> None:
     """Let pytrees look into transformers' caches, and into the cache classes that a model's own module defines."""
     own = getattr(sys.modules.get(type(model).__module__), "__dict__", {}) if hasattr(model, "config") else {}
     named = [cls for name, cls in list(own.items()) if inspect.isclass(cls) and name.endswith("Cache")]
-    for cls in (*_family(Cache), *_family(CacheLayerMixin), *named):
+    for cls in (*chain.from_iterable(map(_family, _ROOTS)), *named):
         if cls not in pytree.SUPPORTED_NODES:
             pytree.register_pytree_node(
                 cls,

@@ -47,9 +47,10 @@ from .contexts import collecting_later, outside_transforms, plain_operators, qui
 from .foreign_tensors import ForeignTensors, require_no_foreign
 from .frames import line_of
 from .layout_use import CONTIGUOUS, LayoutUse, all_contiguous
+from .loops import Looping, Loops
 from .outside_use import OutsideUse
 from .process_use import ENVIRONMENT, EnvironmentUse, no_question_of_inference
-from .purity import Changed, ForGood, no_unrolling, pure, unchanging
+from .purity import Changed, ForGood, pure, unchanging
 from .repeated.folding import fold
 from .repeated.hidden_parameters import read_parameters
 from .repeated.layers import RepeatedLayers
@@ -92,23 +93,24 @@ def trace_part(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     free: Collection[int] = (),
-    unroll: bool = True,
+    loops: Loops | None = None,
     once: bool = False,
 ) -> GraphModule:
     """Capture a call of the module at `path` below `model`, as a graph over the whole model.
 
     The graph computes with integers as with constants, but for those among the call's flat arguments whose places are
-    in `free`: these are inputs. A loop over a size is written out as often as this call runs it; with `unroll=False` it
-    raises `CaptureError`. With `once`, layers that run the same operators are traced once, and the graph has blocks.
+    in `free`: these are inputs. A loop over a size is written out as often as this call runs it; with `loops` it raises
+    `CaptureError`, and is remembered there. With `once`, layers that run the same operators are traced once, and the
+    graph has blocks.
     Raises `CaptureError` as `trace` does.
     """
-    wanted = _Wanted(model, path, args, kwargs, free, unroll)
+    wanted = _Wanted(model, path, args, kwargs, free, loops)
     try:
         return _trace_once(wanted, once)
     except CaptureError as error:
         cause = error.__cause__
         if isinstance(cause, Changed) and record_as_asked(model.get_submodule(path), cause.names):
-            return trace_part(model, path, args, kwargs, free, unroll, once)  # the model has its recorders for good now
+            return trace_part(model, path, args, kwargs, free, loops, once)  # the model has its recorders for good now
         if not isinstance(cause, ForGood):
             raise
         try:  # once more: what the model has noted in its config may be there for good, and a warning may come once
@@ -128,7 +130,7 @@ class _Wanted(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     free: Collection[int]
-    unroll: bool
+    loops: Loops | None
 
 
 def _trace_once(wanted: _Wanted, once: bool) -> GraphModule:
@@ -139,7 +141,7 @@ def _trace_once(wanted: _Wanted, once: bool) -> GraphModule:
         except Interrupted:
             pass
         except CaptureError as error:  # as for operators that take functions: torch refuses to trace them so
-            if isinstance(error.__cause__, (Changed, ForGood)):
+            if isinstance(error.__cause__, (Changed, ForGood, Looping)):
                 raise
     try:
         return _trace_part(wanted)
@@ -153,11 +155,13 @@ def _trace_once(wanted: _Wanted, once: bool) -> GraphModule:
 
 def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> GraphModule:
     """Capture; with `watched`, what the model does besides tensor operators is looked at by torch function modes."""
-    model, path, args, kwargs, free, unroll = wanted
+    model, path, args, kwargs, free, loops = wanted
     require_free_names(model)
     bare = isolated(mirrored(model))
     show_own_layers(bare, model)
     part = _part_of(bare, model, path)
+    if loops:
+        loops.remember(bare)
     layers = RepeatedLayers(bare, path) if once else None
     layout, environment = LayoutUse(), EnvironmentUse()
     # The module is called, and not its forward: only then does export note in each node that it is in this module.
@@ -169,7 +173,7 @@ def _trace_part(wanted: _Wanted, once: bool = False, watched: bool = True) -> Gr
             stack.enter_context(layers.shown() if layers else contextlib.nullcontext())
             list_own_weights(part)
             stack.enter_context(unchanging(part))
-            stack.enter_context(contextlib.nullcontext() if unroll else no_unrolling(part))
+            stack.enter_context(loops.refused(bare, part) if loops else contextlib.nullcontext())
             stack.enter_context(no_own_backward())
             stack.enter_context(environment.noted())
             looks = (ForeignTensors(model, bare), AutogradUse(), layout, no_question_of_inference(), OutsideUse())

@@ -15,6 +15,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
+
+from ..torch_private.tensors import MODULE_CALL
 
 _LORAFX = __name__.partition(".")[0] + "."
 # Code of these is nobody's own: torch, lorafx, contexts, what has no file, and the scripts that start programs.
@@ -32,6 +35,17 @@ def running_line(frame: FrameType | None = None) -> str:
 def line_of(error: BaseException) -> str:
     """The line of the model that raised an error, as the end of a message; empty if torch or lorafx called no model."""
     return _line(traceback.extract_tb(error.__traceback__))
+
+
+def running_module() -> tuple[nn.Module | None, tuple[Any, ...], dict[str, Any]]:
+    """The innermost module that is called now, and its arguments as they were given; None if none is."""
+    frame: Any = inspect.currentframe()
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        frame = frame.f_back
+    if frame is None:
+        return None, (), {}
+    found = frame.f_locals
+    return found["self"], found["args"], found["kwargs"]
 
 
 def _line(frames: traceback.StackSummary) -> str:

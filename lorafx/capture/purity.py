@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
-import torch
 from torch import nn
 
 from ..errors import CaptureError
 from ..graph.description import held_key
-from ..torch_private.replacing import range_replaced
 from ..tree.holdings import attributes_noted, snapshot
 from ..tree.settings import settings_of
 from .frames import running_line
@@ -119,23 +117,6 @@ def _kept_random_states() -> Iterator[list[str]]:
             drawn.append("random")
             random.setstate(python)
             numpy.random.set_state(of_numpy)
-
-
-def _range(*bounds: Any) -> range:
-    """Stands in for `range`, which would make of a symbolic size the number that it is in this call."""
-    if any(isinstance(bound, torch.SymInt) and not bound.node.is_constant() for bound in bounds):
-        raise CaptureError(
-            "it loops over a size: a graph would repeat the loop's operators as often as this call does, and fit no "
-            f"other{running_line()}"
-        )
-    return range(*bounds)
-
-
-@contextlib.contextmanager
-def no_unrolling(model: nn.Module) -> Iterator[None]:
-    """Raise `CaptureError` where the model's own code loops over a symbolic size, as a scan in Python does."""
-    with range_replaced(model, _range):
-        yield
 
 
 def _attributes(model: nn.Module, kept: list[Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .hub import Source
 from .model_card import CARD, marked_card, new_card
 from .pinned import interrupted
 from .shards import content
-from .written_config import written_config
+from .written_config import without_trained_rows, written_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -202,6 +202,7 @@ def fit(
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
     config, tensors, parameters = joined(root, found.config, found.tensors)
+    config = without_trained_rows(root, config, tensors)
     try:
         adapter = plan(root, name, config.replace(inference_mode=not is_trainable).with_values())
     except ConfigError as error:

@@ -6,19 +6,20 @@ Names are written out where the config in use leaves them to the model, as "all-
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import is_named
+from ..adapters.config import AdapterConfig, is_named
 from ..adapters.tying import input_embedding, tied_to_embedding
 from ..tree.lookup import endings
 from ..tree.mirror import MIRRORED_AS
 
 # The version of PEFT whose format is written, for PEFT's own checks of age.
 FORMAT = "0.21.2"
+ROWS = "token_adapter."  # below a module's name, what a file has of rows that train
 
 
 def written_config(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
@@ -38,6 +39,20 @@ def written_config(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
         cls = getattr(type(root), MIRRORED_AS, type(root))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def without_trained_rows(root: nn.Module, config: AdapterConfig, keys: Iterable[str]) -> AdapterConfig:
+    """The config of a file with these keys, without targets of which the file has trained rows and nothing else.
+
+    lorafx has written folders that name such an embedding in `target_modules`, too.
+    """
+    targets, besides = config.target_modules, config.besides(input_embedding(root))
+    if not besides or targets is None or isinstance(targets, str):
+        return config
+    names = [name for name, _ in root.named_modules(remove_duplicate=False) if is_named(besides, name)]
+    have = {name: [key for key in keys if f".{name}." in key] for name in names}
+    of_rows = [name for name, own in have.items() if own and all(f".{name}.{ROWS}" in key for key in own)]
+    return config.replace(target_modules=[each for each in targets if each not in of_rows])
 
 
 def _targeted(root: nn.Module, adapter: Adapter) -> Iterator[str]:

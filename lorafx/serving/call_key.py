@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import ANY_SCALE, Adapter
 from ..capture.arguments import images
 from ..capture.batches import register_batch
 from ..graph.description import argument_key, parameter_key
@@ -189,7 +189,7 @@ class OperatorKey(NamedTuple):
 
 def is_of(adapter: str, call_key: str) -> bool:
     """Whether this is what an adapter of this name says of itself for a key, with a scaling that is a tensor or not."""
-    return call_key == adapter or call_key.startswith(f"{adapter}, ")
+    return call_key in (adapter, adapter + ANY_SCALE)
 
 
 def _leaf_key(leaf: Any, sizes: tuple[int, ...]) -> Leaf:

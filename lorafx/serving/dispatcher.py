@@ -96,7 +96,7 @@ class Dispatcher:
         """Forget every program, and all that was learnt from calls."""
         self.programs, self.graphs, self.operators = ProgramCache(), GraphBuilder(self.backend), SiteGraphs()
         self.tables = SiteTables()
-        self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(), SitePolicy(self.capture)
+        self.tree, self.counters, self.sites = TreeGuards(), FreeCounters(self.graphs.loops), SitePolicy(self.capture)
         self.misses, self.early, self.acting = Misses(), EarlyCalls(), Acting()
         self.fit = defaultdict(set)
 

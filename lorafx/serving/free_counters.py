@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.caches import is_length
 from ..capture.export import trace_part
+from ..capture.loops import Loops
 from ..errors import CaptureError
 from .call_key import FREE_COUNTER, Call, CallKey, Leaf
 
@@ -24,7 +25,8 @@ from .call_key import FREE_COUNTER, Call, CallKey, Leaf
 class FreeCounters:
     """Which integers are free, by the module and the structure of the arguments; leaves go by their numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, loops: Loops) -> None:
+        self._loops = loops  # of the model: what loops over a size is not captured
         self._free: dict[Hashable, frozenset[int]] = {}
         self._constant: dict[Hashable, frozenset[int]] = {}  # integers that were tried, and must stay constants
 
@@ -45,20 +47,20 @@ class FreeCounters:
         lengths = {i for i, name in enumerate(names) if is_length(name) and is_counter(key.leaves[i])}
         changed = frozenset().union(*(changed_counters(key, other) for other in kept)) - lengths
         changed -= self._constant.get(place, frozenset())
-        if changed and not _computes_the_same(call, changed | lengths):
+        if changed and not _computes_the_same(call, changed | lengths, self._loops):
             self._constant[place] = self._constant.get(place, frozenset()) | changed
             changed = frozenset()
         if changed or lengths:
             self._free[place] = self._free.get(place, frozenset()) | changed | lengths
 
 
-def _computes_the_same(call: Call, free: frozenset[int]) -> bool:
+def _computes_the_same(call: Call, free: frozenset[int], loops: Loops) -> bool:
     """Whether a graph with symbols for these integers does what one with constants does, in this call.
 
     A model that asks `isinstance(n, int)` takes another way with a symbol.
     """
     try:
-        graphs = [trace_part(call.tree, call.path, call.args, call.kwargs, f, unroll=False).graph for f in (free, ())]
+        graphs = [trace_part(call.tree, call.path, call.args, call.kwargs, f, loops).graph for f in (free, ())]
     except CaptureError:
         return False
     symbolic, plain = map(_computed, graphs)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from ..capture.contexts import collecting_later
 from ..capture.export import trace_part
+from ..capture.loops import Loops
 from ..graph.modules import accepts
 from ..lowering.backend import Backend
 from ..lowering.lower import Lowering
@@ -32,13 +33,14 @@ class GraphBuilder:
 
     `captures` are graphs as captured, by their key without adapters: calls that differ in adapters alone are captured
     once. `rewritten` are graphs after the passes, by their key without adapters: calls that differ in the adapters'
-    names alone are rewritten once. `lowering` keeps what was compiled.
+    names alone are rewritten once. `lowering` keeps what was compiled, `loops` what cannot be captured for its loops.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.captures: ProgramCache[GraphModule] = ProgramCache()
         self.rewritten: ProgramCache[Rewritten] = ProgramCache()
         self.lowering = Lowering(backend)
+        self.loops = Loops()
 
     def build(
         self, program: Program, call: Call, pipeline: Pipeline, observers: tuple[Observer, ...], unroll: bool
@@ -85,7 +87,8 @@ class GraphBuilder:
                 return gm
         outer, RUNNING.captured = RUNNING.captured, call.tree
         try:
-            gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, unroll, blocks)
+            loops = None if unroll else self.loops
+            gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, loops, blocks)
         finally:
             RUNNING.captured = outer
         self.captures.keep(key, gm)

@@ -46,6 +46,10 @@ product_of_bytes = torch._int_mm
 # part of a model that is given another forward, and called alone, would compute without adapters.
 ENTRANCE = "_call_impl"
 
+# The code that each call of a module passes, whose `self`, `args` and `kwargs` are the module and what it is given.
+# Without it, a model would be captured up to its first loop over a size for each kind of call.
+MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+
 # The dicts of a module that hold hooks around its forward and backward. Without them, graphs would pass hooks by.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

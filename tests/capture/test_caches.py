@@ -7,10 +7,12 @@ import torch
 import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from lorafx.capture.caches import branchless_windows, is_cache, is_length, parts, register_caches
+from lorafx.graph.description import argument_key
+from lorafx.serving.call_key import taken_apart
 
 register_caches(nn.Module())
 
@@ -46,6 +48,29 @@ def test_what_a_tree_map_puts_there_can_be_mapped_back():
     names = pytree.tree_map(lambda leaf: "text", cache)
     assert type(names) is DynamicCache and names.layers[0].keys == "text"
     assert pytree.tree_structure(names) == pytree.tree_structure(cache)
+
+
+LAYERS = [*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()]
+
+
+@pytest.mark.parametrize("cls", dict.fromkeys(LAYERS), ids=lambda cls: cls.__name__)
+def test_every_layer_that_a_cache_can_have_is_looked_into(cls):
+    layer = cls(max_cache_len=8, sliding_window=5)
+    assert is_cache(layer)
+    leaves, spec = pytree.tree_flatten(layer)
+    assert vars(spec.unflatten(leaves)) == vars(layer)
+
+
+def test_the_states_of_linear_attention_are_leaves_and_whether_there_are_any_is_told_apart():
+    layer = LinearAttentionLayer(number_of_states=2)
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(layer))
+    empty = taken_apart((layer,), {})
+    layer.update_conv_state(torch.randn(3, 6, 4), 1)
+    layer.update_recurrent_state(torch.randn(3, 2, 5, 7), 0)
+    leaves, _ = taken_apart((layer,), {})
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert tensors == [layer.conv_states[1], layer.recurrent_states[0]]
+    assert [argument_key(leaf) for leaf in leaves] != [argument_key(leaf) for leaf in empty[0]]
 
 
 class NotesCache:

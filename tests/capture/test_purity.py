@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -11,9 +10,8 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.capture.purity import Changed, no_unrolling, pure, unchanging
+from lorafx.capture.purity import Changed, pure, unchanging
 from lorafx.errors import CaptureError
 
 
@@ -82,36 +80,6 @@ def test_buffers_may_be_written_to():
     model = Remembers()
     with unchanging(model):
         model.mean.add_(1)
-
-
-class Scan(nn.Module):
-    """A loop over a size, or over a number."""
-
-    def __init__(self, steps=None):
-        super().__init__()
-        self.steps = steps
-
-    def forward(self, x):
-        for _ in range(x.shape[0] if self.steps is None else self.steps):
-            x = x + 1
-        return x
-
-
-def test_a_loop_over_a_size_is_refused_by_its_line():
-    model = Scan()
-    with (
-        pytest.raises(CaptureError, match=r"loops over a size.*test_purity\.py:\d+: for _ in range"),
-        no_unrolling(model),
-    ):
-        make_fx(model, tracing_mode="symbolic")(torch.ones(3))
-
-
-def test_a_loop_over_a_number_is_not_and_range_comes_back():
-    model = Scan(steps=2)
-    with no_unrolling(model):
-        gm = make_fx(model, tracing_mode="symbolic")(torch.ones(3))
-    assert torch.equal(gm(torch.ones(4)), torch.full((4,), 3.0))
-    assert "range" not in vars(sys.modules[__name__])
 
 
 def test_what_a_refused_call_has_changed_is_put_back():

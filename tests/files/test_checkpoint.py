@@ -42,6 +42,19 @@ from lorafx.testing import adapter_tensors, assert_same_tensors, same_bits
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
+def test_an_embedding_of_trained_rows_that_an_old_folder_lists_as_a_target_is_none(tmp_path: Path) -> None:
+    lora = adapted(trainable_token_indices=[3, 1], modules_to_save=None)
+    lora.save_pretrained(tmp_path)
+    targets = [*config_of(tmp_path)["target_modules"], "model.embed_tokens"]
+    set_config(tmp_path, target_modules=targets)
+    again = load(tmp_path)
+    assert_same_tensors(adapter_tensors(again), adapter_tensors(lora))
+    assert "model.embed_tokens" not in again.peft_config["default"].target_modules
+    set_tensors(tmp_path, **{f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(4, 48)})
+    with pytest.raises(ConfigError, match="embed_tokens is in `target_modules` and in `trainable_token_indices`"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -147,6 +147,20 @@ def test_who_deletes_an_adapter_leaves_the_programs_of_others():
     assert lora.graph(x) is not theirs and not torch.allclose(lora(x), expected)
 
 
+def test_adapters_whose_names_begin_alike_are_not_deleted_together():
+    lora, x = adapted(Chain()), torch.randn(5, 4)
+    for name in ("a", "a, of any scale", "a, b"):
+        lora.add_adapter(name, {"r": 2, "target_modules": ["first"], "init_lora_weights": False})
+    kept = {}
+    for name in ("a, of any scale", "a, b"):
+        lora.set_adapter(name)
+        kept[name] = lora.graph(x)
+    lora.delete_adapter("a")
+    for name, graph in kept.items():
+        lora.set_adapter(name)
+        assert lora.graph(x) is graph
+
+
 def flags(lora):
     return {name: lora.get_parameter(f"second.lora_A.{name}.weight").requires_grad for name in lora.peft_config}
 
