@@ -25,6 +25,8 @@ from ..errors import CheckpointError, warn
 
 _PAIR = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<factor>lora_[AB])\.weight")
 _NO_DROPOUT = "`lora_dropout` is 0 for the whole adapter"
+# What transformers does to experts: one after the other along a new dimension, projections below one another.
+_STACKED, _BELOW = ("MergeModulelist", 0), ("Concatenate", 1)
 Pair = dict[str, Tensor]  # `lora_A` and `lora_B` of a layer
 
 
@@ -54,11 +56,12 @@ def joined(root: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]
     for conversion in loading.conversions:
         _require_plain(config, conversion.name, _layers(conversion.patterns))
         rows = _by_pattern(conversion.patterns, conversion.converter.source_patterns, layers)
-        _require_stacking(conversion.name, conversion.converter.operations, rows)
-        parameters[conversion.name] = _stacked(rows)
+        _require_stacking(root, config, conversion.name, conversion.converter.operations, rows)
+        parameters[conversion.name] = _stacked([list(experts.values()) for experts in rows])
     renamed = {layer: name.removesuffix(".weight") for layer, name in paths.items()}
     kept = {_renamed(key, renamed): value for key, value in tensors.items() if _layer(key) not in gone}
     named = [*parameters, *(f"{path}.weight" for path in renamed.values() if not _is_layer(root, path))]
+    config = config.replace(target_modules=_targets(root, config, renamed.values()))
     return Joined(_config(root, config, named, parameters), kept, parameters)
 
 
@@ -88,9 +91,10 @@ def _is_layer(root: nn.Module, path: str) -> bool:
     return any(weights_of(root.get_submodule(path)))
 
 
-def _by_pattern(patterns: Mapping[str, str], order: Sequence[str], layers: Mapping[str, Pair]) -> list[list[Pair]]:
-    """For each pattern, in its rule's order, the pairs of its layers, expert by expert."""
-    return [[layers[key.removesuffix(".weight")] for key, each in patterns.items() if each == one] for one in order]
+def _by_pattern(patterns: Mapping[str, str], order: Sequence[str], layers: Mapping[str, Pair]) -> list[dict[str, Pair]]:
+    """For each pattern, in its rule's order, the pairs of its layers by name, expert by expert."""
+    named = [(key.removesuffix(".weight"), each) for key, each in patterns.items()]
+    return [{layer: layers[layer] for layer, each in named if each == one} for one in order]
 
 
 def _require_plain(config: AdapterConfig, name: str, layers: Sequence[str]) -> None:
@@ -104,17 +108,27 @@ def _require_plain(config: AdapterConfig, name: str, layers: Sequence[str]) -> N
         )
 
 
-def _require_stacking(name: str, operations: Sequence[object], rows: list[list[Pair]]) -> None:
+def _require_stacking(
+    root: nn.Module, config: AdapterConfig, name: str, operations: Sequence[object], rows: list[dict[str, Pair]]
+) -> None:
     """Raise `CheckpointError` for parts that are not simply put below one another, or of which some are missing."""
-    known = {("MergeModulelist", 0), ("Concatenate", 1)}
-    simple = all((type(each).__name__, getattr(each, "dim", None)) in known for each in operations)
-    shapes = {(len(experts), *(tuple(pair["lora_A"].shape) for pair in experts[:1])) for experts in rows}
-    alike = all(pair[each].shape == experts[0][each].shape for experts in rows for pair in experts for each in pair)
-    if not (simple and alike and len(shapes) == 1 and all(rows)):
+    how = {(type(each).__name__, getattr(each, "dim", None)) for each in operations}
+    simple = {_STACKED} <= how <= {_STACKED, _BELOW}
+    experts = [*range(root.get_parameter(name).shape[0])]
+    whole = all([_expert(layer) for layer in row] == experts for row in rows)
+    inner = {tuple(pair["lora_A"].shape) for row in rows for pair in row.values()}
+    outer = all(len({tuple(pair["lora_B"].shape) for pair in row.values()}) == 1 for row in rows)
+    if not (simple and whole and len(inner) == 1 and inner.pop()[0] == config.r and outer):  # type: ignore[attr-defined]
         raise CheckpointError(
-            f"the adapter's parts of {name}, which the model has as one parameter, are none that fit together: "
-            "load it with the transformers that it was trained with, and merge it there"
+            f"the adapter's parts of {name}, which the model has as one parameter, are none that fit together: there "
+            f"must be one of rank `r` for each projection of its {len(experts)} experts. Load it with the transformers "
+            "that it was trained with, and merge it there"
         )
+
+
+def _expert(layer: str) -> int:
+    """The number of the expert that a layer is of."""
+    return int(next(atom for atom in reversed(layer.split(".")) if atom.isdigit()))
 
 
 def _stacked(rows: list[list[Pair]]) -> Pair:
@@ -142,17 +156,21 @@ def _config(
             ranks[re.escape(name)] = rank
             grown = math.sqrt(parts) if config.use_rslora else parts  # type: ignore[attr-defined]
             alphas[re.escape(name)] = config.lora_alpha * grown  # type: ignore[attr-defined]
-    changes = {"rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": _targets(root, config)}
+    changes: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
     if parameters and config.lora_dropout:  # type: ignore[attr-defined]
         warn(f"the experts' adapters are those of stacked parameters here, which have no dropout: {_NO_DROPOUT}")
         changes["lora_dropout"] = 0.0
     return config.replace(**changes, target_parameters=tuple(dict.fromkeys((*config.parameters, *named))))
 
 
-def _targets(root: nn.Module, config: AdapterConfig) -> Any:
-    """`target_modules` without names that mean no layer of the model."""
+def _targets(root: nn.Module, config: AdapterConfig, renamed: Iterable[str]) -> Any:
+    """`target_modules` without what means no layer of the model, and with layers whose names in the file are others."""
     targets, modules = config.target_modules, dict(root.named_modules(remove_duplicate=False))
-    if targets is None or isinstance(targets, str):
+    if targets is None or config.all_linear:
         return targets
-    meant = {each: [path for path in modules if is_named((each,), path)] for each in targets}
-    return tuple(each for each in targets if any(_is_layer(root, path) for path in meant[each]))
+    layers = [path for path in modules if _is_layer(root, path)]
+    if isinstance(targets, str):  # a regex, which may mean experts, too
+        meant = [path for path in layers if is_named(targets, path)]
+    else:
+        meant = [each for each in targets if any(is_named((each,), path) for path in layers)]
+    return (*meant, *(path for path in renamed if path in layers and not is_named(meant, path)))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lorafx
 from lorafx.errors import CheckpointError
@@ -28,6 +36,12 @@ def qwen():
 def mixtral():
     model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=EXPERTS, intermediate_size=INNER))
     return model, "block_sparse_moe", ("w1", "w3", "w2")
+
+
+def phimoe():
+    """Its router is a linear layer still, under another name."""
+    sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": INNER}
+    return PhimoeForCausalLM(PhimoeConfig(**SIZES, **sizes)), "block_sparse_moe", ("w1", "w3", "w2")
 
 
 def layers(block: str, names: tuple[str, str, str]) -> dict[str, tuple[int, int]]:
@@ -52,8 +66,8 @@ def written(folder: Path, block: str, names: tuple[str, str, str], **config) -> 
         added[layer.replace("block_sparse_moe", "mlp")] = b @ a
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    values = dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "gate", *names], **config)
-    (folder / "adapter_config.json").write_text(json.dumps(values))
+    values = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "gate", *names]}
+    (folder / "adapter_config.json").write_text(json.dumps(values | config))
     return added
 
 
@@ -64,7 +78,8 @@ def with_added(base, added: dict[str, torch.Tensor], names: tuple[str, str, str]
     for layer, delta in added.items():
         block, _, expert = layer.partition(".experts.")
         if not expert:
-            state[f"{layer}.weight"] += scaling * delta
+            router = f"{block.removesuffix('.gate')}.router.weight"
+            state[router if router in state else f"{layer}.weight"] += scaling * delta
             continue
         number, name = expert.split(".")
         if name == names[2]:
@@ -96,6 +111,27 @@ def test_experts_apart_become_those_of_the_stacked_parameters(tmp_path, made, us
     assert_same_weights(theirs.merge_and_unload(), expected)
 
 
+def every(names) -> list[str]:
+    return ["q_proj", "gate", *names]
+
+
+def in_full(names) -> list[str]:
+    return list(layers("block_sparse_moe" if "w1" in names else "mlp", names))
+
+
+def regex(names) -> str:
+    return rf".*\.({'|'.join(every(names))})"
+
+
+@pytest.mark.parametrize("made", [qwen, mixtral, phimoe])
+@pytest.mark.parametrize("targets", [every, in_full, regex])
+def test_targets_of_old_names_mean_what_is_there_now(tmp_path, made, targets) -> None:
+    base, block, names = made()
+    added = written(tmp_path / "old", block, names, target_modules=targets(names))
+    lora = lorafx.load(copy.deepcopy(base), tmp_path / "old")
+    assert_same_weights(lora.merge_and_unload(), with_added(base, added, names, ALPHA / RANK))
+
+
 def test_peft_computes_the_same_from_the_old_file(tmp_path) -> None:
     base, block, names = qwen()
     written(tmp_path / "old", block, names)
@@ -118,15 +154,36 @@ def test_ranks_of_their_own_are_refused(tmp_path) -> None:
         lorafx.load(base, tmp_path / "old")
 
 
-@pytest.mark.parametrize("lost", ["experts.1.up_proj", "up_proj"])
+def without(folder: Path, *lost: str) -> None:
+    """Take layers out of a file."""
+    file = folder / "adapter_model.safetensors"
+    save_file({key: each for key, each in load_file(file).items() if not any(f".{one}." in key for one in lost)}, file)
+
+
+@pytest.mark.parametrize("lost", [["experts.1.up_proj"], ["up_proj"], ["experts.1"], ["experts.0", "experts.2"]])
 def test_a_missing_expert_is_refused_and_the_model_unchanged(tmp_path, lost) -> None:
     base, block, names = qwen()
     written(tmp_path / "old", block, names)
-    file = tmp_path / "old" / "adapter_model.safetensors"
-    left = {key: tensor for key, tensor in load_file(file).items() if f".{lost}." not in key}
-    save_file(left, file)
+    without(tmp_path / "old", *lost)
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     with pytest.raises(CheckpointError, match="none that fit together"):
         lorafx.load(base, tmp_path / "old")
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_half_of_the_experts_are_not_taken_for_all_with_half_the_rank(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "EXPERTS", 4)
+    base, block, names = qwen()
+    written(tmp_path / "old", block, names)
+    without(tmp_path / "old", "experts.2", "experts.3")
+    with pytest.raises(CheckpointError, match="4 experts"):
+        lorafx.load(base, tmp_path / "old")
+
+
+def test_another_rank_than_the_config_says_is_refused(tmp_path) -> None:
+    base, block, names = qwen()
+    written(tmp_path / "old", block, names, r=2 * RANK)
+    without(tmp_path / "old", "q_proj", "gate")
+    with pytest.raises(CheckpointError, match="of rank `r`"):
+        lorafx.load(base, tmp_path / "old")
