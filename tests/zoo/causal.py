@@ -82,4 +82,5 @@ ENTRIES = (
     causal("OPT", [*ATTENTION[:3], "out_proj", "fc1", "fc2"], UNGROUPED, ffn_dim=80, word_embed_proj_dim=40),
     causal("Mamba", ["in_proj", "x_proj", "embeddings"], MAMBA, time_step_rank=5),
     causal("Mamba2", ["in_proj", "embeddings"], MAMBA, num_heads=6, head_dim=16, n_groups=2, chunk_size=4),
+    causal("Lfm2", [*ATTENTION[:3], "out_proj", "in_proj", "w1"], layer_types=["conv", "full_attention"]),
 )
