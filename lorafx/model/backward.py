@@ -31,7 +31,8 @@ class NoBackward:
 
 def require_kept(tree: nn.Module, error: RuntimeError) -> None:
     """Raise `AdapterError` where a call failed for torch refuses to train beside what is for inference alone."""
-    if torch.is_grad_enabled() and (found := made_for_inference(tree)):
+    is_of_torch = "nference tensor" in str(error)  # other errors of such a model mean something else
+    if is_of_torch and torch.is_grad_enabled() and (found := made_for_inference(tree)):
         raise AdapterError(
             f"{found[0]} was made under `torch.inference_mode()`, and torch keeps no such tensor for backward: make or "
             "load the model outside of it, or call it under `torch.no_grad()` if nothing is to train"

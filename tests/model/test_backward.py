@@ -138,10 +138,13 @@ def test_a_base_made_for_inference_infers_and_says_why_it_does_not_train(x, capt
     lora(x).backward()
 
 
-def test_another_error_of_a_training_call_stays_what_it_is(x):
+@pytest.mark.parametrize("for_inference", [False, True])
+def test_another_error_of_a_training_call_stays_what_it_is(x, for_inference):
     class Failing(Loss):
         def forward(self, x):
             raise RuntimeError("mine")
 
+    with torch.inference_mode(for_inference):
+        base = Failing()
     with pytest.raises(RuntimeError, match=r"^mine$"):
-        lorafx.compile(Failing(), CONFIG, capture="sites")(x)
+        lorafx.compile(base, CONFIG, capture="sites")(x)

@@ -1,7 +1,7 @@
 """Random lives of adapters, in PEFT and in lorafx side by side: the same values, gradients, names and refusals.
 
-Hypothesis draws the steps of a life. Where PEFT means something else, a step is not
-drawn: it unmerges what is merged when an adapter is added or disabled, its `requires_grad` flags change with
+Hypothesis draws the steps of a life, the same ones in each run. Where PEFT means something else, a step is not drawn:
+it unmerges what is merged when an adapter is added or disabled, its `requires_grad` flags change with
 `disable_adapter()`, and `unload()` leaves the base changed.
 """
 
