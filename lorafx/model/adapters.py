@@ -201,7 +201,7 @@ class Adapters(Scales):
             self.set_scale(name, weight)
         self._lorafx.active = names
         if not inference_mode:
-            self._mean_to_train(names)
+            self._let_train(names)
         self._set_trainable()
         if inference_mode:
             self._freeze(names)
@@ -213,8 +213,8 @@ class Adapters(Scales):
             held.set_trainable(requires_grad)
         self._lorafx.trained.update(names)
 
-    def _mean_to_train(self, names: Sequence[str]) -> None:
-        """Take it from adapters that were loaded for inference that they never train."""
+    def _let_train(self, names: Sequence[str]) -> None:
+        """Have these train from now on where they are active, also those that were loaded for inference."""
         for name in names:
             adapter = self._lorafx.adapters[name]
             if adapter.config.inference_mode:

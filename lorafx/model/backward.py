@@ -30,7 +30,7 @@ class NoBackward:
 
 
 def require_kept(tree: nn.Module, error: RuntimeError) -> None:
-    """Raise `AdapterError` where a call failed for torch refuses to train beside what is for inference alone."""
+    """Raise `AdapterError` if a call failed because the base was made for inference alone: nothing trains there."""
     is_of_torch = "nference tensor" in str(error)  # other errors of such a model mean something else
     if is_of_torch and torch.is_grad_enabled() and (found := made_for_inference(tree)):
         raise AdapterError(

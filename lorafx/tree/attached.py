@@ -74,6 +74,8 @@ class Children(dict[str, Any]):
 
 
 def _counting(name: str) -> Callable[..., Any]:
+    """The method of this name that dicts have, which is taken to replace a module."""
+
     def method(self: Children, *args: Any, **kwargs: Any) -> Any:
         Attached.replaced += 1
         return getattr(dict, name)(self, *args, **kwargs)
