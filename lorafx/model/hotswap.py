@@ -18,7 +18,7 @@ from ..adapters.slots import add_idle, differences, idles, put, require_swappabl
 from ..adapters.storages import keep_own_layers
 from ..errors import AdapterError, ConfigError, warn
 from ..files import checkpoint
-from ..tree.attached import attach
+from ..tree.attached import attach, set_trainable
 from ..tree.lookup import copy_into, tensor_at
 from ..tree.mirror import mirrored
 from .adapters import Adapters
@@ -106,8 +106,8 @@ class HotSwap(Adapters):
                 self._lorafx.adapters[adapter.name] = self._scaled_as_before(adapter)
                 keep_own_layers(self.tree, [site.module for site in adapter.selection])
                 serve_parts(self.tree, adapter)
-        self._lorafx.trained.update(slot.name for slot in slots)  # new parameters train
-        self._set_trainable()
+        for slot in slots:
+            self._train_alike(slot)
         self._lorafx.forget_programs()
 
     def _check_compiled(self, how: str) -> None:
@@ -149,6 +149,13 @@ class HotSwap(Adapters):
                 kept = self._lorafx.adapters[other.name].tensors
                 remove(self.tree, other.restricted_to([s.weight for s in other.selection if s.name not in kept], ()))
             raise
+
+    def _train_alike(self, slot: Adapter) -> None:
+        """Have what is new of an adapter train if anything of it did before."""
+        before = set(slot.paths)
+        new = (path for path in self._lorafx.adapters[slot.name].paths if path not in before)
+        trains = any(tensor_at(self.tree, path).requires_grad for path in before)
+        set_trainable([tensor_at(self.tree, path) for path in new], trains)
 
     def _scaled_as_before(self, adapter: Adapter) -> Adapter:
         """The adapter with its scaling as a tensor at every site; where that was one already it keeps its value."""

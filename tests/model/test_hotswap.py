@@ -119,6 +119,20 @@ def test_room_stays_empty_in_training(folders):
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("trains", ["second", "both", "neither"])
+def test_who_trains_stays_as_it_was(folders, trains):
+    lora = loaded(folders, "half", is_trainable=trains != "neither")
+    lora.load_adapter(folders[1] / "half", "second", is_trainable=trains in ("second", "both"))
+    if trains == "second":
+        lora.set_requires_grad("default", False)
+    before = lora.get_model_status().requires_grad
+    lora.prepare_for_hotswap(
+        target_rank=5, config=lora.peft_config["default"].replace(target_modules=COMMON["target_modules"])
+    )
+    assert lora.get_model_status().requires_grad == before
+    assert set(before.values()) == {"second": {True, False}, "both": {True}, "neither": {False}}[trains]
+
+
 def test_a_slot_is_prepared_for_other_targets_by_their_configs(folders):
     lora, x = loaded(folders, "half"), torch.randn(4, 4, dtype=torch.float64)
     before = lora(x)

@@ -72,13 +72,17 @@ class Known:
 
 @dataclass
 class Arithmetic:
-    """The model as formulas: the adapters by name, who is active, who is merged, whether they are switched off."""
+    """The model as formulas: the adapters by name, who is active, who is merged, whether they are switched off.
+
+    `loaded` are those that train since they were loaded, active or not, until who is active changes.
+    """
 
     base: dict[str, Tensor]
     adapters: dict[str, Known] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     disabled: bool = False
+    loaded: set[str] = field(default_factory=set)
 
     @property
     def acting(self) -> list[str]:
@@ -188,8 +192,10 @@ class Both:
             return self.refused(lambda: self.lora.delete_adapter(name))
         self.lora.delete_adapter(name)
         del self.known.adapters[name]
+        self.known.loaded.discard(name)
         if name in self.known.active:
             self.known.active.remove(name)
+            self.known.loaded.clear()
             self.known.active = self.known.active or (self.known.merged or list(self.known.adapters))[:1]
 
     def save_and_load(self) -> None:
@@ -199,6 +205,7 @@ class Both:
         with self.saved(name) as folder:
             self.lora.load_adapter(folder, new, is_trainable=True)
         self.known.adapters[new] = Known(self.known.adapters[name].adds, self.known.adapters[name].at)
+        self.known.loaded.add(new)
 
     @contextmanager
     def saved(self, name: str) -> Iterator[str]:
@@ -239,14 +246,14 @@ class Both:
         if not self.all_there(*chosen):
             return self.refused(lambda: self.lora.set_adapter(chosen))
         self.lora.set_adapter(chosen)
-        self.known.active, self.known.merged = chosen, []
+        self.known.active, self.known.merged, self.known.loaded = chosen, [], set()
 
     def weigh(self) -> None:
         chosen = {name: self.weight() for name in self.names()}
         if not self.all_add(*chosen):
             return self.refused(lambda: self.lora.set_adapter(chosen))
         self.lora.set_adapter(chosen)
-        self.known.active, self.known.merged = list(chosen), []
+        self.known.active, self.known.merged, self.known.loaded = list(chosen), [], set()
         for name, scale in chosen.items():
             self.known.adapters[name].scale = scale
 
@@ -282,7 +289,7 @@ class Both:
         else:
             self.lora.disable_adapter_layers()
             self.known.merged = []
-        self.known.disabled = not self.known.disabled
+        self.known.disabled, self.known.loaded = not self.known.disabled, set()
 
     # --- they are merged ---------------------------------------------------------------------------------------------
 
@@ -312,7 +319,8 @@ class Both:
         assert (lora.active_adapters, lora.merged_adapters) == (known.active, known.merged)
         assert list(lora.peft_config) == list(known.adapters)
         status = lora.get_model_status()
-        trained = {name: name in known.active and not known.disabled for name in known.adapters}
+        acting = [] if known.disabled else known.active
+        trained = {name: name in acting or name in known.loaded for name in known.adapters}
         assert status.requires_grad == trained and status.enabled is not known.disabled
         for name in filter(self.all_add, known.adapters):  # also of those that do not act
             adapter, at = lora._lorafx.adapters[name], known.adapters[name]
