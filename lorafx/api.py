@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from . import passes  # type: ignore[attr-defined]
+from .adapters.adapter import Adapter
 from .adapters.config import AdapterConfig
+from .adapters.expert_names import with_experts
 from .adapters.kinds import config_of
 from .adapters.planning import plan
 from .errors import AdapterError, ConfigError, PipelineError, warn
@@ -77,12 +79,12 @@ def compile(
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
     chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
-    adapter = plan(_plain(model, config := config_of(config)), adapter_name, config)
+    adapter = _planned(model, adapter_name, config_of(config))
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
-    adapted = adapt(model, dispatcher, autocast_adapter_dtype, config.replicates)
+    adapted = adapt(model, dispatcher, autocast_adapter_dtype, adapter.config.replicates)
     try:
         rests = of(adapted)._install(adapter, random_state=random_state, on_meta=low_cpu_mem_usage)
-        of(adapted).set_adapter(adapter_name, inference_mode=config.inference_mode)
+        of(adapted).set_adapter(adapter_name, inference_mode=adapter.config.inference_mode)
         _ready(adapted, gradient_checkpointing, example_inputs)
     except BaseException:
         of(adapted)._leave()
@@ -183,6 +185,11 @@ def _pipeline(
             "`insert_adapters` does, and what it requires is in `lorafx.passes.default`"
         )
     return chosen
+
+
+def _planned(model: nn.Module, name: str, config: AdapterConfig) -> Adapter:
+    plain = _plain(model, config)
+    return plan(plain, name, with_experts(plain, config))
 
 
 def _plain(model: nn.Module, config: AdapterConfig) -> nn.Module:

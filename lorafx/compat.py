@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.config import AdapterConfig
+from .adapters.config import AdapterConfig, is_named
+from .adapters.expert_names import with_experts
 from .adapters.kinds import LoraConfig, config_of
 from .api import compile, load
 from .errors import ConfigError, warn
@@ -28,6 +29,9 @@ from .tree.lookup import tensor_at
 
 SEVEN_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")
+# Where experts are stacked, the parameter that has a projection.
+_STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "gate_up_proj": "gate_up_proj"}
+_STACKED |= {"down_proj": "down_proj"}
 HUB = tuple(field.name for field in dataclasses.fields(Source) if field.name != "place")
 LOAD = (*HUB, "weights_only", "backend", "mode", "capture", "pipeline", "adapter_compute_dtype")
 LOAD += ("example_inputs", "observers", "gradient_checkpointing", "activation_budget")
@@ -196,14 +200,13 @@ class FastLanguageModel:
 
         `random_state` seeds the adapter's start values and nothing else. `max_seq_length` and `temporary_location` are
         taken and unused: graphs take any length, and nothing is offloaded to disk. `embed_tokens` and `lm_head` are
-        moved from `target_modules` to `modules_to_save`; what is trained whole of a float16 base trains in float32.
+        moved from `target_modules` to `modules_to_save`; the stacked weights of experts are adapted if one of their
+        projections is a target; what is trained whole of a float16 base trains in float32.
         `kwargs` are further fields of `LoraConfig`. Raises `ConfigError` for `qat_scheme`, for keywords that are no
         fields, and what `compile` raises.
         """
         _refuse("FastLanguageModel.get_peft_model", qat_scheme=qat_scheme)
         targets, saved = _embeddings_moved(target_modules, modules_to_save)
-        if target_parameters is None:
-            _warn_of_experts(model, targets)
         config = _config(
             r=r,
             target_modules=targets,
@@ -221,6 +224,7 @@ class FastLanguageModel:
             **{"task_type": _task(model), **kwargs},
         )
         checkpointing = "offload" if use_gradient_checkpointing == "unsloth" else use_gradient_checkpointing
+        config = _with_experts(model, config)
         adapted = compile(model, config, random_state=random_state, gradient_checkpointing=checkpointing)
         _widen_copies(adapted)
         return adapted
@@ -252,11 +256,20 @@ def _embeddings_moved(
     return [name for name in targets if name not in moved], list(dict.fromkeys([*(given or ()), *moved]))
 
 
-def _warn_of_experts(model: nn.Module, targets: Sequence[str] | str | None) -> None:
-    """Warn of experts stored as one parameter, which Unsloth adapts if one of their projections is a target."""
-    fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
-    if fused and not isinstance(targets, str) and {"gate_proj", "up_proj", "down_proj"} & set(targets or ()):
-        warn(f"{fused} and its like are not adapted, as they would be by Unsloth: name them in `target_parameters`")
+def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config with the stacked weights of experts that Unsloth adapts if one of their projections is a target."""
+    config = with_experts(model, config)  # type: ignore[assignment]
+    targets = config.target_modules
+    if config.target_parameters is not None or isinstance(targets, str):
+        return config
+    wanted = {f"experts.{_STACKED[name]}" for name in targets or () if name in _STACKED}
+    stacked = [name for name, p in model.named_parameters() if p.dim() == 3]
+    experts = sorted(ending for ending in wanted if any(name.endswith(f".{ending}") for name in stacked))
+    if not experts:
+        return config
+    modules = [path for path, _ in model.named_modules()]
+    kept = [name for name in targets or () if name not in _STACKED or any(is_named((name,), path) for path in modules)]
+    return config.replace(target_modules=kept, target_parameters=experts)
 
 
 def _layers(model: nn.Module, chosen: Sequence[int] | int | None, last: int | None) -> Sequence[int] | int | None:

@@ -57,5 +57,6 @@ LIMITS = """
 - **Tied weights**: an adapter on one name of a tied weight acts wherever the weight is read; PEFT's acts only in the
   named module until it is merged. Logits differ there, and a warning says so. A file in which PEFT keeps two adapters
   for two names of one weight is refused.
-- **Stacked experts** are adapted by `target_parameters`, as `["experts.gate_up_proj", "experts.down_proj"]`.
+- **Stacked experts** are adapted by `target_parameters`, as `["experts.gate_up_proj", "experts.down_proj"]`, and by the
+  names that they had as layers where [PEFT reads these so](kinds.md#parameters-by-name).
 """

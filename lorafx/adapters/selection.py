@@ -30,7 +30,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     weight no reading covers. Warns of tied weights, and of names and numbers that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matches, besides = _matcher(model, config), config.besides(input_embedding(model))
+    matches, besides = matcher(model, config), config.besides(input_embedding(model))
     tied = tied_to_embedding(model)
     _require_once(modules, matches, besides, tied)
     wanted = [name for name in modules if name and (matches(name) or is_named(besides, name))]
@@ -58,7 +58,7 @@ def whole_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     Raises `SelectionError` when nothing matches, and warns of names that match nothing.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    matches = _matcher(model, config)
+    matches = matcher(model, config)
     matched = [name for name in modules if name and matches(name)]
     if not matched:
         raise SelectionError(nothing_message(modules, config))
@@ -105,7 +105,8 @@ def wanted_saved_names(config: AdapterConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ()))))
 
 
-def _matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
+def matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
+    """Says of a name whether `target_modules` picks a module that is called so."""
     targets = targets_of(model, config)
     saved = wanted_saved_names(config)
     all_linear = _all_linear(model, config) if config.all_linear else None
@@ -326,7 +327,7 @@ def _idle(field: str, modules: dict[str, nn.Module], config: AdapterConfig) -> l
 def _idle_layers(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[int]:
     layers = config.layers_to_transform
     numbers = (layers,) if isinstance(layers, int) else layers or ()
-    alone = [(number, _matcher(model, config.replace(layers_to_transform=(number,)))) for number in numbers]
+    alone = [(number, matcher(model, config.replace(layers_to_transform=(number,)))) for number in numbers]
     return [number for number, matches in alone if not any(matches(name) for name in modules)]
 
 

@@ -13,6 +13,7 @@ import torch
 from ..adapters.adapter import TRAINED_BIAS, Adapter, remove
 from ..adapters.building import build
 from ..adapters.config import AdapterConfig, require
+from ..adapters.expert_names import with_experts
 from ..adapters.kinds import Spec, config_of
 from ..adapters.notes import forget
 from ..adapters.planning import plan
@@ -57,7 +58,8 @@ class Adapters(Scales):
         The options are those of `compile`; without `autocast_adapter_dtype` it is as when this model was made.
         Raises `AdapterError` for a name that is taken, `ConfigError` or `SelectionError` for a config that is unfit.
         """
-        adapter = plan(mirrored(self.tree), adapter_name, config_of(peft_config))
+        root = mirrored(self.tree)
+        adapter = plan(root, adapter_name, with_experts(root, config_of(peft_config)))
         rests = self._install(adapter, autocast_adapter_dtype, random_state=random_state, on_meta=low_cpu_mem_usage)
         self._leave_rests(rests)
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ..adapters.adapter import Adapter
+from ..adapters.expert_names import with_experts
 from ..adapters.kinds import config_of
 from ..adapters.kinds.lora import pattern_value, rank
 from ..adapters.planning import plan
@@ -162,7 +163,7 @@ def _asked(model: nn.Module, config: Any, name: str) -> tuple[nn.Module, Any, It
         return of(model)._lorafx.base, adapter.config, adapter.selection
     if isinstance(model, AdaptedModel):
         raise ConfigError("`peft_config` is for a base; the adapters of this model have configs: give `adapter_name`")
-    config = config_of(config)
+    config = with_experts(model, config_of(config))
     if getattr(config, "init_lora_weights", None) != "eva":
         raise ConfigError('this is for a `LoraConfig` of `init_lora_weights="eva"`')
     return model, config, select(model, config)

@@ -12,6 +12,7 @@ import torch
 from ..adapters.adapter import Adapter, remove
 from ..adapters.building import scaled
 from ..adapters.config import require
+from ..adapters.expert_names import with_experts
 from ..adapters.kinds import SCALING, config_of
 from ..adapters.planning import plan
 from ..adapters.slots import add_idle, differences, idles, put, require_swappable, widened
@@ -95,7 +96,7 @@ class HotSwap(Adapters):
             self._require_unmerged(slot.name, "preparing it for others")
             slot.require_in_place(self.tree)
         self._check_compiled(check_compiled)
-        others = _configs(config, {each.config.peft_type for each in self._lorafx.adapters.values()})
+        others = [with_experts(mirrored(self.tree), each) for each in self._configs(config)]
         planned = {slot.name: list(self._planned_for(slot, others, target_rank)) for slot in slots}
         with torch.inference_mode(False), torch.no_grad():
             wide = [widened(self.tree, slot, planned[slot.name], target_rank) for slot in slots]
@@ -118,6 +119,19 @@ class HotSwap(Adapters):
         if how == "error":
             raise AdapterError(f'{said}, or pass check_compiled="ignore"')
         warn(said)
+
+    def _configs(self, config: Any | None) -> list[Any]:
+        """The configs that `prepare_for_hotswap` is given: none, one, or a mapping of several as `peft_config` is."""
+        if config is None:
+            return []
+        several = isinstance(config, Mapping) and all(hasattr(each, "peft_type") for each in config.values())
+        found = [config_of(each) for each in (config.values() if several else [config])]
+        types = {adapter.config.peft_type for adapter in self._lorafx.adapters.values()}
+        if odd := [each.peft_type for each in found if each.peft_type not in types]:
+            raise ConfigError(
+                f"there is no adapter of type {odd[0]} that could take the values of another of this config"
+            )
+        return found
 
     def _planned_for(self, slot: Adapter, configs: list[Any], r: int | None) -> Iterator[Adapter]:
         """What adapters of these configs would be in the slot's place, with room for rank `r`."""
@@ -168,17 +182,6 @@ class HotSwap(Adapters):
 def _can_hold_others(adapter: Adapter, target_rank: int | None) -> bool:
     """Whether an adapter can have room for a larger rank; or, if none is asked for, for other sites."""
     return bool(adapter.kind.sized(adapter.config)) or (target_rank is None and idles(adapter))
-
-
-def _configs(config: Any | None, types: set[str]) -> list[Any]:
-    """The configs in what `prepare_for_hotswap` is given: none, one, or a mapping of several as `peft_config` is."""
-    if config is None:
-        return []
-    several = isinstance(config, Mapping) and all(hasattr(each, "peft_type") for each in config.values())
-    found = [config_of(each) for each in (config.values() if several else [config])]
-    if odd := [each.peft_type for each in found if each.peft_type not in types]:
-        raise ConfigError(f"there is no adapter of type {odd[0]} that could take the values of another of this config")
-    return found
 
 
 def _scalings(adapter: Adapter) -> list[float | None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig
+from ..adapters.expert_names import with_experts
 from ..adapters.kinds import config_of
 from ..adapters.kinds.lora_subconfigs import CORDA_FILES
 from ..adapters.notes import note
@@ -134,7 +135,7 @@ def _gradients(model: nn.Module, weights: list[Tensor], train_step: Callable[[],
 @contextlib.contextmanager
 def _prepared(model: nn.Module, lora_config: Config, init: str, training: bool) -> Iterator[list[Site]]:
     """The sites of a config for start values by this name, with the base in one mode; then as it was."""
-    config: Any = config_of(lora_config)
+    config: Any = with_experts(model, config_of(lora_config))
     if getattr(config, "init_lora_weights", None) != init:
         raise ConfigError(f'this is for a `LoraConfig` of `init_lora_weights="{init}"`')
     if hasattr(innermost(model), "peft_config"):

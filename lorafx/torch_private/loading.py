@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -115,3 +115,8 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str
         return lambda name: False
     pattern, *_ = build_glob_alternation(list(plan))
     return lambda name: pattern.search(name) is not None
+
+
+def family(model_type: str) -> str:
+    """The type of model that others are read like: that of Mixtral for MiniMax, and for itself."""
+    return "mixtral" if model_type == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(model_type, "")

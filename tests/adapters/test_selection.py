@@ -9,7 +9,7 @@ from modules import tiny_llama
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import lorafx
 from lorafx.adapters.selection import saved_modules, select
@@ -191,12 +191,12 @@ def test_a_module_below_one_that_has_two_names_is_not_remarked_on():
     ("config", "remark"),
     [
         ({"target_modules": "all-linear"}, '"all-linear" leaves out the stacked weights of experts'),
-        ({"target_modules": ["q_proj", "gate_proj"]}, "The weights of experts are stacked here"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "The weights of experts are stacked here"),
     ],
 )
 def test_experts_that_a_config_may_have_meant_are_pointed_at(config, remark):
-    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, **sizes))
+    sizes = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 24, "head_dim": 8}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, **sizes))
     (said_once,) = said(model, **config)
     assert remark in said_once
     assert "`target_parameters=['experts.gate_up_proj', 'experts.down_proj']`" in said_once

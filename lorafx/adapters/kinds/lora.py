@@ -264,7 +264,7 @@ def _require_plain(site: Site, config: LoraConfig) -> None:
     for name in (*asked, *config.variants):
         raise ConfigError(
             f"{site.weight} is one of `target_parameters`, for which there is no `{name}`, as in PEFT: leave that out, "
-            "or give the parameter an adapter of its own"
+            "give the parameter an adapter of its own, or, if `target_modules` means it, add it to `exclude_modules`"
         )
 
 
