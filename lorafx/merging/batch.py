@@ -41,12 +41,9 @@ def batches(root: nn.Module, entries: Iterable[Entry]) -> list[list[Entry]]:
 
 
 def _likeness(root: nn.Module, entry: Entry) -> object | None:
-    """What entries have to share, for the same operators to work on both; None for one that is like no other.
-
-    A product in float64 proper may have other bits in another batch, so such a weight is by itself.
-    """
+    """What entries have to share, for the same operators to work on both; None for one that is like no other."""
     additive = all(source.adapter.kind.additive for source in entry.sources)
-    if entry.target.storage != DENSE or entry.dtype == torch.float64 or not additive:
+    if entry.target.storage != DENSE or not additive:
         return None
     weight = tensor_at(root, entry.target.path)
     by_source = ((id(s.adapter), s.site.reading, *(t.shape for t in s.tensors.values())) for s in entry.sources)
