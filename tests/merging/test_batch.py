@@ -58,10 +58,9 @@ def test_the_layout_of_a_weight_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [(256, 300), (300, 260)])
-def test_another_number_of_threads_changes_nothing(dtype, sizes):
+def test_another_number_of_threads_changes_nothing(dtype):
     """On some processors what a row of a product comes out as depends on how many rows are multiplied."""
-    model, before, sources = made(nn.Linear(*sizes), dtype, r=3)
+    model, before, sources = made(nn.Linear(299, 1000), dtype, r=5)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
