@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ def compile(
         CaptureError: `capture="graph"` fails on `example_inputs`.
         AdapterError: an adapted model, or a name that cannot be an adapter's. The model is as it was in each case.
     """
-    chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
+    chosen = _pipeline(model, pipeline, gradient_checkpointing, adapter_compute_dtype)
     adapter = _planned(model, adapter_name, config_of(config))
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype, adapter.config.replicates)
@@ -125,7 +126,7 @@ def load(
     Raises `CheckpointError`, `ConfigError` or `SelectionError` when file and model do not fit, `ConfigError` for an
     option that there is not, and `AdapterError` or `PipelineError` as `compile` does; the model is as it was.
     """
-    chosen = _pipeline(pipeline, gradient_checkpointing, adapter_compute_dtype)
+    chosen = _pipeline(model, pipeline, gradient_checkpointing, adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
         found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
@@ -166,7 +167,10 @@ def _ready(
 
 
 def _pipeline(
-    pipeline: Passes | None, gradient_checkpointing: bool | str, adapter_compute_dtype: torch.dtype | str | None
+    model: nn.Module,
+    pipeline: Passes | None,
+    gradient_checkpointing: bool | str,
+    adapter_compute_dtype: torch.dtype | str | None,
 ) -> Pipeline:
     chosen = passes.default if pipeline is None else Pipeline.of(pipeline)
     if gradient_checkpointing not in (False, True, "offload"):
@@ -174,7 +178,8 @@ def _pipeline(
     if gradient_checkpointing == "offload" and not torch.cuda.is_available():
         warn("checkpoints stay where they are: there is no CUDA device to move them from")
     if gradient_checkpointing:
-        chosen = chosen + (passes.CheckpointBlocks(every=True, offload=gradient_checkpointing == "offload"),)
+        every, offload = not _checkpoints_itself(model), gradient_checkpointing == "offload"
+        chosen = chosen + (passes.CheckpointBlocks(every, offload),)
     if adapter_compute_dtype is not None:
         insert = passes.InsertAdapters(str(adapter_compute_dtype).removeprefix("torch."))
         chosen = Pipeline(*(insert if each.name == insert.name else each for each in chosen))
@@ -185,6 +190,14 @@ def _pipeline(
             "`insert_adapters` does, and what it requires is in `lorafx.passes.default`"
         )
     return chosen
+
+
+def _checkpoints_itself(model: nn.Module) -> bool:
+    """Whether the model's own Python checkpoints its layers when it is told to, as transformers' models do."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    if layers is None or not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    return any(isinstance(module, layers.GradientCheckpointingLayer) for module in model.modules())
 
 
 def _planned(model: nn.Module, name: str, config: AdapterConfig) -> Adapter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -43,8 +44,8 @@ class CheckpointBlocks(Pass):
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        """Whether the model's own Python does the same: it checkpoints what asks for it, and no other layer."""
-        return not (self.every or self.offload)
+        """Whether the model's own Python does the same: it checkpoints what asks for it, and moves nothing."""
+        return not (self.every or (self.offload and torch.cuda.is_available()))
 
     def rewrite(self, gm: GraphModule, context: Context) -> int:
         count = 0

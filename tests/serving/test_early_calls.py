@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
+import models
 import pytest
 import torch
 import transformers
@@ -14,6 +15,7 @@ from serving_models import Options, served
 from torch import nn
 
 import lorafx
+from lorafx.graph.blocks import checkpoint_block, offload_block
 from lorafx.serving import early_calls
 
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
@@ -97,10 +99,32 @@ def test_a_pass_of_ones_own_acts_from_the_first_call():
     assert served(lora) == ["graph"]
 
 
-def test_layers_that_are_to_be_checkpointed_are_so_from_the_first_call():
+def test_layers_that_only_a_graph_checkpoints_have_one_from_the_first_call():
     lora = compiled(Chain(), gradient_checkpointing=True)
     lora(torch.randn(5, 4))
     assert served(lora) == ["graph"] and not lorafx.passes.CheckpointBlocks(every=True).exact
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is to go to the host does so in graphs alone")
+@pytest.mark.parametrize("how", [True, "offload"])
+@pytest.mark.filterwarnings("ignore:checkpoints stay where they are")
+def test_layers_that_checkpoint_themselves_do_so_before_there_is_a_graph(how):
+    lora, plain = (compiled(models.llama(), gradient_checkpointing=each) for each in (how, False))
+    runs: list[str] = []
+    hooks = [
+        layer.mlp.act_fn.register_forward_hook(lambda *_, name=f"layer {number}": runs.append(name))
+        for number, layer in enumerate(lora.model.layers)
+    ]
+    for calls in range(1, 4):
+        losses = [model(**models.call(model)).loss for model in (lora, plain)]
+        losses[0].backward()
+        torch.testing.assert_close(*losses)
+        assert runs == ["layer 0", "layer 1", "layer 1", "layer 0"] * calls and served(lora) == ["sites"]
+    for hook in hooks:
+        hook.remove()
+    graph = lora.graph(**models.call(lora)).graph
+    checkpointed = {True: checkpoint_block, "offload": offload_block}[how]
+    assert len(graph.find_nodes(op="call_function", target=checkpointed)) == 2
 
 
 def test_a_call_for_which_there_is_no_memory_gets_a_graph_that_needs_less(monkeypatch):
