@@ -1,8 +1,9 @@
 """canonicalize: the captured graph in the one form that later passes expect.
 
 Assertions about tensor metadata go, because they would make the graph fail under another autocast state, and so do
-nodes that nothing uses. `detach_` of a constant goes: it counts as a write, and writes nothing. And every parameter is
-read right before its first use instead of at the top of the graph.
+nodes that nothing uses. `detach_` of a constant goes: it counts as a write, and writes nothing. A cast names its dtype,
+even if it was asked for by another tensor's. And every parameter is read right before its first use instead of at the
+top of the graph.
 """
 
 from __future__ import annotations
@@ -43,9 +44,19 @@ class Canonicalize(Pass):
             if node.target in ASSERTIONS:
                 gm.graph.erase_node(node)
         CONSTANT.apply_everywhere(gm, self.name)
+        _name_dtypes(gm.graph)
         drop_dead(gm)
         _sink_attributes(gm.graph)
         return before - len(gm.graph.nodes)
+
+
+def _name_dtypes(graph: Graph) -> None:
+    """Have casts that move nothing be `to.dtype`."""
+    casts = (aten.type_as.default, aten.to.device)
+    for node in [node for target in casts for node in graph.find_nodes(op="call_function", target=target)]:
+        before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        if len(node.args) <= 3 and not node.kwargs and before.device == after.device:
+            node.target, node.args = aten.to.dtype, (node.args[0], after.dtype)
 
 
 def _sink_attributes(graph: Graph) -> None:

@@ -65,7 +65,7 @@ def turned_linear(x, weight, bias, flat, shape):
 
 def _is_a_matrix_of_the_model(found: Match) -> str | None:
     weight = found.bindings["weight"]
-    if not isinstance(weight, Node) or weight.op != "get_attr" or weight.meta["val"].ndim != 2:
+    if not isinstance(weight, Node) or not _is_of_the_model(weight) or weight.meta["val"].ndim != 2:
         return "what is transposed is no matrix of the model"
     if {found.bindings.get("a", 0) % 2, found.bindings.get("b", 1) % 2} != {0, 1}:
         return "the axes do not trade places"
@@ -73,6 +73,12 @@ def _is_a_matrix_of_the_model(found: Match) -> str | None:
     if bias is not None and bias.meta["val"].ndim != 1:
         return "what is added is no bias"
     return None
+
+
+def _is_of_the_model(node: Node) -> bool:
+    """Whether a node reads an attribute of the model, or is a cast of one."""
+    read = node.args[0] if node.target == aten.to.dtype else node
+    return isinstance(read, Node) and read.op == "get_attr"
 
 
 def _keeps_the_rows(found: Match) -> str | None:

@@ -9,8 +9,8 @@ one of another that has other adapters. `misses` knows in what a new kind of cal
 integers may be any.
 
 Or it is the model's own Python, which `interpret` runs. `per_site` is told of each function that reads a weight of the
-`site_table`, and has it computed in the adapters' equations (`direct`), or with W + ΔW (`values`), or by a graph of its
-own (`site_graphs`) with the adapters that are `concerned`. `site_policy` says which calls go so, and why; `before` puts
+`site_table`, and has it computed in the adapters' equations (`direct`), also if the weight is `turned` round first, or
+with W + ΔW (`values`), or by a graph of its own (`site_graphs`) with the adapters that are `concerned`. `site_policy` says which calls go so, and why; `before` puts
 back what a call has changed that has to start anew.
 
 The rest is one question each: do all `adapted_modules` still hold their weights, has a call run a site at all

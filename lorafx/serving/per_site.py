@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -51,6 +52,7 @@ from .methods import is_getter, is_method, takes_numbers
 from .own_backward import OwnBackward
 from .site_table import OwnRead, Place, SiteTable
 from .tree_state import TreeState
+from .turned import Turned
 from .values import Values, is_worth
 
 Run = Callable[..., Any]
@@ -107,7 +109,7 @@ class SiteInterpreter(TorchFunctionMode):
         self.kept = [place.tensor for place in (*table.weights, *table.replaced)]
         if len(set(map(id, self.kept[: len(table.weights)]))) < len(table.weights):
             self.direct = None  # adapters know a tied weight by several names: graphs see all
-        self.values = Values(self.direct)
+        self.values, self.turned = Values(self.direct), Turned()
         self.watch = contextlib.ExitStack()
         self.sees_all = self.is_new or self.direct is None or is_within_transform() or not can_be_watched(self.kept)
         self.sees_all = self.sees_all or bool(table.hidden)
@@ -311,11 +313,27 @@ class SiteInterpreter(TorchFunctionMode):
         self._require_one_mode(pytree.tree_leaves((args, kwargs)) if inside else read)
         assert self.direct is not None
         if len(read) == 1 and not inside and not is_worth(func, args):
-            copy_of, path = self._copy_of if self.replaced else None, self.weights[id(read[0])]
-            result = self.direct.run(func, args, kwargs, path, self.parts[-1], copy_of, read[0])
+            result = self._read_directly(func, args, kwargs, read[0])
             if result is not NotImplemented:
                 return result
         return self.values.given_to(func, args, kwargs, self.weights, self.parts, self._copy_of)
+
+    def _read_directly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], read: Any) -> Any:
+        """What a function gives that reads one weight once; NotImplemented where the equations cannot be run so."""
+        assert self.direct is not None
+        copy_of, path, weight = self._copy_of if self.replaced else None, self.weights[id(read)], read
+        if id(read) in self.turned.kept:
+            linear = self.turned.as_linear(func, args, kwargs, read)
+            if linear is None:
+                raise UncoveredOperatorError(f"{path} is turned round, and read by {func.__name__}{running_line()}")
+            func, args, kwargs, weight = F.linear, linear, {}, linear[1]
+        elif read is args[0] and not self.table.is_named(path):
+            made = self.turned.made(func, args, kwargs)
+            if made is not NotImplemented:
+                self.weights[id(made)] = path
+                self.see_all()
+                return made
+        return self.direct.run(func, args, kwargs, path, self.parts[-1], copy_of, weight)
 
     def _is_known(self, func: Callable[..., Any], weight: Any) -> bool:
         """Whether equations are known for a function of a weight."""

@@ -134,9 +134,15 @@ class SiteTable:
     def is_plain(self) -> bool:
         """Whether equations are known however modules read their weights: these read one each themselves, by functions
         that a reading knows, or a config names the parameter, unless rows choose their adapters."""
-        named = {} if self.numbers else {path for path, sites in self.acting.items() if _are_named(sites)}
         first = zip(self.weights, (sites[0][1] for sites in self.acting.values()))
-        return all(place.path in named or _reads_plainly(place.owner, site) for place, site in first)
+        return all(
+            (self.is_named(place.path) and not self.numbers) or _reads_plainly(place.owner, site)
+            for place, site in first
+        )
+
+    def is_named(self, weight: str) -> bool:
+        """Whether a config names the parameter at this path itself, whose value may be given to any function."""
+        return _are_named(self.acting[weight])
 
 
 def _acting(context: Context) -> dict[str, tuple[tuple[Adapter, Site], ...]]:
@@ -170,8 +176,8 @@ def _are_named(sites: tuple[tuple[Adapter, Site], ...]) -> bool:
 def _reads_plainly(owner: nn.Module, site: Site) -> bool:
     if site.storage.whole:  # one operator stands for the whole forward
         return True
-    own = {module.forward for module in site.reading.modules}
-    return site.storage == DENSE and bool(site.reading.operators[0].calls) and type(owner).forward in own
+    known = any(isinstance(owner, cls) for cls in site.reading.modules)  # and if it has a forward of its own: see forms
+    return site.storage == DENSE and bool(site.reading.operators[0].calls) and known
 
 
 def _has_forward_of_its_own(module: nn.Module) -> bool:

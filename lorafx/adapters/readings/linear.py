@@ -62,6 +62,16 @@ def outputs_of_rows(v, start, end):
     return aten.slice.Tensor(v, 0, start, end)
 
 
+def linear_of_cast(x, weight, bias, weight_dtype):
+    """(…, in), (out, in) -> (…, out), in the dtype that the weight is cast to."""
+    return aten.linear.default(x, aten.to.dtype(weight, weight_dtype), bias)
+
+
+def full_of_cast(x, w, weight_dtype):
+    """(…, in), (out, in) -> (…, out)"""
+    return aten.linear.default(x, aten.to.dtype(w, weight_dtype))
+
+
 def turned_linear(x, weight, bias):
     """(…, in), (in, out) -> (…, out)"""
     return aten.linear.default(x, aten.t.default(weight), bias)
@@ -83,6 +93,7 @@ def called_addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None):
 OPERATORS = (
     Operator(linear, narrow, wide, calls=((F.linear, called_linear), (nn.Linear.forward, forward_of_linear))),
     Operator(linear_of_rows, narrow, wide_of_rows, full=full_of_rows, outputs=outputs_of_rows),
+    Operator(linear_of_cast, narrow, wide, full=full_of_cast),
 )
 LINEAR = Reading("linear", (nn.Linear,), OPERATORS, value=VALUE_OF_MATRIX)
 TURNED_LINEAR = Operator(
