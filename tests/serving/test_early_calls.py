@@ -58,45 +58,6 @@ def test_kinds_are_counted_apart():
     assert served(lora) == ["sites"] * 3 and captures(lora) == 0
 
 
-@pytest.mark.parametrize(
-    "asked", [{"capture": "graph"}, {"backend": "aot_eager"}, {"example_inputs": (torch.ones(5, 4),)}]
-)
-def test_who_asks_for_a_graph_gets_it_at_once(asked):
-    lora = compiled(Chain(), **asked)
-    lora(torch.randn(5, 4))
-    assert served(lora) == ["graph"] and lora.explain().calls[0].early == 0
-
-
-def test_the_graph_of_a_call_takes_the_place_of_what_waited_for_it():
-    lora, x = compiled(Chain()), torch.randn(5, 4)
-    lora(x)
-    assert lora.graph(x) is lora.graph(x)
-    lora(x)
-    assert served(lora) == ["graph"] and captures(lora) == 1 and lora.explain().calls[0].early == 1
-
-
-def test_a_watched_pipeline_has_graphs_from_the_first_call():
-    seen = []
-    lora = compiled(Chain(), observers=[lambda previous, graph, following: seen.append(previous)])
-    lora(torch.randn(5, 4))
-    assert seen and served(lora) == ["graph"]
-
-
-class Doubled(lorafx.Pass):
-    """A pass of somebody's own, which changes what is computed."""
-
-    def rewrite(self, gm, context):
-        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
-            node.target = torch.ops.aten.relu_.default
-        return 0
-
-
-def test_a_pass_of_ones_own_acts_from_the_first_call():
-    lora = compiled(Chain(), pipeline=lorafx.passes.default + [Doubled()])
-    lora(torch.randn(5, 4))
-    assert served(lora) == ["graph"]
-
-
 def test_layers_that_are_to_be_checkpointed_are_so_from_the_first_call():
     lora = compiled(Chain(), gradient_checkpointing=True)
     lora(torch.randn(5, 4))
