@@ -26,6 +26,8 @@ from .trainers import Trainable
 from .weighted import Weighted
 
 
+# Whoever changes what acts asks what is merged, so parts are made of others: Scales of Merges, Adapters of Scales, and
+# of Adapters Weighted and HotSwap. Saving and Allocation need Merges alone, and the other parts none.
 class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Penalties, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
