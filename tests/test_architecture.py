@@ -49,8 +49,9 @@ INSIDE = {
     ),
     "serving": in_order(
         "attribute_guards tree_state call_key choosing checkpointing scripts own_backward programs adapted_modules "
-        "free_counters before early_calls site_table direct concerned methods values per_site interpret settling "
-        "misses rebinding graph_builder adapter_hooks site_graphs site_policy acting traced dispatcher"
+        "free_counters before early_calls site_table direct concerned methods adapted_tensors operator_call values "
+        "turned per_site interpret settling misses rebinding graph_builder adapter_hooks site_graphs site_policy keys "
+        "by_sites acting traced program_maker dispatcher whole_process"
     ),
 }
 

@@ -26,6 +26,8 @@ from .trainers import Trainable
 from .weighted import Weighted
 
 
+# Whoever changes what acts asks what is merged, so parts are made of others: Scales of Merges, Adapters of Scales, and
+# of Adapters Weighted and HotSwap. Saving and Allocation need Merges alone, and the other parts none.
 class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Penalties, Trainable, Graphs):
     """The whole interface of an adapted model, apart from the model; made by `lorafx.of(model)`.
 
@@ -83,7 +85,8 @@ class Adaptation(LikePeft, Weighted, HotSwap, Saving, Allocation, Penalties, Tra
         calls = [_explained(program, each.early) for each in dispatchers for program in each]
         pieces = chain.from_iterable(each.graphs.lowering.pieces.values() for each in dispatchers)
         compiled = tuple((p.title, p.compiled, "\n".join(p.reasons)) for p in pieces)
-        operators, dropped = (sum(len(d.operators) for d in dispatchers), sum(d.programs.dropped for d in dispatchers))
+        operators = sum(len(each.by_sites.operators) for each in dispatchers)
+        dropped = sum(each.programs.dropped for each in dispatchers)
         return Explanation(tuple(calls), operators, dropped, compiled)
 
     def __repr__(self) -> str:

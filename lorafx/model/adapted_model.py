@@ -16,6 +16,7 @@ from ..adapters.storages import keep_own_layers, prepare_base
 from ..capture.caches import register_caches
 from ..errors import warn
 from ..serving.dispatcher import Dispatcher
+from ..serving.whole_process import prepare_process
 from ..torch_private.compilers import not_traced, uncompiled
 from ..torch_private.tensors import ENTRANCE
 from ..tree.holdings import leads_to
@@ -132,7 +133,11 @@ def adapt(base: nn.Module, dispatcher: Dispatcher, autocast_adapter_dtype: bool,
 
 
 def _prepare(base: nn.Module) -> None:
-    """What a process needs before it serves a model: pytrees know its caches, and its layers leave weights alone."""
+    """What a process needs before it serves a model.
+
+    What leaves a call finds its way back, pytrees know the model's caches, and its layers leave weights alone.
+    """
+    prepare_process()
     register_caches(base)
     prepare_base(base)
 

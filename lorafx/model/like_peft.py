@@ -18,7 +18,7 @@ from ..adapters.peft_itself import refuse_peft_itself
 from ..adapters.storages import DENSE, weights_of
 from ..errors import AdapterError
 from ..tree.lookup import tensor_at
-from .adapters import Adapters
+from .part import Part
 from .trainers import Inner
 
 INSTEAD = {
@@ -75,7 +75,7 @@ class ModelStatus(Status):
     num_adapter_layers: int
 
 
-class LikePeft(Adapters):
+class LikePeft(Part):
     """The part of an adapted model that has the rest of PEFT's names."""
 
     @property

@@ -21,11 +21,20 @@ REPEATS = 100
 
 
 class EarlyCalls:
-    """Which kinds of call have come how often, and which are graphs from the next call on."""
+    """Which kinds of call have come how often, and which are graphs from the next call on.
 
-    def __init__(self) -> None:
+    None is served early, without a graph, unless that is `allowed`.
+    """
+
+    def __init__(self, allowed: bool) -> None:
+        self._allowed = allowed
         self._seen: Counter[CallKey] = Counter()
         self._at_once: set[CallKey] = set()
+
+    @property
+    def are_allowed(self) -> bool:
+        """Whether calls of a new kind may be served without a graph."""
+        return self._allowed and REPEATS > 0
 
     def count(self, key: CallKey) -> None:
         """Note that such a call was served."""

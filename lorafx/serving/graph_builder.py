@@ -29,22 +29,21 @@ CAPTURING = threading.RLock()
 
 
 class GraphBuilder:
-    """Builds the graphs of one adapted model, and keeps what they can share.
+    """Builds the graphs of one adapted model by its pipeline, watched by observers, and keeps what they can share.
 
     `captures` are graphs as captured, by their key without adapters: calls that differ in adapters alone are captured
     once. `rewritten` are graphs after the passes, by their key without adapters: calls that differ in the adapters'
     names alone are rewritten once. `lowering` keeps what was compiled, `loops` what cannot be captured for its loops.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, pipeline: Pipeline, backend: Backend, observers: tuple[Observer, ...] = ()) -> None:
+        self.pipeline, self.observers = pipeline, observers
         self.captures: ProgramCache[GraphModule] = ProgramCache()
         self.rewritten: ProgramCache[Rewritten] = ProgramCache()
         self.lowering = Lowering(backend)
         self.loops = Loops()
 
-    def build(
-        self, program: Program, call: Call, pipeline: Pipeline, observers: tuple[Observer, ...], unroll: bool
-    ) -> None:
+    def build(self, program: Program, call: Call, unroll: bool) -> None:
         """Give a program its graph. Raises `CaptureError` if there is no graph of such a call.
 
         A loop over a size is repeated as often as in this call where `unroll`; else it is a `CaptureError`.
@@ -56,10 +55,10 @@ class GraphBuilder:
                 gm = rebound(found.gm, call.tree, found.context, context)
                 program.seconds = time.perf_counter() - start
             else:
-                program.captured = self._captured(program, call, unroll, _makes_blocks(pipeline))
+                program.captured = self._captured(program, call, unroll)
                 gm = program.to_rewrite(call.tree)
                 program.seconds = time.perf_counter() - start
-                steps = pipeline.run(gm, context, observers)
+                steps = self.pipeline.run(gm, context, self.observers)
                 found = Rewritten(gm, context, _forms(call), steps, program.captured)
                 if not context.merged:
                     self.rewritten.keep((_without_adapters(program.key), program.positional), found)
@@ -80,7 +79,7 @@ class GraphBuilder:
         fitting = (each for each in kept if each.serves(context, forms) and accepts(each.gm, call.args, call.kwargs))
         return next(fitting, None)
 
-    def _captured(self, program: Program, call: Call, unroll: bool, blocks: bool) -> GraphModule:
+    def _captured(self, program: Program, call: Call, unroll: bool) -> GraphModule:
         key = _without_adapters(program.key)._replace(full=()), program.positional
         for gm in self.captures.of(key):
             if accepts(gm, call.args, call.kwargs):
@@ -88,6 +87,7 @@ class GraphBuilder:
         outer, RUNNING.captured = RUNNING.captured, call.tree
         try:
             loops = None if unroll else self.loops
+            blocks = any("blocks" in each.establishes for each in self.pipeline)  # traced once, since they are one
             gm = trace_part(call.tree, call.path, call.args, call.kwargs, program.free, loops, blocks)
         finally:
             RUNNING.captured = outer
@@ -101,8 +101,3 @@ def _without_adapters(key: CallKey) -> CallKey:
 
 def _forms(call: Call) -> tuple[Hashable, ...]:
     return tuple(adapter.form(call.tree) for adapter in call.context.adapters)
-
-
-def _makes_blocks(pipeline: Pipeline) -> bool:
-    """Whether layers that repeat become blocks anyway, so that capture may trace them once."""
-    return any("blocks" in each.establishes for each in pipeline)

@@ -21,9 +21,10 @@ CAPACITY = 65_536  # these graphs are small, and a large model by sites has thou
 
 
 class SiteGraphs:
-    """The graphs of single operators of one adapted model, by what they were specialised on."""
+    """The graphs of single operators of one adapted model, as its pipeline writes them, by what they depend on."""
 
-    def __init__(self) -> None:
+    def __init__(self, pipeline: Pipeline, observers: tuple[Observer, ...]) -> None:
+        self.pipeline, self.observers = pipeline, observers
         self._kept: ProgramCache[GraphModule] = ProgramCache(CAPACITY)
 
     def forget(self, adapter: str) -> None:
@@ -39,8 +40,6 @@ class SiteGraphs:
         inputs: Sequence[Any],
         capture: Callable[[], tuple[GraphModule, Context]],
         hooked: Sequence[str],
-        pipeline: Pipeline,
-        observers: tuple[Observer, ...],
     ) -> Any:
         """Run the graph that is kept for a key and fits the inputs; else that of `capture()`, rewritten.
 
@@ -53,8 +52,8 @@ class SiteGraphs:
                 continue
         with CAPTURING:
             gm, context = capture()
-            chosen = unfused(pipeline) if hooked else pipeline
-            chosen.run(gm, replace(context, trained=trained_paths(gm)), observers)
+            pipeline = unfused(self.pipeline) if hooked else self.pipeline
+            pipeline.run(gm, replace(context, trained=trained_paths(gm)), self.observers)
             call_modules(gm, hooked)
             _call_directly(gm)
             self._kept.keep(key, gm)

@@ -29,7 +29,7 @@ from ..tree.lookup import tensor_at
 from .call_key import Call
 from .graph_builder import CAPTURING
 from .interpret import interpret
-from .per_site import Run, SiteInterpreter
+from .per_site import Outside, Run, SiteInterpreter, Sites
 from .site_table import SiteTable
 from .tree_state import TreeGuards
 
@@ -58,9 +58,9 @@ def run_traced(call: Call, pipeline: Pipeline, observers: tuple[Observer, ...], 
         return aside(partial(rewritten, capture)).forward(*inputs)
 
     if not has_copies_among_children(call.tree.get_submodule(call.path)):
-        table = SiteTable.of(call.tree, call.context)
         state = aside(partial(TreeGuards().state, call.tree))
-        return interpret(SiteInterpreter(call, state, table, run_operator, step_into), call)[0]
+        sites = Sites(state, SiteTable.of(call.tree, call.context))
+        return interpret(SiteInterpreter(call, sites, Outside(run_operator, step_into, ran=set())), call)[0]
     gm = aside(partial(rewritten, partial(_captured, call)))
     return gm.forward(*call.args, **call.kwargs)
 

@@ -55,7 +55,7 @@ class OwnForward:
         number = self.module._buffers.get(NUMBER)  # only what a capture looks at has it there
         captured, mode = number is not None, RUNNING.mode
         # Only those who look for sites are shown the weight, which may be of a class that operators do not know.
-        shown = captured or (mode is not None and id(weight) in mode.weights)
+        shown = captured or (mode is not None and id(weight) in mode.tensors.weights)
         x = self._input(args, kwargs)
         if x is None and not shown:
             return self._own(self.module)(*args, **kwargs)

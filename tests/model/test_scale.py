@@ -30,6 +30,7 @@ def test_it_multiplies_the_update(capture, dropout):
         torch.randn(5, 4).double(),
     )
     lora._lorafx.dispatcher.capture = capture
+    lora._lorafx.dispatcher.clear()
     base, update = scaled_outputs(lora, x)
     for scale in (1.0, 0.5, -2.0, 0.0):
         lora.set_scale("default", scale)

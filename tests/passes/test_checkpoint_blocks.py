@@ -46,6 +46,7 @@ def twins(layer):
     lora, other = (adapted(Stack(lambda number: layer()), target_modules=["up"]) for _ in range(2))
     other.load_state_dict(lora.state_dict())
     lora._lorafx.dispatcher.pipeline += (lorafx.passes.CheckpointBlocks(every=True),)
+    lora._lorafx.dispatcher.clear()
     return lora, other
 
 

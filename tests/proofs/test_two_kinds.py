@@ -43,6 +43,7 @@ def formula(lora, x, order, scaled):
 def test_the_second_wraps_the_first(lora, order, scaled, capture):
     x = torch.randn(4, 5, dtype=torch.float64)
     lora._lorafx.dispatcher.capture = capture
+    lora._lorafx.dispatcher.clear()
     lora.set_adapter(order)
     expected = formula(lora, x, order, scaled)
     torch.testing.assert_close(lora(x), expected, rtol=1e-12, atol=1e-12)

@@ -159,7 +159,7 @@ def test_states_that_were_long_ago_are_forgotten():
         lora(x)
     for _ in range(300):
         lora(x)
-    guards = lora._lorafx.dispatcher.tree._attributes
+    guards = lora._lorafx.dispatcher.keys.tree._attributes
     assert len(guards._states) <= 256 and lora.calls == 301 and served(lora) == ["sites", "sites"]
 
 

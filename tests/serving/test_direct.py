@@ -150,7 +150,7 @@ def test_whether_a_module_trains_is_asked_in_each_call():
         torch.manual_seed(1)
         found.append((lora.train()(x), lora.eval()(x), lora.train()(x)))
     assert all(map(torch.equal, *found)) and not torch.equal(found[0][0], found[0][1])
-    assert len(sites._lorafx.dispatcher.tables._kept) == 1, "one table serves both"
+    assert len(sites._lorafx.dispatcher.by_sites.tables._kept) == 1, "one table serves both"
 
 
 def test_a_scale_that_changes_is_read_in_each_call():

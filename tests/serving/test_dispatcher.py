@@ -119,38 +119,12 @@ def test_a_slice_of_a_sequential_is_plain_and_adapted():
     torch.testing.assert_close(lora[2](part(x)), lora(x))
 
 
-def test_the_graph_of_a_call_is_the_one_that_serves_it():
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = nn.Linear(4, 4)
-
-        def forward(self, x):
-            h = x[:, 0]
-            for step in range(int(x.shape[1])):
-                h = torch.tanh(self.cell(h) + x[:, step])
-            return h
-
-    lora = adapted(Loop())
-    calls = [torch.randn(2, length, 4) for length in (2, 3)]
-    for x in (*calls, *calls):
-        torch.testing.assert_close(lora.graph(x)(x), lora(x))
-    assert [call.hits for call in lora.explain().calls] == [2, 2], "asking for a graph makes it, and is no call"
-
-
 @pytest.mark.slow
 def test_a_copy_makes_programs_of_its_own():
     lora, x = adapted(Chain()), torch.randn(5, 4)
     before = lora(x)
     other = copy.deepcopy(lora)
     assert served(other) == [] and torch.equal(other(x), before) and served(other) == served(lora) == ["graph"]
-
-
-@pytest.mark.parametrize("capture, makes", [("auto", ["graph"]), ("graph", ["graph"]), ("sites", ["sites"])])
-def test_who_asks_for_a_way_gets_it(capture, makes):
-    lora = lorafx.compile(Chain(), {"target_modules": "all-linear", "r": 2}, capture=capture)
-    lora(torch.randn(5, 4))
-    assert served(lora) == makes
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import transformers
 from graphs import Chain
 from serving_models import Options, served
 from torch import nn
+from torch.nn.functional import linear
 
 import lorafx
 from lorafx.graph.blocks import checkpoint_block, offload_block
@@ -58,45 +59,6 @@ def test_kinds_are_counted_apart():
         with torch.no_grad():
             lora.train()(torch.randn(5, 4))
     assert served(lora) == ["sites"] * 3 and captures(lora) == 0
-
-
-@pytest.mark.parametrize(
-    "asked", [{"capture": "graph"}, {"backend": "aot_eager"}, {"example_inputs": (torch.ones(5, 4),)}]
-)
-def test_who_asks_for_a_graph_gets_it_at_once(asked):
-    lora = compiled(Chain(), **asked)
-    lora(torch.randn(5, 4))
-    assert served(lora) == ["graph"] and lora.explain().calls[0].early == 0
-
-
-def test_the_graph_of_a_call_takes_the_place_of_what_waited_for_it():
-    lora, x = compiled(Chain()), torch.randn(5, 4)
-    lora(x)
-    assert lora.graph(x) is lora.graph(x)
-    lora(x)
-    assert served(lora) == ["graph"] and captures(lora) == 1 and lora.explain().calls[0].early == 1
-
-
-def test_a_watched_pipeline_has_graphs_from_the_first_call():
-    seen = []
-    lora = compiled(Chain(), observers=[lambda previous, graph, following: seen.append(previous)])
-    lora(torch.randn(5, 4))
-    assert seen and served(lora) == ["graph"]
-
-
-class Doubled(lorafx.Pass):
-    """A pass of somebody's own, which changes what is computed."""
-
-    def rewrite(self, gm, context):
-        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
-            node.target = torch.ops.aten.relu_.default
-        return 0
-
-
-def test_a_pass_of_ones_own_acts_from_the_first_call():
-    lora = compiled(Chain(), pipeline=lorafx.passes.default + [Doubled()])
-    lora(torch.randn(5, 4))
-    assert served(lora) == ["graph"]
 
 
 def test_layers_that_only_a_graph_checkpoints_have_one_from_the_first_call():
@@ -181,8 +143,8 @@ class ByHand(nn.Module):
         return self.read(torch.relu(hidden), self.second.weight)
 
 
-# Of the second, what reads the weight gives the weight itself.
-READS = {"turned": lambda x, weight: x @ weight.T, "all of it": lambda x, weight: nn.functional.linear(x, weight[:])}
+# What reads the weight gives the weight itself.
+READS = {"all of it": lambda x, weight: linear(x, weight[:]), "turned": lambda x, weight: x @ weight[:].T}
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)

@@ -1,20 +1,18 @@
 """By sites: where a call cannot be one graph, the model's own Python runs and every site is a graph."""
 
 import copy
-import gc
 import random
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from graphs import Chain, adapted
+from graphs import Chain
 from modules import EveryForm, cases
 from torch import nn
 
 import lorafx
-from lorafx.errors import AdapterError, CaptureError, ConfigError, UncoveredOperatorError
-from lorafx.tree.hooks import RUNNING
+from lorafx.errors import CaptureError, ConfigError, UncoveredOperatorError
 
 EVERY = ["embedding", "conv1d", "conv2d", "conv3d", "addmm", "linear"]
 RANDOM = {"target_modules": "all-linear", "init_lora_weights": False, "r": 2}
@@ -247,110 +245,6 @@ def test_dropout_and_two_adapters_are_the_same_both_ways():
         torch.manual_seed(0)
         outputs.append(lora.train()(x))
     assert torch.equal(*outputs) and not torch.equal(outputs[1], sites.eval()(x))
-
-
-@pytest.mark.slow
-def test_a_weight_that_is_there_while_its_module_runs_is_adapted():
-    """As with FSDP, where a module has a shard of its weight at other times."""
-    lora, x = adapted(Chain()), torch.randn(5, 4)
-    expected, shard = lora(x), lora.second.weight
-    whole = nn.Parameter(shard.detach().clone())
-    lora.second.register_forward_pre_hook(lambda module, args: setattr(module, "weight", whole))
-    lora.second.register_forward_hook(lambda module, args, output: setattr(module, "weight", shard))
-    torch.testing.assert_close(lora(x), expected)
-    assert served(lora)[-1] == "sites" and lora.second.weight is shard
-
-
-@pytest.mark.parametrize("capture", ["sites", "auto"])
-def test_another_tensor_with_the_id_of_a_weight_that_is_gone_is_not_taken_for_it(capture, early):
-    """As with accelerate's offloading, where a module has a new weight in each call, and a new one without memory."""
-    known = []
-
-    class Looking(nn.Module):
-        def forward(self, x):
-            gc.collect()
-            known.append((dict(RUNNING.mode.weights), list(RUNNING.mode.kept)))
-            return x
-
-    def load(module, args):
-        module.weight = nn.Parameter(values.clone(), False)
-
-    def unload(module, args, output):
-        module.weight = nn.Parameter(values.to("meta"), False)
-
-    base = nn.Sequential(nn.Linear(4, 6), Looking(), nn.Linear(6, 3)).requires_grad_(False)
-    lora, x = lorafx.compile(base, RANDOM | {"target_modules": ["0"]}, capture=capture), torch.randn(5, 4)
-    expected, values = lora(x), lora.get_submodule("0").weight.detach().clone()
-    module = lora.get_submodule("0")
-    module.register_forward_pre_hook(load)
-    module.register_forward_hook(unload)
-    unload(module, None, None)
-    torch.testing.assert_close(lora(x), expected)
-    found, kept = known[-1]
-    assert set(found) == {id(tensor) for tensor in kept}, "of others nobody knows whether they are alive"
-
-
-class Single:
-    """An object of which there is only one."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __copy__(self):
-        raise TypeError("there is one of me")
-
-
-class Elsewhere(Chain):
-    """Reaches its first layer by an object, or computes with something that was made of its weight."""
-
-    def __init__(self, how):
-        super().__init__()
-        parts = {"detached": lambda w: w.detach(), "rows": lambda w: w[:4], "data": lambda w: w.data}
-        parts |= {"by keyword": parts["data"], "in a list": parts["data"]}
-        self.how = how
-        self.drop = nn.Dropout(0.5)
-        self.single = Single([self.first, self.drop])
-        self.__dict__["part"] = parts[how](self.first.weight) if how in parts else None
-
-    def apply_part(self, x):
-        if self.how == "by keyword":
-            return nn.functional.linear(x, weight=self.part)
-        if self.how == "in a list":
-            return x @ torch.cat([self.part, self.part]).T
-        return nn.functional.linear(x, self.part)
-
-    def forward(self, x):
-        if self.part is None:
-            first, drop = self.single.module
-            return self.second(drop(first(x)))
-        x = self.apply_part(x)
-        return self.second(x.new_zeros(len(x), 6).add(x.sum(1, keepdim=True)))
-
-
-@pytest.mark.parametrize("capture", ["auto", "sites"])
-@pytest.mark.parametrize("how", ["detached", "rows", "data", "by keyword", "in a list"])
-@pytest.mark.filterwarnings("ignore:.*could not be captured")
-def test_a_weight_that_is_read_through_its_memory_is_an_error(how, capture):
-    lora = lorafx.compile(Elsewhere(how), RANDOM, capture=capture)
-    with pytest.raises(
-        UncoveredOperatorError, match=r"first\.weight is read by a tensor that shares its memory.*test_per"
-    ):
-        lora(torch.randn(5, 4))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capture", ["auto", "sites"])
-@pytest.mark.filterwarnings("ignore:.*could not be captured")
-def test_the_bases_own_layers_must_be_in_the_models_mode(capture):
-    base = Elsewhere("module")
-    lora = lorafx.compile(base, RANDOM, capture=capture)
-    x = torch.randn(50, 4)
-    assert not torch.equal(lora(x), lora(x)), "dropout acts"
-    lora.eval()
-    with pytest.raises(AdapterError, match=r"the base's own Linear runs here.*call `eval\(\)`"):
-        lora(x)
-    base.eval()
-    assert torch.equal(lora(x), lora(x))
 
 
 class Yielding(nn.Module):

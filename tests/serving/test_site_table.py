@@ -96,7 +96,7 @@ def of_second(acting="other", **changes):
     lora.add_adapter("other", RANDOM | {"bias": "all"} | changes)
     x = torch.randn(5, 4)
     lora(x)
-    tables = lora._lorafx.dispatcher.tables._kept
+    tables = lora._lorafx.dispatcher.by_sites.tables._kept
     (first,) = tables.values()
     lora.set_adapter(acting)
     lora(x)

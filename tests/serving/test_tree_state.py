@@ -122,7 +122,7 @@ def test_hooks_registered_anew_in_each_step_cost_nothing_and_are_not_kept(where)
             [nn.Linear, nn.Linear, type(lora)] if where == "everywhere" else [type(lora.get_submodule(where))]
         )
         dead.append(weakref.ref(seen))
-        explained, layouts = lora.explain(), lora._lorafx.dispatcher.tree._layouts
+        explained, layouts = lora.explain(), lora._lorafx.dispatcher.keys.tree._layouts
         sizes.append((explained.operators, len(explained.calls), len(layouts)))
         del seen
     lora(x)

@@ -144,4 +144,4 @@ def test_experts_train_and_generate_at_once_as_in_peft(tmp_path, name, how, chec
     assert {call.served_by for call in ours.explain().calls} == {
         "sites"
     } and not ours._lorafx.dispatcher.graphs.captures
-    assert len(ours._lorafx.dispatcher.operators) == 0
+    assert len(ours._lorafx.dispatcher.by_sites.operators) == 0

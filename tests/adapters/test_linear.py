@@ -1,4 +1,4 @@
-"""A weight that is cast before it is read is read as a linear layer's, whatever the kind, in a graph and by sites."""
+"""linear: a weight that is cast before it is read is read as a linear layer's is, whatever the kind."""
 
 import pytest
 import torch
