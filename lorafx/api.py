@@ -17,7 +17,7 @@ from .adapters.expert_names import with_experts
 from .adapters.kinds import config_of
 from .adapters.planning import plan
 from .errors import AdapterError, ConfigError, PipelineError, warn
-from .files import checkpoint  # type: ignore[attr-defined]
+from .files import apart, checkpoint  # type: ignore[attr-defined]
 from .lowering.backend import Backend
 from .model.adaptation import of
 from .model.adapted_model import AdaptedModel, adapt
@@ -129,7 +129,9 @@ def load(
     chosen = _pipeline(model, pipeline, gradient_checkpointing, adapter_compute_dtype)
     found = checkpoint.read(adapter, weights_only=weights_only, **hub)
     if config is not None:
-        found = checkpoint.Checkpoint(found.folder, config_of(config), found.tensors)
+        config = config_of(config)
+        config = apart.meant(_plain(model, config), config, found.tensors)
+        found = checkpoint.Checkpoint(found.folder, config, found.tensors)
     fitted, values, embeddings = checkpoint.fit(_plain(model, found.config), adapter_name, found, is_trainable)
     dispatcher = Dispatcher(chosen, Backend(backend, mode, activation_budget), tuple(observers), capture)
     adapted = adapt(model, dispatcher, autocast_adapter_dtype, found.config.replicates)

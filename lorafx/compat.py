@@ -263,7 +263,12 @@ def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if config.target_parameters is not None or isinstance(targets, str):
         return config
     wanted = {f"experts.{_STACKED[name]}" for name in targets or () if name in _STACKED}
-    stacked = [name for name, p in model.named_parameters() if p.dim() == 3]
+    excluded = config.exclude_modules
+    stacked = [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and not any(is_named(excluded, each) for each in (name, name.rpartition(".")[0]))
+    ]
     experts = sorted(ending for ending in wanted if any(name.endswith(f".{ending}") for name in stacked))
     if not experts:
         return config

@@ -38,8 +38,8 @@ INSIDE = {
     ),
     "adapters": in_order(
         "peft_itself default_targets config naming low_rank combining room readings storages notes site kinds "
-        "parameters tying mismatches selection expert_names adapter planning start_values building slots equation "
-        "by_row"
+        "parameters tying mismatches experts selection expert_names adapter planning start_values building slots "
+        "equation by_row"
     ),
     "pipeline": in_order("context definition step text pipeline"),
     "lowering": in_order("backend cuda_graphs eager inductor pieces errors_in_graphs lower"),

@@ -342,6 +342,15 @@ def test_stacked_experts_are_adapted_if_one_of_their_projections_is_a_target():
     }
 
 
+def test_experts_that_are_excluded_are_not_adapted():
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 12, "hidden_size": 16}
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=90, num_hidden_layers=2, head_dim=8, mlp_only_layers=[0], intermediate_size=20, **sizes
+    )
+    sites = unsloth(transformers.Qwen3MoeForCausalLM(config), exclude_modules=["experts"]).sites
+    assert len(sites) == 2 * 4 + 3 and not any(site.is_parameter for site in sites)
+
+
 def mixture() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.MixtralConfig(vocab_size=90, num_hidden_layers=1, num_local_experts=2, **sizes)

@@ -64,6 +64,8 @@ class AdapterConfig:
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGETS
     # Whether None for `target_modules` means the model's input embedding.
     for_embeddings: ClassVar[bool] = False
+    # Whether it can name parameters, by `target_parameters`.
+    takes_parameters: ClassVar[bool] = False
     # Fields that are null in some of PEFT's files, which means their default.
     null_is_default: ClassVar[tuple[str, ...]] = ()
 
@@ -253,6 +255,11 @@ def is_named(names: str | Sequence[str] | None, name: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in names or ())
+
+
+def is_saved(saved: Sequence[str], name: str) -> bool:
+    """Whether a module is one of those that `modules_to_save` names, or below one."""
+    return any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in saved)
 
 
 def is_pattern_of(pattern: str, name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import SelectionError
-from .config import AdapterConfig, is_named
+from .config import AdapterConfig, is_named, is_saved
 from .readings import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Reading
 from .storages import DENSE, weights_of
 
@@ -44,7 +44,7 @@ def named_parameters(model: nn.Module, config: AdapterConfig) -> list[Named]:
     names = [f"{each.module}.{each.parameter}".lstrip(".") for each in found]
     if missing := [each for each in config.parameters if not any(is_named((each,), name) for name in names)]:
         _require_not_packed(model, missing)
-        near = ", ".join(dict.fromkeys(name for _, name in _stacked(model)))
+        near = ", ".join(dict.fromkeys(_ending(path, name) for path, _, name in _stacked(model)))
         raise SelectionError(
             f"`target_parameters` names {', '.join(missing)}, which the model does not have"
             + (f"; parameters that stack those of experts: {near}" if near else "")
@@ -92,17 +92,31 @@ def _require_not_packed(model: nn.Module, missing: list[str]) -> None:
 
 
 def experts_left(model: nn.Module, config: AdapterConfig) -> str:
-    """What asks for the stacked weights of experts that a config could name, and does not; empty if there are none."""
-    if config.parameters or not hasattr(config, "target_parameters"):
+    """What asks for the stacked weights of experts that a config could name, and does not; empty if there are none.
+
+    Weights that it excludes or trains as a whole are none that it could name.
+    """
+    if config.parameters or not config.takes_parameters:
         return ""
-    names = dict.fromkeys(name for module, name in _stacked(model) if "experts" in type(module).__name__.lower())
+    names = dict.fromkeys(
+        _ending(path, name)
+        for path, module, name in _stacked(model)
+        if "experts" in type(module).__name__.lower()
+        and not any(is_named(config.exclude_modules, each) for each in (path, f"{path}.{name}"))
+        and not is_saved(config.modules_to_save or (), path)
+    )
     return f"`target_parameters={[*names]}`" if names else ""
 
 
-def _stacked(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Endings of the names of parameters with three dimensions, but for those of layers, with the modules."""
+def _stacked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The parameters with three dimensions, but for those of layers: each module's path, the module, the name there."""
     for path, module in model.named_modules():
         known = {name for name, *_ in weights_of(module)}
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim == 3 and name not in known:
-                yield module, f"{path.rpartition('.')[2]}.{name}".lstrip(".")
+                yield path, module, name
+
+
+def _ending(path: str, name: str) -> str:
+    """A parameter's name with that of its module."""
+    return f"{path.rpartition('.')[2]}.{name}".lstrip(".")

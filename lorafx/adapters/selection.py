@@ -10,7 +10,8 @@ from torch import nn
 from ..errors import ConfigError, SelectionError, warn
 from ..tree.lookup import tensor_at
 from ..tree.own_layers import TOKEN
-from .config import AdapterConfig, is_named
+from .config import AdapterConfig, is_named, is_saved
+from .experts import stacks
 from .mismatches import COMPUTED, can_be_adapted, candidates, is_computed, nearest, nothing_message, unfit_message
 from .parameters import Named, experts_left, named_parameters
 from .readings import CONV1D, LINEAR, Reading
@@ -44,7 +45,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise SelectionError(unfit_message(unfit))
     parameters = named_parameters(model, config)
     if not matched and not parameters:
-        raise SelectionError(nothing_message(modules, config))
+        raise SelectionError(nothing_message(modules, config) + _hint(experts_left(model, config)))
     _require_read_as_stored(modules, matched)
     selection = Selection(tuple(_sites(modules, matched, parameters)))
     for remark in _remarks(model, selection, modules, config):
@@ -111,10 +112,10 @@ def matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     saved = wanted_saved_names(config)
     all_linear = _all_linear(model, config) if config.all_linear else None
     tied = tied_to_embedding(model) if config.ties and saved else ()
-    twins = tied if any(_is_saved(saved, name) for name in tied) else ()
+    twins = tied if any(is_saved(saved, name) for name in tied) else ()
 
     def matches(name: str) -> bool:
-        if is_named(config.exclude_modules, name) or _is_saved(saved, name) or name in twins:
+        if is_named(config.exclude_modules, name) or is_saved(saved, name) or name in twins:
             return False
         if all_linear is not None:
             return name in all_linear and _in_layers(config, name)
@@ -122,10 +123,6 @@ def matcher(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
         return exactly or (is_named(targets, name) and _in_layers(config, name))
 
     return matches
-
-
-def _is_saved(saved: Sequence[str], name: str) -> bool:
-    return any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in saved)
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
@@ -279,15 +276,27 @@ def _remarks(
         )
     if config.all_linear and (computed := [name for name, module in modules.items() if is_computed(module)]):
         yield f'"all-linear" leaves out {", ".join(computed[:5])}: {COMPUTED}'
-    experts = experts_left(model, config)
+    experts, stacked = experts_left(model, config), _names_of_stacks(model, config)
     if experts and config.all_linear:
         yield f'"all-linear" leaves out the stacked weights of experts, which {experts} would adapt, too'
     for name in ("target_modules", "exclude_modules"):
-        if idle := _idle(name, modules, config):
-            stacked = f" The weights of experts are stacked here: {experts} adapts them." if experts else ""
-            yield f"`{name}` entries that match no module: {idle} ({nearest(idle, modules)}).{stacked}"
+        # PEFT leaves a parameter's name among the targets that it makes of a regex.
+        besides = [each.weight for each in selection if each.is_parameter] if name == "target_modules" else stacked
+        if idle := _idle(name, [*modules, *besides], config):
+            hint = _hint(experts) if name == "target_modules" else ""
+            yield f"`{name}` entries that match no module: {idle} ({nearest(idle, modules)}).{hint}"
     if idle_layers := _idle_layers(model, modules, config):
         yield f"`layers_to_transform` numbers that pick no module: {idle_layers}"
+
+
+def _names_of_stacks(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """What a config could exclude of experts: the parameters that stack them, and the layers that they were."""
+    found = stacks(model) if config.exclude_modules and config.takes_parameters else ()
+    return [name for stack in found for name in (stack.path, *stack.names)]
+
+
+def _hint(experts: str) -> str:
+    return f" The weights of experts are stacked here: {experts} adapts them." if experts else ""
 
 
 def _in_other_places(selection: Selection, modules: dict[str, nn.Module]) -> str:
@@ -314,14 +323,15 @@ def _is_within(outer: Sequence[str], name: str) -> bool:
     return any(name == each or name.startswith(f"{each}.") for each in outer)
 
 
-def _idle(field: str, modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
-    """Entries of `target_modules` or `exclude_modules` that name no module."""
+def _idle(field: str, names: Sequence[str], config: AdapterConfig) -> list[str]:
+    """Entries of `target_modules` or `exclude_modules` that are none of these names, and none of their endings."""
     value = getattr(config, field)
     entries = [] if value is None or (config.all_linear and field == "target_modules") else value
     if isinstance(entries, str):
-        return [] if any(is_named(entries, name) for name in modules) else [entries]
-    endings = [entry for entry in entries if entry not in modules]  # a file has hundreds of whole names
-    return [entry for entry in endings if not any(is_named((entry,), name) for name in modules)]
+        return [] if any(is_named(entries, name) for name in names) else [entries]
+    whole = {*names}
+    endings = [entry for entry in entries if entry not in whole]  # a file has hundreds of whole names
+    return [entry for entry in endings if not any(is_named((entry,), name) for name in names)]
 
 
 def _idle_layers(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[int]:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.config import AdapterConfig, is_named
+from ..adapters.expert_names import with_experts
+from ..adapters.experts import stacks
 from ..adapters.storages import weights_of
 from ..errors import CheckpointError, warn
 
@@ -44,7 +46,7 @@ def joined(root: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]
     Raises `CheckpointError` for parts that have no common pair.
     """
     layers = _layers_that_are_gone(root, tensors)
-    if not layers or not hasattr(config, "target_parameters"):
+    if not layers or not config.takes_parameters:
         return Joined(config, dict(tensors), {})
     from ..torch_private.loading import Loading  # imports transformers, which a model of its own has done
 
@@ -63,6 +65,12 @@ def joined(root: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]
     named = [*parameters, *(f"{path}.weight" for path in renamed.values() if not _is_layer(root, path))]
     config = config.replace(target_modules=_targets(root, config, renamed.values()))
     return Joined(_config(root, config, named, parameters), kept, parameters)
+
+
+def meant(root: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdapterConfig:
+    """A config that somebody gives for a file, with the stacked parameters that the file has and it names as layers."""
+    there = {_layer(key).replace(".base_layer", "") for key in tensors}
+    return with_experts(root, config) if any(stack.module in there for stack in stacks(root)) else config
 
 
 def _layer(key: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
+from ..adapters.expert_names import without_routers
 from ..adapters.kinds import config_of
 from ..adapters.planning import plan
 from ..adapters.site import Site
@@ -35,7 +36,7 @@ from .hub import Source
 from .model_card import CARD, marked_card, new_card
 from .pinned import interrupted
 from .shards import content
-from .written_config import without_trained_rows, written_config
+from .written_config import unread_by_peft, without_trained_rows, written_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -202,7 +203,7 @@ def fit(
     Raises `CheckpointError`, `ConfigError` or `SelectionError` where they do not fit.
     """
     config, tensors, parameters = joined(root, found.config, found.tensors)
-    config = without_trained_rows(root, config, tensors)
+    config = without_routers(root, without_trained_rows(root, config, tensors))
     try:
         adapter = plan(root, name, config.replace(inference_mode=not is_trainable).with_values())
     except ConfigError as error:
@@ -278,6 +279,8 @@ def write(root: nn.Module, adapter: Adapter, folder: Path, tensors: Mapping[str,
     Raises `CheckpointError` for what the file system refuses.
     """
     config = written_config(root, adapter)
+    for remark in unread_by_peft(root, adapter):
+        warn(remark)
     files: dict[str, Content] = {
         # Only the options are sorted, not what they hold: the order of a `rank_pattern` has a meaning.
         CONFIG: (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode(),

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig, is_named
+from ..adapters.experts import names_of_experts
 from ..adapters.tying import input_embedding, tied_to_embedding
 from ..tree.lookup import endings
 from ..tree.mirror import MIRRORED_AS
@@ -39,6 +40,17 @@ def written_config(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
         cls = getattr(type(root), MIRRORED_AS, type(root))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def unread_by_peft(root: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """What to say of layers that PEFT would take for experts when it reads the folder."""
+    experts = names_of_experts(root) if adapter.config.takes_parameters else ()
+    sites = [site.name for site in adapter.selection if not site.is_parameter]
+    if named := [name for name in sites if name.rpartition(".")[2] in experts]:
+        yield (
+            f"PEFT takes the name of {named[0]} for that of this model's experts, and would not find it in the file: "
+            f"to have PEFT read this adapter, name {named[0]}.weight in `target_parameters` instead, and its like"
+        )
 
 
 def without_trained_rows(root: nn.Module, config: AdapterConfig, keys: Iterable[str]) -> AdapterConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapters.adapter import Adapter, remove
 from ..adapters.building import scaled
@@ -83,8 +84,6 @@ class HotSwap(Adapters):
         """
         whole = isinstance(target_rank, int) and not isinstance(target_rank, bool) and target_rank > 0
         require(target_rank is None or whole, "target_rank", target_rank, "a positive int or None")
-        known = check_compiled in ("error", "warn", "ignore")
-        require(known, "check_compiled", check_compiled, '"error", "warn" or "ignore"')
         slots = [adapter for adapter in self._lorafx.adapters.values() if _can_hold_others(adapter, target_rank)]
         if not slots:
             types = ", ".join(sorted({each.config.peft_type for each in self._lorafx.adapters.values()})) or "none"
@@ -98,6 +97,7 @@ class HotSwap(Adapters):
         self._check_compiled(check_compiled)
         others = [with_experts(mirrored(self.tree), each) for each in self._configs(config)]
         planned = {slot.name: list(self._planned_for(slot, others, target_rank)) for slot in slots}
+        before = [{path: tensor_at(self.tree, path) for path in slot.paths} for slot in slots]
         with torch.inference_mode(False), torch.no_grad():
             wide = [widened(self.tree, slot, planned[slot.name], target_rank) for slot in slots]
             self._add_idle(slots, planned)
@@ -107,11 +107,12 @@ class HotSwap(Adapters):
                 self._lorafx.adapters[adapter.name] = self._scaled_as_before(adapter)
                 keep_own_layers(self.tree, [site.module for site in adapter.selection])
                 serve_parts(self.tree, adapter)
-        for slot in slots:
-            self._train_alike(slot)
+        for slot, tensors in zip(slots, before):
+            self._train_alike(slot, tensors)
         self._lorafx.forget_programs()
 
     def _check_compiled(self, how: str) -> None:
+        require(how in ("error", "warn", "ignore"), "check_compiled", how, '"error", "warn" or "ignore"')
         pieces = (p for d in self._lorafx.dispatchers for p in d.graphs.lowering.pieces.values())
         if how == "ignore" or not any(piece.compiled for piece in pieces):
             return
@@ -164,12 +165,14 @@ class HotSwap(Adapters):
                 remove(self.tree, other.restricted_to([s.weight for s in other.selection if s.name not in kept], ()))
             raise
 
-    def _train_alike(self, slot: Adapter) -> None:
-        """Have what is new of an adapter train if anything of it did before."""
-        before = set(slot.paths)
-        new = (path for path in self._lorafx.adapters[slot.name].paths if path not in before)
-        trains = any(tensor_at(self.tree, path).requires_grad for path in before)
-        set_trainable([tensor_at(self.tree, path) for path in new], trains)
+    def _train_alike(self, slot: Adapter, before: Mapping[str, Tensor]) -> None:
+        """Have what is new of an adapter train if anything of it did before, also after a `disable_adapter` block."""
+        tensors = {path: tensor_at(self.tree, path) for path in self._lorafx.adapters[slot.name].paths}
+        new = [tensor for path, tensor in tensors.items() if path not in before]
+        set_trainable(new, any(tensor.requires_grad for tensor in before.values()))
+        for found in self._lorafx.blocks.values():
+            trained = {path for path, tensor in before.items() if any(tensor is each for each in found.trained)}
+            found.trained.extend([*(tensors[path] for path in trained), *(new if trained else ())])
 
     def _scaled_as_before(self, adapter: Adapter) -> Adapter:
         """The adapter with its scaling as a tensor at every site; where that was one already it keeps its value."""

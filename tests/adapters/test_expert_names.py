@@ -46,12 +46,10 @@ def found(model, **options):
         ),
         (mixtral, ["w1", "w2", "w3", "o_proj"], ("o_proj",), EXPERTS),
         (mixtral, ["gate", "o_proj"], ("o_proj",), ("gate.weight",)),
-        (
-            mixtral,
-            ["block_sparse_moe.gate", "o_proj"],
-            ("block_sparse_moe.gate", "o_proj"),
-            None,
-        ),  # names of transformers 4
+        # names of transformers 4
+        (mixtral, ["block_sparse_moe.gate", "o_proj"], ("o_proj",), ("gate.weight",)),
+        (mixtral, r".*block_sparse_moe\.experts\.\d+\.w[123]", (), EXPERTS),
+        (qwen, [f"experts.{n}.{name}" for n in range(3) for name in SWIGLU], (), EXPERTS),
     ],
 )
 def test_names_of_layers_mean_the_parameters_that_have_them_now(made, targets, modules, parameters):
@@ -78,6 +76,35 @@ def test_what_is_excluded_or_in_other_layers_stays_as_it_is():
         assert with_experts(qwen(), config) is config
 
 
+@pytest.mark.parametrize("excluded", [["experts"], ["down_proj", "gate_proj", "up_proj"], r".*\.experts\..*"])
+@pytest.mark.parametrize("dense", [[], [0]])
+def test_nothing_is_said_of_names_that_mean_excluded_experts_alone(excluded, dense):
+    model, options = qwen(mlp_only_layers=dense), {"target_modules": ["q_proj", *SWIGLU], "exclude_modules": excluded}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora = lorafx.compile(model, lorafx.LoraConfig(**options))
+    keep = bool(dense) and "down_proj" not in excluded
+    assert lora.peft_config["default"].target_modules == (("q_proj", *SWIGLU) if dense else ("q_proj",))
+    assert len(lora.sites) == 2 + 3 * keep
+
+
+def test_nothing_is_said_of_stacks_that_all_linear_leaves_out_because_it_has_to():
+    for options in ({"exclude_modules": ["experts", "gate"]}, {"modules_to_save": ["mlp"]}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lora = lorafx.compile(qwen(), lorafx.LoraConfig(target_modules="all-linear", **options))
+        assert not any(site.is_parameter for site in lora.sites)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", *SWIGLU]])
+def test_kinds_that_adapt_no_parameters_leave_experts_alone(targets):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lora = lorafx.compile(qwen(), lorafx.AdaLoraConfig(total_step=9, target_modules=targets))
+    assert len(lora.sites) == 8 and lora.peft_config["default"].target_parameters is None
+    assert not any("target_parameters" in str(each.message) for each in said)
+
+
 def test_models_whose_experts_are_no_stacks_and_names_of_today_are_left_alone():
     named = lorafx.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     assert with_experts(qwen(), named) is named
@@ -102,6 +129,22 @@ def test_layers_of_the_same_names_are_left_out_with_a_word_unless_named_in_full(
         assert found(qwen(), target_modules=[*SWIGLU]).target_parameters == EXPERTS
     assert named.target_modules == ("model.layers.0.mlp.down_proj",)
     assert named.target_parameters == ("down_proj",)
+
+
+def test_layers_whose_weights_are_named_beside_experts_are_not_left_out():
+    weights = [f"model.layers.0.mlp.{name}.weight" for name in SWIGLU]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora = lorafx.compile(
+            qwen(mlp_only_layers=[0]), lorafx.LoraConfig(target_modules=[*SWIGLU], target_parameters=weights)
+        )
+    assert {site.weight for site in lora.sites} >= {*weights} and len(lora.sites) == 5
+
+
+@pytest.mark.parametrize("pattern", ["gate_up_proj", r".*\.gate_up_proj", r"layers\.\d+\.mlp\.experts\.gate_up_proj"])
+def test_a_rank_of_the_parameter_itself_stands(pattern):
+    config = found(qwen(), target_modules=[*SWIGLU], rank_pattern={pattern: 5}, alpha_pattern={pattern: 7})
+    assert (config.rank_pattern, config.alpha_pattern) == ({pattern: 5}, {pattern: 7})
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,19 @@ def test_who_trains_stays_as_it_was(folders, trains):
     assert set(before.values()) == {"second": {True, False}, "both": {True}, "neither": {False}}[trains]
 
 
+def test_what_trained_before_a_block_without_adapters_trains_after_it(folders):
+    lora = loaded(folders, "half", is_trainable=True)
+    frozen = next(path for path in lora._lorafx.adapters["default"].paths if path.endswith("lora_A.default.weight"))
+    lora.get_parameter(frozen).requires_grad_(False)
+    with lora.disable_adapter():
+        lora.prepare_for_hotswap(
+            target_rank=5, config=lora.peft_config["default"].replace(target_modules=COMMON["target_modules"])
+        )
+        assert lora.get_model_status().requires_grad == {"default": False}
+    own = {name: p.requires_grad for name, p in lora.named_parameters() if ".default." in name}
+    assert len(own) > 2 and [name for name, trains in own.items() if not trains] == [frozen]
+
+
 def test_a_slot_is_prepared_for_other_targets_by_their_configs(folders):
     lora, x = loaded(folders, "half"), torch.randn(4, 4, dtype=torch.float64)
     before = lora(x)

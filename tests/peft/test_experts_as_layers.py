@@ -49,11 +49,7 @@ def deepseek():  # with a dense layer first, and an expert that all tokens share
 )
 @pytest.mark.filterwarnings("ignore")
 def test_peft_adapts_the_same_and_reads_and_writes_the_same_files(tmp_path, made, targets):
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(made()).eval()
-    for p in base.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.2)
+    base = random(made())
     options = {"r": 2, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False}
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
     ours = lorafx.compile(copy.deepcopy(base), lorafx.LoraConfig(**options)).eval()
@@ -62,15 +58,79 @@ def test_peft_adapts_the_same_and_reads_and_writes_the_same_files(tmp_path, made
     assert {*ours.peft_config["default"].target_parameters} == config.target_parameters
     assert ours.peft_config["default"].rank_pattern == config.rank_pattern
 
-    ids = torch.randint(0, 50, (2, 5))
     theirs.save_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    with torch.no_grad(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing|.*unexpected")
-        read = lorafx.load(copy.deepcopy(base), tmp_path / "theirs")
-        near(read(input_ids=ids).logits, theirs(input_ids=ids).logits, base(input_ids=ids).logits)
-        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-        near(read(input_ids=ids).logits, ours(input_ids=ids).logits, base(input_ids=ids).logits)
+        same(lorafx.load(copy.deepcopy(base), tmp_path / "theirs"), theirs, base)
+        same(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval(), ours, base)
+
+
+def hunyuan():  # whose router is a linear layer in a module of the name that PEFT takes for a parameter's
+    return transformers.HunYuanMoEV1Config(**SIZES, num_key_value_heads=1, head_dim=8, num_experts=3, moe_topk=2)
+
+
+@pytest.mark.parametrize(("made", "targets"), [(hunyuan, "all-linear"), (qwen, r".*(q_proj|gate_proj|up_proj)")])
+def test_files_are_read_in_which_peft_names_what_the_model_lacks(tmp_path, made, targets):
+    base = random(made())
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    theirs.eval().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = lorafx.load(copy.deepcopy(base), tmp_path)
+    same(read, theirs, base)
+
+
+def test_a_config_that_is_given_for_a_file_means_experts_too(tmp_path):
+    base, config = random(qwen()), lorafx.LoraConfig(target_modules=["q_proj", *SWIGLU], init_lora_weights=False)
+    lora = lorafx.compile(copy.deepcopy(base), config).eval()
+    lora.save_pretrained(tmp_path)
+    same(lorafx.load(copy.deepcopy(base), tmp_path, config=config), lora, base)
+    theirs = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base), tmp_path, config=peft.LoraConfig(target_modules=["q_proj", *SWIGLU])
+    )
+    same(theirs.eval(), lora, base)
+
+
+def test_a_config_that_is_given_for_a_file_without_experts_means_layers(tmp_path):
+    base, config = random(partly_dense()), lorafx.LoraConfig(target_modules=[*SWIGLU], exclude_modules=["experts"])
+    lora = lorafx.compile(copy.deepcopy(base), config.replace(init_lora_weights=False)).eval()
+    with pytest.warns(UserWarning, match=r"would not find it in the file"):
+        lora.save_pretrained(tmp_path)
+    same(lorafx.load(copy.deepcopy(base), tmp_path, config=config.replace(exclude_modules=None)), lora, base)
+
+
+def test_layers_that_peft_takes_for_experts_can_be_named_as_parameters(tmp_path):
+    base, options = random(deepseek()), {"target_modules": ["o_proj"], "init_lora_weights": False}
+    names = [f"model.layers.1.mlp.shared_experts.{name}" for name in SWIGLU]
+    lora = lorafx.compile(
+        copy.deepcopy(base), lorafx.LoraConfig(**options | {"target_modules": ["o_proj", "shared_experts.up_proj"]})
+    )
+    with pytest.warns(
+        UserWarning, match=r"to have PEFT read .* name model\..*\.shared_experts\.up_proj\.weight in `target_p"
+    ):
+        lora.save_pretrained(tmp_path / "layers")
+    config = lorafx.LoraConfig(**options, target_parameters=[f"{name}.weight" for name in names])
+    lora = lorafx.compile(copy.deepcopy(base), config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.save_pretrained(tmp_path / "parameters")
+    same(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "parameters").eval(), lora, base)
+
+
+def random(config):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in base.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.2)
+    return base
+
+
+@torch.no_grad()
+def same(found, expected, base):
+    ids = torch.randint(0, 50, (2, 5))
+    near(*(model(input_ids=ids).logits for model in (found, expected, base)))
 
 
 def near(found, expected, without):

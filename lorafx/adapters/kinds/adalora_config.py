@@ -72,6 +72,7 @@ class AdaLoraConfig(LoraConfig):
     checks = (*LoraConfig.common_checks, _check_schedule, _check_pattern, _check_of_lora)
     null_is_default: ClassVar[tuple[str, ...]] = ("alpha_pattern", "loftq_config")
     default_targets = ADALORA_TARGETS
+    takes_parameters = False
 
     @property
     def last_allocation(self) -> int:

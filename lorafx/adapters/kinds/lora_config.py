@@ -189,6 +189,7 @@ class LoraConfig(AdapterConfig):
     checks = (*common_checks, check_patterns, _check_loftq, check_subconfigs)
     tuples = (*AdapterConfig.tuples, "target_parameters")
     null_is_default: ClassVar[tuple[str, ...]] = "rank_pattern", "alpha_pattern", "loftq_config"
+    takes_parameters = True
 
     @property
     def loftq(self) -> dict[str, int]:
