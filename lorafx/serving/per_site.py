@@ -288,7 +288,7 @@ class SiteInterpreter(TorchFunctionMode):
             if linear is None:
                 raise UncoveredOperatorError(f"{path} is turned round, and read by {func.__name__}{running_line()}")
             func, args, kwargs, weight = F.linear, linear, {}, linear[1]
-        elif read is args[0] and not self.table.is_named(path):
+        elif args and read is args[0] and not self.table.is_named(path):
             made = self.turned.made(func, args, kwargs)
             if made is not NotImplemented:
                 tensors.weights[id(made)] = path

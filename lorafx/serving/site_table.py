@@ -132,12 +132,12 @@ class SiteTable:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether equations are known however modules read their weights: these read one each themselves, by functions
-        that a reading knows, or a config names the parameter, unless rows choose their adapters."""
+        """Whether equations can be expected to do: layers read one weight each themselves, or a config names the
+        parameter, unless rows choose their adapters. A layer may have a forward of its own, and turn out to need a
+        graph."""
         first = zip(self.weights, (sites[0][1] for sites in self.acting.values()))
         return all(
-            (self.is_named(place.path) and not self.numbers) or _reads_plainly(place.owner, site)
-            for place, site in first
+            (self.is_named(place.path) and not self.numbers) or _is_a_layer(place.owner, site) for place, site in first
         )
 
     def is_named(self, weight: str) -> bool:
@@ -173,11 +173,11 @@ def _are_named(sites: tuple[tuple[Adapter, Site], ...]) -> bool:
     return all(site.is_parameter and site.reading.value is not None for _, site in sites)
 
 
-def _reads_plainly(owner: nn.Module, site: Site) -> bool:
+def _is_a_layer(owner: nn.Module, site: Site) -> bool:
     if site.storage.whole:  # one operator stands for the whole forward
         return True
-    known = any(isinstance(owner, cls) for cls in site.reading.modules)  # and if it has a forward of its own: see forms
-    return site.storage == DENSE and bool(site.reading.operators[0].calls) and known
+    is_called = bool(site.reading.operators[0].calls)
+    return site.storage == DENSE and is_called and isinstance(owner, site.reading.modules)
 
 
 def _has_forward_of_its_own(module: nn.Module) -> bool:

@@ -70,11 +70,12 @@ class ByHand(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
-def test_a_module_that_reads_its_weight_in_a_way_of_its_own_is_not_plain():
+def test_layers_are_plain_whatever_their_forward_and_modules_that_read_several_weights_are_not():
     assert table(adapted(Chain())).is_plain
-    model = nn.Sequential(nn.Linear(4, 6), ByHand(6, 3))
-    assert not table(lorafx.compile(model, RANDOM)).is_plain
-    assert table(lorafx.compile(model, RANDOM | {"target_modules": ["0"]})).is_plain
+    model = nn.Sequential(nn.Linear(4, 6), ByHand(6, 3), nn.MultiheadAttention(4, 2))
+    assert table(lorafx.compile(model, RANDOM | {"target_modules": ["0", "1"]})).is_plain
+    other = nn.Sequential(nn.Linear(4, 6), nn.MultiheadAttention(4, 2))
+    assert not table(lorafx.compile(other, RANDOM | {"target_modules": ["0", "1"]})).is_plain
 
 
 def test_tables_are_kept_by_layout_and_adapters():
