@@ -1,13 +1,15 @@
 """Values of nodes, recomputed on fake tensors: what a rewrite claims of a new node, and the verifier of a changed one.
 
 To ask torch what an operator makes of symbolic sizes takes milliseconds, and most that is asked has been asked before:
-projections of a layer are alike, and what is emitted is verified. So answers are kept, for as long as the mode lives
-whose symbols they are of.
+projections of a layer are alike, and what is emitted is verified. So answers are kept while a pipeline runs. A mode of
+fake tensors must not keep them: views know their base in C++, where no garbage is collected, and would keep the mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,7 +24,18 @@ from ..torch_private.graphs import schema_of
 from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher, real
 from .description import operand_key, traced_tensor_key
 
-_ANSWERS = "_lorafx_answers"  # on a mode of fake tensors: what operators gave, by the operator and what it was given
+_Answers = dict[Hashable, tuple[Any, list[Any]]]  # by mode, operator and what it was given
+_ANSWERS: ContextVar[_Answers | None] = ContextVar("answers", default=None)
+
+
+@contextlib.contextmanager
+def each_asked_once() -> Iterator[None]:
+    """Within it, what an operator gives of values that torch does not tell apart is computed once."""
+    before = _ANSWERS.set({})
+    try:
+        yield
+    finally:
+        _ANSWERS.reset(before)
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
@@ -49,11 +62,11 @@ def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
         return mode.from_tensor(real(tensor), static_shapes=True) if isinstance(tensor, Tensor) else tensor
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    if not isinstance(node.target, OpOverload) or schema_of(node.target).is_mutable:
+    answers = _ANSWERS.get()
+    if answers is None or not isinstance(node.target, OpOverload) or schema_of(node.target).is_mutable:
         return _computed(node.target, args, kwargs, mode)
-    answers: dict[Hashable, tuple[Any, list[Any]]] = vars(mode).setdefault(_ANSWERS, {})
     keep: list[Any] = []
-    key = node.target, operand_key((args, dict(kwargs)), traced_tensor_key, keep)
+    key = mode, node.target, operand_key((args, dict(kwargs)), traced_tensor_key, keep)
     if key in answers:
         return answers[key][0]
     value = _computed(node.target, args, kwargs, mode)

@@ -7,6 +7,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import custom_op
 
 from lorafx.graph import fake_value
+from lorafx.graph.values import each_asked_once
 from lorafx.torch_private.tracing import FakeTensorMode
 
 aten = torch.ops.aten
@@ -45,7 +46,8 @@ def graph_of(mode, *inputs):
 
 
 def values(mode, gm, target, *calls):
-    return [fake_value(gm.graph.call_function(target, args), gm, mode) for args in calls]
+    with each_asked_once():
+        return [fake_value(gm.graph.call_function(target, args), gm, mode) for args in calls]
 
 
 def test_what_torch_does_not_tell_apart_is_asked_once(mode, calls):
@@ -59,11 +61,13 @@ def test_what_torch_does_not_tell_apart_is_asked_once(mode, calls):
     assert len(calls) == 4 and len(set(calls)) == 4
 
 
-def test_each_mode_is_asked(calls):
-    for mode in (FakeTensorMode(), FakeTensorMode()):
-        gm, (x,) = graph_of(mode, torch.ones(2, 3))
-        values(mode, gm, torch.ops.lorafx_tests.asked.default, (x, 5))
-    assert len(calls) == 2
+def test_each_mode_and_each_run_is_asked(calls):
+    graphs = [(mode, *graph_of(mode, torch.ones(2, 3))) for mode in (FakeTensorMode(), FakeTensorMode())]
+    for _ in range(2):
+        with each_asked_once():
+            for mode, gm, (x,) in graphs:
+                fake_value(gm.graph.call_function(torch.ops.lorafx_tests.asked.default, (x, 5)), gm, mode)
+    assert len(calls) == 4
 
 
 def test_sizes_that_only_data_say_are_new_each_time(mode):
