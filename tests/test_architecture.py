@@ -34,7 +34,8 @@ INSIDE = {
         "own_lora_linears lora_by_row by_expert linear_cross_entropy float8 float8_linear float8_lora_linears"
     ),
     "graph": in_order(
-        "description match emit blocks writes effects rule module_stacks modules regions outline masks verify printing"
+        "description values match emit blocks writes effects rule module_stacks modules regions outline masks verify "
+        "printing"
     ),
     "adapters": in_order(
         "peft_itself default_targets config naming low_rank combining room readings storages notes site kinds "

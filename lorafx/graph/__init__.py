@@ -1,10 +1,10 @@
 """The graph: rules that rewrite it, blocks for layers that repeat, and what can be found out about it.
 
 In comes a captured graph over a module tree; whatever a pass needs to look at it or change it is here. `match`, `emit`
-and `rule` rewrite; `regions`, `blocks` and `outline` make one graph of layers that repeat; `modules` makes graph
-modules that read a tree, and `module_stacks` names for each node the modules that it is in; `effects` and `writes` say
-what may be dropped or moved; `description` has keys by which values are compared; `masks/` computes what depends on
-sizes alone; `verify` checks; `printing` shows.
+and `rule` rewrite, and `values` has the shapes of new nodes; `regions`, `blocks` and `outline` make one graph of layers
+that repeat; `modules` makes graph modules that read a tree, and `module_stacks` names for each node the modules that it
+is in; `effects` and `writes` say what may be dropped or moved; `description` has keys by which values are compared;
+`masks/` computes what depends on sizes alone; `verify` checks; `printing` shows.
 """
 
 from .blocks import layers_of
@@ -16,16 +16,14 @@ from .emit import (
     Attribute,
     Provenance,
     describe,
-    fake_mode_of,
-    fake_value,
     made_by,
     marks_of,
-    resolve,
     within_vmap,
     write,
 )
 from .match import Match, NoMatch, arguments, match
 from .rule import Rule, first_match, rewrite_updates
+from .values import fake_mode_of, fake_value, resolve
 from .writes import writes
 
 __all__ = [

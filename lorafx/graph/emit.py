@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from ..torch_private.graphs import name_of, schema_of
 from ..torch_private.tensors import is_wrapped
-from ..torch_private.tracing import FakeTensorMode, detect_fake_mode, enable_python_dispatcher, real
+from ..torch_private.tracing import FakeTensorMode
 from .match import Match, Pattern, trace_function
+from .values import fake_value
 
 # Marks in a node's meta: who made it, the site whose weight it reads, the adapters inserted there.
 MADE_BY, SITE, ADAPTED_BY = "lorafx", "site", "adapted_by"
@@ -48,36 +48,10 @@ def marks_of(node: Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in (SITE, ADAPTED_BY) if key in node.meta}
 
 
-def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
-    """The fake tensor mode the graph was captured in, or a new one for a graph that carries no values."""
-    values = [node.meta["val"] for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
-
-
 def within_vmap(node: Node) -> bool:
     """Whether a node is inside a vmap, where nodes that use it cannot be recomputed on fake tensors."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and is_wrapped(value)
-
-
-def fake_value(node: Node, gm: GraphModule, mode: FakeTensorMode) -> Any:
-    """The value of `node`, recomputed on fake tensors, which have shape, dtype and device but no numbers."""
-    if node.op == "get_attr":
-        tensor = resolve(gm, str(node.target))
-        return mode.from_tensor(real(tensor), static_shapes=True) if isinstance(tensor, torch.Tensor) else tensor
-    args = map_arg(node.args, lambda n: n.meta["val"])
-    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    # Without the python dispatcher, composite operators fail on symbolic sizes.
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def resolve(gm: torch.nn.Module, path: str) -> Any:
-    """The object at a dotted path below `gm`; AttributeError if there is none."""
-    value: Any = gm
-    for atom in path.split("."):
-        value = getattr(value, atom)
-    return value
 
 
 def describe(node: Node, like: Node, provenance: Provenance, gm: GraphModule, mode: FakeTensorMode) -> None:

@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from ..torch_private.graphs import is_erased
 from ..torch_private.tracing import FakeTensorMode
-from .emit import Provenance, emit, fake_mode_of, marks_of
+from .emit import Provenance, emit, marks_of
 from .emit import made_by as maker_of
 from .match import Match, NoMatch, Pattern, match, trace_function
+from .values import fake_mode_of
 from .writes import interrupted
 
 

@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 
 from ..torch_private.graphs import schema_of
 from .blocks import is_block_call
-from .emit import resolve
 from .match import Match
+from .values import resolve
 
 # Their schemas do not say that they update running statistics.
 _NORMS = ("batch_norm", "instance_norm")

@@ -16,6 +16,7 @@ from ..graph.blocks import LAYERS, block_calls, blocks_of, layers_of
 from ..graph.modules import copied, copied_graph
 from ..graph.outline import inline_call, keep_block, list_layers, run_instead
 from ..graph.printing import diff, printable
+from ..graph.values import each_asked_once
 from ..graph.verify import Snapshot, is_changed, snapshot, verify
 from ..torch_private.graphs import set_unused_graph
 from .context import Context
@@ -123,6 +124,7 @@ class Pipeline(tuple[Pass, ...]):
             message += f"; an order that works: {fixed}"
         raise PipelineError(message)
 
+    @each_asked_once()
     def run(
         self, gm: GraphModule, context: Context | None = None, observers: Sequence[Observer] = ()
     ) -> tuple[Step, ...]:

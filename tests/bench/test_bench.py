@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 
 import pytest
@@ -19,6 +20,9 @@ from lorafx.bench.reference import GRADIENTS_OFF
 
 
 def bench(folder, *options):
+    """Status and record of a run. The bench collects garbage at every turn: only of what it has made itself, here."""
+    gc.collect()
+    gc.freeze()
     code = main(["bench", "--device", "cpu", "--out", str(folder), "--rounds", "2", *options])
     return code, json.loads((folder / "bench.json").read_text()) if (folder / "bench.json").exists() else None
 

@@ -6,7 +6,8 @@ from torch import nn
 
 import lorafx
 from lorafx.graph import ADAPTED_BY, SITE, Attribute, Provenance, fake_value, made_by, marks_of, match, resolve
-from lorafx.graph.emit import emit, fake_mode_of
+from lorafx.graph.emit import emit
+from lorafx.graph.values import fake_mode_of
 
 aten = torch.ops.aten
 
