@@ -57,10 +57,12 @@ def without_routers(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 
 def _named(model: nn.Module, config: AdapterConfig) -> list[Stack]:
     """The parameters whose parts `target_modules` names, in whatever layer, excluded or not."""
+    if not (known := list(stacks(model))):
+        return []
     everywhere = {"exclude_modules": None, "modules_to_save": None, "task_type": None}
     everywhere |= {"layers_to_transform": None, "layers_pattern": None}
     means = _meaning(model, config.replace(**everywhere))
-    return [stack for stack in stacks(model) if any(map(means, stack.names))]
+    return [stack for stack in known if any(map(means, stack.names))]
 
 
 def _meaning(model: nn.Module, config: AdapterConfig) -> Any:
@@ -121,12 +123,10 @@ def _targets(meant: list[Stack], model: nn.Module, config: AdapterConfig) -> tup
         return tuple(each for each in config.target_modules or () if not _is_of(meant, each))
     last = {name.rpartition(".")[2] for stack in meant for name in stack.names}
     layers = [path for path in _layers(model, config) if path.rpartition(".")[2] not in last]
-    others = {
-        path.rpartition(".")[2] for path, _ in model.named_modules(remove_duplicate=False) if path not in {*layers}
-    }
-    return tuple(
-        dict.fromkeys(path if path.rpartition(".")[2] in others else path.rpartition(".")[2] for path in layers)
-    )
+    rest = {path for path, _ in model.named_modules(remove_duplicate=False)} - {*layers}
+    others = {path.rpartition(".")[2] for path in rest}
+    endings = {path: path.rpartition(".")[2] for path in layers}
+    return tuple(dict.fromkeys(path if ending in others else ending for path, ending in endings.items()))
 
 
 def _layers(model: nn.Module, config: AdapterConfig) -> list[str]:
