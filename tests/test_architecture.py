@@ -259,6 +259,12 @@ def test_every_pass_has_a_file_and_a_test_of_its_name():
         assert (ROOT / "tests" / "passes" / f"test_{name}.py").exists()
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by that, and leaves out the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_a_module_of_more_than_a_hundred_lines_has_a_test_of_its_name():
     """But the bench and the testing room: tests/bench and tests/properties use them as a whole."""
     missing = []
