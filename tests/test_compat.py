@@ -12,7 +12,6 @@ import models
 import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import lorafx
@@ -325,36 +324,6 @@ def test_what_unsloth_does_unasked_is_warned_of():
         unsloth(base_model(tie_word_embeddings=True), **tied)
     unsloth(base_model(tie_word_embeddings=True), target_modules=["q_proj"])
     unsloth(**tied)
-
-
-def test_stacked_experts_are_adapted_if_one_of_their_projections_is_a_target():
-    for targets, experts in {("q_proj", "up_proj"): ["gate_up_proj"], ("q_proj",): []}.items():
-        sites = unsloth(mixture(), target_modules=[*targets]).sites
-        assert {site.parameter for site in sites} == {"weight", *experts}
-    config = unsloth(mixture()).peft_config["default"]
-    assert config.target_parameters == ("experts.down_proj", "experts.gate_up_proj")
-    assert config.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj") and not config.rank_pattern
-    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 12, "hidden_size": 16}
-    qwen = transformers.Qwen3MoeConfig(vocab_size=90, num_hidden_layers=1, head_dim=8, **sizes)
-    config = unsloth(transformers.Qwen3MoeForCausalLM(qwen)).peft_config["default"]  # PEFT names these by itself
-    assert config.target_parameters == ("gate_up_proj", "down_proj") and config.rank_pattern == {
-        r".*\.gate_up_proj": 32
-    }
-
-
-def test_experts_that_are_excluded_are_not_adapted():
-    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 12, "hidden_size": 16}
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=90, num_hidden_layers=2, head_dim=8, mlp_only_layers=[0], intermediate_size=20, **sizes
-    )
-    sites = unsloth(transformers.Qwen3MoeForCausalLM(config), exclude_modules=["experts"]).sites
-    assert len(sites) == 2 * 4 + 3 and not any(site.is_parameter for site in sites)
-
-
-def mixture() -> nn.Module:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = transformers.MixtralConfig(vocab_size=90, num_hidden_layers=1, num_local_experts=2, **sizes)
-    return transformers.MixtralForCausalLM(config)
 
 
 def test_the_last_layers_can_be_chosen():

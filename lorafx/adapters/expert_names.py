@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,7 +65,7 @@ def _named(model: nn.Module, config: AdapterConfig) -> list[Stack]:
     return [stack for stack in known if any(map(means, stack.names))]
 
 
-def _meaning(model: nn.Module, config: AdapterConfig) -> Any:
+def _meaning(model: nn.Module, config: AdapterConfig) -> Callable[[str], bool]:
     """Says of the name of a part whether the config means it: "all-linear" means all, for each was a linear layer."""
     return matcher(model, config.replace(target_modules=".*") if config.all_linear else config)
 
@@ -101,7 +101,7 @@ def _without_idle(model: nn.Module, config: AdapterConfig, named: list[Stack]) -
 
 def _is_of(named: list[Stack], target: str) -> bool:
     """Whether a target names parts of these, be it those of any expert."""
-    first = re.sub(r"(^|\.)\d+\.(\w+)$", r"\g<1>0.\2", target)
+    first = re.sub(r"(^|\.)\d+\.(\w+)$", r"\g<1>0.\2", target)  # the same of the first expert, "3.w1" -> "0.w1"
     return any(is_named((first,), name) for stack in named for name in stack.names)
 
 

@@ -26,9 +26,9 @@ _WAS = {"mixtral": {".mlp.": ".block_sparse_moe."}}  # what else was called othe
 
 
 class Stack(NamedTuple):
-    """A parameter by its path and the ending of that, with the names of the layers that were its parts, by their last.
+    """A parameter, and what the layers were called that were its parts: `parts` has full names by the last of them.
 
-    Of the layers of experts there is one name with the number of the first, and one without.
+    `ending` is that of its path. Layers of experts are named once with the first expert's number, and once without one.
     """
 
     path: str

@@ -174,3 +174,24 @@ def test_adapters_that_come_later_are_named_alike():
     lora.prepare_for_hotswap(config=lorafx.LoraConfig(r=2, target_modules=["down_proj"]))
     with pytest.raises(AdapterError, match=r"differ in .*target_parameters"):
         lora.prepare_for_hotswap(config=lorafx.LoraConfig(r=2, target_modules=[*SWIGLU]))
+
+
+def unsloth(model, **options):
+    return lorafx.FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=False, **options)
+
+
+def test_unsloths_entry_adapts_stacked_experts_if_one_of_their_projections_is_a_target():
+    for targets, experts in {("q_proj", "up_proj"): ["gate_up_proj"], ("q_proj",): []}.items():
+        sites = unsloth(mixtral(), target_modules=[*targets]).sites
+        assert {site.parameter for site in sites} == {"weight", *experts}
+    config = unsloth(mixtral()).peft_config["default"]
+    assert config.target_parameters == ("experts.down_proj", "experts.gate_up_proj")
+    assert config.target_modules == ATTENTION and not config.rank_pattern
+    config = unsloth(qwen()).peft_config["default"]  # PEFT names these by itself
+    assert config.target_parameters == EXPERTS
+    assert config.rank_pattern == {r".*\.gate_up_proj": 32}
+
+
+def test_unsloths_entry_adapts_no_experts_that_are_excluded():
+    sites = unsloth(qwen(mlp_only_layers=[0]), exclude_modules=["experts"]).sites
+    assert len(sites) == 2 * 4 + 3 and not any(site.is_parameter for site in sites)
