@@ -286,7 +286,7 @@ class SiteInterpreter(TorchFunctionMode):
         if id(read) in self.turned.kept:
             linear = self.turned.as_linear(func, args, kwargs, read)
             if linear is None:
-                raise UncoveredOperatorError(f"{path} is turned round, and read by {func.__name__}{running_line()}")
+                return NotImplemented
             func, args, kwargs, weight = F.linear, linear, {}, linear[1]
         elif args and read is args[0] and not self.table.is_named(path):
             made = self.turned.made(func, args, kwargs)
@@ -307,6 +307,9 @@ class SiteInterpreter(TorchFunctionMode):
         if self.context.numbers:
             self._refuse_rows(func)
         call = OperatorCall.of(self.tensors, self.context, self.parts[-1], func, args, kwargs)
+        if turned := [leaf for leaf in call.leaves if id(leaf) in self.turned.kept]:  # a graph would read it as it was
+            path, name = self.tensors.weights[id(turned[0])], getattr(func, "__name__", func)
+            raise UncoveredOperatorError(f"the weight {path} is turned round, and read by {name}{running_line()}")
         hooked = call.concerned.hooked(self.state.hooked_adapters) if self.state.hooked_adapters else ()
 
         def capture() -> Any:

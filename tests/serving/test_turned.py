@@ -104,7 +104,15 @@ def test_what_is_kept_for_another_call_is_refused_there(capture):
             torch.testing.assert_close(lora(x), expected(lora, x))
 
 
-@pytest.mark.parametrize("read", [lambda m, x: F.linear(x, m.weight.T), lambda m, x: m.weight.T @ x.mT])
+OTHERS = {
+    "linear": lambda m, x: F.linear(x, m.weight.T),
+    "the other way round": lambda m, x: m.weight.T @ x.mT,
+    "in a list": lambda m, x: torch.einsum("bi,io->bo", [x, m.weight.T]),
+    "several": lambda m, x: torch.linalg.multi_dot([x, m.weight.T, m.weight]),
+}
+
+
+@pytest.mark.parametrize("read", OTHERS.values(), ids=OTHERS)
 def test_other_products_with_a_turned_weight_are_no_linear_layers(read):
     lora, x = compiled(read, outputs=6, capture="sites"), torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(UncoveredOperatorError, match=r"0.* weight"):
